@@ -1,0 +1,11 @@
+// What each binding file adds to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace twinjet::bindings {
+
+void BindKv(pybind11::module_& module);
+void BindSampler(pybind11::module_& module);
+
+}  // namespace twinjet::bindings

@@ -1,0 +1,1 @@
+"""Twinjet: one gRPC streaming service in front of vLLM and TensorRT-LLM."""
