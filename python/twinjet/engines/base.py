@@ -1,0 +1,281 @@
+"""The seam between Twinjet and an engine: the Engine protocol and its plain dataclasses.
+
+An engine gets requests whose every setting is resolved and checked (see twinjet.request) and whose prompt is
+token ids; it gives back deltas. It knows neither protobuf nor the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+from twinjet.request import EngineRequest, SamplingOverrides
+
+Capability = Literal[
+    "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
+    "penalties", "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
+    "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input",
+]  # fmt: skip
+"""Names of proto Capability, lower case, without the prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Effective limits of a deployment; all counts of tokens, ids, outputs or sequences, at least 1."""
+
+    max_context_tokens: int
+    vocab_size: int
+    max_outputs: int
+    max_logprobs: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """Size of the KV cache: usable blocks and tokens per block."""
+
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """Which implementation of a component is in use, and why not ours (reason, "" if ours always is)."""
+
+    implementation: Literal["twinjet", "engine"]
+    version: str = ""
+    target: str = ""
+    reason: str = ""
+    counters: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine is and can do, valid once start() has returned."""
+
+    name: Literal["vllm", "tensorrt_llm", "fake"]
+    version: str
+    device: str
+    source: str
+    limits: Limits
+    capabilities: frozenset[Capability]
+    default_sampling: SamplingOverrides
+    eos_token_ids: tuple[int, ...]
+    sampler: Component
+    block_manager: Component
+    kv_cache: KvCache | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """A reading of the engine; None is not known, 0 was measured. Counts since start: preemptions."""
+
+    waiting: int | None = None
+    running: int | None = None
+    kv_blocks_total: int | None = None
+    kv_blocks_used: int | None = None
+    preemptions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far start-up is: phase for people, done 0 to 1, never going back within one start."""
+
+    phase: str
+    done: float
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of one token before temperature and filters; rank 1 is the most probable."""
+
+    token_id: int
+    logprob: float
+    rank: int | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The token in the sequence and its most probable rivals, best first."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why an output ended. stopped_by: end token or stop token id, stop string, or None (grammar complete)."""
+
+    reason: Literal["stop", "length"]
+    stopped_by: int | str | None = None
+    is_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """The engine has taken up the prompt. num_cached_tokens: from the prefix cache, None if not known.
+
+    logprobs: one entry for each prompt token but the first, or None if not asked for.
+    """
+
+    num_cached_tokens: int | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEvent:
+    """New tokens of one output; never cumulative. finish: set on the last event of the output.
+
+    logprobs: one for each of token_ids, or empty if not asked for.
+    """
+
+    output_index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs] = ()
+    finish: Finish | None = None
+
+
+EngineEvent = PromptEvent | OutputEvent
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """One message of a conversation; role: system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back for one model. Thread-safe; calls may take milliseconds for long texts."""
+
+    vocab_size: int
+    has_chat_template: bool
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+    def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
+        """Render a conversation as the model's template says, opened for the assistant.
+
+        Raises InvalidRequest if the template refuses the conversation.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """An engine behind one deployment. All methods are called from one asyncio loop."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; available once start() has returned."""
+        ...
+
+    async def start(self, report: Callable[[LoadProgress], None]) -> None:
+        """Load the model and return when requests can be served.
+
+        report is called from the loop with progress. Raises ConfigError if it can never work as configured,
+        EngineDied if it failed for now. After a failure or a death, a fresh Engine is made.
+        """
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+        """Run one request: one PromptEvent, then OutputEvents until each output has its finish.
+
+        Closing the iterator early aborts the request within one step. Ends with at most one exception and
+        nothing after it: InvalidRequest (a grammar that does not compile), Unsupported, NotFound (adapter),
+        RequestFailed (this request alone), EngineDied (all requests).
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Stop a request's work within one step; its iterator ends with RequestAborted. Unknown ids are ignored."""
+        ...
+
+    async def load(self) -> EngineLoad:
+        """Read the engine's load; cheap, may be up to a second old."""
+        ...
+
+    def describe(self) -> EngineInfo:
+        """Describe the engine; counters of its components are up to a second old."""
+        ...
+
+    async def wait_dead(self) -> str:
+        """Return why, once the engine has died by itself; never after stop()."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine and its processes. Idempotent; also after a death or a failed start."""
+        ...
+
+
+class EmbeddingEngine(Protocol):
+    """Capability "embed"."""
+
+    async def embed(
+        self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
+    ) -> Sequence[float]:
+        """Give the vector of one input. Raises as Engine.generate."""
+        ...
+
+
+class AdapterEngine(Protocol):
+    """Capability "adapters"."""
+
+    async def load_adapter(self, name: str, path: str) -> bool:
+        """Load a LoRA adapter; True if it was loaded before. Raises AlreadyExists, InvalidRequest."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Remove an adapter. Raises NotFound."""
+        ...
+
+    def adapters(self) -> Mapping[str, str]:
+        """Loaded adapters: name to path."""
+        ...
+
+
+class PrefixCacheEngine(Protocol):
+    """Capability "prefix_cache"."""
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; False if running requests hold some."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KvStored:
+    """Blocks that can now be shared; hashes in order, each continuing the one before; parent b"" for a first."""
+
+    block_hashes: Sequence[bytes]
+    parent_hash: bytes
+    token_ids: Sequence[int]
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvRemoved:
+    """Blocks that are gone."""
+
+    block_hashes: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class KvCleared:
+    """All blocks are gone."""
+
+
+KvEvent = KvStored | KvRemoved | KvCleared
+
+
+class KvEventEngine(Protocol):
+    """Capability "kv_events"."""
+
+    def kv_events(self) -> AsyncIterator[Sequence[KvEvent]]:
+        """Give batches of events from now on; ends when the engine stops. Several may be open at once."""
+        ...

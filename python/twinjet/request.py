@@ -1,0 +1,271 @@
+"""A request and its parts in Twinjet's own terms: neither protobuf nor an engine's types.
+
+`SamplingOverrides` is what a client sent or a model's defaults; `resolve_sampling` checks it, fills the gaps
+and gives the `Sampling` that an engine gets, in which nothing is left open. So an unset field means the same
+on every engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+from twinjet.errors import InvalidRequest, Unsupported, Violation
+
+if TYPE_CHECKING:
+    from twinjet.engines.base import EngineInfo
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy, as in vLLM."""
+
+MAX_LOGIT_BIASES = 1024
+MAX_STOPS = 64
+MAX_STOP_BYTES = 1024
+MAX_BAD_WORDS = 256
+MAX_CHOICES = 1024
+MAX_OUTPUTS = 64
+MAX_GRAMMAR_BYTES = 256 * 1024
+
+ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A grammar for the output. value: schema, pattern or grammar text; choices: for kind "choice"."""
+
+    kind: ConstraintKind
+    value: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOverrides:
+    """What a client set, or a model's defaults. None and empty mean unset. Ranges: proto SamplingParams."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool | None = None
+    ignore_eos: bool | None = None
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Everything an engine must know to draw tokens and end outputs; nothing is left open.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p and repetition_penalty: 1 is off. min_p: 0 is off.
+    max_tokens: at least 1, fits the context. seed: 64 bits. logprobs, prompt_logprobs: None is off, 0 is
+    the token alone.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    max_tokens: int
+    min_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    include_stop: bool
+    ignore_eos: bool
+    bad_words: tuple[str, ...]
+    allowed_token_ids: tuple[int, ...]
+    logprobs: int | None
+    prompt_logprobs: int | None
+    skip_special_tokens: bool
+    constraint: Constraint | None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One request as an engine gets it.
+
+    prompt_token_ids: at least one, each in 0 .. vocab_size - 1; with sampling.max_tokens within the context.
+    priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
+    None is none; engines may use it, the server enforces it.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    adapter: str = ""
+    deadline: float | None = None
+
+
+class _Checker:
+    """Collects violations, so that a client hears of all its mistakes at once."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.violations: list[Violation] = []
+
+    def fail(self, name: str, message: str) -> None:
+        self.violations.append(Violation(self.prefix + name, message))
+
+    def number(
+        self, name: str, value: float | None, low: float, high: float, *, above_low: bool = False
+    ) -> None:
+        if value is None:
+            return
+        bounds = f"{'above ' if above_low else ''}{low:g} to {high:g}"
+        too_low = value <= low if above_low else value < low
+        if not math.isfinite(value) or too_low or value > high:
+            self.fail(name, f"{value:g} is out of range; allowed: {bounds}")
+
+    def token_ids(self, name: str, ids: tuple[int, ...], vocab_size: int) -> None:
+        bad = next((t for t in ids if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            self.fail(name, f"token id {bad} is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
+
+    def strings(self, name: str, values: tuple[str, ...], most: int, max_bytes: int) -> None:
+        if len(values) > most:
+            self.fail(name, f"{len(values)} entries; at most {most} are allowed")
+        elif any(not v for v in values):
+            self.fail(name, "an entry is empty; each must have at least one character")
+        elif any(len(v.encode()) > max_bytes for v in values):
+            self.fail(name, f"an entry is longer than {max_bytes} bytes")
+
+    def constraint(self, constraint: Constraint | None) -> None:
+        if constraint is None:
+            return
+        path = f"constraint.{constraint.kind}"
+        if constraint.kind == "choice":
+            if not constraint.choices:
+                self.fail(path, "has no values; at least one is needed")
+            self.strings(f"{path}.values", constraint.choices, MAX_CHOICES, MAX_GRAMMAR_BYTES)
+        elif constraint.kind != "json_object" and not constraint.value:
+            self.fail(path, "is empty")
+        elif len(constraint.value.encode()) > MAX_GRAMMAR_BYTES:
+            self.fail(path, f"is longer than {MAX_GRAMMAR_BYTES} bytes")
+
+
+def resolve_sampling(
+    sent: SamplingOverrides, info: EngineInfo, *, num_prompt_tokens: int, seed: int, prefix: str = "sampling."
+) -> Sampling:
+    """Check what was sent, fill the gaps from the model's defaults, and size it to the model's context.
+
+    seed: used if none was sent. prefix: put before field names in violations.
+    Raises InvalidRequest with every violation found, Unsupported if the model lacks a capability asked for.
+    """
+    limits = info.limits
+    check = _Checker(prefix)
+    check.number("temperature", sent.temperature, 0, 100)
+    check.number("top_p", sent.top_p, 0, 1, above_low=True)
+    check.number("top_k", sent.top_k, -1, 2**31 - 1)
+    check.number("min_p", sent.min_p, 0, 1)
+    check.number("repetition_penalty", sent.repetition_penalty, 0, 100, above_low=True)
+    check.number("frequency_penalty", sent.frequency_penalty, -2, 2)
+    check.number("presence_penalty", sent.presence_penalty, -2, 2)
+    check.number("n", sent.n, 1, min(MAX_OUTPUTS, limits.max_outputs))
+    check.number("max_tokens", sent.max_tokens, 1, limits.max_context_tokens)
+    check.number("min_tokens", sent.min_tokens, 0, sent.max_tokens or limits.max_context_tokens)
+    check.number("logprobs", sent.logprobs, 0, limits.max_logprobs)
+    check.number("prompt_logprobs", sent.prompt_logprobs, 0, limits.max_logprobs)
+    if len(sent.logit_bias) > MAX_LOGIT_BIASES:
+        check.fail("logit_bias", f"{len(sent.logit_bias)} entries; at most {MAX_LOGIT_BIASES} are allowed")
+    else:
+        check.token_ids("logit_bias", tuple(sent.logit_bias), limits.vocab_size)
+        for bias in sent.logit_bias.values():
+            check.number("logit_bias", bias, -100, 100)
+    check.strings("stop", sent.stop, MAX_STOPS, MAX_STOP_BYTES)
+    if len(sent.stop_token_ids) > MAX_STOPS:
+        check.fail("stop_token_ids", f"{len(sent.stop_token_ids)} entries; at most {MAX_STOPS} are allowed")
+    check.token_ids("stop_token_ids", sent.stop_token_ids, limits.vocab_size)
+    check.strings("bad_words", sent.bad_words, MAX_BAD_WORDS, MAX_STOP_BYTES)
+    check.token_ids("allowed_token_ids", sent.allowed_token_ids, limits.vocab_size)
+    if len(set(sent.allowed_token_ids)) != len(sent.allowed_token_ids):
+        check.fail("allowed_token_ids", "has duplicates")
+    check.constraint(sent.constraint)
+    room = limits.max_context_tokens - num_prompt_tokens
+    if not check.violations and sent.max_tokens is not None and sent.max_tokens > room:
+        check.fail(
+            "max_tokens",
+            f"{sent.max_tokens} does not fit: the prompt has {num_prompt_tokens} tokens and the model's context "
+            f"{limits.max_context_tokens}; allowed: 1 to {room}",
+        )
+    if not check.violations and (sent.min_tokens or 0) > room:
+        check.fail("min_tokens", f"{sent.min_tokens} does not fit the context; allowed: 0 to {room}")
+    if check.violations:
+        raise InvalidRequest(check.violations)
+
+    sampling = _fill(sent, info.default_sampling, room=room, seed=seed)
+    if sampling.n > 1 and sampling.is_greedy:
+        raise InvalidRequest.of(
+            f"{prefix}n", f"{sampling.n} outputs of a greedy request would be equal; allowed: 1"
+        )
+    _check_capabilities(sampling, info)
+    return sampling
+
+
+def _fill(sent: SamplingOverrides, defaults: SamplingOverrides, *, room: int, seed: int) -> Sampling:
+    merged = {
+        f.name: value
+        for f in fields(SamplingOverrides)
+        if (value := getattr(sent, f.name)) not in (None, (), {})
+        or (value := getattr(defaults, f.name)) not in (None, (), {})
+    }
+    neutral: dict[str, object] = {
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0, "presence_penalty": 0.0, "logit_bias": MappingProxyType({}), "seed": seed,
+        "n": 1, "max_tokens": room, "min_tokens": 0, "stop": (), "stop_token_ids": (), "include_stop": False,
+        "ignore_eos": False, "bad_words": (), "allowed_token_ids": (), "logprobs": None,
+        "prompt_logprobs": None, "skip_special_tokens": True, "constraint": None,
+    }  # fmt: skip
+    values = neutral | merged
+    values["top_k"] = max(0, merged.get("top_k", 0))
+    values["max_tokens"] = min(merged.get("max_tokens", room), room)
+    return Sampling(**values)  # type: ignore[arg-type]
+
+
+def _check_capabilities(sampling: Sampling, info: EngineInfo) -> None:
+    needed = {
+        "penalties": sampling.repetition_penalty != 1
+        or sampling.frequency_penalty != 0
+        or sampling.presence_penalty != 0,
+        "logit_bias": bool(sampling.logit_bias),
+        "bad_words": bool(sampling.bad_words),
+        "allowed_token_ids": bool(sampling.allowed_token_ids),
+        "min_p": sampling.min_p > 0,
+        "multiple_outputs": sampling.n > 1,
+        "logprobs": sampling.logprobs is not None,
+        "prompt_logprobs": sampling.prompt_logprobs is not None,
+    }
+    if sampling.constraint is not None:
+        kind = sampling.constraint.kind
+        needed["json_schema" if kind == "json_object" else kind] = True
+    for capability, is_needed in needed.items():
+        if is_needed and capability not in info.capabilities:
+            raise Unsupported(capability)
