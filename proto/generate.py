@@ -28,7 +28,9 @@ def main(out: Path) -> int:
             *protos,
         ]
     )
-    (package / "__init__.py").write_text('"""Stubs of the wire contract, generated from proto/twinjet/v1."""\n')
+    (package / "__init__.py").write_text(
+        '"""Stubs of the wire contract, generated from proto/twinjet/v1."""\n'
+    )
     return int(status)
 
 

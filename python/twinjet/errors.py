@@ -1,18 +1,18 @@
 """What can go wrong, as exceptions that know neither gRPC nor an engine.
 
-    TwinjetError
-    ├── InvalidRequest      the client's mistake; names each field and its allowed range
-    ├── NotFound            no such model, adapter or request
-    ├── AlreadyExists       a request id or adapter name that is taken
-    ├── PermissionRefused   the caller may not do this
-    ├── Unsupported         this model or engine lacks a capability
-    ├── Overloaded          the queue is full or a quota is spent; says when to come back
-    ├── Unavailable         loading, draining or dead; says when to come back
-    │   └── EngineDied      the engine's process or loop is gone
-    ├── DeadlinePassed      the request's deadline passed or cannot be met
-    ├── RequestAborted      an operator ended the request
-    ├── RequestFailed       the engine could not finish this one request
-    └── ConfigError         the server's own settings are wrong
+TwinjetError
+├── InvalidRequest      the client's mistake; names each field and its allowed range
+├── NotFound            no such model, adapter or request
+├── AlreadyExists       a request id or adapter name that is taken
+├── PermissionRefused   the caller may not do this
+├── Unsupported         this model or engine lacks a capability
+├── Overloaded          the queue is full or a quota is spent; says when to come back
+├── Unavailable         loading, draining or dead; says when to come back
+│   └── EngineDied      the engine's process or loop is gone
+├── DeadlinePassed      the request's deadline passed or cannot be met
+├── RequestAborted      an operator ended the request
+├── RequestFailed       the engine could not finish this one request
+└── ConfigError         the server's own settings are wrong
 """
 
 from __future__ import annotations

@@ -213,8 +213,8 @@ def resolve_sampling(
     if not check.violations and sent.max_tokens is not None and sent.max_tokens > room:
         check.fail(
             "max_tokens",
-            f"{sent.max_tokens} does not fit: the prompt has {num_prompt_tokens} tokens and the model's context "
-            f"{limits.max_context_tokens}; allowed: 1 to {room}",
+            f"{sent.max_tokens} does not fit: the prompt has {num_prompt_tokens} tokens and the model's "
+            f"context {limits.max_context_tokens}; allowed: 1 to {room}",
         )
     if not check.violations and (sent.min_tokens or 0) > room:
         check.fail("min_tokens", f"{sent.min_tokens} does not fit the context; allowed: 0 to {room}")

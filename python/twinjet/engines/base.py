@@ -107,7 +107,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why an output ended. stopped_by: end token or stop token id, stop string, or None (grammar complete)."""
+    """Why an output ended. stopped_by: end or stop token id, stop string, or None (grammar complete)."""
 
     reason: Literal["stop", "length"]
     stopped_by: int | str | None = None
@@ -194,7 +194,10 @@ class Engine(Protocol):
         ...
 
     async def abort(self, request_id: str) -> None:
-        """Stop a request's work within one step; its iterator ends with RequestAborted. Unknown ids are ignored."""
+        """Stop a request's work within one step; its iterator ends with RequestAborted.
+
+        Unknown ids are ignored.
+        """
         ...
 
     async def load(self) -> EngineLoad:
@@ -250,7 +253,7 @@ class PrefixCacheEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KvStored:
-    """Blocks that can now be shared; hashes in order, each continuing the one before; parent b"" for a first."""
+    """Blocks that can now be shared; each hash continues the one before; parent b"" for a first block."""
 
     block_hashes: Sequence[bytes]
     parent_hash: bytes
