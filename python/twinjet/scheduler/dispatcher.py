@@ -31,14 +31,13 @@ logger = logging.getLogger("twinjet.scheduler")
 class _Stream:
     """What the dispatcher knows of one request: its place, who reads it, and why it was ended."""
 
-    __slots__ = ("_cancelling", "_error", "entry", "granted", "reader")
+    __slots__ = ("_error", "entry", "granted", "reader")
 
     def __init__(self, entry: Entry, granted: asyncio.Future[None]) -> None:
         self.entry = entry
         self.granted = granted
         self.reader: asyncio.Task[object] | None = None
         self._error: Exception | None = None
-        self._cancelling = 0
 
     def error(self) -> Exception | None:
         return self._error
@@ -51,7 +50,6 @@ class _Stream:
         if not self.granted.done():
             self.granted.set_result(None)
         elif self.reader is not None:
-            self._cancelling = self.reader.cancelling()
             self.reader.cancel()
 
     async def read(self, events: AsyncIterator[EngineEvent]) -> EngineEvent | None:
@@ -61,12 +59,13 @@ class _Stream:
         reader = asyncio.current_task()
         assert reader is not None, "streams are read by tasks"
         self.reader = reader
+        cancelling = reader.cancelling()
         try:
             return await anext(events, None)
         except asyncio.CancelledError:
             # Ours if end() made it and nobody else cancelled the same task as well.
             ended = self.error()
-            if ended is None or reader.uncancel() > self._cancelling:
+            if ended is None or reader.uncancel() > cancelling:
                 raise
             raise ended from None
         except TwinjetError as error:
