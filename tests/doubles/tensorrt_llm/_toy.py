@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models.fixed_logits import fixed_logits
+from twinjet.engines.fixed_logits import fixed_logits
 
 EOS = 256
 BOS = 257

@@ -85,7 +85,7 @@ class TrtLlmEngine:
 
     name: the deployment's, for messages. model: a folder or a name for the package, or a folder with a
     prebuilt engine. options: see twinjet.engines.tensorrt_llm.settings. native_sampler: let our sampler draw
-    where it can. stall_s: seconds without progress, while requests run, after which the engine is probed.
+    where it can.
     Raises ConfigError if the package is missing or an option cannot work.
     """
 
@@ -96,7 +96,6 @@ class TrtLlmEngine:
         options: Mapping[str, Any] | None = None,
         *,
         native_sampler: bool = True,
-        stall_s: float = 120.0,
     ) -> None:
         if not feature_detection.is_installed():
             raise ConfigError(f"deployments.{name}: {feature_detection.MISSING}")
@@ -104,7 +103,6 @@ class TrtLlmEngine:
         self._model = model
         self._settings = parse_options(name, options or {})
         self._wants_our_sampler = native_sampler
-        self._stall_s = stall_s
         self._runs: dict[str, RequestRun] = {}
         self._counters: Counter[str] = Counter()
         self._stats = EngineStats()
@@ -282,7 +280,7 @@ class TrtLlmEngine:
             verdict=lambda: own_verdict(self._llm),
             in_flight=lambda: len(self._runs),
             on_death=self._on_death,
-            no_progress_s=self._stall_s,
+            no_progress_s=own.no_progress_s,
             idle_probe_s=own.idle_probe_s,
             probe_timeout_s=own.probe_timeout_s,
         )

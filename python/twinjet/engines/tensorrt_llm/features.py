@@ -16,12 +16,14 @@ from typing import Any
 
 from twinjet.errors import ConfigError
 
-MISSING = (
-    "engine tensorrt_llm is not installed; it needs Linux on x86-64 or aarch64 with an NVIDIA GPU of compute "
-    "capability 8.0 or later (A100, L40S, H100, H200, B200) and a CUDA 12.9 or 13 driver; run "
-    "`pip install 'twinjet[tensorrt-llm]'` there (with --extra-index-url https://pypi.nvidia.com) or use "
-    "NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release; see docs/tensorrt-llm.md"
+_NEEDS = (
+    "it needs Linux with an NVIDIA GPU of compute capability 8.0 or later (A100, L40S, H100, H200, B200) and a "
+    "driver for CUDA 12.9 or later; there, run `pip install 'twinjet[tensorrt-llm]' --extra-index-url "
+    "https://pypi.nvidia.com` or use NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release; see "
+    "docs/tensorrt-llm.md"
 )
+MISSING = f"the tensorrt_llm package is not installed; {_NEEDS}"
+_BROKEN = "the tensorrt_llm package cannot be imported"
 
 _NEEDED_KEYWORDS = frozenset({"inputs", "sampling_params", "streaming"})
 _NEEDED_FIELDS = frozenset(
@@ -82,11 +84,11 @@ def load_package() -> Package:
         module = importlib.import_module("tensorrt_llm")
     except ModuleNotFoundError as error:
         if error.name != "tensorrt_llm":
-            raise ConfigError(f"engine tensorrt_llm cannot be imported: {error}; {MISSING}") from error
+            raise ConfigError(f"{_BROKEN}: {error}; {_NEEDS}") from error
         raise ConfigError(MISSING) from error
     except (ImportError, OSError, RuntimeError) as error:
         # A missing libcuda or libmpi shows as ImportError or OSError, an unfit GPU as RuntimeError.
-        raise ConfigError(f"engine tensorrt_llm cannot be imported: {error}; {MISSING}") from error
+        raise ConfigError(f"{_BROKEN}: {error}; {_NEEDS}") from error
     return Package(
         version=str(getattr(module, "__version__", "unknown")),
         llm=_needed(["tensorrt_llm:LLM", "tensorrt_llm.llmapi:LLM"]),

@@ -39,6 +39,8 @@ class OutputTracker:
         self._text = ""
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._may_tell_finish = False
+        self._is_told = False
 
     def new_tokens(self, cumulative: Sequence[int]) -> list[int]:
         """Copy the tokens that were not taken yet; none if the list has shrunk."""
@@ -82,10 +84,20 @@ class OutputTracker:
         else:
             self._end(Finish("stop", stop_reason, is_eos=stop_reason in self._eos))
 
+    def settle(self) -> None:
+        """Let the finish be told: nothing can go wrong with this output any more."""
+        self._may_tell_finish = True
+
     def take(self) -> OutputEvent | None:
-        """Give what has come since the last call, or None if nothing has."""
+        """Give what has come since the last call, or None if nothing has.
+
+        The last tokens wait, with the finish, for settle().
+        """
+        if self._is_told or (self.finish is not None and not self._may_tell_finish):
+            return None
         if not self._tokens and not self._text and self.finish is None:
             return None
+        self._is_told = self.finish is not None
         event = OutputEvent(self.index, self._text, self._tokens, self._logprobs, self.finish)
         self._text, self._tokens, self._logprobs = "", [], []
         return event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class RequestRun:
             self._error = error
         self._changed.set()
 
-    async def events(self) -> AsyncIterator[EngineEvent]:
+    async def events(self) -> AsyncGenerator[EngineEvent, None]:
         """Give the request's events; closing it aborts what still runs."""
         try:
             self._follow(0)
@@ -128,12 +128,11 @@ class RequestRun:
                 raise await self._context.explain(RuntimeError(result.error))
             await self._take_step(result, output, inbox)
             self._changed.set()
-            if output.finish is not None:
-                return
-            if result.finished:
+            if output.finish is not None or result.finished:
                 break
         completion = result.outputs[0]
         output.engine_ended(completion.finish_reason, completion.stop_reason)
+        output.settle()
 
     async def _take_step(self, result: Any, output: OutputTracker, inbox: Inbox) -> None:
         """Copy what is new before the next step changes it."""

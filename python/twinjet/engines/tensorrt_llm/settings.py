@@ -39,6 +39,7 @@ class AdapterOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     probe_timeout_s: float = Field(60.0, gt=0, description="time a one-token probe may take")
+    no_progress_s: float = Field(30.0, gt=0, description="silence, while requests run, that asks for a probe")
     idle_probe_s: float = Field(60.0, ge=0, description="time between probes of an idle engine; 0 is never")
     report_timeout_s: float = Field(
         10.0, gt=0, description="time to wait for our sampler's report of a token"

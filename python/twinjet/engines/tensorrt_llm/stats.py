@@ -52,14 +52,14 @@ class EngineStats:
         await self._arrived.wait()
 
     def load(self, *, in_flight: int) -> EngineLoad:
-        """Give the load; the engine says nothing while idle, so with none in flight it is known to be zero."""
+        """Give the load. An idle engine says nothing, but with no request in flight nothing is held."""
         known = self.num_rows > 0
         idle = in_flight == 0
         return EngineLoad(
             waiting=0 if idle else self.waiting,
             running=0 if idle else self.running if self.running is not None else in_flight,
             kv_blocks_total=None if self.kv_cache is None else self.kv_cache.num_blocks,
-            kv_blocks_used=self.kv_blocks_used,
+            kv_blocks_used=0 if idle else self.kv_blocks_used,
             preemptions=self.num_paused if known else None,
         )
 

@@ -1,6 +1,5 @@
 """Stand-in for tensorrt_llm.llmapi."""
 
-from tensorrt_llm._core import LLM
 from tensorrt_llm.llmapi.llm_args import (
     CapacitySchedulerPolicy,
     ContextChunkingPolicy,
@@ -12,7 +11,6 @@ from tensorrt_llm.llmapi.llm_args import (
 from tensorrt_llm.sampling_params import GuidedDecodingParams, SamplingParams
 
 __all__ = [
-    "LLM",
     "CapacitySchedulerPolicy",
     "ContextChunkingPolicy",
     "CudaGraphConfig",
