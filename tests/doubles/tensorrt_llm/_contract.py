@@ -82,10 +82,14 @@ def _default(entry: dict[str, Any], members: dict[str, Any]) -> Any:
 
 
 def make_dataclass(name: str, **namespace: Any) -> Any:
-    """Make a keyword-only dataclass with the recorded fields; wrong types raise TypeError."""
+    """Make a keyword-only dataclass with the recorded fields; wrong types raise TypeError.
+
+    namespace: its further attributes; after_init: run last; members: enumerations' members that are defaults.
+    """
     entries = class_fields(name)
     types = {entry["name"]: entry["type"] for entry in entries}
     after = namespace.pop("after_init", None)
+    members = namespace.pop("members", {})
 
     def check(self: Any) -> None:
         for field_name, type_text in types.items():
@@ -102,7 +106,7 @@ def make_dataclass(name: str, **namespace: Any) -> Any:
         elif isinstance(entry.get("default"), list):
             specs.append((entry["name"], Any, dataclasses.field(default_factory=list)))
         else:
-            specs.append((entry["name"], Any, dataclasses.field(default=_default(entry, {}))))
+            specs.append((entry["name"], Any, dataclasses.field(default=_default(entry, members))))
     module = CONTRACT["classes"][name]["module"]
     return dataclasses.make_dataclass(
         name, specs, kw_only=True, namespace={"__post_init__": check, "__module__": module, **namespace}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from typing import Any
 
@@ -46,8 +47,10 @@ def _greedy(self: Any) -> bool:
     return self.top_k == 1 or self.top_p == 0 or self.temperature == 0
 
 
+LogprobMode = enum.Enum("LogprobMode", ["RAW", "PROCESSED"])
 SamplingParams = _contract.make_dataclass(
     "SamplingParams",
+    members={"RAW": LogprobMode["RAW"]},
     after_init=_check,
     _greedy_decoding=property(_greedy),
     _stop_word_ids=None,

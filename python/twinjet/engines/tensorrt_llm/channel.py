@@ -15,7 +15,6 @@ import socket
 import struct
 import tempfile
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +97,22 @@ class Reporter:
         self.close()
 
 
-@lru_cache(maxsize=4)
+_reporters: dict[str, Reporter] = {}
+
+
 def reporter(path: str) -> Reporter:
     """Give this process's connection to the server at path."""
-    return Reporter(path)
+    found = _reporters.get(path)
+    if found is None:
+        found = _reporters[path] = Reporter(path)
+    return found
+
+
+def close_reporter(path: str) -> None:
+    """Close this process's connection, if it has one: workers may share the server's process."""
+    found = _reporters.pop(path, None)
+    if found is not None:
+        found.close()
 
 
 @dataclass(eq=False)
@@ -179,9 +190,12 @@ class ReportChannel:
     async def stop(self) -> None:
         """Close everything; idempotent."""
         if self._server is not None:
+            close_reporter(self.path)
             self._server.close()
             for writer in list(self._connections):
                 writer.close()
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
             await self._server.wait_closed()
             self._server = None
         if self._folder is not None:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from types import MappingProxyType
 from typing import Any
@@ -158,7 +158,7 @@ class TrtLlmEngine:
         self._watchdog.start()
         report(LoadProgress("ready", 1.0))
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         return self._generate(request)
 
     async def abort(self, request_id: str) -> None:
@@ -358,7 +358,7 @@ class TrtLlmEngine:
 
     # ---- requests ----
 
-    async def _generate(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         self._check_alive()
         if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)

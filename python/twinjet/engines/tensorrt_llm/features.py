@@ -25,8 +25,8 @@ _NEEDS = (
 MISSING = f"the tensorrt_llm package is not installed; {_NEEDS}"
 _BROKEN = "the tensorrt_llm package cannot be imported"
 
-_NEEDED_KEYWORDS = frozenset({"inputs", "sampling_params", "streaming"})
-_NEEDED_FIELDS = frozenset(
+NEEDED_KEYWORDS = frozenset({"inputs", "sampling_params", "streaming"})
+NEEDED_FIELDS = frozenset(
     {
         "n", "best_of", "max_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos",
         "include_stop_str_in_output", "detokenize", "logprobs", "prompt_logprobs", "logits_processor",
@@ -125,7 +125,7 @@ def detect(package: Package, llm_class: Any) -> Features:
     """Read signatures and fields. Raises ConfigError if the version is too different to be used."""
     keywords = frozenset(inspect.signature(llm_class.generate_async).parameters) - {"self"}
     sampling_fields = field_names(package.sampling_params)
-    missing = sorted(_NEEDED_KEYWORDS - keywords) + sorted(_NEEDED_FIELDS - sampling_fields)
+    missing = sorted(NEEDED_KEYWORDS - keywords) + sorted(NEEDED_FIELDS - sampling_fields)
     if missing:
         raise ConfigError(
             f"tensorrt_llm {package.version} lacks {', '.join(missing)}; tested against the contract of "

@@ -13,6 +13,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from twinjet.engines.tensorrt_llm.processes import end_tasks
+
 log = logging.getLogger(__name__)
 
 
@@ -77,11 +79,7 @@ class Watchdog:
 
     async def stop(self) -> None:
         """End all tasks; idempotent."""
-        tasks = [task for task in (self._task, self._probing) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await end_tasks([self._task, self._probing])
         self._task = self._probing = None
 
     def died(self, reason: str) -> None:

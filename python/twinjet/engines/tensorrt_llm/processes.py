@@ -1,4 +1,4 @@
-"""Blocking calls of the engine off the loop, and the engine's processes."""
+"""Blocking calls of the engine off the loop, tasks that end when told to, and the engine's processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_CANCEL_AGAIN_S = 0.2
 _WORKER_WORDS = (b"mpi4py", b"tensorrt_llm")
 
 
@@ -41,6 +42,18 @@ def in_daemon_thread(call: Callable[[], T], name: str) -> asyncio.Future[T]:
 
     threading.Thread(target=body, name=name, daemon=True).start()
     return future
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Cancel tasks until they end.
+
+    Once is not enough: Python 3.11's wait_for, which engines use, loses a cancellation that meets a result.
+    """
+    pending = {task for task in tasks if task is not None and not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 def worker_processes() -> frozenset[int]:

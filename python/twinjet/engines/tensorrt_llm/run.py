@@ -12,6 +12,7 @@ from typing import Any
 from twinjet.engines.base import EngineEvent, OutputEvent, PromptEvent, Tokenizer, TokenLogprobs
 from twinjet.engines.tensorrt_llm.channel import FaultReported, Inbox, ReportChannel, ReportLost
 from twinjet.engines.tensorrt_llm.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.tensorrt_llm.processes import end_tasks
 from twinjet.errors import RequestFailed, TwinjetError
 from twinjet.request import EngineRequest
 
@@ -95,10 +96,7 @@ class RequestRun:
         self._tasks.append(asyncio.create_task(self._run_output(self._outputs[index]), name=name))
 
     async def _release(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end_tasks(self._tasks)
 
     async def _run_output(self, output: OutputTracker) -> None:
         channel = self._context.channel

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twinjet.engines.base import EngineLoad, KvCache, KvCleared, KvEvent, KvRemoved, KvStored
+from twinjet.engines.tensorrt_llm.processes import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +94,8 @@ class DestructiveReader:
         self._poked.set()
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
+        await end_tasks([self._task])
+        self._task = None
 
     async def _run(self) -> None:
         while True:
