@@ -67,11 +67,15 @@ def fits(value: Any, type_text: str) -> bool:
         if base == "Any" or base in names:
             if base != "int" or not isinstance(value, bool):
                 return True
-        elif (base == "float" and isinstance(value, int) and not isinstance(value, bool)) or (base == "LogitsProcessor" and callable(value)):
+        elif (base == "float" and isinstance(value, int) and not isinstance(value, bool)) or (
+            base == "LogitsProcessor" and callable(value)
+        ):
             return True
         elif base in ("TextPrompt", "TokensPrompt", "PromptInputs") and isinstance(value, dict):
             return set(value) <= {"prompt", "prompt_token_ids", "multi_modal_data", "query_token_ids"}
-        elif (base == "PromptInputs" and isinstance(value, (str, list))) or (base == "Path" and isinstance(value, Path)):
+        elif (base == "PromptInputs" and isinstance(value, (str, list))) or (
+            base == "Path" and isinstance(value, Path)
+        ):
             return True
     return False
 
