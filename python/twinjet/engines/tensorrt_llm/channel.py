@@ -185,7 +185,9 @@ class ReportChannel:
 
     async def start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="twinjet-"))
-        self._server = await asyncio.start_unix_server(self._serve, self.path)
+        # Kept before it serves: a cancellation in between must not lose it.
+        self._server = await asyncio.start_unix_server(self._serve, self.path, start_serving=False)
+        await self._server.start_serving()
 
     async def stop(self) -> None:
         """Close everything; idempotent."""
