@@ -57,7 +57,7 @@ async def test_a_slow_reader_gets_everything_in_fewer_messages(serve: Serve) -> 
     request = Request(text="x", sampling=Sampling(max_tokens=3000, logprobs=20, seed=1))
     call = h.inference.Generate(request)
     messages = [await call.read()]
-    await h.until(lambda: len(h.server.live) == 0, timeout_s=20)
+    await h.until(lambda: not h.server.deployments.by_name["fake"].dispatcher.load().request_ids, timeout_s=20)
     messages += await asyncio.wait_for(collect(call), 20)
     assert kinds(messages)[-1] == "summary"
     assert sum(len(m.delta.token_ids) for m in messages) == 3000

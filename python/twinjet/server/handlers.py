@@ -82,6 +82,9 @@ async def _run(name: str, behaviour: Behaviour, request: Any, context: Any) -> t
         return None, internal_failure()
     except asyncio.CancelledError:
         raise
+    except grpc.aio.BaseError:
+        # A write found the connection gone before gRPC had cancelled this handler.
+        raise asyncio.CancelledError from None
     except Exception:
         logger.exception("%s failed", name)
         return None, internal_failure()

@@ -176,7 +176,9 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
+        # The core counts an unanswered ping against its own limit, which keepalive_timeout does not change.
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", int(settings.client_ping_s * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
