@@ -2,8 +2,8 @@
 
 The converted folder lies in $TWINJET_CACHE_DIR, else $XDG_CACHE_HOME/twinjet, else ~/.cache/twinjet. It
 appears under its name only when complete; its checksums are verified at each start and a damaged one is made
-again. Two processes may ask at once: one converts, the other waits. `python -m twinjet.models.demo` prints the
-folder.
+again. Two processes may ask at once: one converts, the other waits. `python -m twinjet.models.demo`
+prints the folder.
 """
 
 from __future__ import annotations
