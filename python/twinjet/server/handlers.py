@@ -42,7 +42,7 @@ def _handler(
         else grpc.unary_unary_rpc_method_handler
     )
     return make(
-        _guarded(method.name, behaviour, metrics),  # type: ignore[arg-type]
+        _guarded(method.name, behaviour, metrics),
         request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
         response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
     )

@@ -111,7 +111,7 @@ class InferenceServicer:
         embed = cast("EmbeddingEngine", engine).embed
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(embed(f"{request_id}-{i}", ids, dimensions))  # type: ignore[arg-type]
+                group.create_task(embed(f"{request_id}-{i}", ids, dimensions))
                 for i, ids in enumerate(prompts)
             ]
         response = embedding_pb2.EmbedResponse()

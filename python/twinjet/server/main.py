@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 from collections.abc import Callable
 
 import grpc
+import uvloop
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import _async as health_aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -213,9 +213,5 @@ def serve(config: Config, on_change: Callable[[Server], None] = lambda _: None) 
     0 after a drain, 1 if every engine failed, 2 if the configuration cannot work.
     on_change: called after every change of a deployment's state or progress.
     """
-    if sys.platform != "win32":
-        import uvloop
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, on_change))
-    return asyncio.run(_serve(config, on_change))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, on_change))
