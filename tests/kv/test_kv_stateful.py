@@ -6,14 +6,24 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from models.block_hash import hash_blocks, root
 from models.block_manager import ModelBlockManager
 
 from twinjet._core import BlockManager
 
 KEY = bytes(range(32))
-TOKENS = st.lists(st.integers(0, 1), min_size=0, max_size=14)
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14) | st.just([])
+INDEX = st.integers(0, 60)
+RESERVED = st.sampled_from([0, 0, 0, 0, 1, 2, -1])
+has_live = precondition(lambda self: bool(self.live))
 SALTS = st.sampled_from([b"", b"tenant"])
 
 
@@ -28,7 +38,7 @@ class BlockManagers(RuleBasedStateMachine):
         self.dead: list[int] = []
 
     @initialize(
-        num_blocks=st.integers(2, 12),
+        num_blocks=st.integers(2, 16),
         block_size=st.sampled_from([1, 2, 4]),
         prefix_cache=st.sampled_from([True, True, True, False]),
         null_block=st.booleans(),
@@ -40,9 +50,9 @@ class BlockManagers(RuleBasedStateMachine):
         self.native = BlockManager(num_blocks, block_size, hash_key=KEY, **options)
         self.model = ModelBlockManager(num_blocks, block_size, hash_key=KEY, **options)
 
-    def pick(self, index: int) -> tuple[int, int] | None:
+    def pick(self, index: int) -> tuple[int, int]:
         """A live pair; now and then one that never was."""
-        if not self.live or index % 17 == 16:
+        if not self.live or index == 60:
             return (self.dead[0] if self.dead else 12345, -1)
         return self.live[index % len(self.live)]
 
@@ -72,7 +82,7 @@ class BlockManagers(RuleBasedStateMachine):
         tokens=TOKENS,
         salt=SALTS,
         num_lookahead_tokens=st.integers(-1, 3),
-        reserved_blocks=st.integers(-1, 2),
+        reserved_blocks=RESERVED,
         use_watermark=st.booleans(),
         publish=st.booleans(),
     )
@@ -99,19 +109,22 @@ class BlockManagers(RuleBasedStateMachine):
         else:
             assert self.native.free_order() == before
 
-    @rule(index=st.integers(0, 100), tokens=TOKENS)
+    @has_live
+    @rule(index=INDEX, tokens=TOKENS)
     def append(self, index: int, tokens: list[int]) -> None:
         self.agree("append", self.pick(index), tokens)
 
-    @rule(index=st.integers(0, 100), token=st.integers(0, 1))
+    @has_live
+    @rule(index=INDEX, token=st.integers(0, 1))
     def append_one(self, index: int, token: int) -> None:
         self.agree("append_one", self.pick(index), token)
 
-    @rule(index=st.integers(0, 100), count=st.integers(-1, 6))
+    @has_live
+    @rule(index=INDEX, count=st.integers(-1, 6))
     def append_count(self, index: int, count: int) -> None:
         self.agree("append_count", self.pick(index), count)
 
-    @rule(picks=st.lists(st.integers(0, 100), max_size=6), token=st.sampled_from([0, 1, None]), all_live=st.booleans())
+    @rule(picks=st.lists(INDEX, max_size=6), token=st.sampled_from([0, 1, None]), all_live=st.booleans())
     def append_batch(self, picks: list[int], token: int | None, all_live: bool) -> None:
         pairs = list(self.live) if all_live else [self.pick(i) for i in picks]
         tokens = None if token is None else [token] * len(pairs)
@@ -120,11 +133,13 @@ class BlockManagers(RuleBasedStateMachine):
         )
         assert (native.tolist() if hasattr(native, "tolist") else native) == model
 
-    @rule(index=st.integers(0, 100), num_tokens=st.integers(-1, 16))
+    @has_live
+    @rule(index=INDEX, num_tokens=st.integers(-1, 16))
     def publish(self, index: int, num_tokens: int) -> None:
         self.agree("publish", self.pick(index), num_tokens)
 
-    @rule(index=st.integers(0, 100))
+    @has_live
+    @rule(index=INDEX)
     def fork(self, index: int) -> None:
         pair = self.pick(index)
         native, model = self.both("fork", (pair[0],), (pair[1],))
@@ -139,7 +154,7 @@ class BlockManagers(RuleBasedStateMachine):
     @rule(
         tokens=TOKENS,
         computed=st.integers(0, 14),
-        reserved_blocks=st.integers(-1, 2),
+        reserved_blocks=RESERVED,
         use_watermark=st.booleans(),
         stale=st.booleans(),
     )
@@ -158,21 +173,23 @@ class BlockManagers(RuleBasedStateMachine):
         num_publish = min(computed, len(tokens))
         self.agree("reserve", pair, len(tokens), num_publish, hashes, matched, reserved_blocks, use_watermark)
 
-    @rule(index=st.integers(0, 100), more=TOKENS, publish=st.integers(-1, 30), bytes_form=st.booleans())
+    @has_live
+    @rule(index=INDEX, more=TOKENS, publish=st.integers(-1, 30), bytes_form=st.booleans())
     def reserve_more(self, index: int, more: list[int], publish: int, bytes_form: bool) -> None:
         pair = self.pick(index)
         tokens = self.external_tokens.get(pair[1], []) + more
         hashes = hash_blocks(KEY, self.native.block_size, tokens, parent=root(KEY))
         native, model = self.both(
             "reserve",
-            (pair[0], len(tokens), publish, b"".join(hashes) if bytes_form else hashes),
-            (pair[1], len(tokens), publish, hashes),
+            (pair[0], len(tokens), min(publish, len(tokens)), b"".join(hashes) if bytes_form else hashes),
+            (pair[1], len(tokens), min(publish, len(tokens)), hashes),
         )
         assert native == model
         if isinstance(native, tuple) and pair[1] in self.external_tokens:
             self.external_tokens[pair[1]] = tokens
 
-    @rule(index=st.integers(0, 100), num_tokens=st.integers(-1, 16))
+    @has_live
+    @rule(index=INDEX, num_tokens=st.integers(-1, 16))
     def publish_hashes(self, index: int, num_tokens: int) -> None:
         pair = self.pick(index)
         tokens = self.external_tokens.get(pair[1], [])
@@ -180,7 +197,8 @@ class BlockManagers(RuleBasedStateMachine):
         # As vLLM's own hashes are: longer than the 16 bytes that count.
         self.agree("publish_hashes", pair, num_tokens, [h + h for h in hashes])
 
-    @rule(index=st.integers(0, 100), detach=st.sampled_from([False, False, True]))
+    @has_live
+    @rule(index=INDEX, detach=st.sampled_from([False, False, True]))
     def drop(self, index: int, detach: bool) -> None:
         pair = self.pick(index)
         answer = self.agree("detach" if detach else "free", pair)
@@ -190,7 +208,7 @@ class BlockManagers(RuleBasedStateMachine):
             self.live.remove(pair)
             self.dead.append(pair[0])
 
-    @rule(count=st.integers(0, 6), extra=st.lists(st.integers(-1, 13), max_size=1))
+    @rule(count=st.integers(0, 6), extra=st.lists(st.integers(-1, 17), max_size=1))
     def free_blocks(self, count: int, extra: list[int]) -> None:
         blocks = self.detached[:count] + extra
         native, model = self.both("free_blocks", (blocks,), (blocks,))
@@ -199,7 +217,7 @@ class BlockManagers(RuleBasedStateMachine):
             rest = Counter(self.detached) - Counter(blocks)
             self.detached = list(rest.elements())
 
-    @rule(blocks=st.lists(st.integers(-1, 12), max_size=3))
+    @rule(blocks=st.lists(st.integers(0, 15), max_size=3) | st.just([-1]))
     def evict(self, blocks: list[int]) -> None:
         native, model = self.both("evict", (blocks,), (blocks,))
         assert native == model
@@ -264,7 +282,7 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 def test_native_manager_follows_the_model() -> None:
     run_state_machine_as_test(
-        BlockManagers, settings=settings(max_examples=150, stateful_step_count=40, **COMMON)
+        BlockManagers, settings=settings(max_examples=150, stateful_step_count=50, **COMMON)
     )
 
 
