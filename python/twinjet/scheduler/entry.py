@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from twinjet.request import EngineRequest
 
 if TYPE_CHECKING:
+    from twinjet.scheduler.estimate import LengthEstimator
     from twinjet.scheduler.ledger import Holding
     from twinjet.scheduler.quota import TokenBucket
     from twinjet.scheduler.settings import TenantSettings
@@ -24,8 +25,8 @@ class Tenant:
     """One tenant's account. counter: virtual tokens, weighted service divided by the tenant's weight."""
 
     __slots__ = (
-        "bucket", "counter", "name", "num_running", "num_waiting", "served", "settings", "waiting_bytes",
-        "waiting_tokens", "weight",
+        "bucket", "counter", "lengths", "name", "num_running", "num_waiting", "served", "settings",
+        "waiting_bytes", "waiting_tokens", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, settings: TenantSettings, bucket: TokenBucket | None) -> None:
@@ -34,6 +35,7 @@ class Tenant:
         self.weight = settings.weight
         self.bucket = bucket
         self.counter = 0.0
+        self.lengths: LengthEstimator | None = None
         self.served = 0.0
         self.num_waiting = 0
         self.num_running = 0
