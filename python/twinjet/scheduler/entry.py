@@ -91,8 +91,8 @@ def request_bytes(request: EngineRequest) -> int:
     s = request.sampling
     size = 2048 + 36 * len(request.prompt_token_ids)
     size += 100 * len(s.logit_bias) + 36 * (len(s.allowed_token_ids) + len(s.stop_token_ids))
-    for text in (*s.stop, *s.bad_words):
-        size += 64 + len(text)
+    if s.stop or s.bad_words:
+        size += sum(64 + len(text) for text in (*s.stop, *s.bad_words))
     if s.constraint is not None:
         size += len(s.constraint.value) + sum(64 + len(c) for c in s.constraint.choices)
     return size

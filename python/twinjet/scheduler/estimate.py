@@ -54,13 +54,14 @@ class LengthEstimator:
             self._weight = 1.0
         self.num_observed += 1
         self._num_fresh += 1
-        if self._num_fresh >= min(16, 1 + self.num_observed // 8):
+        if self._num_fresh >= min(64, 1 + self.num_observed // 8):
             self._rebuild()
 
     def survival(self, start: float, times: Floats) -> Floats:
-        """Probability that an output of `start` tokens gets more than times[k] tokens beyond those."""
+        """Probability that an output of `start` tokens gets over times[k] tokens more; times[0] is 0."""
         logs = np.interp(times + start, _EDGES, self._log)
-        survival: Floats = np.exp(logs - np.interp(start, _EDGES, self._log))
+        logs -= logs[0]
+        survival: Floats = np.exp(logs, logs)
         return survival
 
     def mean(self, limit: float) -> float:

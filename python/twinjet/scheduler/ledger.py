@@ -19,12 +19,15 @@ from twinjet.engines.base import KvCache
 from twinjet.request import EngineRequest
 from twinjet.scheduler.estimate import Floats, LengthEstimator, horizon
 
+_ROOMY_ADMISSIONS: Final = 1000
+"""After so many admissions in a row with room for the worst case, predictions are no longer kept up."""
+
 _REFRESH_TOKENS: Final = 32
 """After so many tokens a sequence's part in the prediction is made anew."""
 
 
 class _Sequence:
-    """One output of a running request. own: blocks taken for it alone; blocks, spread: its part of the sums."""
+    """One output of a running request. own: blocks it alone took; blocks, spread: its part of the sums."""
 
     __slots__ = (
         "blocks", "handle", "max_blocks", "max_tokens", "num_lost", "num_tokens", "own", "prompt",
@@ -86,13 +89,16 @@ class KvLedger:
         self._shares = prefix_cache
         self._usable = cache.num_blocks - math.floor(cache.num_blocks * headroom)
         self._times = horizon(longest)
-        self._ends = np.append(self._times[1:], 2 * self._times[-1])
+        self._end_blocks = np.append(self._times[1:], 2 * self._times[-1]) / cache.block_size
         self._blocks = np.zeros(len(self._times))
         self._spread = np.zeros(len(self._times))
         self._num_own = 0
         self._num_reserved = 0
         self._num_lost = 0
         self._num_sequences = 0
+        self._sequences: dict[int, tuple[_Sequence, Holding]] = {}
+        self._predicting = False
+        self._num_roomy = 0
         self.num_overflows = 0
 
     @property
@@ -151,7 +157,8 @@ class KvLedger:
             self._num_sequences += 1
             self._num_own += sequence.own
             self._num_reserved += max_blocks - prompt_blocks
-            if self._sigmas is not None:
+            self._sequences[sequence.handle] = (sequence, holding)
+            if self._predicting:
                 self._refresh(sequence, holding)
         return holding
 
@@ -178,7 +185,7 @@ class KvLedger:
             sequence.own += new
             self._num_own += new
             self._num_reserved -= new
-            if self._sigmas is not None and sequence.num_tokens - sequence.refreshed >= _REFRESH_TOKENS:
+            if self._predicting and sequence.num_tokens - sequence.refreshed >= _REFRESH_TOKENS:
                 self._refresh(sequence, holding)
 
     def publish(self, holding: Holding) -> None:
@@ -197,13 +204,12 @@ class KvLedger:
             self._num_lost -= sequence.num_lost
             self._num_sequences -= 1
             self._manager.free(sequence.handle)
+            del self._sequences[sequence.handle]
             if sequence.blocks is not None and sequence.spread is not None:
                 self._blocks -= sequence.blocks
                 self._spread -= sequence.spread
-        if not self._num_sequences:
-            # Sums of floats drift; an empty ledger starts from zero.
-            self._blocks[:] = 0.0
-            self._spread[:] = 0.0
+        if not self._num_sequences and self._predicting:
+            self._stop_predicting()
 
     def reset(self) -> bool:
         """Forget cached prefixes; False while anything is held."""
@@ -238,37 +244,48 @@ class KvLedger:
     ) -> bool:
         used = self.num_used_blocks + new
         if used + self._num_reserved + reserve <= self._usable:
+            # Room for the worst case. Predictions cost more than they tell while that goes on.
+            self._num_roomy += 1
+            if self._predicting and self._num_roomy >= _ROOMY_ADMISSIONS:
+                self._stop_predicting()
             return True
         if self._sigmas is None:
             return False
+        self._num_roomy = 0
+        if not self._predicting:
+            self._predicting = True
+            for sequence, holding in self._sequences.values():
+                self._refresh(sequence, holding)
         n = request.sampling.n
         own = new / n
-        blocks, spread = self._predict(
-            lengths, 0, len(request.prompt_token_ids), request.sampling.max_tokens, own, is_fixed
-        )
+        blocks, spread = self._predict(lengths, 0, request.sampling.max_tokens, own, is_fixed)
         expected = used - new - self._num_own + self._blocks + n * blocks
         deviation = np.sqrt(np.maximum(self._spread + n * spread, 0.0))
         return bool((expected + self._sigmas * deviation).max() <= self._usable)
 
     def _predict(
-        self,
-        lengths: LengthEstimator,
-        num_tokens: int,
-        prompt: int,
-        max_tokens: int,
-        own: float,
-        is_fixed: bool,
+        self, lengths: LengthEstimator, num_tokens: int, max_tokens: int, own: float, is_fixed: bool
     ) -> tuple[Floats, Floats]:
         """Mean and variance of the blocks a sequence holds for itself, at each step ahead."""
         left = max_tokens - num_tokens
-        alive = (self._times < left).astype(np.float64)
+        alive: Floats = (self._times < left).astype(np.float64)
         if not is_fixed:
             alive *= lengths.survival(num_tokens, self._times)
-        now = prompt + num_tokens
-        slots = now + np.minimum(self._ends, left) + self._lookahead
-        size = own + np.maximum(np.ceil(slots / self._size) - self._num_blocks_for(now), 0.0)
+        # A sequence begins its next block half a block from now, on average.
+        size = np.minimum(self._end_blocks, left / self._size)
+        size += own + self._lookahead / self._size + 0.5
         blocks = alive * size
-        return blocks, blocks * size - blocks * blocks
+        size -= blocks
+        size *= blocks
+        return blocks, size
+
+    def _stop_predicting(self) -> None:
+        self._predicting = False
+        for sequence, _ in self._sequences.values():
+            sequence.blocks = sequence.spread = None
+        # Sums of floats drift, so they start again from zero.
+        self._blocks[:] = 0.0
+        self._spread[:] = 0.0
 
     def _refresh(self, sequence: _Sequence, holding: Holding) -> None:
         if sequence.blocks is not None and sequence.spread is not None:

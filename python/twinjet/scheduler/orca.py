@@ -53,8 +53,8 @@ def orca_report(
 ) -> OrcaReport:
     """Turn a reading of the scheduler into a report.
 
-    max_running: sequences that may run at once, at least 1. cpu_utilization, mem_utilization: of the process or
-    machine, as the caller measures them.
+    max_running: sequences that may run at once, at least 1. cpu_utilization, mem_utilization: of the process
+    or machine, as the caller measures them.
     """
     slots = load.running / max_running
     kv = (load.kv_blocks_used or 0) / load.kv_blocks_total if load.kv_blocks_total else 0.0
