@@ -292,7 +292,7 @@ class KvLedger:
             self._blocks -= sequence.blocks
             self._spread -= sequence.spread
         sequence.blocks, sequence.spread = self._predict(
-            holding.lengths, sequence.num_tokens, sequence.prompt, sequence.max_tokens, sequence.own,
+            holding.lengths, sequence.num_tokens, sequence.max_tokens, sequence.own,
             holding.is_fixed,
         )  # fmt: skip
         self._blocks += sequence.blocks
