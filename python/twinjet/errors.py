@@ -112,6 +112,10 @@ class EngineDied(Unavailable):
         super().__init__(message, reason="ENGINE_DIED", retry_after_s=retry_after_s)
 
 
+class SlowReader(TwinjetError):
+    """The client reads too slowly; what waited for it was dropped."""
+
+
 class DeadlinePassed(TwinjetError):
     """The request's deadline passed, or is predicted to pass before it could be served."""
 

@@ -1,0 +1,15 @@
+"""Decides who goes next, for every engine: admission, fairness, deadlines and the KV ledger."""
+
+from twinjet.scheduler.dispatcher import Dispatcher
+from twinjet.scheduler.events import DispatchedEvent, QueuedEvent, SchedulerLoad, TenantReading
+from twinjet.scheduler.settings import SchedulerSettings, TenantSettings
+
+__all__ = [
+    "DispatchedEvent",
+    "Dispatcher",
+    "QueuedEvent",
+    "SchedulerLoad",
+    "SchedulerSettings",
+    "TenantReading",
+    "TenantSettings",
+]

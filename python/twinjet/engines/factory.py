@@ -1,0 +1,35 @@
+"""Makes the engine that a deployment's settings name; loads the code of that engine only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from twinjet.engines.base import Engine
+
+if TYPE_CHECKING:
+    from twinjet.config import DeploymentSettings
+
+
+def make_engine(name: str, settings: DeploymentSettings) -> Engine:
+    """Make an engine, not started. Raises ConfigError if its package is missing or its options are wrong."""
+    match settings.engine:
+        case "fake":
+            from twinjet.engines.fake import FakeEngine
+
+            return FakeEngine(name, settings.options)
+        case "vllm":
+            from twinjet.engines.vllm.engine import VllmEngine
+
+            return VllmEngine(
+                name,
+                settings.model,
+                settings.options,
+                native_sampler=settings.native_sampler,
+                native_block_manager=settings.native_block_manager,
+            )
+        case "tensorrt_llm":
+            from twinjet.engines.tensorrt_llm.engine import TrtLlmEngine
+
+            return TrtLlmEngine(
+                name, settings.model, settings.options, native_sampler=settings.native_sampler
+            )

@@ -1,0 +1,412 @@
+"""A deterministic engine without a model, for tests of the service and for load tests.
+
+It batches like a real one: each step gives every running sequence one token, sequences beyond max_num_seqs or
+beyond the KV cache wait, and a sequence that finds no block is preempted. What it says is a function of prompt,
+seed and position. A prompt that contains one of the words below makes it misbehave:
+
+    !fail    the request fails               !stall   the request never gets a token
+    !die     the engine dies                 !fail:N, !die:N   the same, after N tokens
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from twinjet.engines.base import (
+    Capability,
+    ChatTurn,
+    Component,
+    EngineEvent,
+    EngineInfo,
+    EngineLoad,
+    Finish,
+    KvCache,
+    Limits,
+    LoadProgress,
+    Logprob,
+    OutputEvent,
+    PromptEvent,
+    TokenLogprobs,
+)
+from twinjet.engines.stops import StopScanner
+from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
+from twinjet.request import EngineRequest, SamplingOverrides
+
+EOS = 256
+BOS = 257
+VOCAB_SIZE = 258
+
+_CAPABILITIES: frozenset[Capability] = frozenset(
+    {
+        "generate", "chat", "embed", "logprobs", "prompt_logprobs", "choice", "penalties", "logit_bias",
+        "bad_words", "min_p", "seed", "multiple_outputs", "prefix_cache", "priority",
+    }
+)  # fmt: skip
+
+
+class FakeOptions(BaseModel):
+    """What the fake engine is like. Times in seconds, sizes in tokens or blocks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    load_s: float = Field(0.0, ge=0, description="time that start() takes")
+    step_s: float = Field(0.0, ge=0, description="time of one step")
+    prefill_token_s: float = Field(0.0, ge=0, description="added to a step for each prompt token taken up")
+    max_context_tokens: int = Field(4096, ge=2)
+    max_num_seqs: int = Field(64, ge=1)
+    num_blocks: int = Field(4096, ge=1)
+    block_size: int = Field(16, ge=1)
+    output: Literal["letters", "echo"] = Field("letters", description="echo repeats the prompt")
+    output_tokens: int | None = Field(None, ge=1, description="tokens before the end token; unset: never")
+    capabilities: list[str] | None = Field(None, description="instead of all that it has")
+    fail_start: str = Field("", description="start() raises ConfigError with this text")
+    die_at_start: int = Field(0, ge=0, description="so many starts in this process die first")
+
+
+class FakeTokenizer:
+    """Bytes as tokens, BOS in front; a chat is role and content a line."""
+
+    vocab_size = VOCAB_SIZE
+    has_chat_template = True
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        special = {EOS: "<eos>", BOS: "<bos>"}
+        if skip_special_tokens:
+            return bytes(t for t in token_ids if t < 256).decode(errors="replace")
+        return b"".join(special[t].encode() if t in special else bytes([t]) for t in token_ids).decode(
+            errors="replace"
+        )
+
+    def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
+        lines = [f"{turn.role}: {turn.content}" for turn in messages]
+        return "\n".join(lines if continue_final else [*lines, "assistant: "])
+
+
+def mix(*parts: int) -> int:
+    """Hash integers to 64 bits (the finalizer of SplitMix64, Steele et al. 2014), chained."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ part) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
+class _Sequence:
+    """One output of a request: what it says next and when it ends."""
+
+    def __init__(self, request: EngineRequest, index: int, options: FakeOptions) -> None:
+        self.request = request
+        self.index = index
+        self.num_generated = 0
+        self.num_blocks = 0
+        self.stops = StopScanner(request.sampling.stop, include=request.sampling.include_stop)
+        self._script = self._choose_script(options)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + self.num_generated
+
+    def _choose_script(self, options: FakeOptions) -> Iterator[int]:
+        sampling = self.request.sampling
+        seed = 0 if sampling.is_greedy else mix(sampling.seed, self.index)
+        if sampling.constraint is not None and sampling.constraint.kind == "choice":
+            choices = sampling.constraint.choices
+            return iter([*choices[seed % len(choices)].encode(), EOS])
+        if options.output == "echo":
+            return iter([*(t for t in self.request.prompt_token_ids if t < 256), EOS])
+        return self._letters(mix(seed, *self.request.prompt_token_ids), options.output_tokens)
+
+    def _letters(self, base: int, num_tokens: int | None) -> Iterator[int]:
+        for position in itertools.count():
+            ends = num_tokens is not None and position >= num_tokens
+            if ends and position >= self.request.sampling.min_tokens and not self.request.sampling.ignore_eos:
+                yield EOS
+            draw = mix(base, position) % 32
+            yield 97 + draw if draw < 26 else 32
+
+    def step(self) -> OutputEvent:
+        """Give one token and, with the last one, why the output ends."""
+        sampling = self.request.sampling
+        token = next(self._script, EOS)
+        self.num_generated += 1
+        text = self.stops.feed(chr(token) if token < 128 else "\ufffd" if token < 256 else "")
+        finish: Finish | None = None
+        may_stop = self.num_generated > sampling.min_tokens
+        if self.stops.matched is not None:
+            finish = Finish("stop", self.stops.matched)
+        elif token == EOS and not sampling.ignore_eos:
+            finish = Finish("stop", EOS, is_eos=True)
+        elif token in sampling.stop_token_ids and may_stop:
+            text = text if sampling.include_stop else ""
+            finish = Finish("stop", token)
+        elif self.num_generated >= sampling.max_tokens:
+            finish = Finish("length")
+        if finish is not None:
+            text += self.stops.flush()
+        logprobs = [] if sampling.logprobs is None else [_logprobs(token, sampling.logprobs)]
+        return OutputEvent(self.index, text, (token,), logprobs, finish)
+
+
+def _logprobs(token: int, num_top: int) -> TokenLogprobs:
+    def entry(rank: int) -> Logprob:
+        rival = (token + rank - 1) % 256
+        return Logprob(rival, -0.5 * rank, rank, chr(rival) if rival < 128 else "\ufffd")
+
+    return TokenLogprobs(entry(1), tuple(entry(rank) for rank in range(1, num_top + 1)))
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request between generate() and the step loop."""
+
+    request: EngineRequest
+    sequences: list[_Sequence]
+    events: asyncio.Queue[EngineEvent | Exception] = field(default_factory=asyncio.Queue)
+    num_cached_tokens: int = 0
+    told_prompt: bool = False
+    misbehave: Callable[[int], Exception | None] = lambda _: None
+    stalled: bool = False
+
+
+class FakeEngine:
+    """See the module. options: as FakeOptions; ConfigError names a wrong one."""
+
+    _num_starts: dict[str, int] = {}  # noqa: RUF012 - counts over instances, for die_at_start
+
+    def __init__(self, name: str = "fake", options: Mapping[str, Any] | None = None) -> None:
+        try:
+            self._options = FakeOptions.model_validate(dict(options or {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"deployments.{name}.options.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from None
+        self._name = name
+        self.tokenizer = FakeTokenizer()
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._requests: dict[str, _Running] = {}
+        self._free_blocks = self._options.num_blocks
+        self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._num_preemptions = 0
+        self._work = asyncio.Event()
+        self._death: asyncio.Future[str] | None = None
+        self._loop_task: asyncio.Task[None] | None = None
+
+    async def start(self, report: Callable[[LoadProgress], None]) -> None:
+        options = self._options
+        if options.fail_start:
+            raise ConfigError(options.fail_start)
+        report(LoadProgress("loading nothing", 0.1))
+        await asyncio.sleep(options.load_s / 2)
+        report(LoadProgress("loading still nothing", 0.6))
+        await asyncio.sleep(options.load_s / 2)
+        starts = self._num_starts[self._name] = self._num_starts.get(self._name, 0) + 1
+        if starts <= options.die_at_start:
+            raise EngineDied("told to die at start")
+        self._death = asyncio.get_running_loop().create_future()
+        self._loop_task = asyncio.create_task(self._run(), name=f"fake engine {self._name}")
+
+    def describe(self) -> EngineInfo:
+        options = self._options
+        capabilities = _CAPABILITIES
+        if options.capabilities is not None:
+            capabilities = _CAPABILITIES & frozenset(options.capabilities)
+        return EngineInfo(
+            name="fake", version="1", device="cpu", source="none",
+            limits=Limits(options.max_context_tokens, VOCAB_SIZE, 64, 20, options.max_num_seqs),
+            capabilities=capabilities, default_sampling=SamplingOverrides(), eos_token_ids=(EOS,),
+            sampler=Component("engine", reason="the fake engine samples nothing"),
+            block_manager=Component("engine", reason="the fake engine counts blocks only"),
+            kv_cache=KvCache(options.num_blocks, options.block_size),
+        )  # fmt: skip
+
+    async def load(self) -> EngineLoad:
+        return EngineLoad(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            kv_blocks_total=self._options.num_blocks,
+            kv_blocks_used=self._options.num_blocks - self._free_blocks,
+            preemptions=self._num_preemptions,
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+        self._check_alive()
+        entry = self._admit(request)
+        try:
+            open_outputs = request.sampling.n
+            while open_outputs:
+                event = await entry.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, OutputEvent) and event.finish is not None:
+                    open_outputs -= 1
+        finally:
+            self._release(entry)
+
+    async def abort(self, request_id: str) -> None:
+        entry = self._requests.get(request_id)
+        if entry is not None:
+            entry.events.put_nowait(RequestAborted(f"request {request_id!r} was aborted"))
+
+    async def embed(
+        self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
+    ) -> Sequence[float]:
+        self._check_alive()
+        size = dimensions or 8
+        return [mix(i, *prompt_token_ids) / 2**63 - 1.0 for i in range(size)]
+
+    async def reset_prefix_cache(self) -> bool:
+        if self._running:
+            return False
+        self._prefixes.clear()
+        return True
+
+    async def wait_dead(self) -> str:
+        assert self._death is not None, "start() has not returned"
+        return await asyncio.shield(self._death)
+
+    def die(self, reason: str = "told to die") -> None:
+        """Die as a crashed engine does: every request ends with EngineDied."""
+        assert self._death is not None, "start() has not returned"
+        if not self._death.done():
+            self._death.set_result(reason)
+        for entry in self._requests.values():
+            entry.events.put_nowait(EngineDied(reason))
+
+    async def stop(self) -> None:
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.wait([self._loop_task])
+            self._loop_task = None
+
+    def _check_alive(self) -> None:
+        if self._death is None or self._death.done():
+            raise EngineDied("the fake engine is dead" if self._death else "the fake engine is not started")
+
+    def _admit(self, request: EngineRequest) -> _Running:
+        if request.sampling.constraint is not None and request.sampling.constraint.kind != "choice":
+            raise InvalidRequest.of("sampling.constraint", "the fake engine knows only choice")
+        sequences = [_Sequence(request, i, self._options) for i in range(request.sampling.n)]
+        entry = _Running(request, sequences)
+        text = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
+        entry.stalled = "!stall" in text
+        if found := re.search(r"!(fail|die)(?::(\d+))?", text):
+            after = int(found[2] or 0)
+            entry.misbehave = lambda tokens: self._trouble(found[1]) if tokens >= after else None
+        entry.num_cached_tokens = self._cached_tokens(request)
+        self._requests[request.request_id] = entry
+        self._waiting.extend(sequences)
+        self._work.set()
+        return entry
+
+    def _trouble(self, kind: str | Any) -> Exception:
+        if kind == "die":
+            self.die()
+            return EngineDied("told to die")
+        return RequestFailed("told to fail")
+
+    def _cached_tokens(self, request: EngineRequest) -> int:
+        size, prompt = self._options.block_size, request.prompt_token_ids
+        state, hits, is_hit = hash((request.cache_salt, request.adapter)), 0, True
+        for start in range(0, len(prompt) - size, size):
+            state = hash((state, prompt[start : start + size]))
+            is_hit = is_hit and state in self._prefixes
+            hits += size * is_hit
+            self._prefixes[state] = None
+            self._prefixes.move_to_end(state)
+        while len(self._prefixes) > self._options.num_blocks:
+            self._prefixes.popitem(last=False)
+        return hits
+
+    def _release(self, entry: _Running) -> None:
+        self._requests.pop(entry.request.request_id, None)
+        for sequence in entry.sequences:
+            self._drop(sequence)
+
+    def _drop(self, sequence: _Sequence) -> None:
+        self._free_blocks += sequence.num_blocks
+        sequence.num_blocks = 0
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    async def _run(self) -> None:
+        while True:
+            if not self._running and not self._waiting:
+                self._work.clear()
+                await self._work.wait()
+            prefill_tokens = self._take_up()
+            await asyncio.sleep(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
+            for sequence in list(self._running):
+                self._step(sequence)
+
+    def _take_up(self) -> int:
+        """Move waiting sequences to running while there is room; return the prompt tokens to prefill."""
+        tokens = 0
+        while self._waiting and len(self._running) < self._options.max_num_seqs:
+            sequence = self._waiting[0]
+            if not self._grow(sequence, sequence.num_tokens + 1):
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            tokens += sequence.num_tokens
+        return tokens
+
+    def _grow(self, sequence: _Sequence, num_tokens: int) -> bool:
+        needed = -(-num_tokens // self._options.block_size) - sequence.num_blocks
+        if needed > self._free_blocks:
+            return False
+        self._free_blocks -= needed
+        sequence.num_blocks += needed
+        return True
+
+    def _preempt_for(self, sequence: _Sequence) -> bool:
+        while not self._grow(sequence, sequence.num_tokens + 1):
+            victim = self._running[-1]
+            self._drop(victim)
+            self._waiting.appendleft(victim)
+            self._num_preemptions += 1
+            if victim is sequence:
+                return False
+        return True
+
+    def _step(self, sequence: _Sequence) -> None:
+        entry = self._requests.get(sequence.request.request_id)
+        if entry is None or sequence not in self._running or entry.stalled:
+            return
+        if not self._preempt_for(sequence):
+            return
+        if (trouble := entry.misbehave(sequence.num_generated)) is not None:
+            entry.events.put_nowait(trouble)
+            self._drop(sequence)
+            return
+        if not entry.told_prompt:
+            entry.told_prompt = True
+            entry.events.put_nowait(PromptEvent(entry.num_cached_tokens, self._prompt_logprobs(entry)))
+        event = sequence.step()
+        entry.events.put_nowait(event)
+        if event.finish is not None:
+            self._drop(sequence)
+
+    @staticmethod
+    def _prompt_logprobs(entry: _Running) -> tuple[TokenLogprobs, ...] | None:
+        num_top = entry.request.sampling.prompt_logprobs
+        if num_top is None:
+            return None
+        return tuple(_logprobs(token, num_top) for token in entry.request.prompt_token_ids[1:])

@@ -1,0 +1,392 @@
+"""The scheduler's decisions, over times it is given: who is refused, who goes next, what is held.
+
+No clock of its own, no tasks, no gRPC. The dispatcher calls it; so do tests and the simulation.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from twinjet.engines.base import EngineInfo
+from twinjet.errors import (
+    AlreadyExists,
+    DeadlinePassed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    QuotaExcess,
+    Unavailable,
+)
+from twinjet.request import EngineRequest
+from twinjet.scheduler.entry import Entry, State, Tenant, request_bytes
+from twinjet.scheduler.events import SchedulerLoad, TenantReading
+from twinjet.scheduler.ledger import KvLedger
+from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
+from twinjet.scheduler.queue import FairQueue
+from twinjet.scheduler.quota import RetryPacer, TokenBucket
+from twinjet.scheduler.settings import SchedulerSettings
+
+MAX_IDLE_TENANTS: Final = 10_000
+"""Accounts kept of tenants that have nothing waiting or running; the longest idle are forgotten first."""
+
+
+class Scheduler:
+    """Admission, order and accounts of one deployment. Times are seconds of one monotonic clock."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.settings = settings
+        self._fair = settings.policy == "fair"
+        self._queue = FairQueue(
+            shortest=settings.tenant_order == "shortest",
+            prefix_window=settings.prefix_window,
+            max_overtakes=settings.max_overtakes,
+            max_bypass=settings.max_bypass,
+            patience=settings.priority_patience,
+        )
+        self._entries: dict[str, Entry] = {}
+        self._tenants: dict[str, Tenant] = {}
+        self._idle_tenants: OrderedDict[str, Tenant] = OrderedDict()
+        self._deadlines: list[tuple[float, int, Entry]] = []
+        self._num_arrivals = 0
+        self._attached = False
+        self._draining = False
+        self._max_running = 0
+        self._ledger: KvLedger | None = None
+        self._num_running = 0
+        self._num_running_sequences = 0
+        self._waiting_tokens = 0
+        self._waiting_bytes = 0
+        self._waiting_work = 0.0
+        self._served_work = 0.0
+        self._prompt_rate = WindowRate()
+        self._output_rate = WindowRate()
+        self._work_rate = BackloggedRate()
+        self._first_token_s = ForgetfulMean()
+        self._per_token_s = ForgetfulMean()
+        self._pacer = RetryPacer(settings.min_retry_s, settings.max_retry_s)
+        self._num_refused = 0
+        self._num_expired = 0
+
+    # The engine's life.
+
+    def attach(self, info: EngineInfo) -> None:
+        """Size everything to an engine that has started; nothing may be running."""
+        if self._num_running:
+            raise RuntimeError("attach with requests running")
+        s = self.settings
+        self._attached = True
+        self._max_running = s.max_running or info.limits.max_num_seqs
+        self._ledger = None
+        if info.kv_cache is not None and self._fair:
+            self._ledger = KvLedger(
+                info.kv_cache, headroom=s.kv_headroom, lookahead_tokens=s.lookahead_tokens
+            )
+
+    def detach(self) -> None:
+        """No engine from now on. The caller releases every request first."""
+        self._attached = False
+        self._ledger = None
+
+    def drain(self) -> None:
+        self._draining = True
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._entries
+
+    # A request's life: offer, then take (state RUNNING), then release. Release ends it from any state.
+
+    def offer(self, request: EngineRequest, now: float) -> Entry:
+        """Take a request into the queue.
+
+        Raises Unavailable, AlreadyExists, DeadlinePassed, Overloaded, InvalidRequest (the prompt alone
+        exceeds the KV cache); then nothing has changed but counters of refusals.
+        """
+        if self._draining:
+            raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1.0)
+        if not self._attached:
+            raise Unavailable(
+                "the model is loading", reason="LOADING", retry_after_s=self.settings.loading_retry_s
+            )
+        if request.request_id in self._entries:
+            raise AlreadyExists("request", request.request_id)
+        entry = self._new_entry(request, now)
+        try:
+            self._check(entry, now)
+        except (Overloaded, DeadlinePassed, InvalidRequest):
+            self._num_refused += 1
+            raise
+        self._enter(entry, now)
+        return entry
+
+    def take(self, now: float) -> Entry | None:
+        """Admit the next request to the engine; None if none can go. Call until it returns None."""
+        if not self._attached or not len(self._queue):
+            return None
+        if self._fair and self._num_running_sequences >= self._max_running:
+            return None
+        self._work_rate.observe(now, self._served_work, backlogged=True)
+        entry = self._queue.take_next(self._fits, self._cached_tokens)
+        if entry is None:
+            return None
+        self._leave_queue(entry)
+        entry.state = State.RUNNING
+        entry.dispatched_at = now
+        self._num_running += 1
+        self._num_running_sequences += entry.num_sequences
+        entry.tenant.num_running += 1
+        self._prompt_rate.add(now, entry.num_prompt_tokens)
+        self._charge(entry.tenant, self._prompt_work(entry))
+        if entry.tenant.bucket is not None:
+            entry.tenant.bucket.take(entry.num_prompt_tokens)
+        return entry
+
+    def prompt_done(self, entry: Entry) -> None:
+        """The engine has taken up the prompt."""
+
+    def add_tokens(self, entry: Entry, output_index: int, token_ids: Sequence[int], now: float) -> None:
+        """Account for tokens that streamed."""
+        count = len(token_ids)
+        if not count:
+            return
+        if entry.first_token_at is None:
+            entry.first_token_at = now
+            self._first_token_s.add(now, now - entry.dispatched_at)
+        entry.last_token_at = now
+        entry.num_output_tokens += count
+        self._output_rate.add(now, count)
+        self._charge(entry.tenant, count * self.settings.output_token_weight)
+        if entry.tenant.bucket is not None:
+            entry.tenant.bucket.take(count)
+
+    def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
+        """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
+        if entry.state is State.ENDED:
+            return
+        backlogged = len(self._queue) > 0
+        if entry.state is State.WAITING:
+            self._queue.remove(entry)
+            self._leave_queue(entry)
+        else:
+            self._num_running -= 1
+            self._num_running_sequences -= entry.num_sequences
+            entry.tenant.num_running -= 1
+            if entry.holding is not None and self._ledger is not None:
+                self._ledger.release(entry.holding)
+            entry.holding = None
+            per_output = entry.num_output_tokens // entry.num_sequences
+            if entry.first_token_at is not None and per_output > 1:
+                self._per_token_s.add(now, (entry.last_token_at - entry.first_token_at) / (per_output - 1))
+        self._work_rate.observe(now, self._served_work, backlogged=backlogged)
+        entry.state = State.ENDED
+        del self._entries[entry.request.request_id]
+        if entry.tenant.is_idle:
+            self._retire(entry.tenant)
+        self._prune_deadlines()
+
+    def find(self, request_id: str) -> Entry:
+        """Raises NotFound."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            raise NotFound("request", request_id)
+        return entry
+
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(self._entries.values())
+
+    # Deadlines.
+
+    def next_deadline(self) -> float | None:
+        """When expired() will next have something to give; None if never."""
+        heap = self._deadlines
+        while heap and heap[0][2].state is State.ENDED:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def expired(self, now: float) -> list[Entry]:
+        """Requests whose deadline has passed, each given once. The caller ends and releases them."""
+        found = []
+        heap = self._deadlines
+        while heap and (heap[0][0] <= now or heap[0][2].state is State.ENDED):
+            entry = heapq.heappop(heap)[2]
+            if entry.state is not State.ENDED:
+                entry.expired = True
+                self._num_expired += 1
+                found.append(entry)
+        return found
+
+    # Visibility.
+
+    def position(self, entry: Entry) -> int:
+        return self._queue.position(entry) if entry.state is State.WAITING else 0
+
+    def expected_wait_s(self, entry: Entry, now: float) -> float | None:
+        """Predicted seconds until the request goes; None before enough was measured."""
+        return self._wait_s(self.position(entry), now)
+
+    def load(self, now: float) -> SchedulerLoad:
+        ledger = self._ledger
+        return SchedulerLoad(
+            waiting=len(self._queue),
+            running=self._num_running,
+            waiting_tokens=self._waiting_tokens,
+            tenants={
+                t.name: TenantReading(t.num_waiting, t.num_running, t.served) for t in self._tenants.values()
+            },
+            request_ids=tuple(self._entries),
+            prompt_tokens_per_s=self._prompt_rate.rate(now),
+            output_tokens_per_s=self._output_rate.rate(now),
+            kv_blocks_total=ledger.num_blocks if ledger else None,
+            kv_blocks_used=ledger.num_used_blocks if ledger else None,
+            kv_overflows=ledger.num_overflows if ledger else 0,
+            refused=self._num_refused,
+            expired=self._num_expired,
+            expected_wait_s=self._wait_s(len(self._queue), now),
+        )
+
+    # Admission to the queue.
+
+    def _new_entry(self, request: EngineRequest, now: float) -> Entry:
+        tenant = self._tenants.get(request.tenant) or self._idle_tenants.get(request.tenant)
+        if tenant is None:
+            settings = self.settings.tenant(request.tenant)
+            quota = settings.tokens_per_minute
+            bucket = TokenBucket(quota, now) if quota and self._fair else None
+            tenant = Tenant(request.tenant, settings, bucket)
+        self._num_arrivals += 1
+        return Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
+
+    def _check(self, entry: Entry, now: float) -> None:
+        if entry.deadline <= now:
+            raise DeadlinePassed("the deadline had passed when the request arrived")
+        if not self._fair:
+            return
+        self._check_quota(entry, now)
+        self._check_room(entry, now)
+
+    def _check_quota(self, entry: Entry, now: float) -> None:
+        tenant, limits = entry.tenant, entry.tenant.settings
+        subject = f"tenant:{tenant.name}"
+        if limits.max_streams and tenant.num_waiting + tenant.num_running >= limits.max_streams:
+            text = f"{limits.max_streams} concurrent streams"
+            raise Overloaded(
+                f"tenant {tenant.name!r} has reached its quota of {text}",
+                retry_after_s=self._retry_s(now),
+                quotas=(QuotaExcess(subject, text),),
+            )
+        if tenant.bucket is not None:
+            wait = tenant.bucket.wait_s(now, entry.num_prompt_tokens, tenant.waiting_tokens)
+            if wait > 0:
+                text = f"{limits.tokens_per_minute} tokens a minute"
+                raise Overloaded(
+                    f"tenant {tenant.name!r} has spent its quota of {text}",
+                    retry_after_s=min(max(wait, self.settings.min_retry_s), self.settings.max_retry_s),
+                    quotas=(QuotaExcess(subject, text),),
+                )
+
+    def _check_room(self, entry: Entry, now: float) -> None:
+        s, t, tenant = self.settings, entry.tenant.settings, entry.tenant
+        checks = (
+            ("requests", s.max_waiting, len(self._queue) + 1),
+            ("prompt tokens", s.max_waiting_tokens, self._waiting_tokens + entry.num_prompt_tokens),
+            ("bytes", s.max_waiting_bytes, self._waiting_bytes + entry.num_bytes),
+            ("requests of this tenant", t.max_waiting, tenant.num_waiting + 1),
+            ("prompt tokens of this tenant", t.max_waiting_tokens,
+             tenant.waiting_tokens + entry.num_prompt_tokens),
+            ("bytes of this tenant", t.max_waiting_bytes, tenant.waiting_bytes + entry.num_bytes),
+        )  # fmt: skip
+        for what, limit, value in checks:
+            if limit and value > limit:
+                raise Overloaded(
+                    f"the queue is full: {limit} {what} are allowed", retry_after_s=self._retry_s(now)
+                )
+
+    def _enter(self, entry: Entry, now: float) -> None:
+        tenant = entry.tenant
+        if tenant.is_idle:
+            self._idle_tenants.pop(tenant.name, None)
+            self._tenants[tenant.name] = tenant
+        self._entries[entry.request.request_id] = entry
+        entry.expected_output = float(entry.request.sampling.max_tokens)
+        entry.work = self._expected_work(entry)
+        self._queue.push(entry)
+        tenant.waiting_tokens += entry.num_prompt_tokens
+        tenant.waiting_bytes += entry.num_bytes
+        self._waiting_tokens += entry.num_prompt_tokens
+        self._waiting_bytes += entry.num_bytes
+        self._waiting_work += entry.work
+        entry.position_at_arrival = self._queue.position(entry)
+        if entry.deadline < math.inf:
+            heapq.heappush(self._deadlines, (entry.deadline, entry.order, entry))
+
+    def _leave_queue(self, entry: Entry) -> None:
+        tenant = entry.tenant
+        tenant.waiting_tokens -= entry.num_prompt_tokens
+        tenant.waiting_bytes -= entry.num_bytes
+        self._waiting_tokens -= entry.num_prompt_tokens
+        self._waiting_bytes -= entry.num_bytes
+        self._waiting_work = self._waiting_work - entry.work if len(self._queue) else 0.0
+
+    # Admission to the engine.
+
+    def _fits(self, entry: Entry) -> bool:
+        if not self._fair:
+            return True
+        if self._num_running_sequences + entry.num_sequences > self._max_running and self._num_running:
+            return False
+        if self._ledger is None:
+            return True
+        entry.holding = self._ledger.admit(entry)
+        return entry.holding is not None
+
+    def _cached_tokens(self, entry: Entry) -> int:
+        return 0
+
+    # Accounts.
+
+    def _charge(self, tenant: Tenant, work: float) -> None:
+        tenant.counter += work / tenant.weight
+        tenant.served += work
+        self._served_work += work
+
+    def _prompt_work(self, entry: Entry) -> float:
+        return entry.num_prompt_tokens * self.settings.input_token_weight
+
+    def _expected_work(self, entry: Entry) -> float:
+        return self._prompt_work(entry) + (
+            entry.expected_output * entry.num_sequences * self.settings.output_token_weight
+        )
+
+    def _wait_s(self, position: int, now: float) -> float | None:
+        free = self._max_running - self._num_running_sequences if self._num_running else 1
+        ahead = position + 1 - max(free, 0)
+        if ahead <= 0:
+            return 0.0
+        interval = self._interval_s(now)
+        return None if interval is None else ahead * interval
+
+    def _interval_s(self, now: float) -> float | None:
+        """Seconds between two dispatches at the measured speed."""
+        rate = self._work_rate.rate(now)
+        if rate is None or not len(self._queue):
+            return None
+        return self._waiting_work / len(self._queue) / rate
+
+    def _retry_s(self, now: float) -> float:
+        interval = self._interval_s(now)
+        return self._pacer.delay_s(now, self.settings.min_retry_s if interval is None else interval)
+
+    def _retire(self, tenant: Tenant) -> None:
+        del self._tenants[tenant.name]
+        self._idle_tenants[tenant.name] = tenant
+        if len(self._idle_tenants) > MAX_IDLE_TENANTS:
+            self._idle_tenants.popitem(last=False)
+
+    def _prune_deadlines(self) -> None:
+        if len(self._deadlines) > 2 * len(self._entries) + 64:
+            self._deadlines = [item for item in self._deadlines if item[2].state is not State.ENDED]
+            heapq.heapify(self._deadlines)

@@ -1,0 +1,96 @@
+"""One request inside the scheduler, and the tenant it is accounted to."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from twinjet.request import EngineRequest
+
+if TYPE_CHECKING:
+    from twinjet.scheduler.ledger import Holding
+    from twinjet.scheduler.quota import TokenBucket
+    from twinjet.scheduler.settings import TenantSettings
+
+
+class State(Enum):
+    WAITING = 0
+    RUNNING = 1
+    ENDED = 2
+
+
+class Tenant:
+    """One tenant's account. counter: virtual tokens, weighted service divided by the tenant's weight."""
+
+    __slots__ = (
+        "bucket", "counter", "name", "num_running", "num_waiting", "served", "settings", "waiting_bytes",
+        "waiting_tokens", "weight",
+    )  # fmt: skip
+
+    def __init__(self, name: str, settings: TenantSettings, bucket: TokenBucket | None) -> None:
+        self.name = name
+        self.settings = settings
+        self.weight = settings.weight
+        self.bucket = bucket
+        self.counter = 0.0
+        self.served = 0.0
+        self.num_waiting = 0
+        self.num_running = 0
+        self.waiting_tokens = 0
+        self.waiting_bytes = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return self.num_waiting == 0 and self.num_running == 0
+
+
+class Entry:
+    """One request from offer to release. Times are seconds of the scheduler's clock."""
+
+    __slots__ = (
+        "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
+        "last_token_at", "num_bypassed", "num_bytes", "num_output_tokens", "num_prompt_tokens",
+        "num_sequences", "order", "position_at_arrival", "prefix_hashes", "priority", "request", "state",
+        "tenant", "work",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: EngineRequest, tenant: Tenant, order: int, arrival: float, num_bytes: int
+    ) -> None:
+        self.request = request
+        self.tenant = tenant
+        self.order = order
+        self.arrival = arrival
+        self.deadline = math.inf if request.deadline is None else request.deadline
+        self.priority = request.priority
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_sequences = request.sampling.n
+        self.num_bytes = num_bytes
+        self.state = State.WAITING
+        self.position_at_arrival = 0
+        self.expected_output = 0.0
+        self.work = 0.0
+        self.num_bypassed = 0
+        self.expired = False
+        self.prefix_hashes: bytes | None = None
+        self.holding: Holding | None = None
+        self.num_output_tokens = 0
+        self.dispatched_at = 0.0
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+
+
+def request_bytes(request: EngineRequest) -> int:
+    """Memory that a queued request holds, in bytes: an estimate that counts what can grow.
+
+    A token id costs a pointer and an int object (36 bytes), each setting that is a collection its entries.
+    """
+    s = request.sampling
+    size = 2048 + 36 * len(request.prompt_token_ids)
+    size += 100 * len(s.logit_bias) + 36 * (len(s.allowed_token_ids) + len(s.stop_token_ids))
+    for text in (*s.stop, *s.bad_words):
+        size += 64 + len(text)
+    if s.constraint is not None:
+        size += len(s.constraint.value) + sum(64 + len(c) for c in s.constraint.choices)
+    return size

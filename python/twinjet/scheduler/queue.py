@@ -1,0 +1,299 @@
+"""The waiting requests in the order in which they go. No clock, no KV cache, no engine.
+
+Three levels: priority classes, within a class tenants by virtual token counter, within a tenant first in,
+first out or shortest prompt first. Each level that prefers some has a count of how often others may be passed
+over, so that every request goes after a bounded number of dispatches (docs/scheduler.md states the bound).
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from typing import Final
+
+from twinjet.scheduler.entry import Entry, Tenant
+
+MAX_LANES_SCANNED: Final = 4
+"""How many tenants' next requests are tried while earlier ones do not fit the KV cache."""
+
+MAX_LANES_COMPARED: Final = 16
+"""Up to how many tenants a position looks at each counter; beyond, it takes half of the ties."""
+
+
+class _Counts:
+    """How many tenants have at least x requests waiting, with prefix sums in O(log n) (a Fenwick tree)."""
+
+    def __init__(self) -> None:
+        self._tree = [0] * 65
+
+    def add(self, x: int, amount: int) -> None:
+        if x >= len(self._tree):
+            self._grow(x)
+        tree, size = self._tree, len(self._tree)
+        while x < size:
+            tree[x] += amount
+            x += x & -x
+
+    def upto(self, x: int) -> int:
+        x = min(x, len(self._tree) - 1)
+        total = 0
+        while x > 0:
+            total += self._tree[x]
+            x &= x - 1
+        return total
+
+    def _grow(self, x: int) -> None:
+        counts = [self.upto(i) - self.upto(i - 1) for i in range(1, len(self._tree))]
+        size = 2 * len(self._tree) - 1
+        while size <= x:
+            size = 2 * size - 1
+        self._tree = [0] * size
+        for i, count in enumerate(counts, start=1):
+            if count:
+                self.add(i, count)
+
+
+class Lane:
+    """One tenant's waiting requests of one priority. keys: sorted, in the order in which they go."""
+
+    __slots__ = ("entries", "keys", "num_bypassed", "num_overtakes", "shortest", "tenant")
+
+    def __init__(self, tenant: Tenant, *, shortest: bool) -> None:
+        self.tenant = tenant
+        self.shortest = shortest
+        self.entries: OrderedDict[int, Entry] = OrderedDict()
+        self.keys: list[tuple[int, int]] = []
+        self.num_overtakes = 0
+        self.num_bypassed = 0
+
+    def add(self, entry: Entry) -> None:
+        self.entries[entry.order] = entry
+        insort(self.keys, self._key(entry))
+
+    def remove(self, entry: Entry) -> None:
+        del self.entries[entry.order]
+        del self.keys[bisect_left(self.keys, self._key(entry))]
+
+    def rank(self, entry: Entry) -> int:
+        return bisect_left(self.keys, self._key(entry))
+
+    def oldest(self) -> Entry:
+        return self.entries[next(iter(self.entries))]
+
+    def first(self) -> Entry:
+        return self.entries[self.keys[0][1]]
+
+    def candidates(self, count: int) -> list[Entry]:
+        """The next `count` in order."""
+        return [self.entries[order] for _, order in self.keys[:count]]
+
+    def _key(self, entry: Entry) -> tuple[int, int]:
+        return (entry.num_prompt_tokens if self.shortest else 0, entry.order)
+
+
+class PriorityClass:
+    """The lanes of one priority, by their tenants' counters."""
+
+    def __init__(self, priority: int) -> None:
+        self.priority = priority
+        self.lanes: dict[str, Lane] = {}
+        self.heap: list[tuple[float, int, Lane]] = []
+        self.at_least = _Counts()
+        self.num_waiting = 0
+        self.num_bypassed = 0
+
+    def lanes_in_order(self) -> Generator[Lane, None, None]:
+        """Lanes by counter, lowest first. Counters only grow, so a stale key is too low and is put right
+        when it surfaces. The heap is whole again when the iterator is closed."""
+        taken: list[tuple[float, int, Lane]] = []
+        heap = self.heap
+        try:
+            while heap:
+                key, order, lane = heap[0]
+                if not lane.entries:
+                    heapq.heappop(heap)
+                elif lane.tenant.counter > key:
+                    heapq.heapreplace(heap, (lane.tenant.counter, order, lane))
+                else:
+                    taken.append(heapq.heappop(heap))
+                    yield lane
+        finally:
+            for item in taken:
+                heapq.heappush(heap, item)
+
+
+class FairQueue:
+    """Waiting requests of one deployment."""
+
+    def __init__(
+        self, *, shortest: bool, prefix_window: int, max_overtakes: int, max_bypass: int, patience: int
+    ) -> None:
+        self._shortest = shortest
+        self._window = max(1, prefix_window)
+        self._max_overtakes = max_overtakes
+        self._max_bypass = max_bypass
+        self._patience = patience
+        self._classes: dict[int, PriorityClass] = {}
+        self._by_priority: list[PriorityClass] = []
+        self._active: list[tuple[float, int, Tenant]] = []
+        self._last_counter = 0.0
+        self._num_lanes = 0
+        self._num_waiting = 0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def entries(self) -> Iterator[Entry]:
+        """All waiting requests, in no useful order."""
+        for group in self._by_priority:
+            for lane in group.lanes.values():
+                yield from lane.entries.values()
+
+    def push(self, entry: Entry) -> None:
+        """Add a waiting request; its tenant's counter is lifted if the tenant had none waiting."""
+        tenant = entry.tenant
+        if tenant.num_waiting == 0:
+            tenant.counter = max(tenant.counter, self._least_counter())
+            self._num_lanes += 1
+            heapq.heappush(self._active, (tenant.counter, self._num_lanes, tenant))
+        tenant.num_waiting += 1
+        group = self._classes.get(entry.priority)
+        if group is None:
+            group = self._classes[entry.priority] = PriorityClass(entry.priority)
+            self._by_priority = sorted(self._classes.values(), key=lambda g: -g.priority)
+        lane = group.lanes.get(tenant.name)
+        if lane is None:
+            lane = group.lanes[tenant.name] = Lane(tenant, shortest=self._shortest)
+            self._num_lanes += 1
+            heapq.heappush(group.heap, (tenant.counter, self._num_lanes, lane))
+        lane.add(entry)
+        group.at_least.add(len(lane.entries), 1)
+        group.num_waiting += 1
+        self._num_waiting += 1
+
+    def remove(self, entry: Entry) -> None:
+        """Take a waiting request out, wherever it stands."""
+        tenant = entry.tenant
+        group = self._classes[entry.priority]
+        lane = group.lanes[tenant.name]
+        group.at_least.add(len(lane.entries), -1)
+        lane.remove(entry)
+        group.num_waiting -= 1
+        self._num_waiting -= 1
+        tenant.num_waiting -= 1
+        if not lane.entries:
+            del group.lanes[tenant.name]
+            if len(group.heap) > 2 * len(group.lanes) + 16:
+                group.heap = [item for item in group.heap if item[2].entries]
+                heapq.heapify(group.heap)
+        if group.num_waiting == 0:
+            del self._classes[entry.priority]
+            self._by_priority.remove(group)
+        if tenant.num_waiting == 0:
+            self._last_counter = tenant.counter
+            if len(self._active) > 64 and len(self._active) > 4 * self._num_waiting:
+                live = {id(item[2]): item for item in self._active if item[2].num_waiting}
+                self._active = list(live.values())
+                heapq.heapify(self._active)
+
+    def take_next(self, fits: Callable[[Entry], bool], cached_tokens: Callable[[Entry], int]) -> Entry | None:
+        """Remove and return the next request that fits; None if none does or one must not be passed over.
+
+        fits commits the request to the KV cache if it returns True. cached_tokens: length of the prompt's
+        prefix that is in the cache now.
+        """
+        head: Lane | None = None
+        scanned = 0
+        for group in self._classes_in_turn():
+            lanes = group.lanes_in_order()
+            try:
+                for lane in lanes:
+                    entry = self._choose(lane, cached_tokens)
+                    if fits(entry):
+                        break
+                    head = lane if head is None else head
+                    scanned += 1
+                    if head.num_bypassed >= self._max_bypass or scanned >= MAX_LANES_SCANNED:
+                        return None
+                else:
+                    continue
+            finally:
+                lanes.close()
+            if head is not None:
+                head.num_bypassed += 1
+            self._account(entry, lane, group)
+            self.remove(entry)
+            return entry
+        return None
+
+    def position(self, entry: Entry) -> int:
+        """How many waiting requests are expected to go before this one, O(log n).
+
+        Exact for one class of tenants of equal weight and counter that queue like requests; otherwise an
+        estimate: each tenant gives as many as this one has ahead of the request, and one more.
+        """
+        group = self._classes[entry.priority]
+        lane = group.lanes[entry.tenant.name]
+        rank = lane.rank(entry)
+        higher = 0
+        for other in self._by_priority:
+            if other is group:
+                break
+            higher += other.num_waiting
+        # For each request of ours ahead, one of each tenant; then the tenants whose counter is lower.
+        ahead = group.at_least.upto(rank)
+        level = group.at_least.upto(rank + 1) - ahead - 1
+        if level > 0 and len(group.lanes) > MAX_LANES_COMPARED:
+            level //= 2
+        elif level > 0:
+            mine = entry.tenant.counter
+            level = sum(
+                1
+                for other_lane in group.lanes.values()
+                if len(other_lane.entries) > rank and other_lane.tenant.counter < mine
+            )
+        return higher + ahead + level
+
+    def _classes_in_turn(self) -> list[PriorityClass]:
+        classes = self._by_priority
+        if len(classes) < 2 or self._patience == 0:
+            return classes
+        due = max(classes, key=lambda g: g.num_bypassed)
+        if due.num_bypassed < self._patience:
+            return classes
+        return [due, *(g for g in classes if g is not due)]
+
+    def _choose(self, lane: Lane, cached_tokens: Callable[[Entry], int]) -> Entry:
+        oldest = lane.oldest()
+        if len(lane.entries) == 1 or lane.num_overtakes >= self._max_overtakes:
+            return oldest
+        if self._window == 1:
+            return lane.first()
+        # max() keeps the first of equals, so without a hit the order stays as it is.
+        return max(lane.candidates(self._window), key=cached_tokens)
+
+    def _account(self, entry: Entry, lane: Lane, group: PriorityClass) -> None:
+        if lane.oldest() is entry:
+            lane.num_overtakes = 0
+        else:
+            lane.num_overtakes += 1
+        lane.num_bypassed = 0
+        group.num_bypassed = 0
+        for other in reversed(self._by_priority):
+            if other.priority >= group.priority:
+                break
+            other.num_bypassed += 1
+
+    def _least_counter(self) -> float:
+        heap = self._active
+        while heap:
+            key, order, tenant = heap[0]
+            if tenant.num_waiting == 0:
+                heapq.heappop(heap)
+            elif tenant.counter > key:
+                heapq.heapreplace(heap, (tenant.counter, order, tenant))
+            else:
+                return tenant.counter
+        return self._last_counter

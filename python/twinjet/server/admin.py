@@ -1,0 +1,159 @@
+"""AdminService: the control plane, with its own authorisation."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from typing import TYPE_CHECKING, cast
+
+import grpc
+
+from twinjet.engines.base import (
+    KvCleared,
+    KvEvent,
+    KvEventEngine,
+    KvRemoved,
+    KvStored,
+    PrefixCacheEngine,
+)
+from twinjet.errors import InvalidRequest, NotFound, PermissionRefused, Unsupported
+from twinjet.v1 import admin_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from twinjet.server.deployments import Deployment, Deployments
+
+    Context = grpc.aio.ServicerContext[object, object]
+
+
+class AdminServicer:
+    """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended)."""
+
+    def __init__(
+        self,
+        deployments: Deployments,
+        token: str,
+        drain: Callable[[float | None], Awaitable[tuple[int, int]]],
+    ) -> None:
+        self._deployments = deployments
+        self._token = token
+        self._drain = drain
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
+        self._authorise(context)
+        names = [self._deployments.resolve(request.model)] if request.model else self._deployments.models
+        response = pb.GetLoadResponse()
+        for name in names:
+            for deployment in self._deployments.of_model(name):
+                response.models.append(await _load(name, deployment))
+        return response
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        self._authorise(context)
+        if not request.request_id:
+            raise InvalidRequest.of("request_id", "is empty")
+        for deployment in self._deployments.by_name.values():
+            if request.request_id in deployment.dispatcher.load().request_ids:
+                await deployment.dispatcher.abort(request.request_id)
+                return pb.AbortResponse()
+        raise NotFound("request", request.request_id)
+
+    async def ResetPrefixCache(
+        self, request: pb.ResetPrefixCacheRequest, context: Context
+    ) -> pb.ResetPrefixCacheResponse:
+        self._authorise(context)
+        done = True
+        for deployment in self._deployments.of_model(self._deployments.resolve(request.model)):
+            engine, info = deployment.ready()
+            if "prefix_cache" not in info.capabilities:
+                raise Unsupported("prefix_cache")
+            done = await cast("PrefixCacheEngine", engine).reset_prefix_cache() and done
+        return pb.ResetPrefixCacheResponse(done=done)
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        self._authorise(context)
+        grace_s = request.grace.ToNanoseconds() / 1e9 if request.HasField("grace") else None
+        if grace_s is not None and grace_s < 0:
+            raise InvalidRequest.of("grace", f"{grace_s:g} s is negative")
+        finished, ended = await self._drain(grace_s)
+        return pb.DrainResponse(finished=finished, ended=ended)
+
+    async def WatchKvEvents(self, request: pb.WatchKvEventsRequest, context: Context) -> None:
+        self._authorise(context)
+        engine, info = self._deployments.pick(self._deployments.resolve(request.model)).ready()
+        if "kv_events" not in info.capabilities:
+            raise Unsupported("kv_events")
+        sequence = 0
+        async for batch in cast("KvEventEngine", engine).kv_events():
+            sequence += 1
+            message = pb.WatchKvEventsResponse(sequence=sequence, events=map(_kv_event, batch))
+            message.time.GetCurrentTime()
+            await context.write(message)
+
+    def _authorise(self, context: Context) -> None:
+        if self._token:
+            sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+            expected = f"Bearer {self._token}"
+            if isinstance(sent, str) and hmac.compare_digest(sent.encode(), expected.encode()):
+                return
+            raise PermissionRefused("the admin token is missing or wrong; send it as a bearer token")
+        if not _is_loopback(context.peer()):
+            raise PermissionRefused("AdminService answers loopback callers only; set admin.token to open it")
+
+
+def _is_loopback(peer: str) -> bool:
+    """Whether a gRPC peer string ("ipv4:127.0.0.1:1234", "ipv6:[::1]:1234", "unix:") is this machine."""
+    kind, _, rest = peer.partition(":")
+    if kind == "unix":
+        return True
+    host = rest.rpartition(":")[0].replace("%5B", "[").replace("%5D", "]").strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def _load(model: str, deployment: Deployment) -> pb.ModelLoad:
+    ours = deployment.dispatcher.load()
+    theirs = await deployment.supervisor.engine_load()
+    load = pb.ModelLoad(
+        model=model,
+        deployment=deployment.name,
+        waiting=ours.waiting,
+        running=ours.running,
+        waiting_tokens=ours.waiting_tokens,
+        engine_waiting=theirs.waiting,
+        engine_running=theirs.running,
+        kv_blocks_total=theirs.kv_blocks_total,
+        kv_blocks_used=theirs.kv_blocks_used,
+        preemptions=theirs.preemptions,
+        output_tokens_per_second=ours.output_tokens_per_s,
+        prompt_tokens_per_second=ours.prompt_tokens_per_s,
+        restarts=deployment.supervisor.num_restarts,
+        request_ids=ours.request_ids,
+    )
+    for tenant, reading in sorted(ours.tenants.items()):
+        load.tenants.add(
+            tenant=tenant,
+            waiting=reading.waiting,
+            running=reading.running,
+            served_tokens=reading.served_tokens,
+        )
+    return load
+
+
+def _kv_event(event: KvEvent) -> pb.KvEvent:
+    match event:
+        case KvStored():
+            stored = pb.KvBlocksStored(
+                block_hashes=event.block_hashes,
+                parent_hash=event.parent_hash,
+                token_ids=event.token_ids,
+                block_size=event.block_size,
+            )
+            return pb.KvEvent(stored=stored)
+        case KvRemoved():
+            return pb.KvEvent(removed=pb.KvBlocksRemoved(block_hashes=event.block_hashes))
+        case KvCleared():
+            return pb.KvEvent(cleared=pb.KvCleared())

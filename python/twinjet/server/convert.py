@@ -1,0 +1,228 @@
+"""Protobuf to Twinjet's types and back. Pure; the only module that raises InvalidRequest for a message's shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from twinjet.engines.base import ChatTurn, Component, EngineInfo, TokenLogprobs
+from twinjet.errors import InvalidRequest, Unsupported, Violation
+from twinjet.request import Constraint, SamplingOverrides
+from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
+
+MAX_ID_CHARS = 128
+MAX_LABEL_BYTES = 128
+MAX_MESSAGES = 4096
+ROLES = ("system", "user", "assistant", "tool")
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which many clients cannot read from JSON."""
+
+_PRINTABLE = re.compile(r"[\x21-\x7e]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """RequestOptions, checked. "" and 0 are unset."""
+
+    request_id: str = ""
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    adapter: str = ""
+    report_queue: bool = False
+
+
+def request_id_violation(field: str, request_id: str) -> list[Violation]:
+    """Say what is wrong with a request id, if anything is."""
+    if len(request_id) <= MAX_ID_CHARS and _PRINTABLE.fullmatch(request_id):
+        return []
+    return [Violation(field, f"must be at most {MAX_ID_CHARS} printable ASCII characters without spaces")]
+
+
+def options(message: generation_pb2.RequestOptions) -> Options:
+    """Check and convert RequestOptions. Raises InvalidRequest."""
+    violations = request_id_violation("options.request_id", message.request_id)
+    if not -100 <= message.priority <= 100:
+        violations.append(
+            Violation("options.priority", f"{message.priority} is out of range; allowed: -100 to 100")
+        )
+    for name in ("tenant", "cache_salt", "adapter"):
+        if len(getattr(message, name).encode()) > MAX_LABEL_BYTES:
+            violations.append(Violation(f"options.{name}", f"is longer than {MAX_LABEL_BYTES} bytes"))
+    if violations:
+        raise InvalidRequest(violations)
+    return Options(
+        message.request_id,
+        message.priority,
+        message.tenant,
+        message.cache_salt,
+        message.adapter,
+        message.report_queue,
+    )
+
+
+def one_prompt(text: str, token_ids: Sequence[int], max_bytes: int, prefix: str = "") -> None:
+    """Check that exactly one of text and token_ids is given, and the text's size. Raises InvalidRequest."""
+    if bool(text) == bool(token_ids):
+        what = "both are set" if text else "both are empty"
+        raise InvalidRequest.of(f"{prefix}text", f"{what}; set exactly one of text and token_ids")
+    size = len(text.encode())
+    if size > max_bytes:
+        raise InvalidRequest.of(f"{prefix}text", f"{size} bytes; at most {max_bytes} are allowed")
+
+
+def token_ids(ids: Sequence[int], vocab_size: int, field: str) -> tuple[int, ...]:
+    """Check token ids against the vocabulary. Raises InvalidRequest."""
+    checked = tuple(ids)
+    if checked and not (min(checked) >= 0 and max(checked) < vocab_size):
+        bad = next(t for t in checked if not 0 <= t < vocab_size)
+        raise InvalidRequest.of(
+            field, f"token id {bad} is outside the vocabulary; allowed: 0 to {vocab_size - 1}"
+        )
+    return checked
+
+
+def chat_turns(
+    messages: Sequence[generation_pb2.ChatMessage], max_bytes: int, *, continue_final: bool = False
+) -> list[ChatTurn]:
+    """Check and convert a conversation. Raises InvalidRequest, or Unsupported for pictures and sound."""
+    if not messages:
+        raise InvalidRequest.of("messages", "is empty; at least one message is needed")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest.of("messages", f"{len(messages)} messages; at most {MAX_MESSAGES} are allowed")
+    size = sum(len(message.content.encode()) for message in messages)
+    if size > max_bytes:
+        raise InvalidRequest.of("messages", f"{size} bytes of content; at most {max_bytes} are allowed")
+    violations = [
+        Violation(f"messages[{i}].role", f"{message.role[:32]!r} is unknown; allowed: {', '.join(ROLES)}")
+        for i, message in enumerate(messages)
+        if message.role not in ROLES
+    ]
+    if continue_final and messages[-1].role != "assistant":
+        violations.append(Violation("continue_final_message", "needs a last message whose role is assistant"))
+    if violations:
+        raise InvalidRequest(violations)
+    if any(message.images for message in messages):
+        raise Unsupported("image_input")
+    if any(message.audio for message in messages):
+        raise Unsupported("audio_input")
+    return [ChatTurn(message.role, message.content) for message in messages]
+
+
+def sampling_overrides(message: sampling_pb2.SamplingParams) -> SamplingOverrides:
+    """Convert SamplingParams, keeping what is unset unset. Raises InvalidRequest for an empty constraint."""
+
+    def optional(name: str) -> Any:
+        return getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type]
+
+    return SamplingOverrides(
+        temperature=optional("temperature"),
+        top_p=optional("top_p"),
+        top_k=optional("top_k"),
+        min_p=optional("min_p"),
+        repetition_penalty=optional("repetition_penalty"),
+        frequency_penalty=optional("frequency_penalty"),
+        presence_penalty=optional("presence_penalty"),
+        logit_bias=dict(message.logit_bias),
+        seed=optional("seed"),
+        n=optional("n"),
+        max_tokens=optional("max_tokens"),
+        min_tokens=optional("min_tokens"),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        include_stop=optional("include_stop"),
+        ignore_eos=optional("ignore_eos"),
+        bad_words=tuple(message.bad_words),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        logprobs=optional("logprobs"),
+        prompt_logprobs=optional("prompt_logprobs"),
+        skip_special_tokens=optional("skip_special_tokens"),
+        constraint=_constraint(message.constraint) if message.HasField("constraint") else None,
+    )
+
+
+def _constraint(message: sampling_pb2.Constraint) -> Constraint:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequest.of(
+            "sampling.constraint", "no kind is set; set one of json_schema, json_object, regex, ebnf, choice"
+        )
+    if kind == "choice":
+        return Constraint("choice", choices=tuple(message.choice.values))
+    if kind == "json_object":
+        if not message.json_object:
+            raise InvalidRequest.of("sampling.constraint.json_object", "must be true when set")
+        return Constraint("json_object")
+    return Constraint(kind, getattr(message, kind))
+
+
+def sampling_message(values: SamplingOverrides) -> sampling_pb2.SamplingParams:
+    """Convert a model's default sampling back to a message."""
+    message = sampling_pb2.SamplingParams()
+    for name in message.DESCRIPTOR.fields_by_name:
+        value = getattr(values, name, None)
+        if isinstance(value, bool | int | float):
+            setattr(message, name, value)
+        elif name == "logit_bias":
+            message.logit_bias.update(values.logit_bias)
+        elif isinstance(value, tuple):
+            getattr(message, name).extend(value)
+    return message
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds to a Duration; never negative."""
+    message = Duration()
+    message.FromNanoseconds(max(0, int(seconds * 1e9)))
+    return message
+
+
+def token_logprobs(entry: TokenLogprobs) -> generation_pb2.TokenLogprobs:
+    """Convert the log probabilities of one token."""
+    chosen, *top = [
+        generation_pb2.Logprob(
+            token_id=item.token_id, logprob=max(item.logprob, MIN_LOGPROB), rank=item.rank, text=item.text
+        )
+        for item in (entry.chosen, *entry.top)
+    ]
+    return generation_pb2.TokenLogprobs(chosen=chosen, top=top)
+
+
+def component(part: Component) -> model_pb2.ComponentInfo:
+    """Convert what is in use of a component."""
+    return model_pb2.ComponentInfo(
+        implementation=part.implementation,
+        version=part.version,
+        target=part.target,
+        reason=part.reason,
+        counters=part.counters,
+    )
+
+
+def fill_engine_info(model: model_pb2.Model, info: EngineInfo) -> None:
+    """Fill in what is known of a model once its engine runs."""
+    model.engine.CopyFrom(
+        model_pb2.EngineInfo(name=info.name, version=info.version, device=info.device, source=info.source)
+    )
+    model.limits.CopyFrom(
+        model_pb2.ModelLimits(
+            max_context_tokens=info.limits.max_context_tokens,
+            vocab_size=info.limits.vocab_size,
+            max_outputs=info.limits.max_outputs,
+            max_logprobs=info.limits.max_logprobs,
+            max_concurrent_sequences=info.limits.max_num_seqs,
+        )
+    )
+    names = model_pb2.Capability.DESCRIPTOR.values_by_name
+    model.capabilities.extend(sorted(names[f"CAPABILITY_{c.upper()}"].number for c in info.capabilities))
+    model.default_sampling.CopyFrom(sampling_message(info.default_sampling))
+    model.sampler.CopyFrom(component(info.sampler))
+    model.block_manager.CopyFrom(component(info.block_manager))
+    model.eos_token_ids.extend(info.eos_token_ids)
+    if info.kv_cache is not None:
+        model.kv_cache.num_blocks = info.kv_cache.num_blocks
+        model.kv_cache.block_size = info.kv_cache.block_size

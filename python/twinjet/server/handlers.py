@@ -1,0 +1,87 @@
+"""Hangs servicers on a gRPC server: parsing that never fails silently, one place that maps errors, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+
+from twinjet.errors import InvalidRequest, TwinjetError
+from twinjet.server.status import Failure, internal_failure, to_failure
+from twinjet.server.wire import Malformed, deserializer
+
+if TYPE_CHECKING:
+    from twinjet.server.metrics import Metrics
+
+logger = logging.getLogger("twinjet.server")
+
+Behaviour = Callable[[Any, Any], Awaitable[Any]]
+
+
+def add_service(
+    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, metrics: Metrics
+) -> None:
+    """Register every method of a service; the servicer has a coroutine of the same name for each."""
+    handlers = {
+        method.name: _handler(method, getattr(servicer, method.name), metrics) for method in service.methods
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+def _handler(
+    method: MethodDescriptor, behaviour: Behaviour, metrics: Metrics
+) -> grpc.RpcMethodHandler[Any, Any]:
+    make = (
+        grpc.unary_stream_rpc_method_handler
+        if method.server_streaming
+        else grpc.unary_unary_rpc_method_handler
+    )
+    return make(
+        _guarded(method.name, behaviour, metrics),  # type: ignore[arg-type]
+        request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
+        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+    )
+
+
+def _guarded(name: str, behaviour: Behaviour, metrics: Metrics) -> Behaviour:
+    """Wrap a method so that every failure becomes exactly one status with details."""
+
+    async def call(request: Any, context: Any) -> Any:
+        code = "CANCELLED"
+        try:
+            response, failure = await _run(name, behaviour, request, context)
+            code = "OK" if failure is None else failure.code.name
+        finally:
+            metrics.count_call(name, code)
+        if failure is not None:
+            # Outside of any try: abort raises, and must not be caught again.
+            await context.abort(failure.code, failure.message, failure.trailing_metadata)
+        return response
+
+    return call
+
+
+async def _run(name: str, behaviour: Behaviour, request: Any, context: Any) -> tuple[Any, Failure | None]:
+    try:
+        if isinstance(request, Malformed):
+            raise InvalidRequest(request.violations)
+        return await behaviour(request, context), None
+    except TwinjetError as error:
+        logger.info("%s: %s: %s", name, type(error).__name__, error)
+        return None, to_failure(error)
+    except BaseExceptionGroup as group:
+        first = group.exceptions[0]
+        if isinstance(first, TwinjetError):
+            return None, to_failure(first)
+        logger.exception("%s failed", name)
+        return None, internal_failure()
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        logger.exception("%s failed", name)
+        return None, internal_failure()

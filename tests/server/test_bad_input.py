@@ -1,0 +1,228 @@
+"""Each mistake gets one clear status that names the field, and leaves the server serving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from tests.server.harness import Harness, Serve, collect, details
+
+from twinjet.v1 import generation_pb2, sampling_pb2, service_pb2_grpc
+
+Request = generation_pb2.GenerateRequest
+Chat = generation_pb2.ChatRequest
+Sampling = sampling_pb2.SamplingParams
+Constraint = sampling_pb2.Constraint
+
+
+def _text(**sampling: Any) -> generation_pb2.GenerateRequest:
+    return Request(text="x", sampling=Sampling(**sampling))
+
+
+CASES: list[tuple[str, Any, str, str]] = [
+    ("empty request", Request(), "text", "set exactly one"),
+    ("text and tokens", Request(text="x", token_ids=[1]), "text", "both are set"),
+    ("negative temperature", _text(temperature=-1), "sampling.temperature", "0 to 100"),
+    ("NaN temperature", _text(temperature=math.nan), "sampling.temperature", "0 to 100"),
+    ("infinite temperature", _text(temperature=math.inf), "sampling.temperature", "0 to 100"),
+    ("top_p of 0", _text(top_p=0), "sampling.top_p", "above 0 to 1"),
+    ("top_p above 1", _text(top_p=1.5), "sampling.top_p", "above 0 to 1"),
+    ("top_k of -2", _text(top_k=-2), "sampling.top_k", "-1 to"),
+    ("min_p above 1", _text(min_p=2), "sampling.min_p", "0 to 1"),
+    ("repetition_penalty of 0", _text(repetition_penalty=0), "sampling.repetition_penalty", "above 0"),
+    ("presence_penalty of 3", _text(presence_penalty=3), "sampling.presence_penalty", "-2 to 2"),
+    ("n of 0", _text(n=0), "sampling.n", "1 to 64"),
+    ("absurd n", _text(n=2**31 - 1), "sampling.n", "1 to 64"),
+    ("greedy n", _text(n=2, temperature=0), "sampling.n", "greedy"),
+    ("max_tokens of 0", _text(max_tokens=0), "sampling.max_tokens", "1 to"),
+    ("absurd max_tokens", _text(max_tokens=2**31 - 1), "sampling.max_tokens", "1 to 4096"),
+    ("max_tokens beyond the context", _text(max_tokens=4095), "sampling.max_tokens", "1 to 4094"),
+    ("min above max tokens", _text(min_tokens=9, max_tokens=8), "sampling.min_tokens", "0 to 8"),
+    ("absurd logprobs", _text(logprobs=100_000), "sampling.logprobs", "0 to 20"),
+    ("10,000 stops", _text(stop=["s"] * 10_000), "sampling.stop", "at most 64"),
+    ("empty stop", _text(stop=[""]), "sampling.stop", "empty"),
+    ("long stop", _text(stop=["s" * 2000]), "sampling.stop", "1024 bytes"),
+    ("bias outside vocabulary", _text(logit_bias={99_999: 1.0}), "sampling.logit_bias", "0 to 257"),
+    ("infinite bias", _text(logit_bias={1: math.inf}), "sampling.logit_bias", "-100 to 100"),
+    ("stop token outside", _text(stop_token_ids=[-1]), "sampling.stop_token_ids", "0 to 257"),
+    ("duplicate allowed ids", _text(allowed_token_ids=[1, 1]), "sampling.allowed_token_ids", "duplicates"),
+    ("prompt token outside", Request(token_ids=[1, 258]), "token_ids", "0 to 257"),
+    ("negative prompt token", Request(token_ids=[-1]), "token_ids", "0 to 257"),
+    (
+        "prompt longer than the context",
+        Request(text="x" * 5000),
+        "text",
+        "5001 tokens; the model's context is 4096",
+    ),
+    ("10 MB prompt", Request(text="x" * 10_000_000), "text", "10000000 bytes; at most 4194304"),
+    ("constraint without kind", _text(constraint=Constraint()), "sampling.constraint", "json_schema"),
+    (
+        "schema that is no JSON",
+        _text(constraint=Constraint(json_schema="{")),
+        "sampling.constraint.json_schema",
+        "JSON",
+    ),
+    (
+        "schema that is no schema",
+        _text(constraint=Constraint(json_schema='{"type": 5}')),
+        "sampling.constraint.json_schema",
+        "not a JSON schema",
+    ),
+    ("empty regex", _text(constraint=Constraint(regex="")), "sampling.constraint.regex", "empty"),
+    ("empty choice", _text(constraint=Constraint(choice={})), "sampling.constraint.choice", "at least one"),
+    (
+        "priority out of range",
+        Request(text="x", options={"priority": 101}),
+        "options.priority",
+        "-100 to 100",
+    ),
+    (
+        "request id with spaces",
+        Request(text="x", options={"request_id": "a b"}),
+        "options.request_id",
+        "printable",
+    ),
+    ("long tenant", Request(text="x", options={"tenant": "t" * 200}), "options.tenant", "128 bytes"),
+    ("chat without messages", Chat(), "messages", "at least one"),
+    ("unknown role", Chat(messages=[{"role": "wizard"}]), "messages[0].role", "system, user"),
+    (
+        "nothing to continue",
+        Chat(messages=[{"role": "user"}], continue_final_message=True),
+        "continue_final_message",
+        "assistant",
+    ),
+]
+
+
+def _call(h: Harness, request: Any) -> Any:
+    return h.inference.Chat(request) if isinstance(request, Chat) else h.inference.Generate(request)
+
+
+async def _still_serves(h: Harness) -> None:
+    request = Request(text="still there?", sampling=Sampling(max_tokens=1))
+    assert (await collect(h.inference.Generate(request)))[-1].HasField("summary")
+    await h.until_idle()
+
+
+async def test_each_mistake_names_its_field_and_range(serve: Serve) -> None:
+    h = await serve(
+        channel_options=[("grpc.max_send_message_length", -1)], server={"max_request_bytes": 16 << 20}
+    )
+    for name, request, field, message in CASES:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(_call(h, request))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, name
+        found = details(caught.value)
+        assert found["ErrorInfo"].domain == "twinjet", name
+        violations = {v.field: v.description for v in found["BadRequest"].field_violations}
+        described = next((d for f, d in violations.items() if f.startswith(field)), None)
+        assert described is not None and message in described, f"{name}: {violations}"
+    await _still_serves(h)
+
+
+async def test_all_mistakes_are_told_at_once(serve: Serve) -> None:
+    h = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(h.inference.Generate(_text(temperature=-1, top_p=7, min_p=-1)))
+    violations = details(caught.value)["BadRequest"].field_violations
+    assert [v.field for v in violations] == ["sampling.temperature", "sampling.top_p", "sampling.min_p"]
+
+
+async def test_an_unknown_model_is_not_found_and_the_models_are_named(serve: Serve) -> None:
+    h = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(h.inference.Generate(Request(text="x", model="gpt")))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert "fake" in (caught.value.details() or "")
+    assert details(caught.value)["ErrorInfo"].reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_running_request_id_exists_already(serve: Serve) -> None:
+    h = await serve({"step_s": 0.01})
+    request = Request(text="x", options={"request_id": "same"})
+    first = h.inference.Generate(request)
+    await first.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(h.inference.Generate(request))
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    first.cancel()
+    await h.until_idle()
+
+
+MISSING: list[tuple[str, Callable[[], Any], str]] = [
+    ("regex", lambda: _text(constraint=Constraint(regex="a+")), "regex"),
+    ("schema", lambda: _text(constraint=Constraint(json_schema="{}")), "json_schema"),
+    ("allowed ids", lambda: _text(allowed_token_ids=[1]), "allowed_token_ids"),
+    ("pictures", lambda: Chat(messages=[{"role": "user", "images": [b"png"]}]), "image_input"),
+    ("sound", lambda: Chat(messages=[{"role": "user", "audio": [b"wav"]}]), "audio_input"),
+]
+
+
+@pytest.mark.parametrize(("request_of", "capability"), [m[1:] for m in MISSING], ids=[m[0] for m in MISSING])
+async def test_a_missing_capability_is_unimplemented_and_named(
+    serve: Serve, request_of: Callable[[], Any], capability: str
+) -> None:
+    h = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(_call(h, request_of()))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert details(caught.value)["ErrorInfo"].metadata["capability"] == capability
+
+
+def _raw(h: Harness, method: str, data: bytes) -> Any:
+    return h.channel.unary_stream(f"/twinjet.v1.InferenceService/{method}")(data)
+
+
+async def test_invalid_utf8_is_the_clients_mistake_and_names_the_field(serve: Serve) -> None:
+    h = await serve()
+    for method, data, field in [
+        ("Generate", b"\x12\x02\xff\xfe", "text"),
+        ("Generate", b"\x2a\x05\x1a\x03a\xffb", "options.tenant"),
+        ("Chat", b"\x12\x04\x12\x02\xff\xfe", "messages.content"),
+    ]:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(_raw(h, method, data))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        violation = details(caught.value)["BadRequest"].field_violations[0]
+        assert (violation.field, violation.description) == (field, "is not valid UTF-8")
+    await _still_serves(h)
+
+
+async def test_bytes_that_are_no_message_are_the_clients_mistake(serve: Serve) -> None:
+    h = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(_raw(h, "Generate", b"\xff\xff\xff\xff"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "GenerateRequest" in details(caught.value)["BadRequest"].field_violations[0].description
+    await _still_serves(h)
+
+
+async def test_every_service_method_answers(serve: Serve) -> None:
+    """No method of the contract is missing from the server: gRPC's own UNIMPLEMENTED carries no details."""
+    h = await serve()
+    for stub_class in (
+        service_pb2_grpc.InferenceServiceStub,
+        service_pb2_grpc.ModelServiceStub,
+        service_pb2_grpc.AdminServiceStub,
+    ):
+        stub = stub_class(h.channel)
+        for name, method in vars(stub).items():
+            if name in ("Drain",):
+                continue
+            try:
+                call = method(_empty_request(stub_class.__name__, name))
+                await (collect(call) if hasattr(call, "read") else call)
+            except grpc.aio.AioRpcError as error:
+                assert details(error)["ErrorInfo"].domain == "twinjet", name
+
+
+def _empty_request(stub: str, method: str) -> Any:
+    from google.protobuf import message_factory
+
+    from twinjet.v1 import service_pb2
+
+    service = service_pb2.DESCRIPTOR.services_by_name[stub.removesuffix("Stub")]
+    return message_factory.GetMessageClass(service.methods_by_name[method].input_type)()

@@ -1,0 +1,101 @@
+"""However a stream ends, it ends once, and nothing of it is left in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import grpc
+import pytest
+
+from tests.server.harness import Serve, collect, details, kinds
+from twinjet.v1 import admin_pb2, generation_pb2, sampling_pb2
+
+Request = generation_pb2.GenerateRequest
+Sampling = sampling_pb2.SamplingParams
+
+
+async def test_a_cancelled_stream_leaves_the_engine(serve: Serve) -> None:
+    h = await serve({"step_s": 0.005})
+    call = h.inference.Generate(Request(text="x"))
+    await call.read()
+    call.cancel()
+    await h.until_idle()
+
+
+async def test_cancelling_before_the_first_token_leaves_the_engine(serve: Serve) -> None:
+    h = await serve()
+    call = h.inference.Generate(Request(text="!stall"))
+    await call.initial_metadata()
+    call.cancel()
+    await h.until_idle()
+
+
+async def test_a_deadline_ends_the_engines_work(serve: Serve) -> None:
+    h = await serve({"step_s": 0.005})
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(h.inference.Generate(Request(text="x"), timeout=0.2))
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await h.until_idle()
+
+
+async def test_an_operator_can_abort(serve: Serve) -> None:
+    h = await serve({"step_s": 0.005})
+    call = h.inference.Generate(Request(text="x", options={"request_id": "one"}))
+    await call.read()
+    await h.admin.Abort(admin_pb2.AbortRequest(request_id="one"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(call)
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert details(caught.value)["ErrorInfo"].reason == "ABORTED"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await h.admin.Abort(admin_pb2.AbortRequest(request_id="one"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    await h.until_idle()
+
+
+async def test_a_failed_request_never_looks_finished(serve: Serve) -> None:
+    h = await serve()
+    call = h.inference.Generate(Request(text="!fail:3"))
+    messages = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for message in call:
+            messages.append(message)  # noqa: PERF401 - what came before the error matters
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert details(caught.value)["ErrorInfo"].reason == "REQUEST_FAILED"
+    assert not {"finished", "summary"} & set(kinds(messages))
+    await h.until_idle()
+
+
+async def test_of_many_streams_each_ends_in_exactly_one_way(serve: Serve) -> None:
+    """64 at once; a third is cancelled at random points, a third has deadlines that pass."""
+    h = await serve({"step_s": 0.002, "max_num_seqs": 16, "num_blocks": 256})
+    rng = random.Random(7)
+
+    async def one(i: int) -> str:
+        request = Request(text=f"stream {i}", sampling=Sampling(max_tokens=60))
+        timeout = rng.uniform(0.01, 0.15) if i % 3 == 1 else None
+        call = h.inference.Generate(request, timeout=timeout)
+        after = rng.randrange(30) if i % 3 == 0 else None
+        events: list[str] = []
+        try:
+            async for message in call:
+                events.append(message.WhichOneof("event") or "")
+                if after is not None and len(events) > after:
+                    call.cancel()
+        except grpc.aio.AioRpcError as error:
+            assert "summary" not in events
+            return error.code().name
+        except asyncio.CancelledError:
+            assert "summary" not in events
+            return "CANCELLED"
+        assert events[-1] == "summary" and events.count("summary") == 1
+        return "OK"
+
+    async with asyncio.timeout(30):
+        ends = await asyncio.gather(*(one(i) for i in range(64)))
+    assert {ends[i] for i in range(2, 64, 3)} == {"OK"}
+    assert {ends[i] for i in range(1, 64, 3)} <= {"OK", "DEADLINE_EXCEEDED"}
+    assert {ends[i] for i in range(0, 64, 3)} <= {"OK", "CANCELLED"}
+    assert {"OK", "DEADLINE_EXCEEDED", "CANCELLED"} <= set(ends)
+    await h.until_idle()

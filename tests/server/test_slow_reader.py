@@ -1,0 +1,66 @@
+"""A client that reads slower than the engine writes: merged deltas first, then a clear end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from tests.server.harness import Serve, collect, details, kinds, text_of
+from twinjet.v1 import generation_pb2, sampling_pb2
+
+Request = generation_pb2.GenerateRequest
+Sampling = sampling_pb2.SamplingParams
+
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
+"""Keeps the client's transport from reading megabytes ahead of the application."""
+
+BULKY = Sampling(max_tokens=50_000, logprobs=20)
+"""About 800 bytes a token on the wire."""
+
+
+async def test_a_reader_that_stops_is_ended_and_its_work_stopped(serve: Serve) -> None:
+    h = await serve(
+        {"max_context_tokens": 100_000, "num_blocks": 10_000},
+        server={"stalled_reader_s": 0.5, "max_pending_bytes": 1 << 30},
+        channel_options=SMALL_WINDOW,
+    )
+    call = h.inference.Generate(Request(text="x", sampling=BULKY))
+    assert (await call.read()).HasField("started")
+    await h.until_idle()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(collect(call), 20)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details(caught.value)["ErrorInfo"].reason == "SLOW_READER"
+
+
+async def test_what_waits_for_a_reader_is_bounded(serve: Serve) -> None:
+    h = await serve(
+        {"max_context_tokens": 100_000, "num_blocks": 10_000},
+        server={"stalled_reader_s": 60, "max_pending_bytes": 64_000},
+        channel_options=SMALL_WINDOW,
+    )
+    call = h.inference.Generate(Request(text="x", sampling=BULKY))
+    assert (await call.read()).HasField("started")
+    await h.until(lambda: len(h.server.live) == 0, timeout_s=20)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(collect(call), 20)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "64000 bytes" in (caught.value.details() or "")
+
+
+async def test_a_slow_reader_gets_everything_in_fewer_messages(serve: Serve) -> None:
+    h = await serve(
+        {"max_context_tokens": 100_000, "num_blocks": 10_000}, channel_options=SMALL_WINDOW
+    )
+    request = Request(text="x", sampling=Sampling(max_tokens=3000, logprobs=20, seed=1))
+    call = h.inference.Generate(request)
+    messages = [await call.read()]
+    await h.until(lambda: len(h.server.live) == 0, timeout_s=20)
+    messages += await asyncio.wait_for(collect(call), 20)
+    assert kinds(messages)[-1] == "summary"
+    assert sum(len(m.delta.token_ids) for m in messages) == 3000
+    assert max(len(m.delta.token_ids) for m in messages) > 100
+    request.sampling.ClearField("logprobs")
+    assert text_of(messages) == text_of(await collect(h.inference.Generate(request)))

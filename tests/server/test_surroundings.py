@@ -1,0 +1,100 @@
+"""What stands around the service: reflection, channelz, TLS, the control plane's authorisation, metrics."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.server.harness import Serve, collect, details
+from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
+
+SHORT = generation_pb2.GenerateRequest(text="x", sampling=sampling_pb2.SamplingParams(max_tokens=3))
+
+
+async def test_reflection_lists_the_services_and_gives_their_files(serve: Serve) -> None:
+    h = await serve()
+    stub = reflection_pb2_grpc.ServerReflectionStub(h.channel)
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="twinjet.v1.InferenceService"),
+    ]
+    names, files = [r async for r in stub.ServerReflectionInfo(iter(requests))]
+    listed = {s.name for s in names.list_services_response.service}
+    assert {"twinjet.v1.InferenceService", "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= listed
+    assert files.file_descriptor_response.file_descriptor_proto
+
+
+async def test_channelz_answers(serve: Serve) -> None:
+    h = await serve()
+    stub = channelz_pb2_grpc.ChannelzStub(h.channel)
+    assert (await stub.GetServers(channelz_pb2.GetServersRequest())).server
+
+
+async def test_an_admin_token_is_asked_for_once_set(serve: Serve) -> None:
+    h = await serve(admin={"token": "secret"})
+    for metadata in [(), (("authorization", "Bearer wrong"),)]:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await h.admin.GetLoad(admin_pb2.GetLoadRequest(), metadata=metadata)
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert details(caught.value)["ErrorInfo"].reason == "PERMISSION_REFUSED"
+    right = (("authorization", "Bearer secret"),)
+    assert (await h.admin.GetLoad(admin_pb2.GetLoadRequest(), metadata=right)).models[0].model == "fake"
+    assert (await collect(h.inference.Generate(SHORT)))[-1].HasField("summary")
+
+
+async def test_tls_and_client_certificates_are_honoured(serve: Serve, tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {key} -out {cert} -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    h = await serve(server={"tls_cert": str(cert), "tls_key": str(key), "tls_client_ca": str(cert)})
+    known = grpc.ssl_channel_credentials(cert.read_bytes(), key.read_bytes(), cert.read_bytes())
+    async with grpc.aio.secure_channel(h.server.address, known) as channel:
+        stub = service_pb2_grpc.InferenceServiceStub(channel)
+        assert (await collect(stub.Generate(SHORT)))[-1].HasField("summary")
+    unknown = grpc.ssl_channel_credentials(cert.read_bytes())
+    async with grpc.aio.secure_channel(h.server.address, unknown) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await service_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=5)
+
+
+async def test_metrics_count_calls_and_tokens(serve: Serve) -> None:
+    h = await serve()
+    await collect(h.inference.Generate(SHORT))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await collect(h.inference.Generate(generation_pb2.GenerateRequest()))
+    sample = h.server.metrics.registry.get_sample_value
+    assert sample("twinjet_calls_total", {"method": "Generate", "code": "OK"}) == 1
+    assert sample("twinjet_calls_total", {"method": "Generate", "code": "INVALID_ARGUMENT"}) == 1
+    assert sample("twinjet_tokens_total", {"model": "fake", "kind": "output"}) == 3
+    assert sample("twinjet_first_token_seconds_count", {"model": "fake"}) == 1
+
+
+async def test_get_load_shows_what_waits_and_runs(serve: Serve) -> None:
+    h = await serve({"step_s": 0.01, "max_num_seqs": 2})
+    calls = [
+        h.inference.Generate(generation_pb2.GenerateRequest(text="x", options={"tenant": f"t{i % 2}"}))
+        for i in range(4)
+    ]
+    await calls[0].read()
+    load = (await h.admin.GetLoad(admin_pb2.GetLoadRequest(model="fake"))).models[0]
+    assert load.waiting + load.running == 4
+    assert load.engine_running == 2
+    assert load.kv_blocks_used > 0
+    assert {t.tenant for t in load.tenants} == {"t0", "t1"}
+    assert len(load.request_ids) == 4
+    for call in calls:
+        call.cancel()
+    await h.until_idle()
+
+
+async def test_the_prefix_cache_can_be_reset(serve: Serve) -> None:
+    h = await serve({"block_size": 2})
+    request = generation_pb2.GenerateRequest(token_ids=range(9), sampling=SHORT.sampling)
+    await collect(h.inference.Generate(request))
+    assert (await h.admin.ResetPrefixCache(admin_pb2.ResetPrefixCacheRequest())).done
+    assert (await collect(h.inference.Generate(request)))[0].started.cached_prompt_tokens == 0
