@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from twinjet.config import Config, DeploymentSettings, ServerSettings
 from twinjet.engines.base import Engine
-from twinjet.engines.factory import make_engine
+from twinjet.engines.factory import make_engine, prepared
 from twinjet.engines.supervisor import State
 from twinjet.errors import ConfigError, Unavailable
 from twinjet.server.admin import AdminServicer
@@ -213,5 +213,6 @@ def serve(config: Config, on_change: Callable[[Server], None] = lambda _: None) 
     0 after a drain, 1 if every engine failed, 2 if the configuration cannot work.
     on_change: called after every change of a deployment's state or progress.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    engines = {d.engine for d in config.deployments.values()}
+    with prepared(engines), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, on_change))

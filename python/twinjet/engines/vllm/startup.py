@@ -18,6 +18,7 @@ from twinjet.engines.vllm.adapters import Adapters
 from twinjet.engines.vllm.load import LoadReader
 from twinjet.engines.vllm.process import EngineContext
 from twinjet.errors import ConfigError, EngineDied
+from twinjet.models.demo import DEMO_MODEL, demo_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -110,9 +111,12 @@ async def launch(plan: Plan, report: Callable[[LoadProgress], None]) -> Running:
     reporter = _Reporter(report)
     prestart.prestart()
     reporter.enter("import")
-    await asyncio.to_thread(_import_vllm)
+    model, _ = await asyncio.gather(
+        asyncio.to_thread(_find_model, plan.model, reporter.from_thread(loop)),
+        asyncio.to_thread(_import_vllm),
+    )
     reporter.enter("configure")
-    launcher = await asyncio.to_thread(_Launcher, plan)
+    launcher = await asyncio.to_thread(_Launcher, replace(plan, model=model))
     problem = await asyncio.to_thread(prestart.wait_ready)
     reporter.enter("process")
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -141,11 +145,24 @@ class _Reporter:
         self._done = max(self._done, done)
         self._report(LoadProgress(text, self._done))
 
+    def from_thread(self, loop: asyncio.AbstractEventLoop) -> Callable[[str, float], None]:
+        """Make a function that a thread can report a phase of preparing the model with."""
+
+        def say(phase: str, _: float) -> None:
+            loop.call_soon_threadsafe(self._report, LoadProgress(phase, self._done))
+
+        return say
+
     def receive(self, loop: asyncio.AbstractEventLoop, phases: Connection) -> None:
         try:
             self.enter(phases.recv())
         except EOFError:
             loop.remove_reader(phases.fileno())
+
+
+def _find_model(model: str, report: Callable[[str, float], None]) -> str:
+    """Give the folder or name for vLLM; the demo model is made first if need be."""
+    return str(demo_model(report)) if model == DEMO_MODEL else model
 
 
 def _import_vllm() -> None:
@@ -199,5 +216,12 @@ class _Launcher:
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats
         return Running(
-            llm, context, self._config, self._tokenizer, info, Adapters(llm), stats, self._parts.native_sampler
+            llm,
+            context,
+            self._config,
+            self._tokenizer,
+            info,
+            Adapters(llm),
+            stats,
+            self._parts.native_sampler,
         )
