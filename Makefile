@@ -16,7 +16,8 @@ ready := $(MAKE) --no-print-directory native VENV=$(VENV) DEV=
 run := PYTHONPATH=python $(BIN)/python
 endif
 
-.PHONY: serve venv test lint format native stubs test-cpp test-cpp-asan test-cpp-tsan
+
+.PHONY: serve venv test cuda-compile lint format native stubs test-cpp test-cpp-asan test-cpp-tsan
 
 # Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
 serve:
@@ -27,10 +28,15 @@ serve:
 venv:
 	@$(ready) $(if $(filter .venv,$(VENV)),--dev)
 
-# All tests, the quick ones first.
+# All tests, the quick ones first; the last lines are pytest's two summaries.
 test: venv test-cpp test-cpp-asan test-cpp-tsan
-	$(run) -m pytest -m "not engine"
-	$(run) -m pytest -m engine
+	PYTEST="$(run) -m pytest" deploy/pytest_both.sh
+
+# Compile the CUDA side where there is a compiler but perhaps no GPU.
+cuda-compile: venv
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_CUDA=ON \
+	  -DTWINJET_PYTHON=OFF -DTWINJET_TESTS=ON
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cuda -j 2
 
 lint: venv stubs $(BUF)
 	$(BIN)/ruff check .
