@@ -106,6 +106,8 @@ async def test_get_load_shows_what_waits_and_runs(serve: Serve) -> None:
         h.inference.Generate(generation_pb2.GenerateRequest(text="x", options={"tenant": f"t{i % 2}"}))
         for i in range(4)
     ]
+    for call in calls:
+        await call.initial_metadata()
     await calls[0].read()
     load = (await h.admin.GetLoad(admin_pb2.GetLoadRequest(model="fake"))).models[0]
     assert load.waiting + load.running == 4
