@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models.block_hash import hash_blocks, root, siphash_2_4_128
 
+from tests.models.block_hash import hash_blocks, root, siphash_2_4_128
 from twinjet._core import BlockHasher
 
 KEY = bytes(range(32))

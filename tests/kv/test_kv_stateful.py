@@ -14,9 +14,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
 from tests.models.block_hash import hash_blocks, root
 from tests.models.block_manager import ModelBlockManager
-
 from twinjet._core import BlockManager
 
 KEY = bytes(range(32))
