@@ -86,6 +86,7 @@ class KvLedger:
         self._manager = BlockManager(
             cache.num_blocks, cache.block_size, prefix_cache=prefix_cache, algorithm="siphash"
         )
+        self._num_slots = cache.num_blocks * cache.block_size
         self._shares = prefix_cache
         self._usable = cache.num_blocks - math.floor(cache.num_blocks * headroom)
         self._times = horizon(longest)
@@ -167,7 +168,7 @@ class KvLedger:
         sequence = holding.sequences[output_index]
         count = len(token_ids)
         sequence.num_tokens += count
-        if sequence.num_lost:
+        if sequence.num_lost or sequence.prompt + sequence.num_tokens > self._num_slots:
             self._lose(sequence, count)
             return
         if count == 1:
