@@ -9,7 +9,7 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from twinjet.engines.base import EngineInfo
 from twinjet.errors import (
@@ -300,6 +300,8 @@ class Scheduler:
 
     def _check_quota(self, entry: Entry, now: float) -> None:
         tenant, limits = entry.tenant, entry.tenant.settings
+        if not limits.max_streams and tenant.bucket is None:
+            return
         subject = f"tenant:{tenant.name}"
         if limits.max_streams and tenant.num_waiting + tenant.num_running >= limits.max_streams:
             text = f"{limits.max_streams} concurrent streams"
@@ -320,20 +322,22 @@ class Scheduler:
 
     def _check_room(self, entry: Entry, now: float) -> None:
         s, t, tenant = self.settings, entry.tenant.settings, entry.tenant
-        checks = (
-            ("requests", s.max_waiting, len(self._queue) + 1),
-            ("prompt tokens", s.max_waiting_tokens, self._waiting_tokens + entry.num_prompt_tokens),
-            ("bytes", s.max_waiting_bytes, self._waiting_bytes + entry.num_bytes),
-            ("requests of this tenant", t.max_waiting, tenant.num_waiting + 1),
-            ("prompt tokens of this tenant", t.max_waiting_tokens,
-             tenant.waiting_tokens + entry.num_prompt_tokens),
-            ("bytes of this tenant", t.max_waiting_bytes, tenant.waiting_bytes + entry.num_bytes),
-        )  # fmt: skip
-        for what, limit, value in checks:
-            if limit and value > limit:
-                raise Overloaded(
-                    f"the queue is full: {limit} {what} are allowed", retry_after_s=self._retry_s(now)
-                )
+        tokens, size = entry.num_prompt_tokens, entry.num_bytes
+        if 0 < s.max_waiting <= len(self._queue):
+            self._refuse_full(f"{s.max_waiting} requests", now)
+        if 0 < s.max_waiting_tokens < self._waiting_tokens + tokens:
+            self._refuse_full(f"{s.max_waiting_tokens} prompt tokens", now)
+        if 0 < s.max_waiting_bytes < self._waiting_bytes + size:
+            self._refuse_full(f"{s.max_waiting_bytes} bytes", now)
+        if 0 < t.max_waiting <= tenant.num_waiting:
+            self._refuse_full(f"{t.max_waiting} requests of one tenant", now)
+        if 0 < t.max_waiting_tokens < tenant.waiting_tokens + tokens:
+            self._refuse_full(f"{t.max_waiting_tokens} prompt tokens of one tenant", now)
+        if 0 < t.max_waiting_bytes < tenant.waiting_bytes + size:
+            self._refuse_full(f"{t.max_waiting_bytes} bytes of one tenant", now)
+
+    def _refuse_full(self, limit: str, now: float) -> NoReturn:
+        raise Overloaded(f"the queue is full: {limit} are allowed", retry_after_s=self._retry_s(now))
 
     def _check_deadline(self, entry: Entry, now: float) -> None:
         """Refuse a queued request that would miss its deadline at the measured speeds."""

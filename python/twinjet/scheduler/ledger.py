@@ -87,6 +87,7 @@ class KvLedger:
             cache.num_blocks, cache.block_size, prefix_cache=prefix_cache, algorithm="siphash"
         )
         self._num_slots = cache.num_blocks * cache.block_size
+        self._match = self._manager.match_hashes
         self._shares = prefix_cache
         self._usable = cache.num_blocks - math.floor(cache.num_blocks * headroom)
         self._times = horizon(longest)
@@ -127,7 +128,7 @@ class KvLedger:
         """Prompt tokens that are in the cache now."""
         if not hashes:
             return 0
-        return len(self._manager.match_hashes(hashes, (num_prompt_tokens - 1) // self._size)) * self._size
+        return len(self._match(hashes, (num_prompt_tokens - 1) // self._size)) * self._size
 
     def admit(self, request: EngineRequest, hashes: bytes | None, lengths: LengthEstimator) -> Holding | None:
         """Hold the blocks of a request's prompt if the use to come stays within the cache; else None.
@@ -136,11 +137,15 @@ class KvLedger:
         """
         prompt, n = len(request.prompt_token_ids), request.sampling.n
         is_fixed = request.sampling.ignore_eos and not request.sampling.stop
-        prompt_blocks = self._num_blocks_for(prompt)
-        full_blocks = prompt // self._size if self._shares else 0
-        new = n * (prompt_blocks - full_blocks) + full_blocks - self._num_referenced(hashes, prompt)
-        max_blocks = self._num_blocks_for(prompt + request.sampling.max_tokens + self._lookahead)
+        size = self._size
+        prompt_blocks = -(-prompt // size)
+        full_blocks = prompt // size if self._shares else 0
+        max_blocks = -(-(prompt + request.sampling.max_tokens + self._lookahead) // size)
         reserve = n * (max_blocks - prompt_blocks)
+        new = n * (prompt_blocks - full_blocks) + full_blocks
+        if self.num_used_blocks + new + self._num_reserved + reserve > self._usable:
+            # What running requests share costs nothing more; looked up only where it may matter.
+            new -= self._num_referenced(hashes, prompt)
         if self.num_used_blocks + new > (self._usable if self._num_sequences else self.num_blocks):
             return None
         if self._num_sequences and not self._stays_within(request, new, reserve, lengths, is_fixed):
@@ -230,7 +235,7 @@ class KvLedger:
         """
         if not hashes:
             return 0
-        blocks = self._manager.match_hashes(hashes, (num_prompt_tokens - 1) // self._size)
+        blocks = self._match(hashes, (num_prompt_tokens - 1) // self._size)
         low, high = 0, len(blocks)
         while low < high:
             middle = (low + high) // 2
