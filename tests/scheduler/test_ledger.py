@@ -117,7 +117,8 @@ def run_load(seed: int, *, sharing: bool, **values: object) -> tuple[int, int, i
     running: list[tuple[Entry, int]] = []
     prefixes = [tuple(range(1000 * i, 1000 * i + rng.randint(16, 200))) for i in range(3)]
     number, now, most, idle = 0, 0.0, 0, 0
-    while number < 150 or running:
+    while number < 150 or not core.is_idle:
+        assert now < 2000, "requests wait for ever"
         if number < 150 and rng.random() < 0.5:
             own = tuple(rng.randrange(10**6) for _ in range(rng.randint(1, 80)))
             request = make_request(

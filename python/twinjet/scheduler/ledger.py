@@ -101,6 +101,7 @@ class KvLedger:
         self._sequences: dict[int, tuple[_Sequence, Holding]] = {}
         self._predicting = False
         self._num_roomy = 0
+        self._fresh: tuple[float, Floats, Floats] | None = None
         self.num_overflows = 0
 
     @property
@@ -152,11 +153,13 @@ class KvLedger:
             return None
         sequences, num_cached = self._open(request, hashes, max_blocks)
         if not sequences:
+            self._fresh = None
             return None
         if sum(s.own for s in sequences) > new and self._num_sequences:
             # The cache shares less than it seemed: what was asked of the prediction does not hold.
             for sequence in sequences:
                 self._manager.free(sequence.handle)
+            self._fresh = None
             return None
         holding = Holding(sequences, num_cached, lengths, is_fixed=is_fixed)
         for sequence in sequences:
@@ -165,7 +168,8 @@ class KvLedger:
             self._num_reserved += max_blocks - prompt_blocks
             self._sequences[sequence.handle] = (sequence, holding)
             if self._predicting:
-                self._refresh(sequence, holding)
+                self._begin_prediction(sequence, holding)
+        self._fresh = None
         return holding
 
     def append(self, holding: Holding, output_index: int, token_ids: Sequence[int]) -> None:
@@ -267,7 +271,11 @@ class KvLedger:
         blocks, spread = self._predict(lengths, 0, request.sampling.max_tokens, own, is_fixed)
         expected = used - new - self._num_own + self._blocks + n * blocks
         deviation = np.sqrt(np.maximum(self._spread + n * spread, 0.0))
-        return bool((expected + self._sigmas * deviation).max() <= self._usable)
+        expected += self._sigmas * deviation
+        if expected.max() > self._usable:
+            return False
+        self._fresh = (own, blocks, spread)
+        return True
 
     def _predict(
         self, lengths: LengthEstimator, num_tokens: int, max_tokens: int, own: float, is_fixed: bool
@@ -304,6 +312,16 @@ class KvLedger:
         self._blocks += sequence.blocks
         self._spread += sequence.spread
         sequence.refreshed = sequence.num_tokens
+
+    def _begin_prediction(self, sequence: _Sequence, holding: Holding) -> None:
+        fresh = self._fresh
+        if fresh is None or fresh[0] != sequence.own:
+            self._refresh(sequence, holding)
+            return
+        # Admission asked for the very same.
+        _, sequence.blocks, sequence.spread = fresh
+        self._blocks += sequence.blocks
+        self._spread += sequence.spread
 
     def _open(
         self, request: EngineRequest, hashes: bytes | None, max_blocks: int
