@@ -100,6 +100,8 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
             stubs.append(service_pb2_grpc.InferenceServiceStub(channel))
         load = Load(stubs, args)
         peak = await load.closed(args.concurrency, args.peak_s)
+        if not peak:
+            raise SystemExit(f"no request was served: {Counter(o.code for o in load.outcomes)}")
         load.outcomes.clear()
         memory: list[tuple[float, int]] = []
         watcher = asyncio.create_task(watch_memory(args.pid, memory)) if args.pid else None

@@ -43,7 +43,7 @@ from twinjet.scheduler.entry import Entry
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 8_000
-MAX_NUM_SEQS = 128
+MAX_NUM_SEQS = 256
 STEP_S = 0.008
 STEP_PER_SEQUENCE_S = 0.00006
 PREFILL_PER_TOKEN_S = 0.00006
@@ -83,10 +83,11 @@ def make_trace(count: int, load: float, seed: int) -> list[Arrival]:
     rng = np.random.default_rng(seed)
     shares = 1.0 / np.arange(1, NUM_TENANTS + 1) ** 1.2
     shares /= shares.sum()
-    # Seconds of engine time that a mean request takes at a full batch.
-    full_step = STEP_S + STEP_PER_SEQUENCE_S * MAX_NUM_SEQS
     mean_prompt, mean_output = 1350.0, 200.0
-    seconds = mean_prompt * PREFILL_PER_TOKEN_S + mean_output * full_step / MAX_NUM_SEQS
+    # Seconds of engine time that a mean request takes at a full batch.
+    batch = min(MAX_NUM_SEQS, NUM_BLOCKS * BLOCK_SIZE / (mean_prompt + mean_output / 2))
+    full_step = STEP_S + STEP_PER_SEQUENCE_S * batch
+    seconds = mean_prompt * PREFILL_PER_TOKEN_S + mean_output * full_step / batch
     rate = load / seconds
     arrivals: list[Arrival] = []
     for tenant, share in enumerate(shares):

@@ -33,6 +33,7 @@ class OrderMachine(RuleBasedStateMachine):
                 "max_overtakes": 2,
                 "priority_patience": 3,
                 "prefix_window": 1,
+                "early_tokens": 0,
                 "tenants": {name: {"weight": weight} for name, weight in WEIGHTS.items()},
             }
         )

@@ -62,6 +62,7 @@ class Scheduler:
         self._ledger: KvLedger | None = None
         self._num_running = 0
         self._num_running_sequences = 0
+        self._num_leaving = 0
         self._waiting_tokens = 0
         self._waiting_bytes = 0
         self._waiting_work = 0.0
@@ -139,7 +140,7 @@ class Scheduler:
         """Admit the next request to the engine; None if none can go. Call until it returns None."""
         if not self._attached or not len(self._queue):
             return None
-        if self._fair and self._num_running_sequences >= self._max_running:
+        if self._fair and self._num_running_sequences - self._num_leaving >= self._max_running:
             return None
         self._work_rate.observe(now, self._served_work, backlogged=True)
         entry = self._queue.take_next(self._fits, self._cached_tokens)
@@ -162,11 +163,11 @@ class Scheduler:
         if entry.holding is not None and self._ledger is not None:
             self._ledger.publish(entry.holding)
 
-    def add_tokens(self, entry: Entry, output_index: int, token_ids: Sequence[int], now: float) -> None:
-        """Account for tokens that streamed."""
+    def add_tokens(self, entry: Entry, output_index: int, token_ids: Sequence[int], now: float) -> bool:
+        """Account for tokens that streamed; True if that may let another request go."""
         count = len(token_ids)
         if not count:
-            return
+            return False
         if entry.first_token_at is None:
             entry.first_token_at = now
             self._first_token_s.add(now, now - entry.dispatched_at)
@@ -178,6 +179,11 @@ class Scheduler:
         self._charge(entry.tenant, count * self.settings.output_token_weight)
         if entry.tenant.bucket is not None:
             entry.tenant.bucket.take(count)
+        if entry.num_output_tokens < entry.leaves_at or entry.is_leaving:
+            return False
+        entry.is_leaving = True
+        self._num_leaving += 1
+        return len(self._queue) > 0
 
     def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
@@ -191,6 +197,7 @@ class Scheduler:
             self._num_running -= 1
             self._num_running_sequences -= entry.num_sequences
             entry.tenant.num_running -= 1
+            self._num_leaving -= entry.is_leaving
             if entry.holding is not None and self._ledger is not None:
                 self._ledger.release(entry.holding)
             entry.holding = None
@@ -276,7 +283,9 @@ class Scheduler:
             tenant = Tenant(request.tenant, settings, bucket)
         self._num_arrivals += 1
         entry = Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
-        sampling = request.sampling
+        sampling, early = request.sampling, self.settings.early_tokens
+        if early and sampling.n == 1 and self._fair:
+            entry.leaves_at = max(1, sampling.max_tokens - early)
         if sampling.ignore_eos and not sampling.stop:
             entry.expected_output = float(sampling.max_tokens)
         else:
@@ -387,7 +396,8 @@ class Scheduler:
     def _fits(self, entry: Entry) -> bool:
         if not self._fair:
             return True
-        if self._num_running_sequences + entry.num_sequences > self._max_running and self._num_running:
+        staying = self._num_running_sequences - self._num_leaving
+        if staying + entry.num_sequences > self._max_running and self._num_running:
             return False
         if self._ledger is None:
             return True
