@@ -77,9 +77,7 @@ def started(**fields: Any) -> pb.GenerateResponse:
 
 
 def delta(text: str, index: int = 0, **fields: Any) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        delta=pb.Delta(output_index=index, text=text, token_ids=[len(text)], **fields)
-    )
+    return pb.GenerateResponse(delta=pb.Delta(output_index=index, text=text, token_ids=[len(text)], **fields))
 
 
 def finished(index: int = 0, **fields: Any) -> pb.GenerateResponse:

@@ -66,7 +66,9 @@ async def run(request: pytest.FixtureRequest, server: Scripted) -> AsyncIterator
             async def with_sync(use: Callable[[Any], Any]) -> Any:
                 def work() -> Any:
                     result = use(blocking)
-                    return list(result) if hasattr(result, "__next__") or hasattr(result, "pieces") else result
+                    return (
+                        list(result) if hasattr(result, "__next__") or hasattr(result, "pieces") else result
+                    )
 
                 return await asyncio.to_thread(work)
 
