@@ -29,9 +29,13 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 SOURCES = ("CMakeLists.txt", "pyproject.toml", "LICENSE", "cmake", "csrc", "proto", "python/twinjet")
 """What the installed project is built from."""
 
-_PIP_STEP = re.compile(r"^(Collecting|Processing|Obtaining|Requirement already satisfied:?|Using cached) (\S+)")
+_PIP_STEP = re.compile(
+    r"^(Collecting|Processing|Obtaining|Requirement already satisfied:?|Using cached) (\S+)"
+)
 _PIP_BYTES = re.compile(r"^Progress (\d+) of (\d+)$")
-_PIP_PHASE = re.compile(r"^(Installing collected packages|Building wheel for|Preparing metadata|Successfully)")
+_PIP_PHASE = re.compile(
+    r"^(Installing collected packages|Building wheel for|Preparing metadata|Successfully)"
+)
 _NINJA = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
@@ -238,7 +242,9 @@ def _version_of(python: str) -> str:
 def main() -> int:
     """Make the environment ready; 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the folder to create (default: .venv)")
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="the folder to create (default: .venv)"
+    )
     parser.add_argument("--dev", action="store_true", help="also what tests and lint need")
     arguments = parser.parse_args()
     with Progress() as progress:

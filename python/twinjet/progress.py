@@ -44,7 +44,7 @@ class Progress:
     def __init__(self, stream: TextIO | None = None, *, heartbeat_s: float = HEARTBEAT_S) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty()
-        self._full, self._empty, self._dot = ("█", "░", "·") if _blocks_fit(self._stream) else ("#", "-", "-")
+        self._full, self._empty, self._dot = "█░·" if _blocks_fit(self._stream) else "#--"
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._heartbeat_s = heartbeat_s
@@ -72,6 +72,12 @@ class Progress:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
                 self._thread.start()
+
+    def pause(self) -> None:
+        """Take the bar away until the next update; nothing is in progress."""
+        with self._lock:
+            self._write(self._wipe())
+            self._phase = ""
 
     def say(self, line: str) -> None:
         """Write a line that stays, above the bar."""
@@ -111,7 +117,7 @@ class Progress:
             with self._lock:
                 if self._closed:
                     return
-                if time.monotonic() - self._shown_at >= self._interval_s * 0.9:
+                if self._phase and time.monotonic() - self._shown_at >= self._interval_s * 0.9:
                     self._show()
 
     def _show(self) -> None:
