@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from scheduler.helpers import StepEngine, make_info, make_request, settle
+from tests.scheduler.helpers import StepEngine, make_info, make_request, settle
 from twinjet.engines.base import EngineInfo, OutputEvent, PromptEvent
 from twinjet.errors import (
     AlreadyExists,
