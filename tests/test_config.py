@@ -61,3 +61,15 @@ def test_without_routes_each_deployment_is_public_under_its_name(tmp_path: Path)
     assert list(_load(tmp_path, MINIMAL).public_routes()) == ["a"]
     routed = _load(tmp_path, MINIMAL + "[routes.m]\nweights = { a = 1 }\n")
     assert list(routed.public_routes()) == ["m"]
+
+
+@pytest.mark.parametrize("path", sorted(Path("deploy/examples").glob("*.toml")), ids=lambda p: p.name)
+def test_the_examples_load(path: Path) -> None:
+    assert config.load(path, {}, {}).deployments
+
+
+def test_the_documentation_names_every_setting() -> None:
+    text = Path("docs/configuration.md").read_text()
+    for section in (config.ServerSettings, config.AdminSettings, config.DeploymentSettings, config.RouteSettings):
+        for name in section.model_fields:
+            assert f"`{name}`" in text, name
