@@ -99,7 +99,14 @@ class VllmEngine:
         eos = frozenset(running.info.eos_token_ids)
         while live.is_open:
             await live.wait()
-            for index, output in live.fetch(first_only=not has_prompt):
+            try:
+                fetched = live.fetch(first_only=not has_prompt)
+            except Exception as error:
+                # vLLM puts an exception into every collector when its output loop has failed.
+                reason = f"its output loop ended: {error!r}"
+                self._on_death(reason)
+                raise EngineDied(f"the engine died: {reason}") from error
+            for index, output in fetched:
                 completion = output.outputs[0]
                 error = failure(completion, sampling.constraint, has_tokens=index in has_tokens)
                 if completion.finish_reason is not None:

@@ -28,9 +28,7 @@ def token_logprobs(token_id: int, position: Mapping[int, Any], most: int) -> Tok
     return TokenLogprobs(chosen=made[token_id], top=tuple(best[:most]))
 
 
-def prompt_event(
-    output: Any, prompt_token_ids: Sequence[int], prompt_logprobs: int | None
-) -> PromptEvent:
+def prompt_event(output: Any, prompt_token_ids: Sequence[int], prompt_logprobs: int | None) -> PromptEvent:
     """Translate what the first RequestOutput says of the prompt."""
     logprobs = None
     if prompt_logprobs is not None:

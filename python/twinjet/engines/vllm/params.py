@@ -48,9 +48,7 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
     temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     extra: dict[str, Any] | None = None
     if native:
-        extra = {
-            EXTRA_KEY: {"temperature": temperature, "seed": sampling.seed, "output_index": output_index}
-        }
+        extra = {EXTRA_KEY: {"temperature": temperature, "seed": sampling.seed, "output_index": output_index}}
         # vLLM checks its own range even where it does not sample.
         temperature = min(temperature, VLLM_MAX_TEMPERATURE)
     elif temperature > VLLM_MAX_TEMPERATURE:
@@ -61,7 +59,7 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         )
     if 0 < temperature < VLLM_MIN_TEMPERATURE:
         temperature = VLLM_MIN_TEMPERATURE
-    params = SamplingParams(
+    return SamplingParams(
         n=1,
         temperature=temperature,
         top_p=sampling.top_p,
@@ -89,7 +87,6 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         extra_args=extra,
         skip_clone=True,
     )
-    return params
 
 
 def _structured(constraint: Constraint | None) -> StructuredOutputsParams | None:

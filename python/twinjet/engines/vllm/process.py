@@ -136,7 +136,7 @@ class EngineContext:
         self._phases = phases
         self.processes: list[BaseProcess] = []
 
-    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # noqa: N802
+    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
         process = self._class(*args, **kwargs)
         process.phases, self._phases = self._phases, None
         self.processes.append(process)

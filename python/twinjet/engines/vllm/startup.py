@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -199,5 +199,12 @@ class _Launcher:
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats
         return Running(
-            llm, context, self._config, self._tokenizer, info, Adapters(llm), stats, self._parts.native_sampler
+            llm,
+            context,
+            self._config,
+            self._tokenizer,
+            info,
+            Adapters(llm),
+            stats,
+            self._parts.native_sampler,
         )
