@@ -1,7 +1,7 @@
 """Types of the extension module `twinjet._core`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -338,6 +338,8 @@ class BlockManager:
         """Leading blocks of the sequence that were matched or published."""
     def blocks_needed(self, num_tokens: int, num_matched_blocks: int = 0, /) -> int:
         """Blocks that num_tokens tokens take beyond the matched ones."""
+    def count_free(self, block_ids: Sequence[int], /) -> int:
+        """How many of these blocks nobody references: adopting them takes so many free blocks."""
     def reference_count(self, block_id: int, /) -> int: ...
     def block_hash(self, block_id: int, /) -> bytes | None:
         """The hash a block is cached under, 16 bytes; None if it is not."""

@@ -121,7 +121,7 @@ async def test_a_queued_request_reports_its_place_when_asked(engine: StepEngine)
 
 
 async def _until(condition: object) -> None:
-    while not condition():  # type: ignore[operator]  # noqa: ASYNC110
+    while not condition():  # type: ignore[operator]
         await asyncio.sleep(0.001)
 
 

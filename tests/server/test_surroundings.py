@@ -9,8 +9,8 @@ import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-
 from tests.server.harness import Serve, collect, details
+
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 SHORT = generation_pb2.GenerateRequest(text="x", sampling=sampling_pb2.SamplingParams(max_tokens=3))
@@ -47,10 +47,17 @@ async def test_an_admin_token_is_asked_for_once_set(serve: Serve) -> None:
     assert (await collect(h.inference.Generate(SHORT)))[-1].HasField("summary")
 
 
-async def test_tls_and_client_certificates_are_honoured(serve: Serve, tmp_path: Path) -> None:
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A key and a certificate of its own making for 127.0.0.1."""
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {key} -out {cert} -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
     subprocess.run(command.split(), check=True, capture_output=True)
+    return key, cert
+
+
+async def test_tls_and_client_certificates_are_honoured(serve: Serve, certificate: tuple[Path, Path]) -> None:
+    key, cert = certificate
     h = await serve(server={"tls_cert": str(cert), "tls_key": str(key), "tls_client_ca": str(cert)})
     known = grpc.ssl_channel_credentials(cert.read_bytes(), key.read_bytes(), cert.read_bytes())
     async with grpc.aio.secure_channel(h.server.address, known) as channel:
@@ -59,7 +66,9 @@ async def test_tls_and_client_certificates_are_honoured(serve: Serve, tmp_path: 
     unknown = grpc.ssl_channel_credentials(cert.read_bytes())
     async with grpc.aio.secure_channel(h.server.address, unknown) as channel:
         with pytest.raises(grpc.aio.AioRpcError):
-            await service_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=5)
+            await service_pb2_grpc.ModelServiceStub(channel).ListModels(
+                model_pb2.ListModelsRequest(), timeout=5
+            )
 
 
 async def test_metrics_count_calls_and_tokens(serve: Serve) -> None:
