@@ -20,7 +20,7 @@ from twinjet.errors import EngineDied  # noqa: E402
 
 
 async def started() -> VllmEngine:
-    engine = VllmEngine(sys.argv[1], options=OPTIONS, native_sampler=False, native_block_manager=False)
+    engine = VllmEngine("demo", sys.argv[1], OPTIONS, native_sampler=False, native_block_manager=False)
     await engine.start(lambda progress: None)
     return engine
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +17,8 @@ from twinjet.request import SamplingOverrides
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SCHEDULER_MODULE = "twinjet.engines.vllm.scheduler"
-WORKER_MODULE = "twinjet.engines.vllm.worker"
-
 _CPU_MIN_KV_CACHE_BYTES = 512 << 20
 _CPU_CONTEXTS_IN_KV_CACHE = 4
-
-
-def has_module(name: str) -> bool:
-    """Tell whether a module is installed, without importing it."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def engine_config(
