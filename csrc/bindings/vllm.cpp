@@ -1,6 +1,6 @@
 // Python face of the native decode path under vLLM's scheduler.
 #include "bindings.h"
-#include "kv_object.h"
+#include "kv_convert.h"
 #include "vllm_decode_batch.h"
 
 namespace py = pybind11;

@@ -236,11 +236,14 @@ py::tuple DecodeBatch::Merge(const py::list& running, const py::dict& num_schedu
   constexpr size_t kNumLists = 4;  // request ids first, then what CachedRequestData lists by request
   std::vector<py::list> merged(kNumLists);
   py::dict merged_scheduled;
-  auto take = [&](const py::tuple& from, Py_ssize_t index, const py::dict& scheduled) {
+  auto take_lists = [&](const py::tuple& from, Py_ssize_t index) {
     for (size_t list = 0; list < kNumLists; ++list) {
       PyObject* item = PyList_GET_ITEM(PyTuple_GET_ITEM(from.ptr(), static_cast<Py_ssize_t>(list)), index);
       if (PyList_Append(merged[list].ptr(), item) < 0) throw py::error_already_set();
     }
+  };
+  auto take = [&](const py::tuple& from, Py_ssize_t index, const py::dict& scheduled) {
+    take_lists(from, index);
     PyObject* id = PyList_GET_ITEM(PyTuple_GET_ITEM(from.ptr(), 0), index);
     PyObject* count = PyDict_GetItemWithError(scheduled.ptr(), id);
     if (!count || PyDict_SetItem(merged_scheduled.ptr(), id, count) < 0) {
@@ -263,9 +266,9 @@ py::tuple DecodeBatch::Merge(const py::list& running, const py::dict& num_schedu
     if (same < 0) throw py::error_already_set();
     if (same) take(other, next_other++, other_scheduled);
   }
-  // Resumed requests, and in the count those scheduled for the first time.
-  for (; next_other < num_other; ++next_other) take(other, next_other, other_scheduled);
-  PyDict_Merge(merged_scheduled.ptr(), other_scheduled.ptr(), 0);
+  // Resumed requests; in the dict they stand among the new ones, in the order of admission.
+  for (; next_other < num_other; ++next_other) take_lists(other, next_other);
+  if (PyDict_Merge(merged_scheduled.ptr(), other_scheduled.ptr(), 0) < 0) throw py::error_already_set();
   return py::make_tuple(merged_scheduled, merged[0], merged[1], merged[2], merged[3]);
 }
 

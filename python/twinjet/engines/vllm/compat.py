@@ -59,9 +59,9 @@ _HASHER_PARTS = (
 )
 
 # Made by `python -m twinjet.engines.vllm.compat`; to be renewed only with the differential tests.
-MANAGER_FINGERPRINT = ""
-DECODE_FINGERPRINT = ""
-HASHER_FINGERPRINT = ""
+MANAGER_FINGERPRINT = "3478fe4ce7b88b73be2fa52ed4fbd665"
+DECODE_FINGERPRINT = "08c973f2a0f594cd431f281655d17079"
+HASHER_FINGERPRINT = "e4c2750c45b4137118bfcafd6fc01753"
 
 
 class UntestedVllmError(Exception):

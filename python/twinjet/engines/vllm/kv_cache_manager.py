@@ -173,7 +173,7 @@ class NativeKVCacheManager:
             return self.empty_kv_cache_blocks, 0, 0
         # One token at least must be computed, for its logits.
         block_size = self.manager.block_size
-        ids = self.manager.match_hashes(request.block_hashes, (request.num_tokens - 1) // block_size)
+        ids = self.manager.match_hashes(request.block_hashes or b"", (request.num_tokens - 1) // block_size)
         if not ids:
             return self.empty_kv_cache_blocks, 0, 0
         return NativeBlocks(self.manager, ids), len(ids) * block_size, 0
@@ -223,7 +223,7 @@ class NativeKVCacheManager:
         if sequence is None:
             sequence = manager.open()
         blocks = manager.reserve(
-            sequence, num_slots, num_to_cache, request.block_hashes, matched or None, kept_free
+            sequence, num_slots, num_to_cache, request.block_hashes or b"", matched or None, kept_free
         )
         if blocks is None:
             if is_new:
@@ -251,7 +251,7 @@ class NativeKVCacheManager:
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         if self.enable_caching:
             sequence = self.sequences[request.request_id]
-            self.manager.publish_hashes(sequence, num_computed_tokens, request.block_hashes)
+            self.manager.publish_hashes(sequence, num_computed_tokens, request.block_hashes or b"")
 
     def truncate_computed_blocks(self, blocks: KVCacheBlocks, num_computed_tokens: int) -> NativeBlocks:
         ids = blocks.get_block_ids()[0]
