@@ -164,9 +164,9 @@ bool DecodeBatch::MakePlan(const py::list& running, const py::dict& sequences, i
     plan->remainder.append(py::handle(request));
     int64_t num_tokens = StockTokens(request);
     is_contested = is_contested || num_tokens > budget - num_due;
-    num_tokens = std::min(num_tokens, budget);
-    budget -= num_tokens;
-    num_blocks += StockBlocks(request, sequences, num_tokens);
+    // An upper bound: stock may give one request less than `budget` allows and the next one more.
+    num_blocks += StockBlocks(request, sequences, std::min(num_tokens, token_budget));
+    budget -= std::min(num_tokens, budget);
   }
   return plan->num_rows > 0 && num_blocks <= context_.manager->num_free_blocks();
 }

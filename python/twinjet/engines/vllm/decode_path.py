@@ -257,7 +257,7 @@ class DecodePath:
         reduced.num_scheduled_tokens = rest
         result = stock(reduced, model_output)
         self.free_put_off()
-        return _merge_outputs(outputs, result)
+        return _merge_outputs(scheduled, outputs, result)
 
     def _is_unusual(self, model_output: ModelRunnerOutput) -> bool:
         scheduler = self.scheduler
@@ -308,7 +308,7 @@ class DecodePath:
         return result
 
 
-def _merge_outputs(native: dict[int, list[Any]], stock: Outputs) -> Outputs:
+def _merge_outputs(scheduled: Iterable[str], native: dict[int, list[Any]], stock: Outputs) -> Outputs:
     """Put stock's outputs at the places that `native` keeps for them (request ids), by client."""
     stats = None
     made: dict[str, EngineCoreOutput] = {}
@@ -322,6 +322,7 @@ def _merge_outputs(native: dict[int, list[Any]], stock: Outputs) -> Outputs:
         rows = [row for row in rows if row is not None]
         if rows:
             result[client] = EngineCoreOutputs(outputs=rows)
+    first = _first_client(scheduled, result)
     for client, outputs in stock.items():
         # Requests that had no row in this step, such as those that an error ended.
         extra = [output for output in outputs.outputs if output.request_id in made]
@@ -333,5 +334,14 @@ def _merge_outputs(native: dict[int, list[Any]], stock: Outputs) -> Outputs:
     if stats is not None:
         if not result:
             result[0] = EngineCoreOutputs()
-        next(iter(result.values())).scheduler_stats = stats
+        target = result[first] if first is not None else next(iter(result.values()))
+        target.scheduler_stats = stats
     return result
+
+
+def _first_client(scheduled: Iterable[str], result: Outputs) -> int | None:
+    """The client whose output comes first in the step: vLLM sends the statistics there."""
+    if len(result) < 2:
+        return next(iter(result), None)
+    firsts = {outputs.outputs[0].request_id: client for client, outputs in result.items()}
+    return next(firsts[row] for row in scheduled if row in firsts)
