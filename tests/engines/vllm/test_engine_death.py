@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import is_alive
+from tests.engines.vllm.support import is_alive
 
 from twinjet.engines.vllm import prestart
 

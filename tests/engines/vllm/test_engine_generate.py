@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from support import GREEDY, OPTIONS, collect, request
+from tests.engines.vllm.support import GREEDY, OPTIONS, collect, request
 
 from twinjet.engines.base import ChatTurn, LoadProgress, OutputEvent
 from twinjet.engines.vllm import prestart

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support import GREEDY
+from tests.engines.vllm.support import GREEDY
 
 from twinjet.errors import InvalidRequest
 from twinjet.request import Constraint

@@ -15,6 +15,7 @@ from twinjet.request import MAX_OUTPUTS
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+
 def engine_info(config: VllmConfig, llm: Any, tokenizer: Tokenizer, parts: Parts) -> EngineInfo:
     """Describe a started engine; parts.Components completes it."""
     model, cache = config.model_config, config.cache_config

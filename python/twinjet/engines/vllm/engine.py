@@ -109,11 +109,11 @@ class VllmEngine:
                 raise EngineDied(f"the engine died: {reason}") from error
             for index, output in fetched:
                 completion = output.outputs[0]
-                error = failure(completion, sampling.constraint, has_tokens=index in has_tokens)
+                failed = failure(completion, sampling.constraint, has_tokens=index in has_tokens)
                 if completion.finish_reason is not None:
                     live.finish(index)
-                if error is not None:
-                    raise error
+                if failed is not None:
+                    raise failed
                 if not has_prompt:
                     has_prompt = True
                     yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs)

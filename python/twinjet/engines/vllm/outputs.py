@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from twinjet.request import Constraint
 
+
 def token_logprobs(token_id: int, position: Mapping[int, Any], most: int) -> TokenLogprobs:
     """Translate one position. vLLM gives the chosen token and the best `most`, in one mapping.
 

@@ -38,7 +38,9 @@ def choose(native_sampler: bool, native_block_manager: bool) -> Parts:
     """Choose our components as far as they were asked for and the extension is there."""
     if importlib.util.find_spec("twinjet._core") is None:
         return Parts(None, None, "the extension twinjet._core is not installed")
-    return Parts(SCHEDULER if native_block_manager else None, WORKER if native_sampler else None, "switched off")
+    return Parts(
+        SCHEDULER if native_block_manager else None, WORKER if native_sampler else None, "switched off"
+    )
 
 
 class Components:

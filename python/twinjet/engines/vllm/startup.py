@@ -188,4 +188,6 @@ class _Launcher:
         info = describe.engine_info(self._config, llm, self._tokenizer, self._parts)
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats
-        return Running(llm, context, self._tokenizer, Components(llm, info, self._parts), Adapters(llm), stats)
+        return Running(
+            llm, context, self._tokenizer, Components(llm, info, self._parts), Adapters(llm), stats
+        )
