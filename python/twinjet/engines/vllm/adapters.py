@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ class Adapters:
             if known.lora_path == path:
                 return True
             raise AlreadyExists("adapter", name)
-        if not Path(path).is_dir():
+        if not await asyncio.to_thread(Path(path).is_dir):
             raise InvalidRequest.of("path", f"{path!r} is not a folder on the server")
         request = LoRARequest(name, next(self._ids), path)
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +17,8 @@ from twinjet.request import SamplingOverrides
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SCHEDULER_MODULE = "twinjet.engines.vllm.scheduler"
-WORKER_MODULE = "twinjet.engines.vllm.worker"
-
 _CPU_MIN_KV_CACHE_BYTES = 512 << 20
 _CPU_CONTEXTS_IN_KV_CACHE = 4
-
-
-def has_module(name: str) -> bool:
-    """Tell whether a module is installed, without importing it."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def engine_config(
@@ -81,14 +69,15 @@ def engine_config(
 def _cpu_kv_cache_bytes(config: VllmConfig) -> int:
     """Size the KV cache to a few full contexts: a size that is given skips vLLM's warm-up."""
     model, parallel = config.model_config, config.parallel_config
-    per_token = (
+    per_token: int = (
         2
         * model.get_num_layers(parallel)
         * model.get_num_kv_heads(parallel)
         * model.get_head_size()
         * model.dtype.itemsize
     )
-    return max(_CPU_MIN_KV_CACHE_BYTES, _CPU_CONTEXTS_IN_KV_CACHE * per_token * model.max_model_len)
+    context: int = model.max_model_len
+    return max(_CPU_MIN_KV_CACHE_BYTES, _CPU_CONTEXTS_IN_KV_CACHE * per_token * context)
 
 
 def default_sampling(config: VllmConfig) -> SamplingOverrides:

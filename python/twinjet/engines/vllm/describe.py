@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -11,45 +9,15 @@ from vllm.platforms import current_platform
 
 from twinjet.engines.base import Capability, Component, EngineInfo, KvCache, Limits, Tokenizer
 from twinjet.engines.vllm import config as settings
+from twinjet.engines.vllm.parts import Parts
 from twinjet.request import MAX_OUTPUTS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_GENERATION: frozenset[Capability] = frozenset(
-    {
-        "generate", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice", "penalties",
-        "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
-    }
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Which of our components go into the engine, by the name of the class vLLM is to load."""
-
-    scheduler_cls: str | None
-    worker_cls: str | None
-    sampler: Component
-    block_manager: Component
-
-    @property
-    def native_sampler(self) -> bool:
-        return self.worker_cls is not None
-
-
-def plan_components(native_sampler: bool, native_block_manager: bool) -> Parts:
-    """Choose our components as far as they were asked for and are installed."""
-    return Parts(
-        scheduler_cls=None,
-        worker_cls=None,
-        sampler=Component("engine", vllm.__version__, reason="switched off"),
-        block_manager=Component("engine", vllm.__version__, reason="switched off"),
-    )
-
 
 def engine_info(config: VllmConfig, llm: Any, tokenizer: Tokenizer, parts: Parts) -> EngineInfo:
-    """Describe a started engine; with_tasks completes its capabilities."""
+    """Describe a started engine; parts.Components completes it."""
     model, cache = config.model_config, config.cache_config
     vocab_size = model.get_vocab_size()
     blocks = None
@@ -65,6 +33,7 @@ def engine_info(config: VllmConfig, llm: Any, tokenizer: Tokenizer, parts: Parts
         capabilities.add("priority")
     if tokenizer.has_chat_template:
         capabilities.add("chat")
+    stock = Component("engine", vllm.__version__, reason=parts.reason)
     return EngineInfo(
         name="vllm",
         version=vllm.__version__,
@@ -80,20 +49,7 @@ def engine_info(config: VllmConfig, llm: Any, tokenizer: Tokenizer, parts: Parts
         capabilities=frozenset(capabilities),
         default_sampling=settings.default_sampling(config),
         eos_token_ids=settings.eos_token_ids(config, llm.renderer.get_eos_token_id()),
-        sampler=parts.sampler,
-        block_manager=parts.block_manager,
+        sampler=stock,
+        block_manager=stock,
         kv_cache=blocks,
     )
-
-
-def with_tasks(info: EngineInfo, tasks: Iterable[str]) -> EngineInfo:
-    """Complete the capabilities with what the loaded model turned out to do."""
-    found = set(tasks)
-    capabilities = set(info.capabilities)
-    if "generate" in found:
-        capabilities |= _GENERATION
-    else:
-        capabilities -= {"chat", "priority"}
-    if "embed" in found:
-        capabilities.add("embed")
-    return replace(info, capabilities=frozenset(capabilities))

@@ -37,19 +37,20 @@ logger = logging.getLogger(__name__)
 class VllmEngine:
     """A model on vLLM; implements Engine, EmbeddingEngine, AdapterEngine and PrefixCacheEngine.
 
-    model: a folder or a name that vLLM accepts. options: fields of vLLM's AsyncEngineArgs, passed through
+    name: the deployment's, for logs. model: a folder or a name that vLLM accepts. options: fields of vLLM's AsyncEngineArgs, passed through
     verbatim. native_sampler, native_block_manager: use ours where they apply; describe() says whether they do.
     """
 
     def __init__(
         self,
+        name: str,
         model: str,
+        options: Mapping[str, Any],
         *,
-        options: Mapping[str, Any] | None = None,
         native_sampler: bool = True,
         native_block_manager: bool = True,
     ) -> None:
-        self._plan = startup.Plan(model, dict(options or {}), native_sampler, native_block_manager)
+        self._plan = startup.Plan(name, model, dict(options), native_sampler, native_block_manager)
         self._running: startup.Running | None = None
         self._live: dict[str, LiveRequest] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -71,8 +72,8 @@ class VllmEngine:
             raise EngineDied("the engine was stopped while it started")
         self._running = running
         running.watch(loop, self._on_death)
-        await running.finish_describing()
-        logger.info("the engine for %s started in %.1f s", self._plan.model, time.monotonic() - began)
+        await running.components.complete()
+        logger.info("the engine of %s started in %.1f s", self._plan.name, time.monotonic() - began)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         """Run one request; see Engine.generate."""
@@ -96,16 +97,23 @@ class VllmEngine:
         await self._submit(running, live, request)
         has_prompt = False
         has_tokens: set[int] = set()
-        eos = frozenset(running.info.eos_token_ids)
+        eos = frozenset(running.components.info().eos_token_ids)
         while live.is_open:
             await live.wait()
-            for index, output in live.fetch(first_only=not has_prompt):
+            try:
+                fetched = live.fetch(first_only=not has_prompt)
+            except Exception as error:
+                # vLLM puts an exception into every collector when its output loop has failed.
+                reason = f"its output loop ended: {error!r}"
+                self._on_death(reason)
+                raise EngineDied(f"the engine died: {reason}") from error
+            for index, output in fetched:
                 completion = output.outputs[0]
-                error = failure(completion, sampling.constraint, has_tokens=index in has_tokens)
+                failed = failure(completion, sampling.constraint, has_tokens=index in has_tokens)
                 if completion.finish_reason is not None:
                     live.finish(index)
-                if error is not None:
-                    raise error
+                if failed is not None:
+                    raise failed
                 if not has_prompt:
                     has_prompt = True
                     yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs)
@@ -133,7 +141,7 @@ class VllmEngine:
             add = running.llm.add_request(
                 request.request_id if request.sampling.n == 1 else f"{request.request_id}-{index}",
                 prompt,
-                sampling_params(request.sampling, index, native=running.is_native_sampler),
+                sampling_params(request.sampling, index, native=running.components.has_native_sampler),
                 lora_request=adapter,
                 priority=-request.priority,
             )
@@ -186,10 +194,19 @@ class VllmEngine:
         await self._settle(self._engine(), live)
 
     async def load(self) -> EngineLoad:
-        return self._engine().stats.read()
+        running = self._engine()
+        self._refresh(running)
+        return running.stats.read()
 
     def describe(self) -> EngineInfo:
-        return self._engine().describe()
+        running = self._engine()
+        self._refresh(running)
+        return running.components.info()
+
+    def _refresh(self, running: startup.Running) -> None:
+        """Have the components' counters read again, at most once a second, for the next caller."""
+        if running.components.is_due():
+            self._spawn(running.components.refresh())
 
     async def wait_dead(self) -> str:
         assert self._died is not None, "start() comes first"
@@ -222,7 +239,7 @@ class VllmEngine:
     ) -> Sequence[float]:
         """Give the vector of one input; see EmbeddingEngine.embed."""
         running = self._engine()
-        if "embed" not in running.info.capabilities:
+        if "embed" not in running.components.info().capabilities:
             raise Unsupported("embed")
         from twinjet.engines.vllm.embedding import embed
 
@@ -241,7 +258,7 @@ class VllmEngine:
 
     def _adapters(self) -> Adapters:
         running = self._engine()
-        if "adapters" not in running.info.capabilities:
+        if "adapters" not in running.components.info().capabilities:
             raise Unsupported("adapters", "start the engine with enable_lora = true")
         return running.adapters
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinjet.engines.base import Finish, Logprob, OutputEvent, PromptEvent, TokenLogprobs
+from twinjet.engines.vllm.fields import NO_TOKEN
 from twinjet.errors import InvalidRequest, RequestFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from twinjet.request import Constraint
-
-NO_TOKEN = -1
 
 
 def token_logprobs(token_id: int, position: Mapping[int, Any], most: int) -> TokenLogprobs:

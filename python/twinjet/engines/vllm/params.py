@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
 from twinjet.errors import InvalidRequest
 from twinjet.request import GREEDY_BELOW
 
@@ -15,14 +16,20 @@ if TYPE_CHECKING:
 VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
 
-EXTRA_KEY = "twinjet"
-"""Under this key of SamplingParams.extra_args our sampler finds what vLLM's own fields cannot hold."""
-
-NO_TOKEN = -1
-"""The stop token by which our sampler ends a request whose row has no admissible token."""
-
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+
+
+class NativeParams(SamplingParams):  # type: ignore[misc]
+    """SamplingParams that may hold NO_TOKEN among the stop tokens."""
+
+    def _validate_stop_token_ids(self, model_config: Any) -> None:
+        ids: list[int] = self.stop_token_ids
+        self.stop_token_ids = [token for token in ids if token != NO_TOKEN]
+        try:
+            super()._validate_stop_token_ids(model_config)
+        finally:
+            self.stop_token_ids = ids
 
 
 def output_seed(seed: int, output_index: int) -> int:
@@ -59,7 +66,7 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         )
     if 0 < temperature < VLLM_MIN_TEMPERATURE:
         temperature = VLLM_MIN_TEMPERATURE
-    params = SamplingParams(
+    params = (NativeParams if native else SamplingParams)(
         n=1,
         temperature=temperature,
         top_p=sampling.top_p,
@@ -87,6 +94,9 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         extra_args=extra,
         skip_clone=True,
     )
+    if native:
+        # Not among all_stop_token_ids, which vLLM's min-tokens rule masks.
+        params.stop_token_ids.append(NO_TOKEN)
     return params
 
 

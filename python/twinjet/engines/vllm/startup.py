@@ -8,20 +8,18 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from twinjet.engines.base import EngineInfo, LoadProgress, Tokenizer
-from twinjet.engines.vllm import prestart
+from twinjet.engines.base import LoadProgress, Tokenizer
+from twinjet.engines.vllm import parts, prestart
 from twinjet.engines.vllm.adapters import Adapters
 from twinjet.engines.vllm.load import LoadReader
+from twinjet.engines.vllm.parts import Components
 from twinjet.engines.vllm.process import EngineContext
 from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +39,7 @@ _PHASES = {
 class Plan:
     """What to start; see VllmEngine."""
 
+    name: str
     model: str
     options: dict[str, Any]
     native_sampler: bool
@@ -53,12 +52,10 @@ class Running:
 
     llm: Any
     context: EngineContext
-    config: VllmConfig
     tokenizer: Tokenizer
-    info: EngineInfo
+    components: Components
     adapters: Adapters
     stats: LoadReader
-    is_native_sampler: bool
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
 
@@ -77,15 +74,6 @@ class Running:
         code = process.exitcode
         how = "" if code is None else f" with code {code}" if code >= 0 else f" by signal {-code}"
         on_death(f"the process {process.name} ({process.pid}) ended{how}")
-
-    async def finish_describing(self) -> None:
-        """Ask the running engine what it can do."""
-        from twinjet.engines.vllm.describe import with_tasks
-
-        self.info = with_tasks(self.info, await self.llm.get_supported_tasks())
-
-    def describe(self) -> EngineInfo:
-        return self.info
 
     def shutdown(self) -> None:
         """End the engine's processes; blocks until none is left."""
@@ -109,6 +97,8 @@ async def launch(plan: Plan, report: Callable[[LoadProgress], None]) -> Running:
     """Start an engine. Raises ConfigError, EngineDied."""
     loop = asyncio.get_running_loop()
     reporter = _Reporter(report)
+    # Any plugin that happens to be installed would load in every process of the engine.
+    os.environ.setdefault("VLLM_PLUGINS", "")
     prestart.prestart()
     reporter.enter("import")
     model, _ = await asyncio.gather(
@@ -184,11 +174,11 @@ class _Launcher:
     """The blocking part, for a thread."""
 
     def __init__(self, plan: Plan) -> None:
-        from twinjet.engines.vllm import config, describe
+        from twinjet.engines.vllm import config
         from twinjet.models.tokenizer import HfTokenizer
 
         self._plan = plan
-        self._parts = describe.plan_components(plan.native_sampler, plan.native_block_manager)
+        self._parts = parts.choose(plan.native_sampler, plan.native_block_manager)
         self._config = config.engine_config(
             plan.model,
             plan.options,
@@ -216,12 +206,5 @@ class _Launcher:
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats
         return Running(
-            llm,
-            context,
-            self._config,
-            self._tokenizer,
-            info,
-            Adapters(llm),
-            stats,
-            self._parts.native_sampler,
+            llm, context, self._tokenizer, Components(llm, info, self._parts), Adapters(llm), stats
         )
