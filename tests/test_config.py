@@ -70,6 +70,11 @@ def test_the_examples_load(path: Path) -> None:
 
 def test_the_documentation_names_every_setting() -> None:
     text = Path("docs/configuration.md").read_text()
-    for section in (config.ServerSettings, config.AdminSettings, config.DeploymentSettings, config.RouteSettings):
+    for section in (
+        config.ServerSettings,
+        config.AdminSettings,
+        config.DeploymentSettings,
+        config.RouteSettings,
+    ):
         for name in section.model_fields:
             assert f"`{name}`" in text, name

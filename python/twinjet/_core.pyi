@@ -356,6 +356,7 @@ class BlockManager:
     def reset_stats(self) -> None: ...
     def take_events(self) -> list[KvEvent]:
         """Return the events since the last call, oldest first, and clear the log."""
+
 # ---- sampler ----
 
 SAMPLER_SPEC_VERSION: int

@@ -7,8 +7,8 @@ import random
 
 import grpc
 import pytest
-from tests.server.harness import Serve, collect, details, kinds
 
+from tests.server.harness import Serve, collect, details, kinds
 from twinjet.v1 import admin_pb2, generation_pb2, sampling_pb2
 
 Request = generation_pb2.GenerateRequest

@@ -7,8 +7,8 @@ import contextlib
 
 import grpc
 import pytest
-from tests.server.harness import Serve, collect
 
+from tests.server.harness import Serve, collect
 from twinjet.v1 import generation_pb2, service_pb2_grpc
 
 SILENT = generation_pb2.GenerateRequest(text="!stall")

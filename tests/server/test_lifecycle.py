@@ -7,8 +7,8 @@ import asyncio
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.server.harness import Harness, Serve, collect, details, kinds
 
+from tests.server.harness import Harness, Serve, collect, details, kinds
 from twinjet.engines.supervisor import State
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2
 

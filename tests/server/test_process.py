@@ -7,8 +7,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.server.processes import server
 
+from tests.server.processes import server
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 FAKE = '[deployments.fake]\nengine = "fake"\noptions = { step_s = 0.01 }\n'

@@ -19,9 +19,9 @@ from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
 from tests.server.harness import details
 from tests.server.processes import descendants, is_alive, server
-
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

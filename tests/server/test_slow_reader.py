@@ -6,8 +6,8 @@ import asyncio
 
 import grpc
 import pytest
-from tests.server.harness import Serve, collect, details, kinds, text_of
 
+from tests.server.harness import Serve, collect, details, kinds, text_of
 from twinjet.v1 import generation_pb2, sampling_pb2
 
 Request = generation_pb2.GenerateRequest

@@ -10,8 +10,8 @@ import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tests.server.harness import Serve, collect, details
 
+from tests.server.harness import Serve, collect, details
 from twinjet.server.inference import InferenceServicer
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 

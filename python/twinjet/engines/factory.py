@@ -41,8 +41,9 @@ def make_engine(name: str, settings: DeploymentSettings) -> Engine:
             from twinjet.engines.vllm.engine import VllmEngine
 
             return VllmEngine(
+                name,
                 settings.model,
-                options=settings.options,
+                settings.options,
                 native_sampler=settings.native_sampler,
                 native_block_manager=settings.native_block_manager,
             )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engines.vllm.support import is_alive
 
+from tests.engines.vllm.support import is_alive
 from twinjet.engines.vllm import prestart
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from tests.engines.vllm.support import GREEDY, OPTIONS, collect, request
 
+from tests.engines.vllm.support import GREEDY, OPTIONS, collect, request
 from twinjet.engines.base import ChatTurn, LoadProgress, OutputEvent
 from twinjet.engines.vllm import prestart
 from twinjet.engines.vllm.engine import VllmEngine

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from tests.engines.vllm.support import GREEDY
 
+from tests.engines.vllm.support import GREEDY
 from twinjet.errors import InvalidRequest
 from twinjet.request import Constraint
 
