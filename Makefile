@@ -1,9 +1,62 @@
 # Everything a person runs, by name. `make serve` and `make test` are the two that matter.
+#
+# VENV names the virtual environment. The default, .venv, is created and kept up to date; another one is used
+# as it is, with the source tree on the path.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BUF := .cache/buf/node_modules/.bin/buf
+BUF_VERSION := 1.75.0
 
-.PHONY: native stubs test-cpp test-cpp-asan test-cpp-tsan
+ifeq ($(VENV),.venv)
+ready := $(PYTHON) deploy/bootstrap.py
+run := $(BIN)/python
+else
+ready := $(MAKE) --no-print-directory native VENV=$(VENV) DEV=
+run := PYTHONPATH=python $(BIN)/python
+endif
+
+
+.PHONY: serve venv test cuda-compile lint format native stubs test-cpp test-cpp-asan test-cpp-tsan
+
+# Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
+serve:
+	@$(ready)
+	@exec $(run) -m twinjet.cli serve $(ARGS)
+
+# Create or update the virtual environment, with the tools for tests and lint.
+venv:
+	@$(ready) $(if $(filter .venv,$(VENV)),--dev)
+
+# All tests, the quick ones first; the last lines are pytest's two summaries.
+test: venv test-cpp test-cpp-asan test-cpp-tsan
+	PYTEST="$(run) -m pytest" deploy/pytest_both.sh
+
+# Compile the CUDA side where there is a compiler but perhaps no GPU.
+cuda-compile: venv
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_CUDA=ON \
+	  -DTWINJET_PYTHON=OFF -DTWINJET_TESTS=ON
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cuda -j 2
+
+lint: venv stubs $(BUF)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc tests/cpp -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs $(BIN)/clang-format --dry-run -Werror
+	cd proto && ../$(BUF) lint && ../$(BUF) format -d --exit-code
+	deploy/buf_breaking.sh $(BUF)
+
+# Bring Python, C++ and proto into the form that lint wants.
+format: venv $(BUF)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc tests/cpp -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs $(BIN)/clang-format -i
+	cd proto && ../$(BUF) format -w
+
+$(BUF):
+	npm install --prefix .cache/buf --no-fund --no-audit @bufbuild/buf@$(BUF_VERSION)
 
 # Build the extension and the stubs into the source tree, for work with PYTHONPATH=python.
 native: stubs

@@ -17,7 +17,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -98,8 +98,8 @@ class RouteSettings(_Section):
 class Config(_Section):
     """All settings."""
 
-    server: ServerSettings = Field(default_factory=ServerSettings)
-    admin: AdminSettings = Field(default_factory=AdminSettings)
+    server: ServerSettings = ServerSettings()
+    admin: AdminSettings = AdminSettings()
     deployments: dict[str, DeploymentSettings] = Field(min_length=1)
     routes: dict[str, RouteSettings] = Field(default_factory=dict)
 
@@ -185,13 +185,11 @@ def _explain(item: Any) -> str:
 
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+    kind: Any = Config
     for part in loc:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[str(part)].annotation
-            if getattr(model, "__origin__", None) is dict:
-                model = model.__args__[1]
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        # A mapping's own keys are names that the user chose; what they lead to is its value type.
+        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[part].annotation
+    return list(kind.model_fields)
 
 
 def _did_you_mean(name: str, known: Any) -> str:

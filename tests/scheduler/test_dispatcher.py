@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from scheduler.helpers import StepEngine, make_info, make_request, settle
+from tests.scheduler.helpers import StepEngine, make_info, make_request, settle
 from twinjet.engines.base import EngineInfo, OutputEvent, PromptEvent
 from twinjet.errors import (
     AlreadyExists,
@@ -60,7 +60,7 @@ def engine() -> StepEngine:
 
 
 def make_dispatcher(engine: StepEngine, info: EngineInfo | None = None, **settings: object) -> Dispatcher:
-    dispatcher = Dispatcher(SchedulerSettings.model_validate(settings))
+    dispatcher = Dispatcher(SchedulerSettings.model_validate({"early_tokens": 0, **settings}))
     dispatcher.attach(engine, info or make_info(max_num_seqs=2))  # type: ignore[arg-type]
     return dispatcher
 
@@ -95,6 +95,20 @@ async def test_no_more_run_than_the_engine_has_sequences(engine: StepEngine) -> 
     assert_no_trace(dispatcher, engine)
 
 
+async def test_the_next_request_is_handed_over_just_before_a_slot_is_free(engine: StepEngine) -> None:
+    dispatcher = make_dispatcher(engine, make_info(max_num_seqs=1), early_tokens=1)
+    clients = [Client(dispatcher, make_request(f"r{i}", max_tokens=3)) for i in range(3)]
+    await settle()
+    await engine.step()
+    assert engine.started == ["r0"]
+    await engine.step()
+    assert engine.started == ["r0", "r1"]
+    assert len(engine.running) == 2
+    await engine.step(8)
+    assert [c.tokens for c in clients] == [3] * 3
+    assert_no_trace(dispatcher, engine)
+
+
 async def test_fcfs_hands_everything_to_the_engine_at_once(engine: StepEngine) -> None:
     dispatcher = make_dispatcher(engine, policy="fcfs", max_waiting=1)
     clients = [Client(dispatcher, make_request(f"r{i}", max_tokens=1)) for i in range(9)]
@@ -121,7 +135,7 @@ async def test_a_queued_request_reports_its_place_when_asked(engine: StepEngine)
 
 
 async def _until(condition: object) -> None:
-    while not condition():  # type: ignore[operator]  # noqa: ASYNC110
+    while not condition():  # type: ignore[operator]
         await asyncio.sleep(0.001)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.server.harness import Harness, Serve
 
+from tests.server.harness import Harness, Serve
 from twinjet.config import Config
 from twinjet.engines.base import Engine
 from twinjet.engines.factory import make_engine

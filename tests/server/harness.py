@@ -78,9 +78,11 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
     return found
 
 
-async def collect(call: Any) -> list[generation_pb2.GenerateResponse]:
-    """All messages of a stream that ends well."""
-    messages = []
+async def collect(
+    call: Any, messages: list[generation_pb2.GenerateResponse] | None = None
+) -> list[generation_pb2.GenerateResponse]:
+    """All messages of a stream. Of one that fails, what came before is left in messages."""
+    messages = [] if messages is None else messages
     while (message := await call.read()) is not grpc.aio.EOF:
         messages.append(message)
     return messages

@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.server.harness import Harness, Serve, collect, details
 
+from tests.server.harness import Harness, Serve, collect, details
 from twinjet.v1 import generation_pb2, sampling_pb2, service_pb2_grpc
 
 Request = generation_pb2.GenerateRequest

@@ -57,10 +57,9 @@ async def test_an_operator_can_abort(serve: Serve) -> None:
 async def test_a_failed_request_never_looks_finished(serve: Serve) -> None:
     h = await serve()
     call = h.inference.Generate(Request(text="!fail:3"))
-    messages = []
+    messages: list[generation_pb2.GenerateResponse] = []
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for message in call:
-            messages.append(message)  # noqa: PERF401 - what came before the error matters
+        await collect(call, messages)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert details(caught.value)["ErrorInfo"].reason == "REQUEST_FAILED"
     assert not {"finished", "summary"} & set(kinds(messages))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 from tests.server.harness import Serve, collect, kinds, text_of
-
 from twinjet.v1 import embedding_pb2, generation_pb2, sampling_pb2, tokenization_pb2
 
 GenerateRequest = generation_pb2.GenerateRequest

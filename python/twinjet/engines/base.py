@@ -6,7 +6,7 @@ token ids; it gives back deltas. It knows neither protobuf nor the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol
@@ -189,7 +189,7 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         """Run one request: one PromptEvent, then OutputEvents until each output has its finish.
 
         Closing the iterator early aborts the request within one step. Ends with at most one exception and

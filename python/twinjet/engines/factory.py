@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from twinjet.engines.base import Engine
 
 if TYPE_CHECKING:
     from twinjet.config import DeploymentSettings
+
+
+@contextmanager
+def prepared(names: Iterable[str]) -> Iterator[None]:
+    """Do what must come before threads and gRPC exist, and undo it after everything else has ended.
+
+    names: the engines that will be made.
+    """
+    if "vllm" not in names:
+        yield
+        return
+    from twinjet.engines.vllm import prestart
+
+    prestart.prestart()
+    try:
+        yield
+    finally:
+        prestart.stop()
 
 
 def make_engine(name: str, settings: DeploymentSettings) -> Engine:

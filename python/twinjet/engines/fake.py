@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import re
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -272,7 +272,7 @@ class FakeEngine:
             preemptions=self._num_preemptions,
         )
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         self._check_alive()
         entry = self._admit(request)
         try:

@@ -7,11 +7,13 @@ while it is ready and told when it is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from twinjet.engines.base import Engine, EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
 from twinjet.errors import ConfigError, EngineDied, TwinjetError, Unavailable
@@ -60,18 +62,17 @@ class _Observed:
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         if self.num_running == 0:
             self.last_progress = time.monotonic()
         self.num_running += 1
-        events = self._engine.generate(request)
         try:
-            async for event in events:
-                self.last_progress = time.monotonic()
-                yield event
+            async with contextlib.aclosing(self._engine.generate(request)) as events:
+                async for event in events:
+                    self.last_progress = time.monotonic()
+                    yield event
         finally:
             self.num_running -= 1
-            await events.aclose()  # type: ignore[attr-defined]
 
     async def wait_stalled(self, stall_s: float) -> str:
         """Return once requests run and none has made progress for stall_s."""
@@ -198,11 +199,11 @@ class Supervisor:
             await engine.stop()
 
     @staticmethod
-    async def _first_of(*waits: asyncio.Future[str] | object) -> str:
-        tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[arg-type]
+    async def _first_of(*waits: Coroutine[Any, Any, str]) -> str:
+        tasks = [asyncio.create_task(wait) for wait in waits]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return str(done.pop().result())
+            return done.pop().result()
         finally:
             for task in tasks:
                 task.cancel()

@@ -1,0 +1,1 @@
+"""Models that Twinjet can make ready by itself, and tokenizers read without an engine."""

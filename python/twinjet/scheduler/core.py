@@ -9,7 +9,7 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from twinjet.engines.base import EngineInfo
 from twinjet.errors import (
@@ -23,6 +23,7 @@ from twinjet.errors import (
 )
 from twinjet.request import EngineRequest
 from twinjet.scheduler.entry import Entry, State, Tenant, request_bytes
+from twinjet.scheduler.estimate import LengthEstimator
 from twinjet.scheduler.events import SchedulerLoad, TenantReading
 from twinjet.scheduler.ledger import KvLedger
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
@@ -32,6 +33,9 @@ from twinjet.scheduler.settings import SchedulerSettings
 
 MAX_IDLE_TENANTS: Final = 10_000
 """Accounts kept of tenants that have nothing waiting or running; the longest idle are forgotten first."""
+
+MIN_OBSERVED: Final = 32
+"""Finished requests of a tenant after which its own output lengths count, not those of all."""
 
 
 class Scheduler:
@@ -58,10 +62,12 @@ class Scheduler:
         self._ledger: KvLedger | None = None
         self._num_running = 0
         self._num_running_sequences = 0
+        self._num_leaving = 0
         self._waiting_tokens = 0
         self._waiting_bytes = 0
         self._waiting_work = 0.0
         self._served_work = 0.0
+        self._lengths = LengthEstimator(settings.default_output_tokens)
         self._prompt_rate = WindowRate()
         self._output_rate = WindowRate()
         self._work_rate = BackloggedRate()
@@ -83,7 +89,12 @@ class Scheduler:
         self._ledger = None
         if info.kv_cache is not None and self._fair:
             self._ledger = KvLedger(
-                info.kv_cache, headroom=s.kv_headroom, lookahead_tokens=s.lookahead_tokens
+                info.kv_cache,
+                prefix_cache="prefix_cache" in info.capabilities,
+                headroom=s.kv_headroom,
+                lookahead_tokens=s.lookahead_tokens,
+                sigmas=s.reserve_sigmas if s.output_reserve == "estimate" else None,
+                longest=info.limits.max_context_tokens,
             )
 
     def detach(self) -> None:
@@ -121,13 +132,15 @@ class Scheduler:
             self._num_refused += 1
             raise
         self._enter(entry, now)
+        if self._fair and self.settings.predict_deadlines and entry.deadline < math.inf:
+            self._check_deadline(entry, now)
         return entry
 
     def take(self, now: float) -> Entry | None:
         """Admit the next request to the engine; None if none can go. Call until it returns None."""
         if not self._attached or not len(self._queue):
             return None
-        if self._fair and self._num_running_sequences >= self._max_running:
+        if self._fair and self._num_running_sequences - self._num_leaving >= self._max_running:
             return None
         self._work_rate.observe(now, self._served_work, backlogged=True)
         entry = self._queue.take_next(self._fits, self._cached_tokens)
@@ -147,21 +160,30 @@ class Scheduler:
 
     def prompt_done(self, entry: Entry) -> None:
         """The engine has taken up the prompt."""
+        if entry.holding is not None and self._ledger is not None:
+            self._ledger.publish(entry.holding)
 
-    def add_tokens(self, entry: Entry, output_index: int, token_ids: Sequence[int], now: float) -> None:
-        """Account for tokens that streamed."""
+    def add_tokens(self, entry: Entry, output_index: int, token_ids: Sequence[int], now: float) -> bool:
+        """Account for tokens that streamed; True if that may let another request go."""
         count = len(token_ids)
         if not count:
-            return
+            return False
         if entry.first_token_at is None:
             entry.first_token_at = now
             self._first_token_s.add(now, now - entry.dispatched_at)
         entry.last_token_at = now
         entry.num_output_tokens += count
+        if entry.holding is not None and self._ledger is not None:
+            self._ledger.append(entry.holding, output_index, token_ids)
         self._output_rate.add(now, count)
         self._charge(entry.tenant, count * self.settings.output_token_weight)
         if entry.tenant.bucket is not None:
             entry.tenant.bucket.take(count)
+        if entry.num_output_tokens < entry.leaves_at or entry.is_leaving:
+            return False
+        entry.is_leaving = True
+        self._num_leaving += 1
+        return len(self._queue) > 0
 
     def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
@@ -175,9 +197,11 @@ class Scheduler:
             self._num_running -= 1
             self._num_running_sequences -= entry.num_sequences
             entry.tenant.num_running -= 1
+            self._num_leaving -= entry.is_leaving
             if entry.holding is not None and self._ledger is not None:
                 self._ledger.release(entry.holding)
             entry.holding = None
+            self._learn(entry, finished=finished)
             per_output = entry.num_output_tokens // entry.num_sequences
             if entry.first_token_at is not None and per_output > 1:
                 self._per_token_s.add(now, (entry.last_token_at - entry.first_token_at) / (per_output - 1))
@@ -258,18 +282,35 @@ class Scheduler:
             bucket = TokenBucket(quota, now) if quota and self._fair else None
             tenant = Tenant(request.tenant, settings, bucket)
         self._num_arrivals += 1
-        return Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
+        entry = Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
+        sampling, early = request.sampling, self.settings.early_tokens
+        if early and sampling.n == 1 and self._fair:
+            entry.leaves_at = max(1, sampling.max_tokens - early)
+        if sampling.ignore_eos and not sampling.stop:
+            entry.expected_output = float(sampling.max_tokens)
+        else:
+            entry.expected_output = self._lengths_of(tenant).mean(sampling.max_tokens)
+        entry.work = self._expected_work(entry)
+        return entry
 
     def _check(self, entry: Entry, now: float) -> None:
         if entry.deadline <= now:
             raise DeadlinePassed("the deadline had passed when the request arrived")
         if not self._fair:
             return
+        if self._ledger is not None and not self._ledger.can_ever_hold(entry.request):
+            raise InvalidRequest.of(
+                "prompt",
+                f"{entry.num_prompt_tokens} tokens for {entry.num_sequences} outputs exceed the model's KV "
+                f"cache of {self._ledger.num_blocks} blocks",
+            )
         self._check_quota(entry, now)
         self._check_room(entry, now)
 
     def _check_quota(self, entry: Entry, now: float) -> None:
         tenant, limits = entry.tenant, entry.tenant.settings
+        if not limits.max_streams and tenant.bucket is None:
+            return
         subject = f"tenant:{tenant.name}"
         if limits.max_streams and tenant.num_waiting + tenant.num_running >= limits.max_streams:
             text = f"{limits.max_streams} concurrent streams"
@@ -290,20 +331,39 @@ class Scheduler:
 
     def _check_room(self, entry: Entry, now: float) -> None:
         s, t, tenant = self.settings, entry.tenant.settings, entry.tenant
-        checks = (
-            ("requests", s.max_waiting, len(self._queue) + 1),
-            ("prompt tokens", s.max_waiting_tokens, self._waiting_tokens + entry.num_prompt_tokens),
-            ("bytes", s.max_waiting_bytes, self._waiting_bytes + entry.num_bytes),
-            ("requests of this tenant", t.max_waiting, tenant.num_waiting + 1),
-            ("prompt tokens of this tenant", t.max_waiting_tokens,
-             tenant.waiting_tokens + entry.num_prompt_tokens),
-            ("bytes of this tenant", t.max_waiting_bytes, tenant.waiting_bytes + entry.num_bytes),
-        )  # fmt: skip
-        for what, limit, value in checks:
-            if limit and value > limit:
-                raise Overloaded(
-                    f"the queue is full: {limit} {what} are allowed", retry_after_s=self._retry_s(now)
-                )
+        tokens, size = entry.num_prompt_tokens, entry.num_bytes
+        if 0 < s.max_waiting <= len(self._queue):
+            self._refuse_full(f"{s.max_waiting} requests", now)
+        if 0 < s.max_waiting_tokens < self._waiting_tokens + tokens:
+            self._refuse_full(f"{s.max_waiting_tokens} prompt tokens", now)
+        if 0 < s.max_waiting_bytes < self._waiting_bytes + size:
+            self._refuse_full(f"{s.max_waiting_bytes} bytes", now)
+        if 0 < t.max_waiting <= tenant.num_waiting:
+            self._refuse_full(f"{t.max_waiting} requests of one tenant", now)
+        if 0 < t.max_waiting_tokens < tenant.waiting_tokens + tokens:
+            self._refuse_full(f"{t.max_waiting_tokens} prompt tokens of one tenant", now)
+        if 0 < t.max_waiting_bytes < tenant.waiting_bytes + size:
+            self._refuse_full(f"{t.max_waiting_bytes} bytes of one tenant", now)
+
+    def _refuse_full(self, limit: str, now: float) -> NoReturn:
+        raise Overloaded(f"the queue is full: {limit} are allowed", retry_after_s=self._retry_s(now))
+
+    def _check_deadline(self, entry: Entry, now: float) -> None:
+        """Refuse a queued request that would miss its deadline at the measured speeds."""
+        wait = self.expected_wait_s(entry, now)
+        if wait is None:
+            return
+        per_token = self._per_token_s.value(now) or 0.0
+        first_token = self._first_token_s.value(now) or 0.0
+        needed = wait + first_token + (entry.expected_output - 1) * per_token
+        left = entry.deadline - now
+        if needed * self.settings.deadline_confidence > left:
+            self.release(entry, now)
+            self._num_refused += 1
+            raise DeadlinePassed(
+                f"the request is predicted to need {needed:.2f} s, of which {wait:.2f} s in the queue; its "
+                f"deadline is in {left:.2f} s"
+            )
 
     def _enter(self, entry: Entry, now: float) -> None:
         tenant = entry.tenant
@@ -311,8 +371,8 @@ class Scheduler:
             self._idle_tenants.pop(tenant.name, None)
             self._tenants[tenant.name] = tenant
         self._entries[entry.request.request_id] = entry
-        entry.expected_output = float(entry.request.sampling.max_tokens)
-        entry.work = self._expected_work(entry)
+        if self._ledger is not None:
+            entry.prefix_hashes = self._ledger.hash(entry.request)
         self._queue.push(entry)
         tenant.waiting_tokens += entry.num_prompt_tokens
         tenant.waiting_bytes += entry.num_bytes
@@ -336,15 +396,19 @@ class Scheduler:
     def _fits(self, entry: Entry) -> bool:
         if not self._fair:
             return True
-        if self._num_running_sequences + entry.num_sequences > self._max_running and self._num_running:
+        staying = self._num_running_sequences - self._num_leaving
+        if staying + entry.num_sequences > self._max_running and self._num_running:
             return False
         if self._ledger is None:
             return True
-        entry.holding = self._ledger.admit(entry)
+        lengths = self._lengths_of(entry.tenant)
+        entry.holding = self._ledger.admit(entry.request, entry.prefix_hashes, lengths)
         return entry.holding is not None
 
     def _cached_tokens(self, entry: Entry) -> int:
-        return 0
+        if self._ledger is None:
+            return 0
+        return self._ledger.find_cached(entry.prefix_hashes, entry.num_prompt_tokens)
 
     # Accounts.
 
@@ -353,8 +417,26 @@ class Scheduler:
         tenant.served += work
         self._served_work += work
 
+    def _lengths_of(self, tenant: Tenant) -> LengthEstimator:
+        """The tenant's own distribution once it tells something, until then that of all."""
+        own = tenant.lengths
+        return self._lengths if own is None or own.num_observed < MIN_OBSERVED else own
+
+    def _learn(self, entry: Entry, *, finished: bool) -> None:
+        sampling, tenant = entry.request.sampling, entry.tenant
+        if not entry.num_output_tokens or (sampling.ignore_eos and not sampling.stop):
+            return
+        if tenant.lengths is None:
+            tenant.lengths = LengthEstimator(self.settings.default_output_tokens)
+        length = entry.num_output_tokens // entry.num_sequences
+        complete = finished and length < sampling.max_tokens
+        for lengths in (self._lengths, tenant.lengths):
+            lengths.observe(length, complete=complete)
+
     def _prompt_work(self, entry: Entry) -> float:
-        return entry.num_prompt_tokens * self.settings.input_token_weight
+        cached = entry.holding.num_cached_tokens if entry.holding is not None else 0
+        s = self.settings
+        return (entry.num_prompt_tokens - cached) * s.input_token_weight + cached * s.cached_token_weight
 
     def _expected_work(self, entry: Entry) -> float:
         return self._prompt_work(entry) + (

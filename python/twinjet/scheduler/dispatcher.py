@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from twinjet.engines.base import Engine, EngineEvent, EngineInfo, OutputEvent
 from twinjet.errors import (
@@ -130,7 +130,7 @@ class Dispatcher:
 
     async def run(
         self, request: EngineRequest, *, report_queue: bool = False
-    ) -> AsyncIterator[QueuedEvent | DispatchedEvent | EngineEvent]:
+    ) -> AsyncGenerator[QueuedEvent | DispatchedEvent | EngineEvent, None]:
         """Queue a request and stream it: queued events if asked for, a DispatchedEvent, the engine's events.
 
         The first step raises Unavailable, AlreadyExists, DeadlinePassed, Overloaded or InvalidRequest; later
@@ -175,7 +175,8 @@ class Dispatcher:
         if entry.state is not State.RUNNING:
             return
         if isinstance(event, OutputEvent):
-            self._core.add_tokens(entry, event.output_index, event.token_ids, self._clock())
+            if self._core.add_tokens(entry, event.output_index, event.token_ids, self._clock()):
+                self._dispatch()
         else:
             self._core.prompt_done(entry)
             self._dispatch()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from twinjet.request import EngineRequest
 
 if TYPE_CHECKING:
+    from twinjet.scheduler.estimate import LengthEstimator
     from twinjet.scheduler.ledger import Holding
     from twinjet.scheduler.quota import TokenBucket
     from twinjet.scheduler.settings import TenantSettings
@@ -24,8 +25,8 @@ class Tenant:
     """One tenant's account. counter: virtual tokens, weighted service divided by the tenant's weight."""
 
     __slots__ = (
-        "bucket", "counter", "name", "num_running", "num_waiting", "served", "settings", "waiting_bytes",
-        "waiting_tokens", "weight",
+        "bucket", "counter", "lengths", "name", "num_running", "num_waiting", "served", "settings",
+        "waiting_bytes", "waiting_tokens", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, settings: TenantSettings, bucket: TokenBucket | None) -> None:
@@ -34,6 +35,7 @@ class Tenant:
         self.weight = settings.weight
         self.bucket = bucket
         self.counter = 0.0
+        self.lengths: LengthEstimator | None = None
         self.served = 0.0
         self.num_waiting = 0
         self.num_running = 0
@@ -50,7 +52,8 @@ class Entry:
 
     __slots__ = (
         "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
-        "last_token_at", "num_bypassed", "num_bytes", "num_output_tokens", "num_prompt_tokens",
+        "is_leaving", "last_token_at", "leaves_at", "num_bypassed", "num_bytes",
+        "num_output_tokens", "num_prompt_tokens",
         "num_sequences", "order", "position_at_arrival", "prefix_hashes", "priority", "request", "state",
         "tenant", "work",
     )  # fmt: skip
@@ -76,6 +79,8 @@ class Entry:
         self.prefix_hashes: bytes | None = None
         self.holding: Holding | None = None
         self.num_output_tokens = 0
+        self.is_leaving = False
+        self.leaves_at: float = math.inf
         self.dispatched_at = 0.0
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
@@ -89,8 +94,8 @@ def request_bytes(request: EngineRequest) -> int:
     s = request.sampling
     size = 2048 + 36 * len(request.prompt_token_ids)
     size += 100 * len(s.logit_bias) + 36 * (len(s.allowed_token_ids) + len(s.stop_token_ids))
-    for text in (*s.stop, *s.bad_words):
-        size += 64 + len(text)
+    if s.stop or s.bad_words:
+        size += sum(64 + len(text) for text in (*s.stop, *s.bad_words))
     if s.constraint is not None:
         size += len(s.constraint.value) + sum(64 + len(c) for c in s.constraint.choices)
     return size

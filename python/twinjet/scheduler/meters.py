@@ -71,9 +71,12 @@ class BackloggedRate:
     factor e each `memory_s`.
     """
 
-    def __init__(self, *, memory_s: float = 30.0, min_s: float = 1.0) -> None:
+    def __init__(self, *, memory_s: float = 30.0, min_s: float = 1.0, step_s: float = 0.05) -> None:
         self._memory = memory_s
         self._min = min_s
+        self._step = step_s
+        self._fresh_time = 0.0
+        self._fresh_work = 0.0
         self._at: float | None = None
         self._total = 0.0
         self._work = 0.0
@@ -81,13 +84,14 @@ class BackloggedRate:
 
     def observe(self, now: float, total: float, *, backlogged: bool) -> None:
         """total: all work done so far. backlogged: requests waited since the last call."""
-        if self._at is not None and backlogged and now > self._at:
-            elapsed = now - self._at
-            keep = math.exp(-elapsed / self._memory)
-            self._time = self._time * keep + elapsed
-            self._work = self._work * keep + (total - self._total)
-        elif self._at == now and backlogged:
-            self._work += total - self._total
+        if self._at is not None and backlogged:
+            self._fresh_time += now - self._at
+            self._fresh_work += total - self._total
+            if self._fresh_time >= self._step:
+                keep = math.exp(-self._fresh_time / self._memory)
+                self._time = self._time * keep + self._fresh_time
+                self._work = self._work * keep + self._fresh_work
+                self._fresh_time = self._fresh_work = 0.0
         self._at = now
         self._total = total
 

@@ -18,7 +18,7 @@ from twinjet.scheduler.entry import Entry, Tenant
 MAX_LANES_SCANNED: Final = 4
 """How many tenants' next requests are tried while earlier ones do not fit the KV cache."""
 
-MAX_LANES_COMPARED: Final = 16
+MAX_LANES_COMPARED: Final = 8
 """Up to how many tenants a position looks at each counter; beyond, it takes half of the ties."""
 
 
@@ -27,10 +27,12 @@ class _Counts:
 
     def __init__(self) -> None:
         self._tree = [0] * 65
+        self.counts = [0] * 65
 
     def add(self, x: int, amount: int) -> None:
         if x >= len(self._tree):
             self._grow(x)
+        self.counts[x] += amount
         tree, size = self._tree, len(self._tree)
         while x < size:
             tree[x] += amount
@@ -45,12 +47,13 @@ class _Counts:
         return total
 
     def _grow(self, x: int) -> None:
-        counts = [self.upto(i) - self.upto(i - 1) for i in range(1, len(self._tree))]
+        counts = self.counts
         size = 2 * len(self._tree) - 1
         while size <= x:
             size = 2 * size - 1
         self._tree = [0] * size
-        for i, count in enumerate(counts, start=1):
+        self.counts = [0] * size
+        for i, count in enumerate(counts):
             if count:
                 self.add(i, count)
 
@@ -204,6 +207,9 @@ class FairQueue:
         fits commits the request to the KV cache if it returns True. cached_tokens: length of the prompt's
         prefix that is in the cache now.
         """
+        first = self._take_first(fits, cached_tokens)
+        if first is not None:
+            return first
         head: Lane | None = None
         scanned = 0
         for group in self._classes_in_turn():
@@ -228,6 +234,29 @@ class FairQueue:
             return entry
         return None
 
+    def _take_first(
+        self, fits: Callable[[Entry], bool], cached_tokens: Callable[[Entry], int]
+    ) -> Entry | None:
+        """take_next() for the usual case: one class, and the request whose turn it is fits."""
+        if len(self._by_priority) != 1:
+            return None
+        group = self._by_priority[0]
+        heap = group.heap
+        while True:
+            key, order, lane = heap[0]
+            if not lane.entries:
+                heapq.heappop(heap)
+            elif lane.tenant.counter > key:
+                heapq.heapreplace(heap, (lane.tenant.counter, order, lane))
+            else:
+                break
+        entry = self._choose(lane, cached_tokens)
+        if not fits(entry):
+            return None
+        self._account(entry, lane, group)
+        self.remove(entry)
+        return entry
+
     def position(self, entry: Entry) -> int:
         """How many waiting requests are expected to go before this one, O(log n).
 
@@ -244,7 +273,7 @@ class FairQueue:
             higher += other.num_waiting
         # For each request of ours ahead, one of each tenant; then the tenants whose counter is lower.
         ahead = group.at_least.upto(rank)
-        level = group.at_least.upto(rank + 1) - ahead - 1
+        level = group.at_least.counts[rank + 1] - 1
         if level > 0 and len(group.lanes) > MAX_LANES_COMPARED:
             level //= 2
         elif level > 0:
@@ -267,7 +296,7 @@ class FairQueue:
 
     def _choose(self, lane: Lane, cached_tokens: Callable[[Entry], int]) -> Entry:
         oldest = lane.oldest()
-        if len(lane.entries) == 1 or lane.num_overtakes >= self._max_overtakes:
+        if len(lane.keys) == 1 or lane.num_overtakes >= self._max_overtakes:
             return oldest
         if self._window == 1:
             return lane.first()

@@ -217,8 +217,9 @@ def fill_engine_info(model: model_pb2.Model, info: EngineInfo) -> None:
             max_concurrent_sequences=info.limits.max_num_seqs,
         )
     )
-    names = model_pb2.Capability.DESCRIPTOR.values_by_name
-    model.capabilities.extend(sorted(names[f"CAPABILITY_{c.upper()}"].number for c in info.capabilities))
+    model.capabilities.extend(
+        sorted(model_pb2.Capability.Value(f"CAPABILITY_{c.upper()}") for c in info.capabilities)
+    )
     model.default_sampling.CopyFrom(sampling_message(info.default_sampling))
     model.sampler.CopyFrom(component(info.sampler))
     model.block_manager.CopyFrom(component(info.block_manager))

@@ -42,7 +42,7 @@ def _handler(
         else grpc.unary_unary_rpc_method_handler
     )
     return make(
-        _guarded(method.name, behaviour, metrics),  # type: ignore[arg-type]
+        _guarded(method.name, behaviour, metrics),
         request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
         response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
     )
@@ -82,6 +82,9 @@ async def _run(name: str, behaviour: Behaviour, request: Any, context: Any) -> t
         return None, internal_failure()
     except asyncio.CancelledError:
         raise
+    except grpc.aio.BaseError:
+        # A write found the connection gone before gRPC had cancelled this handler.
+        raise asyncio.CancelledError from None
     except Exception:
         logger.exception("%s failed", name)
         return None, internal_failure()

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, cast
 import grpc
 
 from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo, OutputEvent, Tokenizer
-from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, SlowReader, TwinjetError, Unsupported
+from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.scheduler import orca_report
+from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
 from twinjet.server.grammar import check_constraint
 from twinjet.server.responses import ResponseBuilder
-from twinjet.server.stream import StreamBuffer
+from twinjet.server.stream import StreamBuffer, StreamWriter
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ class InferenceServicer:
         embed = cast("EmbeddingEngine", engine).embed
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(embed(f"{request_id}-{i}", ids, dimensions))  # type: ignore[arg-type]
+                group.create_task(embed(f"{request_id}-{i}", ids, dimensions))
                 for i, ids in enumerate(prompts)
             ]
         response = embedding_pb2.EmbedResponse()
@@ -192,30 +194,26 @@ class InferenceServicer:
         builder = ResponseBuilder(
             request, info, model=model, deployment=deployment.name, arrived_at=arrived_at
         )
-        buffer = StreamBuffer(self._settings.max_pending_bytes)
-        await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
-        producer = self._live.start(
-            _produce(deployment, request, options.report_queue, builder, buffer),
-            f"request {request.request_id}",
-        )
-        try:
-            async for event in buffer:
-                for message in builder.messages(event):
-                    await self._write(context, message)
-            await self._write(context, builder.summary())
-            self._metrics.observe_finished(model, builder)
-        finally:
-            # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
-            # write, by GeneratorExit, which allows no await: the producer cleans up by itself.
-            producer.cancel()
-
-    async def _write(self, context: Context, message: generation_pb2.GenerateResponse) -> None:
-        limit_s = self._settings.stalled_reader_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await context.write(message)
-        except TimeoutError:
-            raise SlowReader(f"the client has read nothing for {limit_s:g} s") from None
+        writer = StreamWriter(context.write, self._settings.stalled_reader_s)
+        buffer = StreamBuffer(self._settings.max_pending_bytes, on_overflow=writer.interrupt)
+        key = object()
+        with self._live.hold(key):
+            await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
+            producer = self._live.start(
+                key, _produce(deployment, request, options.report_queue, builder, buffer)
+            )
+            try:
+                async for event in buffer:
+                    for message in builder.messages(event):
+                        await writer.write(message)
+                await writer.write(builder.summary())
+                self._metrics.observe_finished(model, builder)
+                report = orca_report(deployment.dispatcher.load(), max_running=info.limits.max_num_seqs)
+                context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
+            finally:
+                # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
+                # write, by GeneratorExit, which allows no await: the producer cleans up by itself.
+                producer.cancel()
 
 
 async def _produce(

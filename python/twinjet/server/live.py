@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class LiveRequests:
-    """A set of tasks, one for each request that an engine works on."""
+    """Requests that a handler or an engine still works on, by a key that is unique to each."""
 
     def __init__(self) -> None:
+        self._holds: Counter[object] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._holds)
 
-    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    @contextmanager
+    def hold(self, key: object) -> Iterator[None]:
+        """Count a request as alive; several holds of one key count once."""
+        self._holds[key] += 1
+        self._is_idle.clear()
+        try:
+            yield
+        finally:
+            self._holds[key] -= 1
+            if not self._holds[key]:
+                del self._holds[key]
+            if not self._holds:
+                self._is_idle.set()
+
+    def start(self, key: object, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a request's work as a task that is held until it has cleaned up."""
-        task = asyncio.create_task(work, name=name)
+
+        async def held() -> None:
+            with self.hold(key):
+                await work
+
+        task = asyncio.create_task(held(), name=f"request {key}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait until none is left; False if some are after timeout_s."""
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=timeout_s)
-        return not self._tasks
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 from collections.abc import Callable
 
 import grpc
+import uvloop
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import _async as health_aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from twinjet.config import Config, DeploymentSettings, ServerSettings
 from twinjet.engines.base import Engine
-from twinjet.engines.factory import make_engine
+from twinjet.engines.factory import make_engine, prepared
 from twinjet.engines.supervisor import State
 from twinjet.errors import ConfigError, Unavailable
 from twinjet.server.admin import AdminServicer
@@ -176,7 +176,9 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
+        # The core counts an unanswered ping against its own limit, which keepalive_timeout does not change.
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", int(settings.client_ping_s * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
@@ -211,9 +213,6 @@ def serve(config: Config, on_change: Callable[[Server], None] = lambda _: None) 
     0 after a drain, 1 if every engine failed, 2 if the configuration cannot work.
     on_change: called after every change of a deployment's state or progress.
     """
-    if sys.platform != "win32":
-        import uvloop
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, on_change))
-    return asyncio.run(_serve(config, on_change))
+    engines = {d.engine for d in config.deployments.values()}
+    with prepared(engines), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, on_change))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 from twinjet.engines.base import EngineEvent, OutputEvent, TokenLogprobs
 from twinjet.errors import SlowReader
@@ -51,8 +52,9 @@ def _logprob_bytes(entries: Sequence[TokenLogprobs]) -> int:
 class StreamBuffer:
     """Holds what a stream has not sent yet: one writer, one reader, both on one asyncio loop."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, on_overflow: Callable[[SlowReader], None] = lambda _: None) -> None:
         self._max_bytes = max_bytes
+        self._on_overflow = on_overflow
         self._queue: deque[StreamEvent | _PendingOutput] = deque()
         self._pending: dict[int, _PendingOutput] = {}
         self._num_bytes = 0
@@ -61,7 +63,7 @@ class StreamBuffer:
         self._error: BaseException | None = None
 
     def put(self, event: StreamEvent) -> None:
-        """Add an event. Raises SlowReader if more than max_bytes would wait."""
+        """Add an event. Raises SlowReader, also told to on_overflow, if more than max_bytes would wait."""
         if isinstance(event, OutputEvent):
             pending = self._pending.get(event.output_index)
             if pending is None:
@@ -69,9 +71,11 @@ class StreamBuffer:
                 self._queue.append(pending)
             self._num_bytes += pending.add(event)
             if self._num_bytes > self._max_bytes:
-                raise SlowReader(
+                error = SlowReader(
                     f"the client reads too slowly: more than {self._max_bytes} bytes wait for it"
                 )
+                self._on_overflow(error)
+                raise error
         elif isinstance(event, QueuedEvent) and self._queue and isinstance(self._queue[-1], QueuedEvent):
             self._queue[-1] = event
         else:
@@ -108,3 +112,33 @@ class StreamBuffer:
         del self._pending[event.output_index]
         self._num_bytes -= pending.num_bytes
         return event
+
+
+class StreamWriter:
+    """Writes messages, each within limit_s; a write that is blocked can be interrupted."""
+
+    def __init__(self, write: Callable[[Any], Awaitable[None]], limit_s: float) -> None:
+        self._write = write
+        self._limit_s = limit_s
+        self._timeout: asyncio.Timeout | None = None
+        self._interruption: SlowReader | None = None
+
+    async def write(self, message: Any) -> None:
+        """Write one message. Raises SlowReader if it takes too long or was interrupted."""
+        if self._interruption is not None:
+            raise self._interruption
+        try:
+            async with asyncio.timeout(self._limit_s) as self._timeout:
+                await self._write(message)
+        except TimeoutError:
+            raise self._interruption or SlowReader(
+                f"the client has read nothing for {self._limit_s:g} s"
+            ) from None
+        finally:
+            self._timeout = None
+
+    def interrupt(self, error: SlowReader) -> None:
+        """Make the write that is blocked, and every later one, raise error."""
+        self._interruption = error
+        if self._timeout is not None:
+            self._timeout.reschedule(asyncio.get_running_loop().time())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from google.protobuf.descriptor import FieldDescriptor, FileDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from twinjet.errors import Violation
@@ -27,25 +27,25 @@ class Malformed:
 def deserializer(message_class: type[Message]) -> Callable[[bytes], Message | Malformed]:
     """Make a request deserializer for gRPC that never raises."""
 
+    descriptor = message_class.DESCRIPTOR
+
     def parse(data: bytes) -> Message | Malformed:
         try:
             return message_class.FromString(data)
         except DecodeError:
-            return Malformed(_explain(message_class.DESCRIPTOR, data))
+            return Malformed(_explain(descriptor.name, descriptor.full_name, data))
 
     return parse
 
 
-def _explain(descriptor: Descriptor, data: bytes) -> tuple[Violation, ...]:
+def _explain(name: str, full_name: str, data: bytes) -> tuple[Violation, ...]:
     """Find the strings that are not UTF-8, by parsing the same bytes with every string as bytes."""
-    lenient = message_factory.GetMessageClass(_lenient_pool().FindMessageTypeByName(descriptor.full_name))
+    lenient = message_factory.GetMessageClass(_lenient_pool().FindMessageTypeByName(full_name))
     try:
         message = lenient.FromString(data)
     except DecodeError:
-        return (Violation(descriptor.name, f"is not a valid {descriptor.full_name} message"),)
-    return tuple(_invalid_text(message, "")) or (
-        Violation(descriptor.name, f"is not a valid {descriptor.full_name} message"),
-    )
+        return (Violation(name, f"is not a valid {full_name} message"),)
+    return tuple(_invalid_text(message, "")) or (Violation(name, f"is not a valid {full_name} message"),)
 
 
 def _invalid_text(message: Message, prefix: str) -> list[Violation]:
@@ -88,7 +88,7 @@ def _lenient_pool() -> descriptor_pool.DescriptorPool:
         if file.package.startswith("twinjet."):
             for message in proto.message_type:
                 _strings_to_bytes(message)
-        pool.Add(proto)  # type: ignore[no-untyped-call]
+        pool.Add(proto)
 
     add(service_pb2.DESCRIPTOR)
     return pool
@@ -97,6 +97,6 @@ def _lenient_pool() -> descriptor_pool.DescriptorPool:
 def _strings_to_bytes(message: descriptor_pb2.DescriptorProto) -> None:
     for field in message.field:
         if field.type == FieldDescriptor.TYPE_STRING and not message.options.map_entry:
-            field.type = FieldDescriptor.TYPE_BYTES  # type: ignore[assignment]
+            field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
     for nested in message.nested_type:
         _strings_to_bytes(nested)

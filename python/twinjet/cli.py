@@ -1,0 +1,394 @@
+"""The command `twinjet`: serve, generate, chat, models, load, tokenize.
+
+Exit codes: 0 done, 1 the server refused or failed, 2 wrong usage or configuration, 130 Ctrl-C. Nothing heavy is
+imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinjet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message as ProtoMessage
+
+    from twinjet.client import Client, Event, Sampling, Stream, TwinjetClientError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+DEFAULT_ADDRESS = "localhost:50051"
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _proto_dict(message: ProtoMessage) -> dict[str, Any]:
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(message, preserving_proto_field_name=True)
+
+
+def _connect(arguments: argparse.Namespace) -> Client:
+    import grpc
+
+    from twinjet.client import Client
+
+    credentials = None
+    if arguments.tls or arguments.ca is not None:
+        roots = None if arguments.ca is None else _read(arguments.ca)
+        credentials = grpc.ssl_channel_credentials(roots)
+    return Client(
+        arguments.address,
+        credentials=credentials,
+        token=os.environ.get("TWINJET_TOKEN", ""),
+        timeout_s=arguments.timeout,
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from twinjet.client import Constraint, Sampling
+
+    constraint = None
+    for kind in ("json_schema", "regex", "ebnf"):
+        if (value := getattr(arguments, kind)) is not None:
+            constraint = Constraint(kind, value)
+    return Sampling(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+        stop=tuple(arguments.stop),
+        constraint=constraint,
+    )
+
+
+def _text_argument(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
+
+
+def _show(stream: Stream, arguments: argparse.Namespace) -> str:
+    """Print a stream as it comes; give the text of the first output."""
+    from twinjet.client import Delta, Summary
+
+    text = ""
+    with stream:
+        for event in stream:
+            if arguments.json:
+                _print_json({"event": type(event).__name__.lower()} | asdict(event))
+            elif isinstance(event, Delta):
+                print(event.text, end="", flush=True)
+                text += event.text
+            elif isinstance(event, Summary) and arguments.stats:
+                print(f"\n{_stats(event)}", end="", file=sys.stderr, flush=True)
+    if not arguments.json:
+        print(flush=True)
+    return text
+
+
+def _stats(event: Event) -> str:
+    from twinjet.client import Summary
+
+    assert isinstance(event, Summary)
+    timings, usage = event.timings, event.usage
+    speed = f", {1 / timings.per_token_s:.1f} tokens/s" if timings.per_token_s else ""
+    return (
+        f"[{usage.prompt_tokens} + {usage.output_tokens} tokens, first after {timings.first_token_s:.2f} s, "
+        f"{timings.total_s:.2f} s{speed}, seed {event.seed}]"
+    )
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run a server."""
+    from twinjet.config import load
+    from twinjet.server.console import run
+
+    return run(load(arguments.config, serve_overrides(arguments, os.environ)), arguments.log_level)
+
+
+def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Give the settings that the flags of `serve` stand for. Raises ConfigError for flags that contradict."""
+    flags = {k: getattr(arguments, k) for k in ("model", "engine", "name")}
+    tree: dict[str, Any] = {
+        "server": {k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
+    }
+    named = [f"--{name}" for name, value in flags.items() if value is not None]
+    is_elsewhere = arguments.config is not None or any(n.startswith("TWINJET_DEPLOYMENTS__") for n in environ)
+    if is_elsewhere:
+        if named:
+            raise ConfigError(
+                f"{', '.join(named)} cannot be used when deployments are configured elsewhere "
+                "(--config or TWINJET_DEPLOYMENTS__...); change them there"
+            )
+        return tree
+    from twinjet.models.demo import DEMO_MODEL, DEMO_MODEL_NAME
+
+    model = flags["model"] or DEMO_MODEL
+    name = flags["name"] or (DEMO_MODEL_NAME if model == DEMO_MODEL else Path(model).name)
+    tree["deployments"] = {name: {"engine": flags["engine"] or "vllm", "model": model}}
+    return tree
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Continue a prompt."""
+    with _connect(arguments) as client:
+        _show(
+            client.generate(_text_argument(arguments.prompt), _sampling(arguments), model=arguments.model),
+            arguments,
+        )
+    return EXIT_OK
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Talk to a model: one message if given, else until the end of the input."""
+    from twinjet.client import Message
+
+    turns = [Message("system", arguments.system)] if arguments.system else []
+    with _connect(arguments) as client:
+        if arguments.message is not None:
+            turns.append(Message("user", _text_argument(arguments.message)))
+            _show(client.chat(turns, _sampling(arguments), model=arguments.model), arguments)
+            return EXIT_OK
+        if arguments.json:
+            raise ConfigError("--json needs a message; an interactive chat is for people")
+        return _converse(client, turns, arguments)
+
+
+def _converse(client: Client, turns: list[Any], arguments: argparse.Namespace) -> int:
+    from twinjet.client import Delta, Message, TwinjetClientError
+
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401 (gives input() line editing and history)
+
+        print("Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    sampling = _sampling(arguments)
+    while True:
+        try:
+            said = input("> " if is_terminal else "")
+        except EOFError:
+            return EXIT_OK
+        except KeyboardInterrupt:
+            print("\nCtrl-D leaves.", file=sys.stderr)
+            continue
+        if not said.strip():
+            continue
+        turns.append(Message("user", said))
+        answer = ""
+        try:
+            with client.chat(turns, sampling, model=arguments.model) as stream:
+                for event in stream:
+                    if isinstance(event, Delta):
+                        print(event.text, end="", flush=True)
+                        answer += event.text
+        except KeyboardInterrupt:
+            print(" [stopped]", end="", flush=True)
+        except TwinjetClientError as error:
+            _report(error, as_json=False)
+            # A refused turn would be refused again with every later one.
+            if not answer:
+                turns.pop()
+                continue
+        print(flush=True)
+        turns.append(Message("assistant", answer))
+
+
+def models(arguments: argparse.Namespace) -> int:
+    """List what is served."""
+    from twinjet.v1 import model_pb2
+
+    with _connect(arguments) as client:
+        listed = client.models()
+    if arguments.json:
+        _print_json([_proto_dict(model) for model in listed])
+        return EXIT_OK
+    rows: list[tuple[str, ...]] = [("MODEL", "STATE", "ENGINE", "CONTEXT", "SAMPLER", "BLOCKS")]
+    for model in listed:
+        state = model_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
+        if model.HasField("loading"):
+            state += f" {model.loading.done:.0%} ({model.loading.phase})"
+        if model.failure:
+            state += f" ({model.failure})"
+        rows.append(
+            (
+                model.name,
+                state,
+                f"{model.engine.name} {model.engine.version}".strip() or "-",
+                str(model.limits.max_context_tokens or "-"),
+                model.sampler.implementation or "-",
+                model.block_manager.implementation or "-",
+            )
+        )
+    _print_table(rows)
+    return EXIT_OK
+
+
+def load(arguments: argparse.Namespace) -> int:
+    """Show queues, running requests, KV blocks and speeds."""
+    with _connect(arguments) as client:
+        loads = client.get_load(arguments.model)
+    if arguments.json:
+        _print_json([_proto_dict(entry) for entry in loads])
+        return EXIT_OK
+    fields = ("waiting", "running", "engine_waiting", "engine_running", "kv_blocks_used", "kv_blocks_total")
+    rows = [("MODEL", "DEPLOYMENT", *(f.upper().replace("_", " ") for f in fields), "TOKENS/S")]
+    for entry in loads:
+        values = [str(getattr(entry, f)) if entry.HasField(f) else "-" for f in fields]  # type: ignore[arg-type]
+        has_speed = entry.HasField("output_tokens_per_second")
+        speed = f"{entry.output_tokens_per_second:.1f}" if has_speed else "-"
+        rows.append((entry.model, entry.deployment, *values, speed))
+    _print_table(rows)
+    return EXIT_OK
+
+
+def tokenize(arguments: argparse.Namespace) -> int:
+    """Show the token ids of a text."""
+    with _connect(arguments) as client:
+        tokens = client.tokenize(_text_argument(arguments.text), model=arguments.model)
+    if arguments.json:
+        _print_json(asdict(tokens))
+    else:
+        print(" ".join(map(str, tokens.token_ids)))
+        print(f"{len(tokens.token_ids)} of {tokens.max_context_tokens} tokens", file=sys.stderr)
+    return EXIT_OK
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _report(error: TwinjetClientError, *, as_json: bool) -> None:
+    if as_json:
+        facts = {
+            "code": error.code,
+            "reason": error.reason,
+            "message": error.message,
+            "violations": [asdict(v) for v in error.violations],
+            "retry_after_s": error.retry_after_s,
+        }
+        print(json.dumps({"error": facts}, ensure_ascii=False), file=sys.stderr)
+        return
+    print(f"error: {error.code.lower().replace('_', ' ')}: {error.message}", file=sys.stderr)
+    for violation in error.violations:
+        print(f"  {violation.field}: {violation.message}", file=sys.stderr)
+    if error.retry_after_s is not None:
+        print(f"  try again in {error.retry_after_s:g} s", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="twinjet", description="Serve language models over gRPC, and use them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        about = (run.__doc__ or "").split("\n")[0]
+        command = commands.add_parser(run.__name__, help=about, description=about)
+        command.set_defaults(run=run, json=False)
+        return command
+
+    def add_client(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        command = add(run)
+        address = os.environ.get("TWINJET_ADDRESS", DEFAULT_ADDRESS)
+        command.add_argument(
+            "--address", default=address, help="host:port; default: $TWINJET_ADDRESS, else %(default)s"
+        )
+        command.add_argument("--tls", action="store_true", help="use TLS with the system's certificates")
+        command.add_argument("--ca", type=Path, metavar="PEM", help="use TLS and trust these certificates")
+        command.add_argument("--timeout", type=float, metavar="S", help="deadline in seconds; default: none")
+        command.add_argument("--json", action="store_true", help="print JSON, one value or event a line")
+        return command
+
+    def add_model(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--model", default="", help="public model name; default: the server's only one")
+
+    def add_sampling(command: argparse.ArgumentParser) -> None:
+        add_model(command)
+        command.add_argument("--max-tokens", type=int, metavar="N")
+        command.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+        command.add_argument("--top-p", type=float, metavar="P")
+        command.add_argument("--top-k", type=int, metavar="K")
+        command.add_argument("--min-p", type=float, metavar="P")
+        command.add_argument("--seed", type=int)
+        command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+        grammar = command.add_mutually_exclusive_group()
+        grammar.add_argument("--json-schema", metavar="JSON", help="the answer satisfies this schema")
+        grammar.add_argument("--regex", metavar="PATTERN", help="the answer matches this pattern")
+        grammar.add_argument("--ebnf", metavar="GRAMMAR", help="the answer follows this grammar")
+        command.add_argument("--stats", action="store_true", help="show tokens and timings on stderr")
+
+    command = add(serve)
+    command.add_argument("--config", type=Path, metavar="TOML", help="configuration file")
+    command.add_argument("--model", metavar="FOLDER", help='model folder, or "demo" (default)')
+    command.add_argument("--engine", choices=("vllm", "tensorrt_llm", "fake"), help="default: vllm")
+    command.add_argument("--name", help="public model name; default: the folder's")
+    command.add_argument("--host", help="default: 127.0.0.1")
+    command.add_argument("--port", type=int, help="default: 50051; 0 picks a free one")
+    command.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+
+    command = add_client(generate)
+    command.add_argument("prompt", help="text to continue; - reads it from the input")
+    add_sampling(command)
+
+    command = add_client(chat)
+    command.add_argument(
+        "message", nargs="?", help="one message; - reads it from the input; none: interactive"
+    )
+    command.add_argument("--system", metavar="TEXT", help="system message")
+    add_sampling(command)
+
+    add_client(models)
+    add_model(add_client(load))
+    command = add_client(tokenize)
+    command.add_argument("text", help="text; - reads it from the input")
+    add_model(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        from twinjet.client import TwinjetClientError
+
+        if not isinstance(error, TwinjetClientError):
+            raise
+        _report(error, as_json=arguments.json)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""From a model, verbatim options and hot-path switches to vLLM's configuration. Imports vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+
+from twinjet.engines.vllm.environment import environment
+from twinjet.errors import ConfigError
+from twinjet.request import SamplingOverrides
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_CPU_MIN_KV_CACHE_BYTES = 512 << 20
+_CPU_CONTEXTS_IN_KV_CACHE = 4
+
+
+def engine_config(
+    model: str, options: Mapping[str, Any], *, scheduler_cls: str | None, worker_cls: str | None
+) -> VllmConfig:
+    """Make vLLM's configuration.
+
+    options: fields of AsyncEngineArgs; they win over every default of ours.
+    Raises ConfigError for an unknown option or one that vLLM refuses.
+    """
+    known = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}" if near else ""
+            raise ConfigError(f"vLLM has no engine option named {name}{hint}")
+    is_cpu = current_platform.is_cpu()
+    settings: dict[str, Any] = {
+        "model": model,
+        "scheduling_policy": "priority",
+        "enable_log_requests": False,
+        "disable_log_stats": False,
+    }
+    if scheduler_cls is not None:
+        settings["scheduler_cls"] = scheduler_cls
+    if worker_cls is not None:
+        settings["worker_cls"] = worker_cls
+    if is_cpu:
+        settings |= {"enforce_eager": True, "block_size": 32, "distributed_executor_backend": "uni"}
+        if options.get("tensor_parallel_size", 1) > 1 or options.get("pipeline_parallel_size", 1) > 1:
+            settings["distributed_executor_backend"] = "mp"
+    settings |= options
+    multiprocessing = "1"
+    if is_cpu and settings["distributed_executor_backend"] == "uni":
+        # vLLM's CPU platform turns "uni" into "mp" (one more process, one more import) to set OpenMP's
+        # variables for the worker. Our forkserver has set them already.
+        multiprocessing = "0"
+    try:
+        with environment({"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}):
+            config = AsyncEngineArgs(**settings).create_engine_config()
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"vLLM refuses the settings for {model}: {error}") from error
+    if is_cpu and config.cache_config.kv_cache_memory_bytes is None:
+        config.cache_config.kv_cache_memory_bytes = _cpu_kv_cache_bytes(config)
+    return config
+
+
+def _cpu_kv_cache_bytes(config: VllmConfig) -> int:
+    """Size the KV cache to a few full contexts: a size that is given skips vLLM's warm-up."""
+    model, parallel = config.model_config, config.parallel_config
+    per_token: int = (
+        2
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size()
+        * model.dtype.itemsize
+    )
+    context: int = model.max_model_len
+    return max(_CPU_MIN_KV_CACHE_BYTES, _CPU_CONTEXTS_IN_KV_CACHE * per_token * context)
+
+
+def default_sampling(config: VllmConfig) -> SamplingOverrides:
+    """Read the model's own sampling defaults from its generation_config."""
+    found = config.model_config.get_diff_sampling_param()
+    names = {f.name for f in dataclasses.fields(SamplingOverrides)}
+    return SamplingOverrides(**{k: v for k, v in found.items() if k in names})
+
+
+def eos_token_ids(config: VllmConfig, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """List the ids that end an output, the tokenizer's own first."""
+    from_config = config.model_config.try_get_generation_config().get("eos_token_id")
+    if from_config is None:
+        extra: list[int] = []
+    elif isinstance(from_config, int):
+        extra = [from_config]
+    else:
+        extra = list(from_config)
+    first = [] if tokenizer_eos is None else [tokenizer_eos]
+    return tuple(dict.fromkeys(first + extra))

@@ -1,0 +1,166 @@
+"""Engine processes: how they are created, what they report, and that none outlives us.
+
+An engine process is forked from a forkserver, a process that has imported vLLM and done nothing else. If
+the front end dies, even by SIGKILL, the forkserver reads EOF on its alive pipe and exits, and the kernel
+then kills the engine process (PR_SET_PDEATHSIG). A spawned engine process watches its parent's pipe instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.context
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+# Read when a library is loaded, so they hold their forkserver's values; all others follow the front end.
+_LOADER_VARIABLES = ("LD_PRELOAD", "OMP_NUM_THREADS")
+
+
+def _die_with_parent() -> None:
+    """Let this process die when its parent does."""
+    if forkserver._forkserver._forkserver_alive_fd is not None:  # type: ignore[attr-defined]
+        # Our copy of the alive pipe would keep the forkserver running for as long as we run.
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+        forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            return
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        connection.wait([sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _anonymous_main() -> Iterator[None]:
+    """Keep multiprocessing from running our main module again in the child, which needs nothing of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _reporting(executor_class: type[Any], report: Callable[[str], None]) -> type[Any]:
+    """Make an executor class that says which phase of its start it enters."""
+
+    class Reporting(executor_class):  # type: ignore[misc]
+        def _init_executor(self) -> None:
+            report("weights")
+            super()._init_executor()
+
+        def determine_available_memory(self) -> Any:
+            report("memory")
+            return super().determine_available_memory()
+
+        def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+            report("kv_cache")
+            return super().initialize_from_config(*args, **kwargs)
+
+    Reporting.__name__ = executor_class.__name__
+    Reporting.__qualname__ = executor_class.__qualname__
+    return Reporting
+
+
+class _EngineProcess(BaseProcess):
+    """Mixed into a context's Process: carries our environment and reports phases of the start."""
+
+    phases: Connection | None
+    environment: dict[str, str]
+
+    def start(self) -> None:
+        self.environment = dict(os.environ)
+        with _anonymous_main():
+            super().start()
+        # Two threads ask for the exit code after a death, and only one can read it from the pipe.
+        self.exit_lock = threading.Lock()
+        if self.phases is not None:
+            self.phases.close()
+
+    @property
+    def exitcode(self) -> int | None:
+        lock = getattr(self, "exit_lock", None)
+        if lock is None:
+            return super().exitcode
+        with lock:
+            return super().exitcode
+
+    def run(self) -> None:
+        kept = {name: os.environ[name] for name in _LOADER_VARIABLES if name in os.environ}
+        os.environ.clear()
+        os.environ.update(self.environment | kept)
+        _die_with_parent()
+        phases = self.phases
+        kwargs: dict[str, Any] = self._kwargs  # type: ignore[attr-defined]
+        if phases is not None and "executor_class" in kwargs:
+            kwargs["executor_class"] = _reporting(kwargs["executor_class"], phases.send)
+        super().run()
+
+
+class _ForkedEngine(_EngineProcess, multiprocessing.context.ForkServerProcess):
+    pass
+
+
+class _SpawnedEngine(_EngineProcess, multiprocessing.context.SpawnProcess):
+    pass
+
+
+class EngineContext:
+    """A multiprocessing context whose processes report phases and die with us.
+
+    forked: from the forkserver; otherwise spawned. phases: the writing end of a pipe for phase names; it
+    is closed once the first process has started. processes: those created so far.
+    """
+
+    def __init__(self, *, forked: bool, phases: Connection | None) -> None:
+        self._base = multiprocessing.get_context("forkserver" if forked else "spawn")
+        self._class: type[_EngineProcess] = _ForkedEngine if forked else _SpawnedEngine
+        self._phases = phases
+        self.processes: list[BaseProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
+        process = self._class(*args, **kwargs)
+        process.phases, self._phases = self._phases, None
+        self.processes.append(process)
+        return process
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def probe(answer: Connection) -> None:
+    """In a child of the forkserver: say what is wrong with forking from it, "" if nothing is."""
+    _die_with_parent()
+    parent = os.getppid()
+    try:
+        threads = len(os.listdir(f"/proc/{parent}/task"))
+    except FileNotFoundError:
+        threads = 1
+    torch = sys.modules.get("torch")
+    if "vllm" not in sys.modules:
+        answer.send("it could not import vllm")
+    elif threads != 1:
+        answer.send(f"it has {threads} threads")
+    elif torch is not None and torch.cuda.is_initialized():
+        answer.send("it has a CUDA context")
+    else:
+        answer.send("")
+    answer.close()

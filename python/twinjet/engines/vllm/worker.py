@@ -1,0 +1,53 @@
+"""The engine's worker with our sampler in it: vLLM loads `Worker` by name in its process; imports vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from twinjet.engines.vllm.fields import COUNTERS_METHOD, NO_TOKEN
+from twinjet.engines.vllm.sampler import NativeSampler
+from twinjet.sampling import SPEC_VERSION
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _StockWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _StockWorker
+
+
+class Worker(_StockWorker):  # type: ignore[misc]
+    """vLLM's worker for this platform; the V1 runner draws with our sampler."""
+
+    def init_device(self) -> None:
+        """Make the device and the model runner, and put our sampler into it."""
+        super().init_device()
+        if not self.use_v2_model_runner:
+            self.model_runner.sampler = NativeSampler(self.model_runner, self.model_runner.sampler)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a step; see vLLM's worker."""
+        sampler = self.model_runner.sampler
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.sampling_params is not None:
+                # vLLM's own min-tokens rule would read the id as an index from the end.
+                new.sampling_params.all_stop_token_ids.discard(NO_TOKEN)
+        if isinstance(sampler, NativeSampler):
+            sampler.drawing.table.forget(scheduler_output.finished_req_ids)
+        return super().execute_model(scheduler_output)
+
+
+def _counters(self: Worker) -> dict[str, Any]:
+    """Give what draws the tokens here and its counters."""
+    drawing = getattr(self.model_runner.sampler, "drawing", None)
+    if drawing is None:
+        return {"spec_version": 0, "target": "", "counters": {}, "reason": "this model's runner has none"}
+    return {
+        "spec_version": SPEC_VERSION,
+        "target": drawing.native.target,
+        "counters": dict(drawing.counters),
+        "reason": "",
+    }
+
+
+setattr(Worker, COUNTERS_METHOD, _counters)

@@ -1,0 +1,13 @@
+"""Fixtures of the client's tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.client.scripted import Scripted, running
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    with running() as scripted:
+        yield scripted

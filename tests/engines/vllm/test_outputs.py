@@ -1,0 +1,67 @@
+"""RequestOutputs, as plain look-alikes, become engine events; no vLLM needed."""
+
+from types import SimpleNamespace as Made
+
+import pytest
+
+from twinjet.engines.base import Finish
+from twinjet.engines.vllm.outputs import failure, output_event, prompt_event, token_logprobs
+from twinjet.errors import InvalidRequest, RequestFailed
+from twinjet.request import Constraint
+
+EOS = frozenset({2, 7})
+
+
+def completion(reason: str | None = None, stop: int | str | None = None, ids: tuple[int, ...] = (5,)) -> Made:
+    return Made(text="x", token_ids=ids, logprobs=None, finish_reason=reason, stop_reason=stop)
+
+
+@pytest.mark.parametrize(
+    ("made", "finish"),
+    [
+        (completion(), None),
+        (completion("length"), Finish("length")),
+        (completion("stop", ids=(5, 2)), Finish("stop", 2, is_eos=True)),
+        (completion("stop", 7, ids=(7,)), Finish("stop", 7, is_eos=True)),
+        (completion("stop", 9, ids=(9,)), Finish("stop", 9)),
+        (completion("stop", "end"), Finish("stop", "end")),
+        (completion("stop", ids=(5,)), Finish("stop", None)),
+        (completion("stop", ids=()), Finish("stop", None)),
+    ],
+)
+def test_finish(made: Made, finish: Finish | None) -> None:
+    assert output_event(made, 1, None, EOS).finish == finish
+
+
+def test_failures() -> None:
+    grammar = Constraint("regex", "a")
+    assert failure(completion(), None, has_tokens=False) is None
+    assert failure(completion("stop", 2), grammar, has_tokens=False) is None
+    no_token = failure(completion("stop", -1), None, has_tokens=True)
+    assert isinstance(no_token, RequestFailed)
+    assert no_token.reason == "NO_ADMISSIBLE_TOKEN"
+    assert isinstance(failure(completion("error"), grammar, has_tokens=False), InvalidRequest)
+    assert isinstance(failure(completion("error"), grammar, has_tokens=True), RequestFailed)
+    assert isinstance(failure(completion("abort"), None, has_tokens=True), RequestFailed)
+
+
+def entry(logprob: float, rank: int) -> Made:
+    return Made(logprob=logprob, rank=rank, decoded_token=f"t{rank}")
+
+
+def test_logprobs_keep_the_chosen_apart_from_the_best() -> None:
+    position = {4: entry(-3.0, 9), 1: entry(-0.5, 1), 3: entry(-1.0, 2)}
+    made = token_logprobs(4, position, 2)
+    assert (made.chosen.token_id, made.chosen.rank) == (4, 9)
+    assert [top.token_id for top in made.top] == [1, 3]
+    assert token_logprobs(1, position, 1).top[0] == token_logprobs(1, position, 1).chosen
+    assert token_logprobs(4, position, 0).top == ()
+
+
+def test_prompt_event() -> None:
+    output = Made(num_cached_tokens=3, prompt_logprobs=[None, {8: entry(-1.0, 1)}])
+    assert prompt_event(output, [6, 8], None).logprobs is None
+    event = prompt_event(output, [6, 8], 0)
+    assert event.num_cached_tokens == 3
+    assert event.logprobs is not None
+    assert [made.chosen.token_id for made in event.logprobs] == [8]
