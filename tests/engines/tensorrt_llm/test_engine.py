@@ -283,8 +283,10 @@ async def test_priority_goes_to_the_engine_where_it_takes_one(
 ) -> None:
     async with started() as engine:
         seen: list[dict[str, Any]] = []
-        real = engine._llm.generate_async
-        monkeypatch.setattr(engine._llm, "generate_async", lambda *a, **k: seen.append(k) or real(*a, **k))
+        real = engine._handle.llm.generate_async
+        monkeypatch.setattr(
+            engine._handle.llm, "generate_async", lambda *a, **k: seen.append(k) or real(*a, **k)
+        )
         await collect(engine, make_request(engine, priority=50))
         assert seen[0].get("priority") == (0.75 if version == "1.3" else None)
 
@@ -292,9 +294,9 @@ async def test_priority_goes_to_the_engine_where_it_takes_one(
 async def test_every_output_gets_params_of_its_own(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with started() as engine:
         seen: list[Any] = []
-        real = engine._llm.generate_async
+        real = engine._handle.llm.generate_async
         monkeypatch.setattr(
-            engine._llm,
+            engine._handle.llm,
             "generate_async",
             lambda *a, **k: seen.append(k["sampling_params"]) or real(*a, **k),
         )
@@ -389,7 +391,7 @@ async def test_a_silent_engine_is_found_dead_by_the_probe(version: str) -> None:
 
 async def test_an_idle_engine_that_died_is_found_too(version: str) -> None:
     async with started({"twinjet": {"idle_probe_s": 0.2, "probe_timeout_s": 0.2}}) as engine:
-        engine._llm.crash(None)
+        engine._handle.llm.crash(None)
         async with asyncio.timeout(10):
             assert await engine.wait_dead()
 
@@ -425,14 +427,14 @@ async def test_stopping_ends_running_requests(version: str) -> None:
             async for _ in events:
                 pass
         await stopping
-        assert engine._llm is None
+        assert engine._handle.llm is None
 
 
 async def test_a_shutdown_that_hangs_is_bounded(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     async with started({"twinjet": {"shutdown_timeout_s": 0.1}}) as engine:
-        real = engine._llm.shutdown
-        monkeypatch.setattr(engine._llm, "shutdown", lambda: (release.wait(30), real()))
+        real = engine._handle.llm.shutdown
+        monkeypatch.setattr(engine._handle.llm, "shutdown", lambda: (release.wait(30), real()))
         async with asyncio.timeout(10):
             await engine.stop()
     release.set()
@@ -446,11 +448,11 @@ async def test_a_start_given_up_half_way_is_cleaned_up(version: str, phase: str)
     def report(progress: LoadProgress) -> None:
         if progress.phase.startswith(phase):
             starting.cancel()
-        built.append(engine._llm)
+        built.append(engine._handle.llm)
 
     starting = asyncio.create_task(engine.start(report))
     with pytest.raises(asyncio.CancelledError):
         await starting
     await engine.stop()
-    assert engine._llm is None
+    assert engine._handle.llm is None
     assert all(llm._is_down for llm in built if llm is not None)
