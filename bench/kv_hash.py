@@ -108,7 +108,9 @@ def main() -> None:
     if options.json:
         facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
         facts["implementation"] = BlockHasher(16).implementation
-        options.json.write_text(json.dumps({**facts, "block_size": options.block_size, "us": results}, indent=2))
+        options.json.write_text(
+            json.dumps({**facts, "block_size": options.block_size, "us": results}, indent=2)
+        )
 
 
 if __name__ == "__main__":

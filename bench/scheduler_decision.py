@@ -1,6 +1,7 @@
 """What the scheduler's decisions cost: per request and per token, at 1,000 queued and 256 running.
 
-CPU time of the policy core alone, no engine and no event loop; medians over rounds. JSON to --out or stdout.
+CPU time of the policy core alone, no engine and no event loop; medians over rounds. JSON to --out or
+stdout.
 
     PYTHONPATH=python python bench/scheduler_decision.py
 """

@@ -273,7 +273,7 @@ class BlockManager:
         Returns int32 [len(sequences)]: the new block id of each, -1 where none was needed.
         """
     def publish(self, sequence: int, num_tokens: int, /) -> int:
-        """Put full blocks of the first num_tokens tokens into the prefix cache; returns how many are new."""
+        """Publish the full blocks within the first num_tokens tokens; returns how many are new."""
     def fork(self, sequence: int, /) -> tuple[int, list[tuple[int, int]]] | None:
         """Make a second sequence with the same tokens; None where it does not fit.
 
@@ -306,7 +306,10 @@ class BlockManager:
         Raises ValueError where a matched block is no longer cached, or hashes are too few.
         """
     def publish_hashes(self, sequence: int, num_tokens: int, hashes: BlockHashes, /) -> int:
-        """Publish the full blocks within the first num_tokens tokens under `hashes`; returns how many are new."""
+        """Publish the full blocks within the first num_tokens tokens, block i under hashes[i].
+
+        Returns how many the cache did not know.
+        """
 
     # The end of a sequence.
     def free(self, sequence: int, /) -> None:

@@ -211,3 +211,18 @@ TEST(sequences_that_stop_knowing_their_tokens_stop_publishing) {
   CHECK_EQ(num_new, 1);
   CHECK_EQ(f.manager.Publish(a, 14, &num_new), Status::kBadCount);
 }
+
+TEST(shared_block_is_published_once) {
+  Fixture f({.num_blocks = 8, .block_size = 4});
+  SequenceId a, b;
+  BlockCopy copy;
+  int64_t num_new;
+  CHECK_EQ(f.Allocate(Count(8), &a, {.publish = false}), Status::kOk);
+  CHECK_EQ(f.manager.Fork(a, &b, &copy), Status::kOk);
+  CHECK_EQ(f.manager.Publish(a, 8, &num_new), Status::kOk);
+  CHECK_EQ(num_new, 2);
+  CHECK_EQ(f.manager.Publish(b, 8, &num_new), Status::kOk);
+  CHECK_EQ(num_new, 0);
+  CHECK_EQ(f.manager.FindSequence(b)->num_published, 2);
+  CHECK_EQ(f.manager.num_cached_blocks(), 2);
+}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models.block_hash import hash_blocks, root, siphash_2_4_128
 
+from tests.models.block_hash import hash_blocks, root, siphash_2_4_128
 from twinjet._core import BlockHasher
 
 KEY = bytes(range(32))
@@ -94,7 +94,12 @@ def test_portable_code_gives_the_same_hashes() -> None:
     )
     environment = {**os.environ, "TWINJET_CPU_TARGET": "baseline", "PYTHONPATH": os.pathsep.join(sys.path)}
     output = subprocess.run(
-        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
     ).stdout.split()
     assert output[0] == "sha256-portable"
     assert output[1] == BlockHasher(16, key=KEY).hash_bytes(list(range(1000)), salt=b"x").hex()

@@ -18,7 +18,14 @@ def state_of(m: BlockManager) -> object:
     counters = m.stats()
     hashes = [m.block_hash(b) for b in range(m.num_blocks)]
     references = [m.reference_count(b) for b in range(m.num_blocks)]
-    return m.free_order(), hashes, references, m.num_sequences, counters.num_queries, counters.num_allocated_blocks
+    return (
+        m.free_order(),
+        hashes,
+        references,
+        m.num_sequences,
+        counters.num_queries,
+        counters.num_allocated_blocks,
+    )
 
 
 # --- Sharing and the cache -----------------------------------------------------------------------

@@ -14,9 +14,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
 from tests.models.block_hash import hash_blocks, root
 from tests.models.block_manager import ModelBlockManager
-
 from twinjet._core import BlockManager
 
 KEY = bytes(range(32))
@@ -56,7 +56,9 @@ class BlockManagers(RuleBasedStateMachine):
             return (self.dead[0] if self.dead else 12345, -1)
         return self.live[index % len(self.live)]
 
-    def both(self, name: str, native_args: tuple[Any, ...], model_args: tuple[Any, ...], **options: Any) -> Any:
+    def both(
+        self, name: str, native_args: tuple[Any, ...], model_args: tuple[Any, ...], **options: Any
+    ) -> Any:
         """Call both; the answers, or the kinds of exception, must agree. Returns both answers."""
         answers = []
         for manager, args in ((self.native, native_args), (self.model, model_args)):

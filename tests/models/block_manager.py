@@ -116,9 +116,7 @@ class ModelBlockManager:
         last = [b for b in gone if self.hash_of(b)]
         self.free_list = first + self.free_list + last
 
-    def _publish(
-        self, s: ModelSequence, index: int, hashes: Sequence[bytes], tokens: Sequence[int]
-    ) -> int:
+    def _publish(self, s: ModelSequence, index: int, hashes: Sequence[bytes], tokens: Sequence[int]) -> int:
         block = s.table[index]
         if self.hash_of(block):
             return 0

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from scheduler.helpers import StepEngine, make_info, make_request, settle
+from tests.scheduler.helpers import StepEngine, make_info, make_request, settle
 from twinjet.engines.base import EngineInfo, OutputEvent, PromptEvent
 from twinjet.errors import (
     AlreadyExists,
@@ -60,7 +60,7 @@ def engine() -> StepEngine:
 
 
 def make_dispatcher(engine: StepEngine, info: EngineInfo | None = None, **settings: object) -> Dispatcher:
-    dispatcher = Dispatcher(SchedulerSettings.model_validate(settings))
+    dispatcher = Dispatcher(SchedulerSettings.model_validate({"early_tokens": 0, **settings}))
     dispatcher.attach(engine, info or make_info(max_num_seqs=2))  # type: ignore[arg-type]
     return dispatcher
 
@@ -92,6 +92,20 @@ async def test_no_more_run_than_the_engine_has_sequences(engine: StepEngine) -> 
     assert engine.started == ["r0", "r1", "r2", "r3"]
     await engine.step(4)
     assert [c.tokens for c in clients] == [2] * 5
+    assert_no_trace(dispatcher, engine)
+
+
+async def test_the_next_request_is_handed_over_just_before_a_slot_is_free(engine: StepEngine) -> None:
+    dispatcher = make_dispatcher(engine, make_info(max_num_seqs=1), early_tokens=1)
+    clients = [Client(dispatcher, make_request(f"r{i}", max_tokens=3)) for i in range(3)]
+    await settle()
+    await engine.step()
+    assert engine.started == ["r0"]
+    await engine.step()
+    assert engine.started == ["r0", "r1"]
+    assert len(engine.running) == 2
+    await engine.step(8)
+    assert [c.tokens for c in clients] == [3] * 3
     assert_no_trace(dispatcher, engine)
 
 

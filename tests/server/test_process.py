@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
+from tests.server.processes import server
 
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
-MAIN = """
-import logging, sys
-from pathlib import Path
-from twinjet import config
-from twinjet.server.main import serve
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-sys.exit(serve(config.load(Path(sys.argv[1]))))
-"""
 FAKE = '[deployments.fake]\nengine = "fake"\noptions = { step_s = 0.01 }\n'
 
 
-@contextmanager
-def _server(tmp_path: Path, text: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    path = tmp_path / "twinjet.toml"
-    path.write_text("[server]\nport = 0\ngrace_s = 3\n" + text)
-    process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, str(path)], stderr=subprocess.PIPE, text=True, env=os.environ
-    )
-    try:
-        assert process.stderr is not None
-        address = ""
-        for line in process.stderr:
-            if line.startswith("listening on "):
-                address = line.split()[-1]
-            if " ready after " in line or "failed" in line:
-                break
-        yield process, address
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_sigterm_lets_a_stream_finish_and_exits_0(tmp_path: Path) -> None:
-    with _server(tmp_path, FAKE) as (process, address), grpc.insecure_channel(address) as channel:
+    with server(tmp_path, FAKE) as (process, address), grpc.insecure_channel(address) as channel:
         stub = service_pb2_grpc.InferenceServiceStub(channel)
         sampling = sampling_pb2.SamplingParams(max_tokens=50)
         events = stub.Generate(generation_pb2.GenerateRequest(text="x", sampling=sampling))
@@ -59,7 +26,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(tmp_path: Path) -> None:
 
 
 def test_sigterm_ends_what_outlasts_the_grace(tmp_path: Path) -> None:
-    with _server(tmp_path, FAKE) as (process, address), grpc.insecure_channel(address) as channel:
+    with server(tmp_path, FAKE) as (process, address), grpc.insecure_channel(address) as channel:
         stub = service_pb2_grpc.InferenceServiceStub(channel)
         events = stub.Generate(generation_pb2.GenerateRequest(text="x"))
         assert next(events).HasField("started")
@@ -72,7 +39,7 @@ def test_sigterm_ends_what_outlasts_the_grace(tmp_path: Path) -> None:
 
 def test_exit_1_when_every_engine_was_given_up(tmp_path: Path) -> None:
     text = '[deployments.bad]\nengine = "fake"\nmax_restarts = 0\noptions = { die_at_start = 9 }\n'
-    with _server(tmp_path, text) as (process, _):
+    with server(tmp_path, text) as (process, _):
         assert process.wait(10) == 1
 
 
@@ -80,13 +47,13 @@ BROKEN = '[deployments.broken]\nengine = "fake"\noptions = { fail_start = "no su
 
 
 def test_exit_2_when_a_configuration_cannot_work(tmp_path: Path) -> None:
-    with _server(tmp_path, FAKE + BROKEN) as (process, _):
+    with server(tmp_path, FAKE + BROKEN) as (process, _):
         assert process.wait(10) == 2
 
 
 def test_allow_partial_serves_the_rest(tmp_path: Path) -> None:
     with (
-        _server(tmp_path, "allow_partial = true\n" + FAKE + BROKEN) as (process, address),
+        server(tmp_path, "allow_partial = true\n" + FAKE + BROKEN) as (process, address),
         grpc.insecure_channel(address) as channel,
     ):
         stub = service_pb2_grpc.ModelServiceStub(channel)
@@ -96,12 +63,10 @@ def test_allow_partial_serves_the_rest(tmp_path: Path) -> None:
 
 
 def test_exit_2_when_the_port_is_taken(tmp_path: Path) -> None:
-    with _server(tmp_path, FAKE) as (_, address):
+    with server(tmp_path, FAKE) as (_, address):
         port = address.split(":")[1]
-        path = tmp_path / "second.toml"
-        path.write_text(f"[server]\nport = {port}\n{FAKE}")
-        second = subprocess.run(
-            [sys.executable, "-c", MAIN, str(path)], capture_output=True, text=True, timeout=30, check=False
-        )
-        assert second.returncode == 2
-        assert "cannot listen on" in second.stderr
+        second_folder = tmp_path / "second"
+        second_folder.mkdir()
+        with server(second_folder, FAKE, port=int(port)) as (second, _):
+            assert second.wait(10) == 2
+        assert "cannot listen on" in (second_folder / "server.log").read_text()

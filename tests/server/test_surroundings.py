@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -11,6 +12,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.server.harness import Serve, collect, details
 
+from twinjet.server.inference import InferenceServicer
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 SHORT = generation_pb2.GenerateRequest(text="x", sampling=sampling_pb2.SamplingParams(max_tokens=3))
@@ -83,12 +85,29 @@ async def test_metrics_count_calls_and_tokens(serve: Serve) -> None:
     assert sample("twinjet_first_token_seconds_count", {"model": "fake"}) == 1
 
 
+async def test_a_finished_stream_carries_a_load_report(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen on the server's side, since gRPC's C core keeps this trailer from the application."""
+    sent: list[Any] = []
+    stream = InferenceServicer._stream
+
+    async def spy(self: InferenceServicer, *args: Any) -> None:
+        await stream(self, *args)
+        sent.extend(args[-2].trailing_metadata())
+
+    monkeypatch.setattr(InferenceServicer, "_stream", spy)
+    h = await serve({"max_num_seqs": 4})
+    await collect(h.inference.Generate(SHORT))
+    assert b"output_tokens_per_second" in dict(sent)["endpoint-load-metrics-bin"]
+
+
 async def test_get_load_shows_what_waits_and_runs(serve: Serve) -> None:
     h = await serve({"step_s": 0.01, "max_num_seqs": 2})
     calls = [
         h.inference.Generate(generation_pb2.GenerateRequest(text="x", options={"tenant": f"t{i % 2}"}))
         for i in range(4)
     ]
+    for call in calls:
+        await call.initial_metadata()
     await calls[0].read()
     load = (await h.admin.GetLoad(admin_pb2.GetLoadRequest(model="fake"))).models[0]
     assert load.waiting + load.running == 4

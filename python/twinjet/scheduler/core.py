@@ -9,7 +9,7 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from twinjet.engines.base import EngineInfo
 from twinjet.errors import (
@@ -62,6 +62,7 @@ class Scheduler:
         self._ledger: KvLedger | None = None
         self._num_running = 0
         self._num_running_sequences = 0
+        self._num_leaving = 0
         self._waiting_tokens = 0
         self._waiting_bytes = 0
         self._waiting_work = 0.0
@@ -139,7 +140,7 @@ class Scheduler:
         """Admit the next request to the engine; None if none can go. Call until it returns None."""
         if not self._attached or not len(self._queue):
             return None
-        if self._fair and self._num_running_sequences >= self._max_running:
+        if self._fair and self._num_running_sequences - self._num_leaving >= self._max_running:
             return None
         self._work_rate.observe(now, self._served_work, backlogged=True)
         entry = self._queue.take_next(self._fits, self._cached_tokens)
@@ -162,11 +163,11 @@ class Scheduler:
         if entry.holding is not None and self._ledger is not None:
             self._ledger.publish(entry.holding)
 
-    def add_tokens(self, entry: Entry, output_index: int, token_ids: Sequence[int], now: float) -> None:
-        """Account for tokens that streamed."""
+    def add_tokens(self, entry: Entry, output_index: int, token_ids: Sequence[int], now: float) -> bool:
+        """Account for tokens that streamed; True if that may let another request go."""
         count = len(token_ids)
         if not count:
-            return
+            return False
         if entry.first_token_at is None:
             entry.first_token_at = now
             self._first_token_s.add(now, now - entry.dispatched_at)
@@ -178,6 +179,11 @@ class Scheduler:
         self._charge(entry.tenant, count * self.settings.output_token_weight)
         if entry.tenant.bucket is not None:
             entry.tenant.bucket.take(count)
+        if entry.num_output_tokens < entry.leaves_at or entry.is_leaving:
+            return False
+        entry.is_leaving = True
+        self._num_leaving += 1
+        return len(self._queue) > 0
 
     def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
@@ -191,6 +197,7 @@ class Scheduler:
             self._num_running -= 1
             self._num_running_sequences -= entry.num_sequences
             entry.tenant.num_running -= 1
+            self._num_leaving -= entry.is_leaving
             if entry.holding is not None and self._ledger is not None:
                 self._ledger.release(entry.holding)
             entry.holding = None
@@ -276,7 +283,9 @@ class Scheduler:
             tenant = Tenant(request.tenant, settings, bucket)
         self._num_arrivals += 1
         entry = Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
-        sampling = request.sampling
+        sampling, early = request.sampling, self.settings.early_tokens
+        if early and sampling.n == 1 and self._fair:
+            entry.leaves_at = max(1, sampling.max_tokens - early)
         if sampling.ignore_eos and not sampling.stop:
             entry.expected_output = float(sampling.max_tokens)
         else:
@@ -300,6 +309,8 @@ class Scheduler:
 
     def _check_quota(self, entry: Entry, now: float) -> None:
         tenant, limits = entry.tenant, entry.tenant.settings
+        if not limits.max_streams and tenant.bucket is None:
+            return
         subject = f"tenant:{tenant.name}"
         if limits.max_streams and tenant.num_waiting + tenant.num_running >= limits.max_streams:
             text = f"{limits.max_streams} concurrent streams"
@@ -320,20 +331,22 @@ class Scheduler:
 
     def _check_room(self, entry: Entry, now: float) -> None:
         s, t, tenant = self.settings, entry.tenant.settings, entry.tenant
-        checks = (
-            ("requests", s.max_waiting, len(self._queue) + 1),
-            ("prompt tokens", s.max_waiting_tokens, self._waiting_tokens + entry.num_prompt_tokens),
-            ("bytes", s.max_waiting_bytes, self._waiting_bytes + entry.num_bytes),
-            ("requests of this tenant", t.max_waiting, tenant.num_waiting + 1),
-            ("prompt tokens of this tenant", t.max_waiting_tokens,
-             tenant.waiting_tokens + entry.num_prompt_tokens),
-            ("bytes of this tenant", t.max_waiting_bytes, tenant.waiting_bytes + entry.num_bytes),
-        )  # fmt: skip
-        for what, limit, value in checks:
-            if limit and value > limit:
-                raise Overloaded(
-                    f"the queue is full: {limit} {what} are allowed", retry_after_s=self._retry_s(now)
-                )
+        tokens, size = entry.num_prompt_tokens, entry.num_bytes
+        if 0 < s.max_waiting <= len(self._queue):
+            self._refuse_full(f"{s.max_waiting} requests", now)
+        if 0 < s.max_waiting_tokens < self._waiting_tokens + tokens:
+            self._refuse_full(f"{s.max_waiting_tokens} prompt tokens", now)
+        if 0 < s.max_waiting_bytes < self._waiting_bytes + size:
+            self._refuse_full(f"{s.max_waiting_bytes} bytes", now)
+        if 0 < t.max_waiting <= tenant.num_waiting:
+            self._refuse_full(f"{t.max_waiting} requests of one tenant", now)
+        if 0 < t.max_waiting_tokens < tenant.waiting_tokens + tokens:
+            self._refuse_full(f"{t.max_waiting_tokens} prompt tokens of one tenant", now)
+        if 0 < t.max_waiting_bytes < tenant.waiting_bytes + size:
+            self._refuse_full(f"{t.max_waiting_bytes} bytes of one tenant", now)
+
+    def _refuse_full(self, limit: str, now: float) -> NoReturn:
+        raise Overloaded(f"the queue is full: {limit} are allowed", retry_after_s=self._retry_s(now))
 
     def _check_deadline(self, entry: Entry, now: float) -> None:
         """Refuse a queued request that would miss its deadline at the measured speeds."""
@@ -383,7 +396,8 @@ class Scheduler:
     def _fits(self, entry: Entry) -> bool:
         if not self._fair:
             return True
-        if self._num_running_sequences + entry.num_sequences > self._max_running and self._num_running:
+        staying = self._num_running_sequences - self._num_leaving
+        if staying + entry.num_sequences > self._max_running and self._num_running:
             return False
         if self._ledger is None:
             return True

@@ -175,7 +175,8 @@ class Dispatcher:
         if entry.state is not State.RUNNING:
             return
         if isinstance(event, OutputEvent):
-            self._core.add_tokens(entry, event.output_index, event.token_ids, self._clock())
+            if self._core.add_tokens(entry, event.output_index, event.token_ids, self._clock()):
+                self._dispatch()
         else:
             self._core.prompt_done(entry)
             self._dispatch()

@@ -52,7 +52,8 @@ class Entry:
 
     __slots__ = (
         "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
-        "last_token_at", "num_bypassed", "num_bytes", "num_output_tokens", "num_prompt_tokens",
+        "is_leaving", "last_token_at", "leaves_at", "num_bypassed", "num_bytes",
+        "num_output_tokens", "num_prompt_tokens",
         "num_sequences", "order", "position_at_arrival", "prefix_hashes", "priority", "request", "state",
         "tenant", "work",
     )  # fmt: skip
@@ -78,6 +79,8 @@ class Entry:
         self.prefix_hashes: bytes | None = None
         self.holding: Holding | None = None
         self.num_output_tokens = 0
+        self.is_leaving = False
+        self.leaves_at: float = math.inf
         self.dispatched_at = 0.0
         self.first_token_at: float | None = None
         self.last_token_at = 0.0

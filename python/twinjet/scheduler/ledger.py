@@ -86,6 +86,8 @@ class KvLedger:
         self._manager = BlockManager(
             cache.num_blocks, cache.block_size, prefix_cache=prefix_cache, algorithm="siphash"
         )
+        self._num_slots = cache.num_blocks * cache.block_size
+        self._match = self._manager.match_hashes
         self._shares = prefix_cache
         self._usable = cache.num_blocks - math.floor(cache.num_blocks * headroom)
         self._times = horizon(longest)
@@ -99,6 +101,7 @@ class KvLedger:
         self._sequences: dict[int, tuple[_Sequence, Holding]] = {}
         self._predicting = False
         self._num_roomy = 0
+        self._fresh: tuple[float, Floats, Floats] | None = None
         self.num_overflows = 0
 
     @property
@@ -126,7 +129,7 @@ class KvLedger:
         """Prompt tokens that are in the cache now."""
         if not hashes:
             return 0
-        return len(self._manager.match_hashes(hashes, (num_prompt_tokens - 1) // self._size)) * self._size
+        return len(self._match(hashes, (num_prompt_tokens - 1) // self._size)) * self._size
 
     def admit(self, request: EngineRequest, hashes: bytes | None, lengths: LengthEstimator) -> Holding | None:
         """Hold the blocks of a request's prompt if the use to come stays within the cache; else None.
@@ -135,22 +138,28 @@ class KvLedger:
         """
         prompt, n = len(request.prompt_token_ids), request.sampling.n
         is_fixed = request.sampling.ignore_eos and not request.sampling.stop
-        prompt_blocks = self._num_blocks_for(prompt)
-        full_blocks = prompt // self._size if self._shares else 0
-        new = n * (prompt_blocks - full_blocks) + full_blocks - self._num_referenced(hashes, prompt)
-        max_blocks = self._num_blocks_for(prompt + request.sampling.max_tokens + self._lookahead)
+        size = self._size
+        prompt_blocks = -(-prompt // size)
+        full_blocks = prompt // size if self._shares else 0
+        max_blocks = -(-(prompt + request.sampling.max_tokens + self._lookahead) // size)
         reserve = n * (max_blocks - prompt_blocks)
+        new = n * (prompt_blocks - full_blocks) + full_blocks
+        if self.num_used_blocks + new + self._num_reserved + reserve > self._usable:
+            # What running requests share costs nothing more; looked up only where it may matter.
+            new -= self._num_referenced(hashes, prompt)
         if self.num_used_blocks + new > (self._usable if self._num_sequences else self.num_blocks):
             return None
         if self._num_sequences and not self._stays_within(request, new, reserve, lengths, is_fixed):
             return None
         sequences, num_cached = self._open(request, hashes, max_blocks)
         if not sequences:
+            self._fresh = None
             return None
         if sum(s.own for s in sequences) > new and self._num_sequences:
             # The cache shares less than it seemed: what was asked of the prediction does not hold.
             for sequence in sequences:
                 self._manager.free(sequence.handle)
+            self._fresh = None
             return None
         holding = Holding(sequences, num_cached, lengths, is_fixed=is_fixed)
         for sequence in sequences:
@@ -159,7 +168,8 @@ class KvLedger:
             self._num_reserved += max_blocks - prompt_blocks
             self._sequences[sequence.handle] = (sequence, holding)
             if self._predicting:
-                self._refresh(sequence, holding)
+                self._begin_prediction(sequence, holding)
+        self._fresh = None
         return holding
 
     def append(self, holding: Holding, output_index: int, token_ids: Sequence[int]) -> None:
@@ -167,7 +177,7 @@ class KvLedger:
         sequence = holding.sequences[output_index]
         count = len(token_ids)
         sequence.num_tokens += count
-        if sequence.num_lost:
+        if sequence.num_lost or sequence.prompt + sequence.num_tokens > self._num_slots:
             self._lose(sequence, count)
             return
         if count == 1:
@@ -229,7 +239,7 @@ class KvLedger:
         """
         if not hashes:
             return 0
-        blocks = self._manager.match_hashes(hashes, (num_prompt_tokens - 1) // self._size)
+        blocks = self._match(hashes, (num_prompt_tokens - 1) // self._size)
         low, high = 0, len(blocks)
         while low < high:
             middle = (low + high) // 2
@@ -261,7 +271,11 @@ class KvLedger:
         blocks, spread = self._predict(lengths, 0, request.sampling.max_tokens, own, is_fixed)
         expected = used - new - self._num_own + self._blocks + n * blocks
         deviation = np.sqrt(np.maximum(self._spread + n * spread, 0.0))
-        return bool((expected + self._sigmas * deviation).max() <= self._usable)
+        expected += self._sigmas * deviation
+        if expected.max() > self._usable:
+            return False
+        self._fresh = (own, blocks, spread)
+        return True
 
     def _predict(
         self, lengths: LengthEstimator, num_tokens: int, max_tokens: int, own: float, is_fixed: bool
@@ -298,6 +312,16 @@ class KvLedger:
         self._blocks += sequence.blocks
         self._spread += sequence.spread
         sequence.refreshed = sequence.num_tokens
+
+    def _begin_prediction(self, sequence: _Sequence, holding: Holding) -> None:
+        fresh = self._fresh
+        if fresh is None or fresh[0] != sequence.own:
+            self._refresh(sequence, holding)
+            return
+        # Admission asked for the very same.
+        _, sequence.blocks, sequence.spread = fresh
+        self._blocks += sequence.blocks
+        self._spread += sequence.spread
 
     def _open(
         self, request: EngineRequest, hashes: bytes | None, max_blocks: int

@@ -75,7 +75,8 @@ class BackloggedRate:
         self._memory = memory_s
         self._min = min_s
         self._step = step_s
-        self._backlogged = False
+        self._fresh_time = 0.0
+        self._fresh_work = 0.0
         self._at: float | None = None
         self._total = 0.0
         self._work = 0.0
@@ -83,21 +84,16 @@ class BackloggedRate:
 
     def observe(self, now: float, total: float, *, backlogged: bool) -> None:
         """total: all work done so far. backlogged: requests waited since the last call."""
-        if self._at is None or now - self._at < self._step:
-            # Too short to be worth an exponential: left to the next call.
-            self._backlogged = backlogged or self._backlogged
-            if self._at is None:
-                self._at = now
-                self._total = total
-            return
-        if backlogged or self._backlogged:
-            elapsed = now - self._at
-            keep = math.exp(-elapsed / self._memory)
-            self._time = self._time * keep + elapsed
-            self._work = self._work * keep + (total - self._total)
+        if self._at is not None and backlogged:
+            self._fresh_time += now - self._at
+            self._fresh_work += total - self._total
+            if self._fresh_time >= self._step:
+                keep = math.exp(-self._fresh_time / self._memory)
+                self._time = self._time * keep + self._fresh_time
+                self._work = self._work * keep + self._fresh_work
+                self._fresh_time = self._fresh_work = 0.0
         self._at = now
         self._total = total
-        self._backlogged = False
 
     def rate(self, now: float) -> float | None:
         """Work per second; None before `min_s` seconds with a queue, or if nothing was done in them."""

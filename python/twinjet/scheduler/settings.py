@@ -43,6 +43,10 @@ class SchedulerSettings(BaseModel):
     max_running: Count = 0
     """Most sequences in the engine (a request with n outputs counts n). 0: the engine's max_num_seqs."""
 
+    early_tokens: Count = 2
+    """The next request is handed over when one with a single output is known to end within so many tokens, so
+    that its slot is not empty for a step; the engine's own queue holds it until then. 0 waits for the end."""
+
     max_waiting: Count = 4096
     """Most requests in the queue; 0 is no limit, here and in the next two."""
     max_waiting_tokens: Count = 16_000_000

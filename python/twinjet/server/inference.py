@@ -15,6 +15,8 @@ import grpc
 from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo, OutputEvent, Tokenizer
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.scheduler import orca_report
+from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
 from twinjet.server.grammar import check_constraint
 from twinjet.server.responses import ResponseBuilder
@@ -206,6 +208,8 @@ class InferenceServicer:
                         await writer.write(message)
                 await writer.write(builder.summary())
                 self._metrics.observe_finished(model, builder)
+                report = orca_report(deployment.dispatcher.load(), max_running=info.limits.max_num_seqs)
+                context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
                 # write, by GeneratorExit, which allows no await: the producer cleans up by itself.

@@ -69,9 +69,7 @@ async def engine(
     offline: list[dict[str, Any]], demo_model_path: Path, progress: list[LoadProgress]
 ) -> AsyncIterator[VllmEngine]:
     prestart.prestart()
-    made = VllmEngine(
-        str(demo_model_path), options=OPTIONS, native_sampler=False, native_block_manager=False
-    )
+    made = VllmEngine(str(demo_model_path), options=OPTIONS, native_sampler=False, native_block_manager=False)
     await made.start(progress.append)
     yield made
     await made.stop()

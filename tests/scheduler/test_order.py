@@ -1,0 +1,275 @@
+"""The core's order against the slow model, and the bounds that docs/scheduler.md states."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.models.scheduler_model import ModelRequest, QueueModel
+from tests.scheduler.helpers import make_info, make_request
+from twinjet.scheduler import SchedulerSettings
+from twinjet.scheduler.core import Scheduler
+from twinjet.scheduler.entry import Entry, State
+
+TENANTS = ("a", "b", "c")
+WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
+
+
+class OrderMachine(RuleBasedStateMachine):
+    """Offers, cancellations, tokens and finishes in any order; each dispatch is the one the model names."""
+
+    shortest = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        order = "shortest" if self.shortest else "fifo"
+        self.settings = SchedulerSettings.model_validate(
+            {
+                "tenant_order": order,
+                "max_overtakes": 2,
+                "priority_patience": 3,
+                "prefix_window": 1,
+                "early_tokens": 0,
+                "tenants": {name: {"weight": weight} for name, weight in WEIGHTS.items()},
+            }
+        )
+        self.core = Scheduler(self.settings)
+        self.core.attach(make_info(max_num_seqs=3))
+        self.model = QueueModel(self.shortest, 2, 3)
+        self.waiting: dict[str, tuple[Entry, ModelRequest]] = {}
+        self.running: list[Entry] = []
+        self.now = 0.0
+        self.count = 0
+
+    @rule(tenant=st.sampled_from(TENANTS), priority=st.sampled_from((-1, 0, 5)), length=st.integers(1, 40))
+    def offer(self, tenant: str, priority: int, length: int) -> None:
+        self.count += 1
+        key = f"r{self.count}"
+        entry = self.core.offer(make_request(key, tenant=tenant, priority=priority, prompt=length), self.now)
+        model = ModelRequest(key, tenant, priority, length, self.count)
+        self.model.push(model)
+        self.waiting[key] = (entry, model)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.waiting)))
+        entry, model = self.waiting.pop(key)
+        self.core.release(entry, self.now)
+        self.model.remove(model)
+
+    @rule()
+    def dispatch(self) -> None:
+        while (entry := self.core.take(self.now)) is not None:
+            expected = self.model.take()
+            assert entry.request.request_id == expected.request_id
+            self.charge(entry, entry.num_prompt_tokens * self.settings.input_token_weight)
+            del self.waiting[entry.request.request_id]
+            self.running.append(entry)
+        # Work conservation: slots stand empty only if nobody waits.
+        assert len(self.running) == 3 or not self.waiting
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def stream(self, data: st.DataObject, count: int) -> None:
+        entry = data.draw(st.sampled_from(self.running))
+        self.core.add_tokens(entry, 0, tuple(range(count)), self.now)
+        self.charge(entry, count * self.settings.output_token_weight)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), finished=st.booleans())
+    def end(self, data: st.DataObject, finished: bool) -> None:
+        entry = data.draw(st.sampled_from(self.running))
+        self.running.remove(entry)
+        self.core.release(entry, self.now, finished=finished)
+
+    @rule(seconds=st.floats(0, 5))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def charge(self, entry: Entry, work: float) -> None:
+        tenant = entry.tenant.name
+        self.model.counters[tenant] = self.model.counters.get(tenant, 0.0) + work / WEIGHTS[tenant]
+
+    @invariant()
+    def counts_agree(self) -> None:
+        load = self.core.load(self.now)
+        assert load.waiting == len(self.waiting)
+        assert load.running == len(self.running)
+        assert load.waiting_tokens == sum(m.num_prompt_tokens for _, m in self.waiting.values())
+        assert set(load.request_ids) == {*self.waiting, *(e.request.request_id for e in self.running)}
+
+    @invariant()
+    def positions_are_places(self) -> None:
+        for entry, _ in self.waiting.values():
+            assert 0 <= self.core.position(entry) < len(self.waiting)
+
+    def teardown(self) -> None:
+        for entry in [*self.running, *(e for e, _ in self.waiting.values())]:
+            self.core.release(entry, self.now)
+        load = self.core.load(self.now)
+        assert (load.waiting, load.running, load.waiting_tokens) == (0, 0, 0)
+        assert not load.tenants
+        assert self.core.is_idle
+
+
+class ShortestOrderMachine(OrderMachine):
+    shortest = True
+
+
+TestFifoOrder = OrderMachine.TestCase
+TestFifoOrder.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestShortestOrder = ShortestOrderMachine.TestCase
+TestShortestOrder.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def start(info: object = None, **values: object) -> Scheduler:
+    core = Scheduler(SchedulerSettings.model_validate(values))
+    core.attach(info or make_info())  # type: ignore[arg-type]
+    return core
+
+
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 8), weight=st.sampled_from((1.0, 2.0, 3.5)))
+@settings(max_examples=60, deadline=None)
+def test_two_backlogged_tenants_stay_within_the_fairness_bound(seed: int, slots: int, weight: float) -> None:
+    rng = random.Random(seed)
+    max_prompt, max_output = 60, 30
+    core = start(
+        make_info(max_num_seqs=slots),
+        tenants={"a": {"weight": 1.0}, "b": {"weight": weight}},
+        prefix_window=4,
+    )
+    running: list[Entry] = []
+    waiting = {"a": 0, "b": 0}
+    number = 0
+    # Service over weight: twice the larger of one prompt and of what all slots can emit, in weighted tokens.
+    bound = 2 * max(1.0 * max_prompt, 2.0 * slots * max_output)
+    for _ in range(400):
+        for tenant in waiting:
+            while waiting[tenant] < 3:
+                number += 1
+                request = make_request(
+                    f"r{number}", tenant=tenant, prompt=rng.randint(1, max_prompt),
+                    max_tokens=rng.randint(1, max_output),
+                )  # fmt: skip
+                core.offer(request, 0.0)
+                waiting[tenant] += 1
+        while (entry := core.take(0.0)) is not None:
+            waiting[entry.tenant.name] -= 1
+            running.append(entry)
+        for entry in list(running):
+            core.add_tokens(entry, 0, (1,), 0.0)
+            if entry.num_output_tokens == entry.request.sampling.max_tokens:
+                running.remove(entry)
+                core.release(entry, 0.0, finished=True)
+        tenants = core.load(0.0).tenants
+        assert abs(tenants["a"].served_tokens - tenants["b"].served_tokens / weight) <= bound
+
+
+@given(seed=st.integers(0, 2**32), overtakes=st.integers(0, 5), rank=st.integers(0, 4))
+@settings(max_examples=60, deadline=None)
+def test_no_request_is_overtaken_more_often_than_stated(seed: int, overtakes: int, rank: int) -> None:
+    rng = random.Random(seed)
+    core = start(make_info(max_num_seqs=1), tenant_order="shortest", max_overtakes=overtakes, prefix_window=1)
+    for i in range(rank):
+        core.offer(make_request(f"before{i}", prompt=500), 0.0)
+    core.offer(make_request("long", prompt=1000), 0.0)
+    for i in range((rank + 1) * (overtakes + 1)):
+        core.offer(make_request(f"short{i}", prompt=rng.randint(1, 9)), 0.0)
+        entry = core.take(0.0)
+        assert entry is not None
+        core.release(entry, 0.0)
+        if entry.request.request_id == "long":
+            return
+    pytest.fail("the long request was passed over more often than (rank + 1) * (max_overtakes + 1) times")
+
+
+def test_a_cached_prefix_goes_first_but_only_so_often() -> None:
+    core = start(make_info(max_num_seqs=1, num_blocks=256), prefix_window=4, max_overtakes=3)
+    shared = tuple(range(64))
+    first = core.offer(make_request("warm", prompt=(*shared, 1)), 0.0)
+    assert core.take(0.0) is first
+    core.prompt_done(first)
+    core.release(first, 0.0, finished=True)
+    core.offer(make_request("cold", prompt=65), 0.0)
+    went = []
+    for i in range(8):
+        core.offer(make_request(f"hit{i}", prompt=(*shared, 100 + i)), 0.0)
+        entry = core.take(0.0)
+        assert entry is not None
+        core.prompt_done(entry)
+        went.append(entry.request.request_id)
+        core.release(entry, 0.0, finished=True)
+    assert went[:4] == ["hit0", "hit1", "hit2", "cold"]
+
+
+@pytest.mark.parametrize("bypass", [0, 1, 5])
+def test_a_request_too_large_for_now_is_bypassed_only_so_often(bypass: int) -> None:
+    core = start(
+        make_info(max_num_seqs=64, num_blocks=100), max_bypass=bypass, output_reserve="max", kv_headroom=0.0
+    )
+    core.offer(make_request("runs", prompt=16 * 50, max_tokens=16, tenant="x"), 0.0)
+    running = core.take(0.0)
+    assert running is not None
+    core.offer(make_request("large", prompt=16 * 90, max_tokens=16, tenant="large"), 0.0)
+    went = []
+    for i in range(10):
+        core.offer(make_request(f"small{i}", prompt=8, max_tokens=4, tenant=f"t{i}"), 0.0)
+        while (entry := core.take(0.0)) is not None:
+            went.append(entry)
+    assert len(went) == bypass
+    for entry in [running, *went]:
+        core.release(entry, 0.0)
+    entry = core.take(0.0)
+    assert entry is not None
+    assert entry.request.request_id == "large"
+
+
+@pytest.mark.parametrize("patience", [1, 4])
+def test_a_low_class_goes_after_its_patience(patience: int) -> None:
+    core = start(make_info(max_num_seqs=1), priority_patience=patience)
+    core.offer(make_request("low", priority=-10), 0.0)
+    for i in range(patience + 1):
+        core.offer(make_request(f"high{i}", priority=10), 0.0)
+    went = []
+    for _ in range(patience + 1):
+        entry = core.take(0.0)
+        assert entry is not None
+        went.append(entry.request.request_id)
+        core.release(entry, 0.0)
+    assert went[-1] == "low"
+    assert "low" not in went[:-1]
+
+
+def test_an_idle_tenant_saves_up_no_credit() -> None:
+    core = start(make_info(max_num_seqs=1))
+    for i in range(20):
+        core.offer(make_request(f"busy{i}", tenant="busy", prompt=10), 0.0)
+    for _ in range(10):
+        entry = core.take(0.0)
+        assert entry is not None
+        core.release(entry, 0.0)
+    for i in range(4):
+        core.offer(make_request(f"back{i}", tenant="back", prompt=10), 0.0)
+    went = []
+    for _ in range(8):
+        entry = core.take(0.0)
+        assert entry is not None
+        went.append(entry.tenant.name)
+        core.release(entry, 0.0)
+    assert went.count("back") == 4
+    assert went.count("busy") == 4
+
+
+def test_accounts_of_idle_tenants_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinjet.scheduler.core.MAX_IDLE_TENANTS", 10)
+    core = start(make_info(max_num_seqs=1))
+    for i in range(50):
+        entry = core.offer(make_request(f"r{i}", tenant=f"t{i}"), 0.0)
+        core.release(entry, 0.0)
+        assert entry.state is State.ENDED
+    assert len(core._idle_tenants) == 10
