@@ -113,6 +113,10 @@ class Dispatcher:
         """Refuse new requests from now on; those that wait or run go on."""
         self._core.drain()
 
+    def reset_prefix_cache(self) -> bool:
+        """Call once the engine has forgotten its cached prefixes; False, and nothing done, while any runs."""
+        return self._core.reset_prefix_cache()
+
     def load(self) -> SchedulerLoad:
         return self._core.load(self._clock())
 
@@ -145,7 +149,8 @@ class Dispatcher:
             self._dispatch()
             last = None
             while report_queue and not stream.granted.done():
-                place = (self._core.position(entry), self._core.expected_wait_s(entry, self._clock()))
+                wait = self._core.expected_wait_s(entry, self._clock())
+                place = (self._core.position(entry), None if wait is None else round(wait, 1))
                 if place != last:
                     last = place
                     yield QueuedEvent(*place)
