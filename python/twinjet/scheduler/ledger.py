@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -115,9 +115,12 @@ class KvLedger:
 
     def can_ever_hold(self, request: EngineRequest) -> bool:
         """Whether the prompt and one token of each output fit an empty cache."""
+        n = request.sampling.n
+        if 2 * n * (len(request.prompt_token_ids) + self._size) <= self._num_slots:
+            return True
         shared = (len(request.prompt_token_ids) // self._size) if self._shares else 0
         each = self._num_blocks_for(len(request.prompt_token_ids) + 1) - shared
-        return shared + each * request.sampling.n <= self.num_blocks
+        return shared + each * n <= self.num_blocks
 
     def hash(self, request: EngineRequest) -> bytes | None:
         """Block hashes of the prompt, for find_cached() and admit(); None without a prefix cache."""
@@ -127,9 +130,8 @@ class KvLedger:
 
     def find_cached(self, hashes: bytes | None, num_prompt_tokens: int) -> int:
         """Prompt tokens that are in the cache now."""
-        if not hashes:
-            return 0
-        return len(self._match(hashes, (num_prompt_tokens - 1) // self._size)) * self._size
+        size = self._size
+        return len(self._match(hashes, (num_prompt_tokens - 1) // size)) * size if hashes else 0
 
     def admit(self, request: EngineRequest, hashes: bytes | None, lengths: LengthEstimator) -> Holding | None:
         """Hold the blocks of a request's prompt if the use to come stays within the cache; else None.
@@ -269,10 +271,14 @@ class KvLedger:
         n = request.sampling.n
         own = new / n
         blocks, spread = self._predict(lengths, 0, request.sampling.max_tokens, own, is_fixed)
-        expected = used - new - self._num_own + self._blocks + n * blocks
-        deviation = np.sqrt(np.maximum(self._spread + n * spread, 0.0))
-        expected += self._sigmas * deviation
-        if expected.max() > self._usable:
+        many_blocks, many_spread = (blocks, spread) if n == 1 else (n * blocks, n * spread)
+        expected = self._blocks + many_blocks
+        deviation = self._spread + many_spread
+        np.maximum(deviation, 0.0, out=deviation)
+        np.sqrt(deviation, out=deviation)
+        deviation *= self._sigmas
+        expected += deviation
+        if float(expected.max()) > self._usable - (used - new - self._num_own):
             return False
         self._fresh = (own, blocks, spread)
         return True
@@ -282,9 +288,9 @@ class KvLedger:
     ) -> tuple[Floats, Floats]:
         """Mean and variance of the blocks a sequence holds for itself, at each step ahead."""
         left = max_tokens - num_tokens
-        alive: Floats = (self._times < left).astype(np.float64)
+        alive: Any = self._times < left
         if not is_fixed:
-            alive *= lengths.survival(num_tokens, self._times)
+            alive = alive * lengths.survival_near(num_tokens, self._times)
         # A sequence begins its next block half a block from now, on average.
         size = np.minimum(self._end_blocks, left / self._size)
         size += own + self._lookahead / self._size + 0.5
