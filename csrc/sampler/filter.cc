@@ -99,7 +99,8 @@ class List {
       const float guess =
           droppable == 0 ? least
                          : std::max(least, GuessTopP(kernels_, view_, constants_, droppable, workspace_));
-      size_ = kernels_.collect(view_.x, view_.size, view_.group_max, guess, x(), workspace_->list_id.data());
+      size_ = kernels_.collect(view_.x, view_.size, view_.group_max, guess, PositiveInfinity(), x(),
+                               workspace_->list_id.data());
       if (Weigh() >= target || guess == least) return;
       droppable /= 8;
     }
@@ -236,8 +237,8 @@ int32_t CollectTop(const Kernels& kernels, const RowView& view, int32_t k, float
       }
     }
     guess = std::max({guess, least, kLowest});
-    const int32_t count = kernels.collect(view.x, view.size, view.group_max, guess, workspace->list_x.data(),
-                                          workspace->list_id.data());
+    const int32_t count = kernels.collect(view.x, view.size, view.group_max, guess, PositiveInfinity(),
+                                          workspace->list_x.data(), workspace->list_id.data());
     if (count >= k || guess == std::max(least, kLowest)) return count;
   }
 }
