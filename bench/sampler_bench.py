@@ -57,7 +57,11 @@ class Ours:
         self.rows, self.sampler = rows, Sampler(threads)
         self.requests = [
             Request(
-                rows.shape[1], seed=i, prompt_token_ids=history[:256], output_token_ids=history[256:], **options
+                rows.shape[1],
+                seed=i,
+                prompt_token_ids=history[:256],
+                output_token_ids=history[256:],
+                **options,
             )
             for i in range(len(rows))
         ]
@@ -215,7 +219,9 @@ def main() -> None:
         "cases": [],
     }
     print(f"target {cpu_target()}, {args.threads} threads; microseconds a row")
-    print(f"{'vocab':>7} {'rows':>4} {'mode':<21} {'ours':>8} {'vllm':>9} {'ratio':>6} {'L2':>6} {'memory':>6}")
+    print(
+        f"{'vocab':>7} {'rows':>4} {'mode':<21} {'ours':>8} {'vllm':>9} {'ratio':>6} {'L2':>6} {'memory':>6}"
+    )
     for vocab_size in args.vocab:
         for batch in args.batch:
             rows = language_rows(batch, vocab_size)

@@ -136,12 +136,26 @@ def test_lenient_values_mean_what_is_written(sampler: Sampler) -> None:
 
     def kept(**options: float) -> list[int]:
         logprobs = sampler.sample(
-            x, [Request(4, **options)], num_logprobs=4, logprobs_mode="processed"  # type: ignore[arg-type]
+            x,
+            [Request(4, **options)],
+            num_logprobs=4,
+            logprobs_mode="processed",  # type: ignore[arg-type]
         ).logprobs
         assert logprobs is not None
-        return sorted(int(i) for i, p in zip(logprobs.token_ids[0, 1:], logprobs.logprobs[0, 1:], strict=True) if p > -np.inf)
+        return sorted(
+            int(i)
+            for i, p in zip(logprobs.token_ids[0, 1:], logprobs.logprobs[0, 1:], strict=True)
+            if p > -np.inf
+        )
 
-    assert kept(top_k=99) == kept(top_k=0) == kept(top_k=-1) == kept(top_p=2.0) == kept(min_p=-1.0) == [0, 1, 2, 3]
+    assert (
+        kept(top_k=99)
+        == kept(top_k=0)
+        == kept(top_k=-1)
+        == kept(top_p=2.0)
+        == kept(min_p=-1.0)
+        == [0, 1, 2, 3]
+    )
     assert kept(top_p=0.0) == kept(top_p=-3.0) == kept(min_p=7.0) == kept(top_k=1) == [1, 2]
     assert sampler.sample(x, [Request(4, temperature=0.0)]).token_ids[0] == 1
     assert sampler.sample(x, [Request(4, top_k=1, seed=5)]).token_ids[0] == 1
@@ -190,7 +204,10 @@ def test_bitmask_rows(sampler: Sampler) -> None:
     tokens = sampler.sample(x, requests(3, 70), bitmask=words, bitmask_rows=rows).token_ids
     assert tokens[0] == 31
     assert tokens[2] == 69
-    assert sampler.sample(x[:2], requests(2, 70), bitmask=torch.from_numpy(words)).token_ids.tolist() == [69, 31]
+    assert sampler.sample(x[:2], requests(2, 70), bitmask=torch.from_numpy(words)).token_ids.tolist() == [
+        69,
+        31,
+    ]
     for bad in (words[:, :2], words.astype(np.int64), words[:1]):
         with pytest.raises((TypeError, ValueError)):
             sampler.sample(x, requests(3, 70), bitmask=bad)
@@ -224,7 +241,9 @@ def test_threads_may_share_a_sampler(sampler: Sampler) -> None:
     expected = sampler.sample(x, requests(16, 5000)).token_ids.tolist()
     results: list[list[int]] = []
     threads = [
-        threading.Thread(target=lambda: results.append(sampler.sample(x, requests(16, 5000)).token_ids.tolist()))
+        threading.Thread(
+            target=lambda: results.append(sampler.sample(x, requests(16, 5000)).token_ids.tolist())
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -238,7 +257,9 @@ def test_threads_may_share_a_sampler(sampler: Sampler) -> None:
 def test_the_target_can_be_forced(target: str) -> None:
     code = "from twinjet.sampling import Sampler, cpu_target; print(cpu_target(), Sampler().target)"
     environment = {**os.environ, "TWINJET_CPU_TARGET": target}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert output.stdout.split() == [target, target]
 
 

@@ -107,7 +107,11 @@ def test_tokens_do_not_depend_on_the_batch() -> None:
     options: list[dict[str, Any]] = [
         {"temperature": float(rng.choice([0, 0.7, 1.3])), "top_p": float(rng.choice([0.9, 1.0])), "seed": i}
         | ({"top_k": 30} if i % 3 == 0 else {})
-        | ({"repetition_penalty": 1.3, "prompt_token_ids": rng.integers(0, vocab_size, 50)} if i % 4 == 0 else {})
+        | (
+            {"repetition_penalty": 1.3, "prompt_token_ids": rng.integers(0, vocab_size, 50)}
+            if i % 4 == 0
+            else {}
+        )
         for i in range(64)
     ]
 

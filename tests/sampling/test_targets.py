@@ -75,7 +75,11 @@ def test_targets_agree(
 
 @pytest.mark.slow
 @given(
-    st.sampled_from(SHAPES), st.integers(1, 300_000), st.integers(0, 2**32), OPTIONS, st.sampled_from([None, 20])
+    st.sampled_from(SHAPES),
+    st.integers(1, 300_000),
+    st.integers(0, 2**32),
+    OPTIONS,
+    st.sampled_from([None, 20]),
 )
 @settings(max_examples=400, deadline=None)
 def test_targets_agree_on_large_rows(

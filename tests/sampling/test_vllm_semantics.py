@@ -21,9 +21,11 @@ VOCAB = 2000
 
 
 def kept_by_us(row: np.ndarray, **options: Any) -> np.ndarray:
-    logprobs = Sampler(1).sample(
-        row, [Request(len(row), **options)], num_logprobs=len(row), logprobs_mode="processed"
-    ).logprobs
+    logprobs = (
+        Sampler(1)
+        .sample(row, [Request(len(row), **options)], num_logprobs=len(row), logprobs_mode="processed")
+        .logprobs
+    )
     assert logprobs is not None
     kept = np.zeros(len(row), bool)
     kept[logprobs.token_ids[0, 1:]] = logprobs.logprobs[0, 1:] > -np.inf
@@ -37,7 +39,11 @@ def probabilities(row: np.ndarray) -> np.ndarray:
 
 def rows() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [(scale * rng.standard_normal(VOCAB)).astype(np.float32) for scale in (0.5, 1, 2, 4, 8) for _ in range(6)]
+    return [
+        (scale * rng.standard_normal(VOCAB)).astype(np.float32)
+        for scale in (0.5, 1, 2, 4, 8)
+        for _ in range(6)
+    ]
 
 
 @pytest.mark.parametrize("k", [1, 2, 10, 50, 1999])
@@ -112,6 +118,8 @@ def test_bad_words_ban_what_vllm_bans(output: list[int]) -> None:
     apply_bad_words(theirs, {0: words}, [output])
     ours = np.empty((1, 10), np.float32)
     Sampler(1).sample(
-        np.zeros(10, np.float32), [Request(10, bad_words=words, output_token_ids=output)], processed_logits=ours
+        np.zeros(10, np.float32),
+        [Request(10, bad_words=words, output_token_ids=output)],
+        processed_logits=ours,
     )
     assert (np.isinf(ours[0]) == torch.isinf(theirs[0]).numpy()).all()
