@@ -230,8 +230,9 @@ def main() -> None:
                 ratio = times["vllm"] / times["ours"] if "vllm" in times else float("nan")
                 report["cases"].append({"vocab": vocab_size, "rows": batch, "mode": mode, **times})
                 print(
-                    f"{vocab_size:>7} {batch:>4} {mode:<21} {times['ours']:>8.1f} {times.get('vllm', 0):>9.1f} "
-                    f"{ratio:>6.1f} {times['read_l2']:>6.1f} {times['read_memory']:>6.1f}",
+                    f"{vocab_size:>7} {batch:>4} {mode:<21} {times['ours']:>8.1f} "
+                    f"{times.get('vllm', 0):>9.1f} {ratio:>6.1f} "
+                    f"{times['read_l2']:>6.1f} {times['read_memory']:>6.1f}",
                     flush=True,
                 )
     if args.draws:
