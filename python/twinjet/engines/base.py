@@ -34,10 +34,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """Size of the KV cache: usable blocks and tokens per block."""
+    """Size of the KV cache: usable blocks and tokens per block.
+
+    reserves_output: the engine takes up a request only when its whole output fits, to max_tokens, so a ledger
+    must reserve that much; else blocks are taken as tokens come.
+    """
 
     num_blocks: int
     block_size: int
+    reserves_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)

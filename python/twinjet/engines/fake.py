@@ -36,6 +36,7 @@ from twinjet.engines.base import (
     PromptEvent,
     TokenLogprobs,
 )
+from twinjet.engines.fixed_logits import fixed_logits
 from twinjet.engines.stops import StopScanner
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, SamplingOverrides
@@ -64,7 +65,10 @@ class FakeOptions(BaseModel):
     max_num_seqs: int = Field(64, ge=1)
     num_blocks: int = Field(4096, ge=1)
     block_size: int = Field(16, ge=1)
-    output: Literal["letters", "echo"] = Field("letters", description="echo repeats the prompt")
+    output: Literal["letters", "echo", "logits"] = Field(
+        "letters",
+        description="echo repeats the prompt; logits draws from a fixed model by the native sampler",
+    )
     output_tokens: int | None = Field(None, ge=1, description="tokens before the end token; unset: never")
     capabilities: list[str] | None = Field(None, description="instead of all that it has")
     fail_start: str = Field("", description="start() raises ConfigError with this text")
@@ -127,7 +131,30 @@ class _Sequence:
             return iter([*choices[seed % len(choices)].encode(), EOS])
         if options.output == "echo":
             return iter([*(t for t in self.request.prompt_token_ids if t < 256), EOS])
+        if options.output == "logits":
+            return self._drawn()
         return self._letters(mix(seed, *self.request.prompt_token_ids), options.output_tokens)
+
+    def _drawn(self) -> Iterator[int]:
+        """Draw from a model without weights, as every engine with the native sampler would."""
+        from twinjet.sampling import Request, Sampler
+
+        s = self.request.sampling
+        tokenizer, sampler = FakeTokenizer(), Sampler(num_threads=1)
+        row = Request(
+            VOCAB_SIZE, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p,
+            repetition_penalty=s.repetition_penalty, frequency_penalty=s.frequency_penalty,
+            presence_penalty=s.presence_penalty, seed=s.seed, output_index=self.index,
+            prompt_token_ids=self.request.prompt_token_ids, logit_bias=dict(s.logit_bias),
+            allowed_token_ids=s.allowed_token_ids or None, min_tokens=s.min_tokens,
+            bad_words=[tokenizer.encode(word, add_special_tokens=False) for word in s.bad_words],
+            stop_token_ids=sorted({*s.stop_token_ids, *(() if s.ignore_eos else (EOS,))}),
+        )  # fmt: skip
+        tokens = list(self.request.prompt_token_ids)
+        while True:
+            token = int(sampler.sample(fixed_logits(tokens, VOCAB_SIZE), [row]).token_ids[0])
+            tokens.append(token if token >= 0 else EOS)
+            yield tokens[-1]
 
     def _letters(self, base: int, num_tokens: int | None) -> Iterator[int]:
         for position in itertools.count():
@@ -223,8 +250,10 @@ class FakeEngine:
     def describe(self) -> EngineInfo:
         options = self._options
         capabilities = _CAPABILITIES
+        if options.output == "logits":
+            capabilities |= {"allowed_token_ids"}
         if options.capabilities is not None:
-            capabilities = _CAPABILITIES & frozenset(options.capabilities)
+            capabilities &= frozenset(options.capabilities)
         return EngineInfo(
             name="fake", version="1", device="cpu", source="none",
             limits=Limits(options.max_context_tokens, VOCAB_SIZE, 64, 20, options.max_num_seqs),
@@ -295,8 +324,10 @@ class FakeEngine:
             self._loop_task = None
 
     def _check_alive(self) -> None:
-        if self._death is None or self._death.done():
-            raise EngineDied("the fake engine is dead" if self._death else "the fake engine is not started")
+        if self._death is None or self._loop_task is None:
+            raise EngineDied("the fake engine is not running")
+        if self._death.done():
+            raise EngineDied("the fake engine is dead")
 
     def _admit(self, request: EngineRequest) -> _Running:
         if request.sampling.constraint is not None and request.sampling.constraint.kind != "choice":

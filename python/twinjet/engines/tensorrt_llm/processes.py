@@ -1,0 +1,91 @@
+"""Blocking calls of the engine off the loop, tasks that end when told to, and the engine's processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_CANCEL_AGAIN_S = 0.2
+_WORKER_WORDS = (b"mpi4py", b"tensorrt_llm")
+
+
+def in_daemon_thread(call: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """Run a blocking call in a thread that does not keep the process alive; give its future result.
+
+    The loop's own pool would wait for a hung engine at exit.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(setter: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            setter(value)
+
+    def body() -> None:
+        try:
+            value = call()
+        except BaseException as error:  # noqa: BLE001 - carried over to whoever awaits the future
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, future.set_exception, error)
+        else:
+            # The loop may be closed by now, when nobody waits any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, future.set_result, value)
+
+    threading.Thread(target=body, name=name, daemon=True).start()
+    return future
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Cancel tasks until they end.
+
+    Once is not enough: Python 3.11's wait_for, which engines use, loses a cancellation that meets a result.
+    """
+    pending = {task for task in tasks if task is not None and not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+
+
+def worker_processes() -> frozenset[int]:
+    """Find this process's descendants that are TensorRT-LLM workers, by their command lines."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # The name in parentheses may hold spaces; the fields after it do not.
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = set()
+    for pid in parents:
+        ancestor = parents.get(pid)
+        while ancestor is not None and ancestor != os.getpid():
+            ancestor = parents.get(ancestor)
+        if ancestor == os.getpid() and _is_worker(pid):
+            found.add(pid)
+    return frozenset(found)
+
+
+def kill_processes(pids: frozenset[int]) -> int:
+    """Kill what still runs of them; return how many did."""
+    killed = 0
+    for pid in pids & worker_processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    return killed
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(word in command for word in _WORKER_WORDS)

@@ -1,0 +1,5 @@
+"""Stand-in for tensorrt_llm.executor.utils."""
+
+
+class RequestError(RuntimeError):
+    """One request failed."""

@@ -1,0 +1,22 @@
+"""Fixtures of the TensorRT-LLM tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.engines.factories import double_installed
+
+
+@pytest.fixture(params=["1.2", "1.3"])
+def version(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both recorded versions of the stand-in, installed one after the other."""
+    with double_installed(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """The stand-in of 1.2, the version that pip gives."""
+    with double_installed("1.2"):
+        yield

@@ -1,0 +1,230 @@
+"""The stand-in keeps the recorded contract: what it must refuse, and the habits an adapter must survive."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+from tests.engines.factories import DOUBLES, MODEL
+
+from twinjet.engines.tensorrt_llm import doctor
+
+CONTRACT = json.loads((DOUBLES / "tensorrt_llm" / "contract.json").read_text())
+
+
+def make_llm(**kwargs: Any) -> Any:
+    import tensorrt_llm
+
+    return tensorrt_llm.LLM(model=str(MODEL), **kwargs)
+
+
+def params(**kwargs: Any) -> Any:
+    import tensorrt_llm
+
+    return tensorrt_llm.SamplingParams(**{"temperature": 1.0, "max_tokens": 8, "seed": 3} | kwargs)
+
+
+def prompt(text: str = "Hello") -> dict[str, list[int]]:
+    return {"prompt_token_ids": list(text.encode())}
+
+
+def test_the_shipped_contract_is_the_stand_ins() -> None:
+    shipped = resources.files("twinjet.engines.tensorrt_llm").joinpath("contract.json").read_text()
+    assert json.loads(shipped) == CONTRACT
+
+
+def test_surface_has_not_drifted_from_the_contract(version: str) -> None:
+    assert doctor.differences(CONTRACT, version) == []
+
+
+def test_fields_and_parameters_are_those_recorded(version: str) -> None:
+    # Compared without the doctor's code, which could be wrong in the same way as the stand-in's.
+    import tensorrt_llm
+
+    expected = [
+        f["name"] for f in CONTRACT["classes"]["SamplingParams"]["fields"] if f.get("since", "1.2") <= version
+    ]
+    assert [f.name for f in dataclasses.fields(tensorrt_llm.SamplingParams)] == expected
+    recorded = [p["name"] for p in CONTRACT["functions"]["LLM.generate_async"][version]]
+    assert list(inspect.signature(tensorrt_llm.LLM.generate_async).parameters)[1:] == recorded
+    assert ("priority" in recorded) == (version == "1.3")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"no_such_argument": 1},
+        {"tensor_parallel_size": "two"},
+        {"kv_cache_config": {"no_such_field": 1}},
+        {"kv_cache_config": {"tokens_per_block": "many"}},
+        {"orchestrator_type": 3},
+    ],
+)
+def test_construction_refuses(version: str, kwargs: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        make_llm(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"top_k": -1},
+        {"temperature": -0.1},
+        {"top_p": 1.5},
+        {"n": 2, "top_k": 1},
+        {"n": 3, "best_of": 2},
+        {"max_tokens": "8"},
+        {"stop": 5},
+        {"no_such_field": 1},
+        {"n": True},
+    ],
+)
+def test_sampling_params_refuse(version: str, kwargs: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        params(**kwargs)
+
+
+def test_guides_exclude_each_other(version: str) -> None:
+    from tensorrt_llm.llmapi import GuidedDecodingParams
+
+    with pytest.raises(ValueError, match="more than one"):
+        GuidedDecodingParams(json="{}", regex="a")
+
+
+def test_submission_needs_a_running_loop(version: str) -> None:
+    with pytest.raises(RuntimeError):
+        make_llm().generate_async(prompt(), sampling_params=params())
+
+
+async def test_submission_refuses_what_is_not_recorded(version: str) -> None:
+    llm = make_llm()
+    with pytest.raises(TypeError):
+        llm.generate_async(prompt(), sampling_params=params(), request_id="mine")
+    with pytest.raises(TypeError):
+        llm.generate_async(prompt(), sampling_params={"max_tokens": 3})
+    with pytest.raises(TypeError):
+        llm.generate_async({"prompt_tokens": [1]}, sampling_params=params())
+    with pytest.raises(IndexError):
+        llm.generate_async({"prompt_token_ids": []}, sampling_params=params())
+    if version == "1.2":
+        with pytest.raises(TypeError):
+            llm.generate_async(prompt(), sampling_params=params(), priority=0.5)
+    else:
+        with pytest.raises(ValueError, match="priority"):
+            llm.generate_async(prompt(), sampling_params=params(), priority=2.0)
+    llm.shutdown()
+    with pytest.raises(RuntimeError, match="shutting down"):
+        llm.generate_async(prompt(), sampling_params=params())
+
+
+async def test_one_object_is_changed_in_place(version: str) -> None:
+    llm = make_llm()
+    used = params()
+    result = llm.generate_async(prompt(), sampling_params=used, streaming=True)
+    assert used.end_id == 256, "submission changes the caller's object"
+    lengths = []
+    async for step in result:
+        assert step is result
+        lengths.append(len(step.outputs[0].token_ids))
+    assert lengths == list(range(1, 9)), "cumulative"
+    assert result.outputs[0].finish_reason == "length"
+    llm.shutdown()
+
+
+async def test_tokens_and_text_shrink_at_a_stop(version: str) -> None:
+    llm = make_llm()
+    whole = await llm.generate_async(prompt(), sampling_params=params(max_tokens=20))
+    tokens, text = list(whole.outputs[0].token_ids), whole.outputs[0].text
+    seen = []
+    stop = tokens[9]
+    async for step in llm.generate_async(
+        prompt(), sampling_params=params(max_tokens=20, stop_token_ids=[stop]), streaming=True
+    ):
+        seen.append(len(step.outputs[0].token_ids))
+    assert seen[-1] == tokens.index(stop), "the stop token is taken away again"
+    texts = []
+    async for step in llm.generate_async(
+        prompt(), sampling_params=params(max_tokens=20, stop=text[5:8]), streaming=True
+    ):
+        texts.append(step.outputs[0].text)
+    assert texts[-1] == text[: text.index(text[5:8])]
+    assert len(texts[-2]) > len(texts[-1])
+    llm.shutdown()
+
+
+async def test_diffs_repeat_for_the_output_that_did_not_advance(version: str) -> None:
+    llm = make_llm()
+    from_diffs: dict[int, list[int]] = {0: [], 1: []}
+    result = llm.generate_async(prompt(), sampling_params=params(n=2, detokenize=False), streaming=True)
+    async for step in result:
+        for output in step.outputs:
+            from_diffs[output.index] += output.token_ids_diff
+    assert from_diffs[0] != result.outputs[0].token_ids
+    llm.shutdown()
+
+
+async def test_a_stop_string_in_one_output_ends_all(version: str) -> None:
+    llm = make_llm()
+    whole = await llm.generate_async(prompt(), sampling_params=params(n=2, max_tokens=30))
+    stop = whole.outputs[0].text[4:9]
+    result = await llm.generate_async(
+        prompt(), sampling_params=params(n=2, max_tokens=30, stop=stop), streaming=True
+    )
+    assert len(result.outputs[1].token_ids) < 30
+    llm.shutdown()
+
+
+async def test_a_request_error_leaves_the_result_unfinished(version: str) -> None:
+    from tensorrt_llm.executor.utils import RequestError
+
+    llm = make_llm()
+    result = llm.generate_async(prompt("!fail"), sampling_params=params(), streaming=True)
+    with pytest.raises(RequestError):
+        await anext(result)
+    assert not result.finished
+    assert hasattr(result, "error") == (version == "1.3")
+    with pytest.raises(AssertionError):
+        await anext(result)
+    llm.shutdown()
+
+
+async def test_a_crashed_engine_looks_healthy_in_the_older_version(version: str) -> None:
+    llm = make_llm()
+    with pytest.raises(RuntimeError, match="told to die"):
+        await llm.generate_async(prompt("!die"), sampling_params=params())
+    assert llm._executor.is_shutdown() is False
+    if version == "1.3":
+        assert not llm._check_health()
+    else:
+        assert not hasattr(llm, "_check_health")
+    llm.shutdown()
+
+
+async def test_guides_without_a_backend_are_dropped_in_silence(version: str) -> None:
+    from tensorrt_llm.llmapi import GuidedDecodingParams
+
+    llm = make_llm()
+    guided = params(guided_decoding=GuidedDecodingParams(regex="x"))
+    result = await llm.generate_async(prompt(), sampling_params=guided)
+    assert result.outputs[0].text != "x"
+    llm.shutdown()
+
+
+async def test_statistics_are_one_destructive_iterator(version: str) -> None:
+    llm = make_llm(enable_iter_perf_stats=True)
+    assert [row async for row in llm.get_stats_async(timeout=0.05)] == []
+    with pytest.raises(AssertionError):
+        llm.get_kv_cache_events_async(timeout=0.05)
+    await llm.generate_async(prompt(), sampling_params=params())
+    first, second = llm.get_stats_async(timeout=0.05), llm.get_stats_async(timeout=0.05)
+    assert first is second
+    rows = [row async for row in first]
+    assert rows
+    assert set(rows[0]) == set(CONTRACT["stats"]["iteration"])
+    assert set(rows[0]["kvCacheStats"]) == set(CONTRACT["stats"]["kvCacheStats"])
+    assert [row async for row in second] == [], "what was read is gone"
+    llm.shutdown()
