@@ -160,7 +160,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--running", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--caches", choices=["cold", "warm", "both"], default="both")

@@ -74,7 +74,13 @@ def describe_output(output: Any) -> Any:
     }
     fields["num_scheduled_tokens"] = list(output.num_scheduled_tokens.items())
     fields["new"] = [
-        (new.req_id, new.prompt_token_ids, new.num_computed_tokens, len(new.block_ids[0]), new.prefill_token_ids)
+        (
+            new.req_id,
+            new.prompt_token_ids,
+            new.num_computed_tokens,
+            len(new.block_ids[0]),
+            new.prefill_token_ids,
+        )
         for new in output.scheduled_new_reqs
     ]
     fields["cached"] = [
@@ -106,9 +112,7 @@ def describe_result(result: Any) -> Any:
             fields = {name: getattr(row, name) for name in row.__struct_fields__}
             fields["events"] = row.events and [event.type for event in row.events]
             fields["prefill_stats"] = row.prefill_stats and vars(row.prefill_stats)
-            fields["new_logprobs"] = row.new_logprobs and [
-                part.tolist() for part in row.new_logprobs[:3]
-            ]
+            fields["new_logprobs"] = row.new_logprobs and [part.tolist() for part in row.new_logprobs[:3]]
             rows.append(fields)
         stats = outputs.scheduler_stats
         described[client] = (
@@ -129,7 +133,8 @@ def describe_state(engine: Engine) -> Any:
         requests[request_id] = {
             name: value
             for name, value in vars(request).items()
-            if name.startswith("num_") or name in ("status", "is_prefill_chunk", "spec_token_ids", "stop_reason")
+            if name.startswith("num_")
+            or name in ("status", "is_prefill_chunk", "spec_token_ids", "stop_reason")
         }
         requests[request_id]["tokens"] = list(request._all_token_ids)
         requests[request_id]["outputs"] = list(request._output_token_ids)
@@ -183,9 +188,7 @@ def difference(one: Any, other: Any, path: str = "") -> str:
         pairs = [(i, mine, yours) for i, (mine, yours) in enumerate(zip(one, other, strict=True))]
     else:
         return f"{path}: stock {one!r}, native {other!r}"
-    return next(
-        difference(mine, yours, f"{path}/{key}") for key, mine, yours in pairs if mine != yours
-    )
+    return next(difference(mine, yours, f"{path}/{key}") for key, mine, yours in pairs if mine != yours)
 
 
 def run(setup: Setup, workload: Workload, seed: int) -> dict[str, Any]:

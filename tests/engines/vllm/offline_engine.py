@@ -41,13 +41,11 @@ def main(model: str, output: str, native: str, scheduling: str) -> None:
         additional_config={"twinjet": {"native": native}},
     )
     params = [
-        SamplingParams(temperature=0, max_tokens=24 + i % 40, ignore_eos=i % 3 == 0)
+        SamplingParams(temperature=0, max_tokens=8 + i % 17, ignore_eos=i % 3 == 0)
         for i in range(NUM_REQUESTS)
     ]
     done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts()], params, use_tqdm=False)
-    preemptions = sum(
-        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-    )
+    preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     report = {
         "tokens": [list(request.outputs[0].token_ids) for request in done],
         "reasons": [request.outputs[0].finish_reason for request in done],

@@ -85,9 +85,7 @@ def vllm_config(setup: Setup) -> VllmConfig:
             long_prefill_token_threshold=setup.long_prefill_token_threshold,
             watermark=setup.watermark,
         ),
-        cache_config=CacheConfig(
-            block_size=setup.block_size, enable_prefix_caching=setup.prefix_caching
-        ),
+        cache_config=CacheConfig(block_size=setup.block_size, enable_prefix_caching=setup.prefix_caching),
         additional_config={"twinjet": {"native": setup.native}},
     )
     config.cache_config.num_gpu_blocks = setup.num_blocks
@@ -98,9 +96,7 @@ def vllm_config(setup: Setup) -> VllmConfig:
 
 def scheduler_arguments(setup: Setup) -> dict[str, Any]:
     config = vllm_config(setup)
-    spec = FullAttentionSpec(
-        block_size=setup.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
-    )
+    spec = FullAttentionSpec(block_size=setup.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
     return {
         "vllm_config": config,
         "kv_cache_config": KVCacheConfig(
@@ -286,4 +282,3 @@ def make_engines(setup: Setup) -> tuple[Engine, Engine]:
     # As the engine core does after it made its scheduler.
     hasher = core.get_request_block_hasher(setup.block_size, get_hash_fn_by_name("sha256"))
     return stock, Engine(native, setup, hasher)
-

@@ -215,7 +215,10 @@ def test_what_is_left_to_vllm_says_why(attribute: str, value: Any, layer: str, r
 
 @pytest.mark.parametrize(
     ("setup", "reason"),
-    [(replace(SETUP, block_size=24), "block_size"), (replace(SETUP, prefix_caching=False), "no_prefix_cache")],
+    [
+        (replace(SETUP, block_size=24), "block_size"),
+        (replace(SETUP, prefix_caching=False), "no_prefix_cache"),
+    ],
 )
 def test_configurations_that_are_left_to_vllm(setup: Setup, reason: str) -> None:
     scheduler = make_native(setup)

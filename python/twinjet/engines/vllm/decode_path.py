@@ -169,16 +169,12 @@ class DecodePath:
             scheduled.update(output.num_scheduled_tokens)
             for mine, more in zip(rows, others, strict=True):
                 mine.extend(more)
-            merged = rows
         else:
-            scheduled, *lists = self.batch.merge(
-                running, scheduled, rows, output.num_scheduled_tokens, others
-            )
-            merged = tuple(lists)
+            scheduled, rows = self.batch.merge(running, scheduled, rows, output.num_scheduled_tokens, others)
         running.extend(remainder[num_remaining:])
         output.num_scheduled_tokens = scheduled
         output.total_num_scheduled_tokens = sum(scheduled.values())
-        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, cached.num_output_tokens = merged
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, cached.num_output_tokens = rows
         if self.resends_tokens:
             scheduler.prev_step_scheduled_req_ids.update(scheduled)
             self._recorded_version = -1
