@@ -122,6 +122,7 @@ py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row
   py::list firsts;   // (request, output): the first output of a request
   py::list stopped;  // (position, request, output)
   py::dict rest;     // request id -> number of scheduled tokens, for stock
+  py::list holes;    // (client, index in its outputs, request id) of the rest
   client_outputs_.clear();
   static PyObject* slice_request = PyUnicode_InternFromString("slice_request");
 
@@ -172,14 +173,17 @@ py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row
       Drop(row, true);
     }
     // A place in the order of outputs, for what stock makes of it.
-    OutputsOf(IntAttribute(request, Names::Get().client_index)).append(py::handle(id));
+    int64_t client = IntAttribute(request, Names::Get().client_index);
+    py::list& places = OutputsOf(client);
+    holes.append(py::make_tuple(client, places.size(), py::handle(id)));
+    places.append(py::none());
     if (PyDict_SetItem(rest.ptr(), id, count) < 0) throw py::error_already_set();
   }
 
   py::dict outputs;
   for (auto& [client, list] : client_outputs_) outputs[py::int_(client)] = list;
   client_outputs_.clear();
-  return py::make_tuple(outputs, firsts, stopped, rest);
+  return py::make_tuple(outputs, firsts, stopped, rest, holes);
 }
 
 }  // namespace twinjet::bindings

@@ -418,13 +418,18 @@ class DecodeBatch:
         logprobs: object | None,
         requests: dict[str, Any],
     ) -> tuple[
-        dict[int, list[Any]], list[tuple[Any, Any]], list[tuple[int, Any, Any]], dict[str, int]
+        dict[int, list[Any]],
+        list[tuple[Any, Any]],
+        list[tuple[int, Any, Any]],
+        dict[str, int],
+        list[tuple[int, int, str]],
     ]:
         """Take in the tokens that a step sampled.
 
-        Returns (outputs by client index, where a request id keeps the place of what vLLM has to make;
-        (request, output) for first outputs; (position, request, output) for requests that stopped,
-        already evicted; scheduled tokens by request id of the rows left to vLLM).
+        Returns (outputs by client index; (request, output) for first outputs; (position, request,
+        output) for requests that stopped, already evicted; scheduled tokens by request id of the rows
+        left to vLLM; and for each of those the place of its output, None for now: client index, index
+        in that client's outputs, request id).
         """
     def evict(self, request: object, /) -> None:
         """Bring a request up to date and forget it; nothing if it is not resident."""
