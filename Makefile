@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: native stubs
+.PHONY: native stubs test-cpp test-cpp-asan test-cpp-tsan
 
 # Build the extension and the stubs into the source tree, for work with PYTHONPATH=python.
 native: stubs
@@ -15,3 +15,13 @@ native: stubs
 
 stubs:
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python proto/generate.py python
+
+# The C++ tests, plain and under the sanitizers; each builds the cores anew and runs ctest.
+test-cpp: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=Release
+test-cpp-asan: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTWINJET_SANITIZE=address,undefined
+test-cpp-tsan: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTWINJET_SANITIZE=thread
+test-cpp test-cpp-asan test-cpp-tsan:
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/$@ -G Ninja $(CPP_TEST_FLAGS) -DTWINJET_WERROR=ON \
+	  -DTWINJET_CUDA=OFF -DTWINJET_PYTHON=OFF -DTWINJET_TESTS=ON
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/$@ -j 2
+	PATH=$(abspath $(BIN)):$$PATH ctest --test-dir build/$@ --output-on-failure

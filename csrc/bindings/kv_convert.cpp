@@ -53,26 +53,29 @@ int ReadAny(PyObject* object, const char* what, int64_t* value) {
   return overflow ? 0 : 1;
 }
 
-// Items of a list or tuple, or null.
-PyObject* const* Items(PyObject* object, Py_ssize_t* size) {
+// The items of a list or tuple; false for anything else. An empty list has no item array at all.
+bool Items(PyObject* object, PyObject* const** items, Py_ssize_t* size) {
   if (PyList_Check(object)) {
     *size = PyList_GET_SIZE(object);
-    return reinterpret_cast<PyListObject*>(object)->ob_item;
+    *items = reinterpret_cast<PyListObject*>(object)->ob_item;
+    return true;
   }
   if (PyTuple_Check(object)) {
     *size = PyTuple_GET_SIZE(object);
-    return reinterpret_cast<PyTupleObject*>(object)->ob_item;
+    *items = reinterpret_cast<PyTupleObject*>(object)->ob_item;
+    return true;
   }
-  return nullptr;
+  return false;
 }
 
 // Calls visit(item, index) for each item until it returns false. The size is looked up anew each
 // time because visit may run Python code that changes the list.
 template <typename Visit>
 bool ForEachItem(PyObject* object, const Visit& visit) {
+  PyObject* const* items = nullptr;
   Py_ssize_t size = 0;
-  for (Py_ssize_t i = 0; Items(object, &size), i < size; ++i) {
-    PyObject* item = Py_NewRef(Items(object, &size)[i]);
+  for (Py_ssize_t i = 0; Items(object, &items, &size), i < size; ++i) {
+    PyObject* item = Py_NewRef(items[i]);
     bool going = visit(item, i);
     Py_DECREF(item);
     if (!going) return false;
@@ -111,8 +114,9 @@ bool GetBuffer(PyObject* object, const char* what, Py_buffer* buffer, Element* e
 
 // Any list, tuple or integer buffer as 64-bit ints.
 bool ReadInts(PyObject* object, const char* what, std::vector<int64_t>* values) {
+  PyObject* const* items = nullptr;
   Py_ssize_t size = 0;
-  if (Items(object, &size)) {
+  if (Items(object, &items, &size)) {
     values->reserve(static_cast<size_t>(size));
     return ForEachItem(object, [&](PyObject* item, Py_ssize_t) {
       int64_t value = 0;
@@ -211,8 +215,9 @@ bool TokenIds::Read(PyObject* object) {
 }
 
 bool TokenIds::ReadItems(PyObject* object) {
+  PyObject* const* items = nullptr;
   Py_ssize_t size = 0;
-  PyObject* const* items = Items(object, &size);
+  Items(object, &items, &size);
   converted_.resize(static_cast<size_t>(size));
   // Ordinary ints first: this loop runs no Python code, so the list cannot change under it.
   Py_ssize_t i = 0;
@@ -280,8 +285,7 @@ bool HashSource::Read(PyObject* object) {
     size_ = PyBytes_GET_SIZE(object) / kv::BlockHash::kBytes;
     return true;
   }
-  if (PyObject* const* items = Items(object, &size)) {
-    items_ = items;
+  if (Items(object, &items_, &size)) {
     size_ = size;
     return true;
   }

@@ -95,6 +95,7 @@ void BindBlockTable(py::module_& module) {
                          py::custom_type_setup([](PyHeapTypeObject* type) {
                            type->as_buffer.bf_getbuffer = GetBuffer;
                            type->as_buffer.bf_releasebuffer = ReleaseBuffer;
+                           type->ht_type.tp_as_buffer = &type->as_buffer;
                          }))
       .def("__len__", [](const BlockTable& table) { return LiveOrThrow(table).num_blocks; })
       .def("__getitem__",

@@ -78,8 +78,16 @@ void BlockHasher::HashBlocks(const BlockHash& parent, const int32_t* tokens,
     BlockHash last = parent;
     for (BlockHash& hash : hashes) {
       SipHash128 sip(key_.data());
-      sip.Update(tokens, num_token_bytes);
-      sip.Update(&last, BlockHash::kBytes);
+      // Parts of whole words only, so a block of a single token goes in one part with the parent.
+      if (block_size_ > 1) {
+        sip.Update(tokens, num_token_bytes);
+        sip.Update(&last, BlockHash::kBytes);
+      } else {
+        uint8_t message[sizeof(int32_t) + BlockHash::kBytes];
+        std::memcpy(message, tokens, sizeof(int32_t));
+        std::memcpy(message + sizeof(int32_t), &last, BlockHash::kBytes);
+        sip.Update(message, sizeof(message));
+      }
       hash = last = sip.Finish();
       tokens += block_size_;
     }

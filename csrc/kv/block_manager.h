@@ -50,7 +50,7 @@ struct Headroom {
 
 struct AllocateOptions {
   int64_t num_lookahead_tokens = 0;
-  Headroom headroom;
+  Headroom headroom{};
   bool publish = true;  // publish full blocks at once
 };
 

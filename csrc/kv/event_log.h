@@ -17,8 +17,8 @@ struct Event {
   BlockId block = kNoBlock;
   int32_t num_tokens = 0;        // how many of the block's token ids the log holds: all or none
   uint64_t sequence_number = 0;  // a gap between two tells of dropped events
-  BlockHash hash;
-  BlockHash parent;
+  BlockHash hash{};
+  BlockHash parent{};
 };
 
 class EventLog {

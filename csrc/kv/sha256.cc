@@ -25,6 +25,7 @@ void CompressOne(uint32_t* state, const uint8_t* block) {
   }
   uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
   uint32_t e = state[4], f = state[5], g = state[6], h = state[7];
+#pragma GCC unroll 64
   for (int t = 0; t < 64; ++t) {
     uint32_t sum1 = std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25);
     uint32_t t1 = h + sum1 + ((e & f) ^ (~e & g)) + kSha256Rounds[t] + w[t];

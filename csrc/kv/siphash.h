@@ -32,7 +32,7 @@ class SipHash128 {
       Absorb(word);
     }
     tail_ = 0;
-    std::memcpy(&tail_, bytes, num_bytes);
+    if (num_bytes > 0) std::memcpy(&tail_, bytes, num_bytes);
   }
 
   BlockHash Finish() {

@@ -1,7 +1,7 @@
 """Types of the extension module `twinjet._core`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -273,7 +273,7 @@ class BlockManager:
         Returns int32 [len(sequences)]: the new block id of each, -1 where none was needed.
         """
     def publish(self, sequence: int, num_tokens: int, /) -> int:
-        """Put full blocks of the first num_tokens tokens into the prefix cache; returns how many are new."""
+        """Publish the full blocks within the first num_tokens tokens; returns how many are new."""
     def fork(self, sequence: int, /) -> tuple[int, list[tuple[int, int]]] | None:
         """Make a second sequence with the same tokens; None where it does not fit.
 
@@ -306,7 +306,10 @@ class BlockManager:
         Raises ValueError where a matched block is no longer cached, or hashes are too few.
         """
     def publish_hashes(self, sequence: int, num_tokens: int, hashes: BlockHashes, /) -> int:
-        """Publish the full blocks within the first num_tokens tokens under `hashes`; returns how many are new."""
+        """Publish the full blocks within the first num_tokens tokens, block i under hashes[i].
+
+        Returns how many the cache did not know.
+        """
 
     # The end of a sequence.
     def free(self, sequence: int, /) -> None:
@@ -338,6 +341,8 @@ class BlockManager:
         """Leading blocks of the sequence that were matched or published."""
     def blocks_needed(self, num_tokens: int, num_matched_blocks: int = 0, /) -> int:
         """Blocks that num_tokens tokens take beyond the matched ones."""
+    def count_free(self, block_ids: Sequence[int], /) -> int:
+        """How many of these blocks nobody references: adopting them takes so many free blocks."""
     def reference_count(self, block_id: int, /) -> int: ...
     def block_hash(self, block_id: int, /) -> bytes | None:
         """The hash a block is cached under, 16 bytes; None if it is not."""
