@@ -1,9 +1,10 @@
 """schedule() and update_from_output() of vLLM's scheduler, stock and native, in one process.
 
-Both schedulers run the same decodes, taking turns step by step, so that noise and frequency changes
-meet both. Between turns a buffer larger than the last-level cache is swept unless --warm is given:
-a model's step would have evicted the scheduler's data as well. Times are medians over steps, in
-microseconds. `--arrivals` keeps the number of running requests up by adding one for each that ends.
+The schedulers run the same decodes, taking turns step by step, so that noise and frequency changes
+meet all of them. Between turns a buffer larger than the last-level cache is swept unless the caches are
+to be warm: a model's step would have evicted the scheduler's data as well. Times are medians over
+steps, in microseconds of this thread's CPU time, so that other load on the machine does not count.
+With arrivals, a request is added for each that ends; steps then differ, and times are means.
 
   PYTHONPATH=python python bench/sched_bench.py --json sched_bench.json
 """
@@ -42,17 +43,17 @@ class Turn:
     def step(self, sweep: Any) -> None:
         engine, scheduler = self.engine, self.engine.scheduler
         sweep()
-        start = time.perf_counter_ns()
+        start = time.thread_time_ns()
         output = scheduler.schedule()
-        self.schedule_us.append((time.perf_counter_ns() - start) / 1e3)
+        self.schedule_us.append((time.thread_time_ns() - start) / 1e3)
         engine.queue.appendleft((output, engine.runner.run(output, set())))
         if len(engine.queue) < (2 if engine.setup.is_async else 1):
             return
         past, result = engine.queue.pop()
         sweep()
-        start = time.perf_counter_ns()
+        start = time.thread_time_ns()
         scheduler.update_from_output(past, result)
-        self.update_us.append((time.perf_counter_ns() - start) / 1e3)
+        self.update_us.append((time.thread_time_ns() - start) / 1e3)
 
     def clear(self) -> None:
         self.schedule_us.clear()

@@ -22,16 +22,17 @@ void BindVllm(py::module_& module) {
              context.native_hasher = std::move(native_hasher);
              context.stopped_status = statuses[0];
              context.length_status = statuses[1];
-             return std::make_unique<DecodeBatch>(std::move(manager), std::move(context), std::move(output_type));
+             return std::make_unique<DecodeBatch>(std::move(manager), std::move(context),
+                                                  std::move(output_type));
            }),
            py::arg("manager"), py::kw_only(), py::arg("max_model_len"), py::arg("is_async"),
            py::arg("resends_tokens"), py::arg("native_hasher"), py::arg("statuses"), py::arg("output_type"))
-      .def("schedule", &DecodeBatch::Schedule, py::arg("running"), py::arg("sequences"), py::arg("last_scheduled"),
-           py::arg("token_budget"), py::arg("step"))
+      .def("schedule", &DecodeBatch::Schedule, py::arg("running"), py::arg("sequences"),
+           py::arg("last_scheduled"), py::arg("token_budget"), py::arg("step"))
       .def("merge", &DecodeBatch::Merge, py::arg("running"), py::arg("num_scheduled"), py::arg("native"),
            py::arg("other_scheduled"), py::arg("other"))
-      .def("update", &DecodeBatch::Update, py::arg("num_scheduled"), py::arg("row_indices"), py::arg("sampled"),
-           py::arg("logprobs"), py::arg("requests"))
+      .def("update", &DecodeBatch::Update, py::arg("num_scheduled"), py::arg("row_indices"),
+           py::arg("sampled"), py::arg("logprobs"), py::arg("requests"))
       .def("evict", &DecodeBatch::Evict, py::arg("request"))
       .def("evict_all", &DecodeBatch::EvictAll)
       .def("write_back", &DecodeBatch::WriteBackAll)

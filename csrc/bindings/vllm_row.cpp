@@ -37,10 +37,10 @@ bool IsEmpty(py::handle container) {
   return size == 0;
 }
 
-#define TWINJET_NAME(name)                       \
-  static PyObject* Name_##name() {               \
-    static PyObject* interned = Intern(#name);   \
-    return interned;                             \
+#define TWINJET_NAME(name)                     \
+  static PyObject* Name_##name() {             \
+    static PyObject* interned = Intern(#name); \
+    return interned;                           \
   }
 TWINJET_NAME(_all_token_ids)
 TWINJET_NAME(_block_hasher)
@@ -77,7 +77,8 @@ bool IsPlain(py::handle request) {
          Get(request, Name_pooling_params()).is_none() && Get(request, Name_lora_request()).is_none() &&
          Get(request, Name_prompt_embeds()).is_none() && Get(request, Name_spec_decode_metrics()).is_none() &&
          !py::cast<bool>(Get(request, Name_resumable())) && IsEmpty(Get(request, Name_mm_features())) &&
-         IsEmpty(Get(request, Name_spec_token_ids())) && ToInt(Get(request, Name_num_nans_in_logits())) == 0 &&
+         IsEmpty(Get(request, Name_spec_token_ids())) &&
+         ToInt(Get(request, Name_num_nans_in_logits())) == 0 &&
          ToInt(Get(request, Name_num_stale_output_tokens())) == 0;
 }
 

@@ -17,11 +17,11 @@ namespace twinjet::bindings {
 struct RowContext {
   kv::BlockManager* manager;
   int64_t max_model_len;
-  bool is_async;                      // async scheduling: output placeholders are kept
-  bool resends_tokens;                // V1 runner: a request not in the last step needs its tokens sent
-  pybind11::object native_hasher;     // the block hasher whose hashes can be continued here; None: none
-  pybind11::object stopped_status;    // RequestStatus.FINISHED_STOPPED
-  pybind11::object length_status;     // RequestStatus.FINISHED_LENGTH_CAPPED
+  bool is_async;                    // async scheduling: output placeholders are kept
+  bool resends_tokens;              // V1 runner: a request not in the last step needs its tokens sent
+  pybind11::object native_hasher;   // the block hasher whose hashes can be continued here; None: none
+  pybind11::object stopped_status;  // RequestStatus.FINISHED_STOPPED
+  pybind11::object length_status;   // RequestStatus.FINISHED_LENGTH_CAPPED
 };
 
 enum class Hashing : uint8_t {
@@ -42,21 +42,21 @@ struct DecodeRow {
   int64_t max_tokens = 0;
   int64_t max_total_tokens = 0;  // prompt and max_tokens
 
-  int64_t num_slots = 0;               // tokens the block table has room for
-  int64_t publish_at = kNever;         // tokens at which the next full block is due for the cache
-  int64_t last_step = -1;              // step in which it was last scheduled
-  int64_t eos_token = -1;              // -1: none
+  int64_t num_slots = 0;        // tokens the block table has room for
+  int64_t publish_at = kNever;  // tokens at which the next full block is due for the cache
+  int64_t last_step = -1;       // step in which it was last scheduled
+  int64_t eos_token = -1;       // -1: none
   int64_t client_index = 0;
   kv::SequenceId sequence = -1;
   Hashing hashing = Hashing::kNone;
   bool wants_logprobs = false;
-  bool has_first_output = false;       // prefill statistics or events are still to be sent
-  bool is_scheduled = false;           // in the step being built
+  bool has_first_output = false;  // prefill statistics or events are still to be sent
+  bool is_scheduled = false;      // in the step being built
 
   pybind11::object request;
   pybind11::object request_id;
-  pybind11::object trace_headers;      // None mostly
-  pybind11::object output_token_ids;   // the request's own lists
+  pybind11::object trace_headers;     // None mostly
+  pybind11::object output_token_ids;  // the request's own lists
   pybind11::object all_token_ids;
   pybind11::object block_hashes;
 
@@ -65,7 +65,7 @@ struct DecodeRow {
   std::vector<int32_t> block_tail;        // tokens of the block being filled (native hashing)
   std::vector<kv::BlockHash> hashes;      // of blocks first_hash and on
   int64_t first_hash = 0;
-  size_t num_written_hashes = 0;          // leading hashes that the request's list has
+  size_t num_written_hashes = 0;  // leading hashes that the request's list has
 
   bool StopsAt(int64_t token) const {
     for (int32_t stop : stop_tokens) {

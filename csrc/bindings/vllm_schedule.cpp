@@ -260,8 +260,8 @@ py::tuple DecodeBatch::Merge(const py::list& running, const py::dict& num_schedu
       continue;
     }
     if (next_other == num_other) continue;
-    py::object id = Steal(
-        PyObject_GetAttr(PyList_GET_ITEM(running.ptr(), static_cast<Py_ssize_t>(i)), Names::Get().request_id));
+    py::object id = Steal(PyObject_GetAttr(PyList_GET_ITEM(running.ptr(), static_cast<Py_ssize_t>(i)),
+                                           Names::Get().request_id));
     int same = PyObject_RichCompareBool(PyList_GET_ITEM(other_ids, next_other), id.ptr(), Py_EQ);
     if (same < 0) throw py::error_already_set();
     if (same) take(other, next_other++, other_scheduled);
@@ -269,7 +269,7 @@ py::tuple DecodeBatch::Merge(const py::list& running, const py::dict& num_schedu
   // Resumed requests; in the dict they stand among the new ones, in the order of admission.
   for (; next_other < num_other; ++next_other) take_lists(other, next_other);
   if (PyDict_Merge(merged_scheduled.ptr(), other_scheduled.ptr(), 0) < 0) throw py::error_already_set();
-  return py::make_tuple(merged_scheduled, merged[0], merged[1], merged[2], merged[3]);
+  return py::make_tuple(merged_scheduled, py::make_tuple(merged[0], merged[1], merged[2], merged[3]));
 }
 
 }  // namespace twinjet::bindings

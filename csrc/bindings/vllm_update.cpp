@@ -40,7 +40,8 @@ OutputMaker::Field OutputMaker::FindField(py::handle type, const char* name) con
   if (member->type != T_OBJECT_EX) return field;
   // Trust the offset only if it leads where the attribute does, and nobody tracks the object.
   auto* slot = reinterpret_cast<PyObject**>(reinterpret_cast<char*>(blank_.ptr()) + member->offset);
-  if (*slot == py::object(blank_.attr(name)).ptr() && !PyObject_IS_GC(blank_.ptr())) field.offset = member->offset;
+  if (*slot == py::object(blank_.attr(name)).ptr() && !PyObject_IS_GC(blank_.ptr()))
+    field.offset = member->offset;
   return field;
 }
 
@@ -60,8 +61,12 @@ py::object OutputMaker::Make(py::handle request_id, py::handle token_ids) const 
   return output;
 }
 
-void OutputMaker::SetTraceHeaders(py::handle output, py::handle value) const { Set(output, trace_headers_, value); }
-void OutputMaker::SetLogprobs(py::handle output, py::handle value) const { Set(output, new_logprobs_, value); }
+void OutputMaker::SetTraceHeaders(py::handle output, py::handle value) const {
+  Set(output, trace_headers_, value);
+}
+void OutputMaker::SetLogprobs(py::handle output, py::handle value) const {
+  Set(output, new_logprobs_, value);
+}
 
 DecodeRow* DecodeBatch::FindById(PyObject* request_id) {
   PyObject* address = PyDict_GetItemWithError(by_id_.ptr(), request_id);
@@ -106,16 +111,18 @@ bool DecodeBatch::UpdateRow(DecodeRow& row, int64_t num_scheduled, PyObject* tok
   }
   if (status) {
     *stopped = true;
-    if (PyObject_SetAttr(row.request.ptr(), Names::Get().status, status.ptr()) < 0) throw py::error_already_set();
+    if (PyObject_SetAttr(row.request.ptr(), Names::Get().status, status.ptr()) < 0)
+      throw py::error_already_set();
   }
   return true;
 }
 
-py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row_indices, const py::list& sampled,
-                              const py::object& logprobs, const py::dict& requests) {
+py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row_indices,
+                              const py::list& sampled, const py::object& logprobs, const py::dict& requests) {
   py::list firsts;   // (request, output): the first output of a request
   py::list stopped;  // (position, request, output)
   py::dict rest;     // request id -> number of scheduled tokens, for stock
+  py::list holes;    // (client, index in its outputs, request id) of the rest
   client_outputs_.clear();
   static PyObject* slice_request = PyUnicode_InternFromString("slice_request");
 
@@ -125,8 +132,9 @@ py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row
   size_t guess = 0;  // the row that most likely comes next
   for (Py_ssize_t position = 0; PyDict_Next(num_scheduled.ptr(), &cursor, &id, &count); ++position) {
     while (guess < positions_.size() && !(positions_[guess] && positions_[guess]->is_scheduled)) ++guess;
-    DecodeRow* row = guess < positions_.size() && positions_[guess]->request_id.ptr() == id ? positions_[guess++]
-                                                                                            : FindById(id);
+    DecodeRow* row = guess < positions_.size() && positions_[guess]->request_id.ptr() == id
+                         ? positions_[guess++]
+                         : FindById(id);
     PyObject* request = row ? row->request.ptr() : PyDict_GetItemWithError(requests.ptr(), id);
     if (!request) {
       if (PyErr_Occurred()) throw py::error_already_set();
@@ -135,8 +143,9 @@ py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row
     if (row) {
       PyObject* index_object = PyDict_GetItemWithError(row_indices.ptr(), id);
       Py_ssize_t index = index_object ? PyLong_AsSsize_t(index_object) : -1;
-      PyObject* tokens =
-          index >= 0 && index < PyList_GET_SIZE(sampled.ptr()) ? PyList_GET_ITEM(sampled.ptr(), index) : nullptr;
+      PyObject* tokens = index >= 0 && index < PyList_GET_SIZE(sampled.ptr())
+                             ? PyList_GET_ITEM(sampled.ptr(), index)
+                             : nullptr;
       bool has_stopped = false;
       if (UpdateRow(*row, PyLong_AsLongLong(count), tokens, &has_stopped)) {
         ++counters_.num_rows_updated;
@@ -145,8 +154,9 @@ py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row
         if (row->wants_logprobs && !logprobs.is_none()) {
           py::int_ row_index(index);
           py::int_ one(1);
-          outputs_.SetLogprobs(output, Steal(PyObject_CallMethodObjArgs(logprobs.ptr(), slice_request,
-                                                                        row_index.ptr(), one.ptr(), nullptr)));
+          outputs_.SetLogprobs(
+              output, Steal(PyObject_CallMethodObjArgs(logprobs.ptr(), slice_request, row_index.ptr(),
+                                                       one.ptr(), nullptr)));
         }
         if (row->has_first_output) {
           firsts.append(py::make_tuple(row->request, output));
@@ -163,14 +173,17 @@ py::tuple DecodeBatch::Update(const py::dict& num_scheduled, const py::dict& row
       Drop(row, true);
     }
     // A place in the order of outputs, for what stock makes of it.
-    OutputsOf(IntAttribute(request, Names::Get().client_index)).append(py::handle(id));
+    int64_t client = IntAttribute(request, Names::Get().client_index);
+    py::list& places = OutputsOf(client);
+    holes.append(py::make_tuple(client, places.size(), py::handle(id)));
+    places.append(py::none());
     if (PyDict_SetItem(rest.ptr(), id, count) < 0) throw py::error_already_set();
   }
 
   py::dict outputs;
   for (auto& [client, list] : client_outputs_) outputs[py::int_(client)] = list;
   client_outputs_.clear();
-  return py::make_tuple(outputs, firsts, stopped, rest);
+  return py::make_tuple(outputs, firsts, stopped, rest, holes);
 }
 
 }  // namespace twinjet::bindings

@@ -436,3 +436,95 @@ class Sampler:
     def num_threads(self) -> int: ...
     @property
     def target(self) -> str: ...
+
+# --- vLLM's scheduler: the batched decode path ------------------------------------------------------
+
+class DecodeBatch:
+    """The decodes of a vLLM scheduler's running list, scheduled and updated in one call a step.
+
+    A running request that needs one more decode and nothing else becomes resident at schedule():
+    from then on its counters and new tokens are kept here, and its Python object lags behind until
+    evict(), evict_all() or write_back(). Made for vLLM's Request objects and in its process only;
+    one thread at a time. A failure inside a call leaves the batch unusable.
+    """
+
+    def __init__(
+        self,
+        manager: BlockManager,
+        *,
+        max_model_len: int,
+        is_async: bool,
+        resends_tokens: bool,
+        native_hasher: object | None,
+        statuses: tuple[Any, Any],
+        output_type: type,
+    ) -> None:
+        """Make an empty batch on `manager`, which holds the requests' blocks.
+
+        is_async: keep output placeholders, as vLLM's asynchronous scheduler does.
+        resends_tokens: leave requests that were not in the last step to vLLM (its V1 runner has
+            forgotten their tokens).
+        native_hasher: the request hasher whose block hashes manager.hasher goes on with; for any
+            other, the request's own hasher is called when a block fills.
+        statuses: what Request.status becomes at a stop token and at a length limit.
+        output_type: vLLM's EngineCoreOutput.
+        Raises ValueError on max_model_len < 1.
+        """
+    def schedule(
+        self,
+        running: list[Any],
+        sequences: dict[str, int],
+        last_scheduled: set[str] | None,
+        token_budget: int,
+        step: int,
+    ) -> tuple[list[Any] | None, dict[str, int], tuple[list[str], list[Any], list[int], list[int]]] | None:
+        """Schedule one token for each decode that can be told apart from the rest of the step.
+
+        sequences: sequence of `manager` by request id. step: number of the step, one up from the last.
+        Returns (the other running requests or None, {request id: 1}, (request ids, new block ids,
+        computed tokens, output tokens)); or None where the step is all vLLM's: too few blocks or
+        tokens for everything that runs, or no decode. Then call evict_all() before vLLM's schedule().
+        Raises RuntimeError where a resident request is no longer in `running`.
+        """
+    def merge(
+        self,
+        running: list[Any],
+        num_scheduled: dict[str, int],
+        native: tuple[list[Any], list[Any], list[Any], list[Any]],
+        other_scheduled: dict[str, int],
+        other: tuple[list[Any], list[Any], list[Any], list[Any]],
+    ) -> tuple[dict[str, int], tuple[list[str], list[Any], list[int], list[int]]]:
+        """Merge what schedule() returned with what vLLM scheduled of the rest, in running order."""
+    def update(
+        self,
+        num_scheduled: dict[str, int],
+        row_indices: dict[str, int],
+        sampled: list[list[int]],
+        logprobs: object | None,
+        requests: dict[str, Any],
+    ) -> tuple[
+        dict[int, list[Any]],
+        list[tuple[Any, Any]],
+        list[tuple[int, Any, Any]],
+        dict[str, int],
+        list[tuple[int, int, str]],
+    ]:
+        """Take in the tokens that a step sampled.
+
+        Returns (outputs by client index; (request, output) for first outputs; (position, request,
+        output) for requests that stopped, already evicted; scheduled tokens by request id of the rows
+        left to vLLM; and for each of those the place of its output, None for now: client index, index
+        in that client's outputs, request id).
+        """
+    def evict(self, request: object, /) -> None:
+        """Bring a request up to date and forget it; nothing if it is not resident."""
+    def evict_all(self) -> None: ...
+    def write_back(self) -> None:
+        """Bring all resident requests up to date and keep them."""
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def template_version(self) -> int:
+        """Changes whenever the set of scheduled rows does."""
+    def counters(self) -> dict[str, int]:
+        """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""

@@ -150,9 +150,10 @@ def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -
         return tree
     from twinjet.models.demo import DEMO_MODEL, DEMO_MODEL_NAME
 
-    model = flags["model"] or DEMO_MODEL
-    name = flags["name"] or (DEMO_MODEL_NAME if model == DEMO_MODEL else Path(model).name)
-    tree["deployments"] = {name: {"engine": flags["engine"] or "vllm", "model": model}}
+    model, engine = flags["model"] or DEMO_MODEL, flags["engine"] or "vllm"
+    own_name = DEMO_MODEL_NAME if model == DEMO_MODEL else Path(model).absolute().name
+    name = flags["name"] or ("fake" if engine == "fake" else own_name)
+    tree["deployments"] = {name: {"engine": engine, "model": model}}
     return tree
 
 
@@ -297,7 +298,8 @@ def _report(error: TwinjetClientError, *, as_json: bool) -> None:
         }
         print(json.dumps({"error": facts}, ensure_ascii=False), file=sys.stderr)
         return
-    print(f"error: {error.code.lower().replace('_', ' ')}: {error.message}", file=sys.stderr)
+    status = error.code.lower().replace("_", " ")
+    print(f"error: {status}" + ("" if error.violations else f": {error.message}"), file=sys.stderr)
     for violation in error.violations:
         print(f"  {violation.field}: {violation.message}", file=sys.stderr)
     if error.retry_after_s is not None:

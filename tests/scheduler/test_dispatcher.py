@@ -109,6 +109,25 @@ async def test_the_next_request_is_handed_over_just_before_a_slot_is_free(engine
     assert_no_trace(dispatcher, engine)
 
 
+async def test_a_slot_is_free_with_the_last_token_though_the_reader_stops(engine: StepEngine) -> None:
+    dispatcher = make_dispatcher(engine, make_info(max_num_seqs=1))
+    slow = dispatcher.run(make_request("slow", max_tokens=1, n=2))
+    events = [await anext(slow), await anext(slow)]
+    waiting = Client(dispatcher, make_request("next", max_tokens=1))
+    await engine.step()
+    events += [await anext(slow), await anext(slow)]
+    await settle()
+    assert dispatcher.load().request_ids == ("next",)
+    with pytest.raises(NotFound):
+        await dispatcher.abort("slow")
+    await engine.step()
+    assert waiting.tokens == 1
+    dispatcher.detach(EngineDied())
+    with pytest.raises(StopAsyncIteration):
+        await anext(slow)
+    assert_no_trace(dispatcher, engine)
+
+
 async def test_fcfs_hands_everything_to_the_engine_at_once(engine: StepEngine) -> None:
     dispatcher = make_dispatcher(engine, policy="fcfs", max_waiting=1)
     clients = [Client(dispatcher, make_request(f"r{i}", max_tokens=1)) for i in range(9)]

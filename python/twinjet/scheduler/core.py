@@ -63,6 +63,7 @@ class Scheduler:
         self._num_running = 0
         self._num_running_sequences = 0
         self._num_leaving = 0
+        self._is_blocked = False
         self._waiting_tokens = 0
         self._waiting_bytes = 0
         self._waiting_work = 0.0
@@ -106,6 +107,10 @@ class Scheduler:
     def drain(self) -> None:
         self._draining = True
 
+    def reset_prefix_cache(self) -> bool:
+        """The engine has forgotten its cached prefixes: so does the ledger. False while anything runs."""
+        return self._ledger is None or self._ledger.reset()
+
     @property
     def is_idle(self) -> bool:
         return not self._entries
@@ -145,6 +150,7 @@ class Scheduler:
             return None
         self._work_rate.observe(now, self._served_work, backlogged=True)
         entry = self._queue.take_next(self._fits, self._cached_tokens)
+        self._is_blocked = entry is None
         if entry is None:
             return None
         self._leave_queue(entry)
@@ -445,7 +451,8 @@ class Scheduler:
         )
 
     def _wait_s(self, position: int, now: float) -> float | None:
-        free = self._max_running - self._num_running_sequences if self._num_running else 1
+        staying = self._num_running_sequences - self._num_leaving
+        free = 0 if self._is_blocked else self._max_running - staying
         ahead = position + 1 - max(free, 0)
         if ahead <= 0:
             return 0.0

@@ -104,14 +104,19 @@ class Dispatcher:
         """The engine died or is about to stop: end every running and waiting request with `error`."""
         self._engine = None
         for stream in list(self._streams.values()):
-            self._core.release(stream.entry, self._clock())
-            stream.end(error)
+            if stream.entry.state is not State.ENDED:
+                self._core.release(stream.entry, self._clock())
+                stream.end(error)
         self._core.detach()
         self._set_timer()
 
     def drain(self) -> None:
         """Refuse new requests from now on; those that wait or run go on."""
         self._core.drain()
+
+    def reset_prefix_cache(self) -> bool:
+        """Call once the engine has forgotten its cached prefixes; False, and nothing done, while any runs."""
+        return self._core.reset_prefix_cache()
 
     def load(self) -> SchedulerLoad:
         return self._core.load(self._clock())
@@ -123,7 +128,7 @@ class Dispatcher:
     async def abort(self, request_id: str) -> None:
         """End a request; its stream raises RequestAborted. Raises NotFound."""
         stream = self._streams.get(request_id)
-        if stream is None or stream.error() is not None:
+        if stream is None or stream.entry.state is State.ENDED or stream.error() is not None:
             raise NotFound("request", request_id)
         self._end(stream, RequestAborted(f"request {request_id!r} was aborted by an operator"))
         self._dispatch()
@@ -145,7 +150,8 @@ class Dispatcher:
             self._dispatch()
             last = None
             while report_queue and not stream.granted.done():
-                place = (self._core.position(entry), self._core.expected_wait_s(entry, self._clock()))
+                wait = self._core.expected_wait_s(entry, self._clock())
+                place = (self._core.position(entry), None if wait is None else round(wait, 1))
                 if place != last:
                     last = place
                     yield QueuedEvent(*place)
@@ -175,7 +181,13 @@ class Dispatcher:
         if entry.state is not State.RUNNING:
             return
         if isinstance(event, OutputEvent):
-            if self._core.add_tokens(entry, event.output_index, event.token_ids, self._clock()):
+            may_go = self._core.add_tokens(entry, event.output_index, event.token_ids, self._clock())
+            if event.finish is not None:
+                entry.num_finished += 1
+            if entry.num_finished == entry.num_sequences:
+                # Not when the reader comes back for the end: it may be slow, and the engine is done.
+                self._release(entry, finished=True)
+            elif may_go:
                 self._dispatch()
         else:
             self._core.prompt_done(entry)

@@ -52,7 +52,7 @@ class Entry:
 
     __slots__ = (
         "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
-        "is_leaving", "last_token_at", "leaves_at", "num_bypassed", "num_bytes",
+        "is_leaving", "last_token_at", "leaves_at", "num_bytes", "num_finished",
         "num_output_tokens", "num_prompt_tokens",
         "num_sequences", "order", "position_at_arrival", "prefix_hashes", "priority", "request", "state",
         "tenant", "work",
@@ -74,11 +74,11 @@ class Entry:
         self.position_at_arrival = 0
         self.expected_output = 0.0
         self.work = 0.0
-        self.num_bypassed = 0
         self.expired = False
         self.prefix_hashes: bytes | None = None
         self.holding: Holding | None = None
         self.num_output_tokens = 0
+        self.num_finished = 0
         self.is_leaving = False
         self.leaves_at: float = math.inf
         self.dispatched_at = 0.0

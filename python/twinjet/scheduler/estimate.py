@@ -64,6 +64,17 @@ class LengthEstimator:
         survival: Floats = np.exp(logs, logs)
         return survival
 
+    def survival_near(self, start: int, times: Floats) -> Floats:
+        """As survival(), from the lower edge of the bin of `start`; kept until the distribution is made anew.
+
+        times: the same array at each call. The result must not be written to.
+        """
+        b = bisect_right(self._edges, start) - 1
+        found = self._kept.get(b)
+        if found is None:
+            found = self._kept[b] = self.survival(self._edges[b], times)
+        return found
+
     def mean(self, limit: float) -> float:
         """Expected length of an output that may have at most `limit` tokens."""
         edges = self._edges
@@ -73,6 +84,7 @@ class LengthEstimator:
 
     def _rebuild(self) -> None:
         self._num_fresh = 0
+        self._kept: dict[int, Floats] = {}
         left = np.asarray(self._left) / self._weight
         ended = np.asarray(self._ended) / self._weight
         # Those cut short inside a bin were at risk for half of it.

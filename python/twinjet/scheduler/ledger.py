@@ -1,6 +1,7 @@
 """KV ledger: which blocks the engine's running requests hold, as far as can be known from outside.
 
-It mirrors the engine block for block: a shared prefix counts once, streamed tokens append. Admission asks
+It mirrors the engine block for block: a shared prefix counts once, streamed tokens append. Only prompts are
+known to its prefix cache, outputs are counted without their ids. Admission asks
 whether the use to come stays within the cache; the ledger itself never takes a block from anyone. What it
 cannot see: how far ahead of the stream the engine is (lookahead_tokens) and the engine's own eviction order,
 which decides only what a prompt costs to compute, not how many blocks it takes.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -30,16 +31,19 @@ class _Sequence:
     """One output of a running request. own: blocks it alone took; blocks, spread: its part of the sums."""
 
     __slots__ = (
-        "blocks", "handle", "max_blocks", "max_tokens", "num_lost", "num_tokens", "own", "prompt",
-        "refreshed", "spread",
+        "blocks", "handle", "max_blocks", "max_tokens", "num_lost", "num_slots", "num_tokens", "own",
+        "prompt", "refreshed", "spread",
     )  # fmt: skip
 
-    def __init__(self, handle: int, prompt: int, max_tokens: int, max_blocks: int, own: int) -> None:
+    def __init__(
+        self, handle: int, prompt: int, max_tokens: int, max_blocks: int, own: int, num_slots: int
+    ) -> None:
         self.handle = handle
         self.prompt = prompt
         self.max_tokens = max_tokens
         self.max_blocks = max_blocks
         self.own = own
+        self.num_slots = num_slots
         self.num_tokens = 0
         self.num_lost = 0
         self.refreshed = 0
@@ -50,12 +54,13 @@ class _Sequence:
 class Holding:
     """What one running request holds. num_cached_tokens: prompt tokens found in the cache at admission."""
 
-    __slots__ = ("is_fixed", "lengths", "num_cached_tokens", "sequences")
+    __slots__ = ("hashes", "is_fixed", "lengths", "num_cached_tokens", "sequences")
 
     def __init__(
         self, sequences: list[_Sequence], num_cached: int, lengths: LengthEstimator, *, is_fixed: bool
     ) -> None:
         self.sequences = sequences
+        self.hashes: bytes | None = None
         self.num_cached_tokens = num_cached
         self.lengths = lengths
         self.is_fixed = is_fixed
@@ -115,9 +120,12 @@ class KvLedger:
 
     def can_ever_hold(self, request: EngineRequest) -> bool:
         """Whether the prompt and one token of each output fit an empty cache."""
+        n = request.sampling.n
+        if 2 * n * (len(request.prompt_token_ids) + self._size) <= self._num_slots:
+            return True
         shared = (len(request.prompt_token_ids) // self._size) if self._shares else 0
         each = self._num_blocks_for(len(request.prompt_token_ids) + 1) - shared
-        return shared + each * request.sampling.n <= self.num_blocks
+        return shared + each * n <= self.num_blocks
 
     def hash(self, request: EngineRequest) -> bytes | None:
         """Block hashes of the prompt, for find_cached() and admit(); None without a prefix cache."""
@@ -127,9 +135,8 @@ class KvLedger:
 
     def find_cached(self, hashes: bytes | None, num_prompt_tokens: int) -> int:
         """Prompt tokens that are in the cache now."""
-        if not hashes:
-            return 0
-        return len(self._match(hashes, (num_prompt_tokens - 1) // self._size)) * self._size
+        size = self._size
+        return len(self._match(hashes, (num_prompt_tokens - 1) // size)) * size if hashes else 0
 
     def admit(self, request: EngineRequest, hashes: bytes | None, lengths: LengthEstimator) -> Holding | None:
         """Hold the blocks of a request's prompt if the use to come stays within the cache; else None.
@@ -162,6 +169,7 @@ class KvLedger:
             self._fresh = None
             return None
         holding = Holding(sequences, num_cached, lengths, is_fixed=is_fixed)
+        holding.hashes = hashes
         for sequence in sequences:
             self._num_sequences += 1
             self._num_own += sequence.own
@@ -177,39 +185,34 @@ class KvLedger:
         sequence = holding.sequences[output_index]
         count = len(token_ids)
         sequence.num_tokens += count
-        if sequence.num_lost or sequence.prompt + sequence.num_tokens > self._num_slots:
+        needed = sequence.prompt + sequence.num_tokens
+        if needed <= sequence.num_slots:
+            return
+        if sequence.num_lost or needed > self._num_slots:
             self._lose(sequence, count)
             return
-        if count == 1:
-            block = self._manager.append_one(sequence.handle, token_ids[0])
-            if block == -1:
-                return
-            new = None if block is None else 1
-        else:
-            blocks = self._manager.append(sequence.handle, token_ids)
-            new = None if blocks is None else len(blocks)
-        if new is None:
+        blocks = self._manager.reserve(sequence.handle, needed)
+        if blocks is None:
             self._lose(sequence, count)
             return
-        if new:
-            sequence.own += new
-            self._num_own += new
-            self._num_reserved -= new
-            if self._predicting and sequence.num_tokens - sequence.refreshed >= _REFRESH_TOKENS:
-                self._refresh(sequence, holding)
+        new = len(blocks)
+        sequence.num_slots += new * self._size
+        sequence.own += new
+        self._num_own += new
+        self._num_reserved -= new
+        if self._predicting and sequence.num_tokens - sequence.refreshed >= _REFRESH_TOKENS:
+            self._refresh(sequence, holding)
 
     def publish(self, holding: Holding) -> None:
         """The engine has computed the prompt: others may share it from now on."""
-        if self._shares:
+        if holding.hashes:
             sequence = holding.sequences[0]
-            self._manager.publish(sequence.handle, sequence.prompt)
+            self._manager.publish_hashes(sequence.handle, sequence.prompt, holding.hashes)
 
     def release(self, holding: Holding) -> None:
-        """Give back everything; full blocks stay in the cache until their room is needed."""
+        """Give back everything; blocks of the prompt stay in the cache until their room is needed."""
         for sequence in holding.sequences:
-            if self._shares and sequence.num_tokens and not sequence.num_lost:
-                self._manager.publish(sequence.handle, self._manager.num_tokens(sequence.handle))
-            self._num_reserved -= sequence.max_blocks - len(self._manager.block_table(sequence.handle))
+            self._num_reserved -= sequence.max_blocks - sequence.num_slots // self._size
             self._num_own -= sequence.own
             self._num_lost -= sequence.num_lost
             self._num_sequences -= 1
@@ -269,10 +272,14 @@ class KvLedger:
         n = request.sampling.n
         own = new / n
         blocks, spread = self._predict(lengths, 0, request.sampling.max_tokens, own, is_fixed)
-        expected = used - new - self._num_own + self._blocks + n * blocks
-        deviation = np.sqrt(np.maximum(self._spread + n * spread, 0.0))
-        expected += self._sigmas * deviation
-        if expected.max() > self._usable:
+        many_blocks, many_spread = (blocks, spread) if n == 1 else (n * blocks, n * spread)
+        expected = self._blocks + many_blocks
+        deviation = self._spread + many_spread
+        np.maximum(deviation, 0.0, out=deviation)
+        np.sqrt(deviation, out=deviation)
+        deviation *= self._sigmas
+        expected += deviation
+        if float(expected.max()) > self._usable - (used - new - self._num_own):
             return False
         self._fresh = (own, blocks, spread)
         return True
@@ -282,9 +289,9 @@ class KvLedger:
     ) -> tuple[Floats, Floats]:
         """Mean and variance of the blocks a sequence holds for itself, at each step ahead."""
         left = max_tokens - num_tokens
-        alive: Floats = (self._times < left).astype(np.float64)
+        alive: Any = self._times < left
         if not is_fixed:
-            alive *= lengths.survival(num_tokens, self._times)
+            alive = alive * lengths.survival_near(num_tokens, self._times)
         # A sequence begins its next block half a block from now, on average.
         size = np.minimum(self._end_blocks, left / self._size)
         size += own + self._lookahead / self._size + 0.5
@@ -332,22 +339,31 @@ class KvLedger:
         num_cached = 0
         for i in range(request.sampling.n):
             before = manager.num_used_blocks
-            handle: int | None
             if i and self._shares:
                 forked = manager.fork(sequences[0].handle)
                 handle = None if forked is None else forked[0]
             else:
-                handle = manager.allocate(
-                    request.prompt_token_ids, salt=_salt(request), hashes=hashes, publish=False
-                )
+                handle = manager.open()
+                matched = self._match(hashes, (prompt - 1) // self._size) if hashes else []
+                if manager.reserve(handle, prompt, 0, hashes, matched or None) is None:
+                    manager.free(handle)
+                    handle = None
+                num_cached = len(matched) * self._size
             if handle is None:
                 for sequence in sequences:
                     manager.free(sequence.handle)
                 return [], 0
-            if not i:
-                num_cached = manager.num_cached_tokens(handle)
             own = manager.num_used_blocks - before
-            sequences.append(_Sequence(handle, prompt, request.sampling.max_tokens, max_blocks, own))
+            sequences.append(
+                _Sequence(
+                    handle,
+                    prompt,
+                    request.sampling.max_tokens,
+                    max_blocks,
+                    own,
+                    self._num_blocks_for(prompt) * self._size,
+                )
+            )
         return sequences, num_cached
 
     def _lose(self, sequence: _Sequence, count: int) -> None:

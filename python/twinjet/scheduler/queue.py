@@ -88,10 +88,6 @@ class Lane:
     def first(self) -> Entry:
         return self.entries[self.keys[0][1]]
 
-    def candidates(self, count: int) -> list[Entry]:
-        """The next `count` in order."""
-        return [self.entries[order] for _, order in self.keys[:count]]
-
     def _key(self, entry: Entry) -> tuple[int, int]:
         return (entry.num_prompt_tokens if self.shortest else 0, entry.order)
 
@@ -300,8 +296,13 @@ class FairQueue:
             return oldest
         if self._window == 1:
             return lane.first()
-        # max() keeps the first of equals, so without a hit the order stays as it is.
-        return max(lane.candidates(self._window), key=cached_tokens)
+        entries, best, most = lane.entries, oldest, -1
+        for _, order in lane.keys[: self._window]:
+            entry = entries[order]
+            cached = cached_tokens(entry)
+            if cached > most:
+                best, most = entry, cached
+        return best
 
     def _account(self, entry: Entry, lane: Lane, group: PriorityClass) -> None:
         if lane.oldest() is entry:

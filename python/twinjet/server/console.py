@@ -42,6 +42,9 @@ class _Console:
         self._was_ready = False
 
     def changed(self, server: Server) -> None:
+        if server.deployments.is_draining:
+            self._progress.update("stopping: running requests finish first")
+            return
         supervisors = [d.supervisor for d in server.deployments.by_name.values()]
         waiting = [s for s in supervisors if s.state in (State.LOADING, State.RESTARTING)]
         if waiting:

@@ -83,10 +83,8 @@ def _manager_objections(scheduler: Any) -> Iterator[Objection]:
     if config.needs_kv_cache_zeroing:
         yield Reason.KV_ZEROING, "new blocks are zeroed"
     if scheduler.dcp_world_size > 1 or scheduler.pcp_world_size > 1:
-        yield (
-            Reason.CONTEXT_PARALLEL,
-            f"decode {scheduler.dcp_world_size}, prefill {scheduler.pcp_world_size}",
-        )
+        sizes = f"decode {scheduler.dcp_world_size}, prefill {scheduler.pcp_world_size}"
+        yield Reason.CONTEXT_PARALLEL, sizes
 
 
 def _decode_objections(scheduler: Any) -> Iterator[Objection]:

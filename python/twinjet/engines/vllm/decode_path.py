@@ -30,7 +30,7 @@ from .prefix_hash import RequestHasher
 
 Outputs = dict[int, EngineCoreOutputs]
 # Request ids, new block ids, computed and output token counts, by row.
-Rows = tuple[list[str], list[Any], list[int], list[int]]
+Rows = tuple[list[Any], list[Any], list[Any], list[Any]]
 
 
 class DecodePath:
@@ -169,16 +169,12 @@ class DecodePath:
             scheduled.update(output.num_scheduled_tokens)
             for mine, more in zip(rows, others, strict=True):
                 mine.extend(more)
-            merged = rows
         else:
-            scheduled, *lists = self.batch.merge(
-                running, scheduled, rows, output.num_scheduled_tokens, others
-            )
-            merged = tuple(lists)
+            scheduled, rows = self.batch.merge(running, scheduled, rows, output.num_scheduled_tokens, others)
         running.extend(remainder[num_remaining:])
         output.num_scheduled_tokens = scheduled
         output.total_num_scheduled_tokens = sum(scheduled.values())
-        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, cached.num_output_tokens = merged
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, cached.num_output_tokens = rows
         if self.resends_tokens:
             scheduler.prev_step_scheduled_req_ids.update(scheduled)
             self._recorded_version = -1
@@ -227,7 +223,7 @@ class DecodePath:
             if scored:
                 self.evict(scored)
         scheduled = scheduler_output.num_scheduled_tokens
-        outputs, firsts, stopped, rest = self.batch.update(
+        outputs, firsts, stopped, rest, holes = self.batch.update(
             scheduled,
             model_output.req_id_to_index,
             model_output.sampled_token_ids,
@@ -257,7 +253,7 @@ class DecodePath:
         reduced.num_scheduled_tokens = rest
         result = stock(reduced, model_output)
         self.free_put_off()
-        return _merge_outputs(scheduled, outputs, result)
+        return _merge_outputs(scheduled, outputs, holes, result)
 
     def _is_unusual(self, model_output: ModelRunnerOutput) -> bool:
         scheduler = self.scheduler
@@ -308,8 +304,13 @@ class DecodePath:
         return result
 
 
-def _merge_outputs(scheduled: Iterable[str], native: dict[int, list[Any]], stock: Outputs) -> Outputs:
-    """Put stock's outputs at the places that `native` keeps for them (request ids), by client."""
+def _merge_outputs(
+    scheduled: Iterable[str],
+    native: dict[int, list[Any]],
+    holes: list[tuple[int, int, str]],
+    stock: Outputs,
+) -> Outputs:
+    """Put stock's outputs at the places that `native` keeps for them, by client."""
     stats = None
     made: dict[str, EngineCoreOutput] = {}
     for outputs in stock.values():
@@ -317,9 +318,13 @@ def _merge_outputs(scheduled: Iterable[str], native: dict[int, list[Any]], stock
         outputs.scheduler_stats = None
         made.update((output.request_id, output) for output in outputs.outputs)
     result: Outputs = {}
-    for client, places in native.items():
-        rows = [made.pop(row, None) if type(row) is str else row for row in places]
-        rows = [row for row in rows if row is not None]
+    for client, index, request_id in reversed(holes):
+        output = made.pop(request_id, None)
+        if output is None:
+            del native[client][index]
+        else:
+            native[client][index] = output
+    for client, rows in native.items():
         if rows:
             result[client] = EngineCoreOutputs(outputs=rows)
     first = _first_client(scheduled, result)

@@ -9,7 +9,7 @@ may not be replaced here stays vLLM's, with one log line and the reason in the s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -30,11 +30,19 @@ from .status import STATUS_METHOD, LayerStatus, Reason, SchedulerStatus
 logger = init_logger(__name__)
 
 
-class _NativeLayers:
+# For the type checker a mixin has the methods of what it will be mixed with.
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class _NativeLayers(_Base):  # type: ignore[misc, valid-type]
     """Mixed in before vLLM's scheduler class."""
 
     # Where native decodes are in flight, their requests' Python objects lag behind, so every entry
     # that reads one first calls for it to be written back (see DecodePath).
+    kv_cache_manager: Any
     decode_path: DecodePath | None = None
     native_status: SchedulerStatus
 
@@ -49,8 +57,8 @@ class _NativeLayers:
             self.native_status.decode_path = self.native_status.prefix_hash = blocked
         _log(self.native_status)
 
-    def _install_manager(self: Any) -> None:
-        stock = self.kv_cache_manager
+    def _install_manager(self) -> None:
+        stock: Any = self.kv_cache_manager
         group = stock.coordinator.single_type_managers[0]
         blocks = BlockManager(
             self.kv_cache_config.num_blocks,
@@ -70,42 +78,45 @@ class _NativeLayers:
         if status.decode_path.is_native:
             self.decode_path = DecodePath(self, hasher)
 
-    def schedule(self: Any, throttle_prefills: bool = False) -> SchedulerOutput:
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         path = self.decode_path
         if path is None:
-            return super().schedule(throttle_prefills)
+            output: SchedulerOutput = super().schedule(throttle_prefills)
+            return output
         return path.schedule(super().schedule, throttle_prefills)
 
     def update_from_output(
-        self: Any, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         path = self.decode_path
         if path is None:
-            return super().update_from_output(scheduler_output, model_runner_output)
+            outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
+                scheduler_output, model_runner_output
+            )
+            return outputs
         return path.update(super().update_from_output, scheduler_output, model_runner_output)
 
-    def get_request_counts(self: Any) -> tuple[int, int]:
+    def get_request_counts(self) -> tuple[int, int]:
         num_running, num_waiting = super().get_request_counts()
         path = self.decode_path
         return (num_running + path.num_hidden if path is not None else num_running), num_waiting
 
     def finish_requests(
-        self: Any, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
         if self.decode_path is not None:
             if request_ids is not None:
                 request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
             self.decode_path.evict(request_ids)
-        return super().finish_requests(request_ids, finished_status)
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        return finished
 
-    def reset_prefix_cache(
-        self: Any, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if self.decode_path is not None:
             self.decode_path.evict(None)
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
 
-    def make_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         if self.decode_path is not None:
             self.decode_path.free_put_off()
         return super().make_stats(*args, **kwargs)
