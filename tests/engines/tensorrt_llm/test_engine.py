@@ -23,6 +23,7 @@ from twinjet.errors import (
     EngineDied,
     InvalidRequest,
     NotFound,
+    RequestAborted,
     RequestFailed,
     Unsupported,
 )
@@ -250,6 +251,49 @@ async def test_a_request_id_may_run_once_at_a_time(version: str) -> None:
         await engine.abort("r")
         with pytest.raises(Exception, match="aborted"):
             await pending
+
+
+async def test_an_abort_while_the_grammar_compiles_is_heard(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started() as engine:
+        compiling, release = threading.Event(), threading.Event()
+        real = engine._drawing._grammars.compile
+
+        def slow(constraint: Constraint) -> Any:
+            compiling.set()
+            release.wait(10)
+            return real(constraint)
+
+        monkeypatch.setattr(engine._drawing._grammars, "compile", slow)
+        request = make_request(engine, constraint=Constraint("regex", "a+"))
+        pending = asyncio.create_task(collect(engine, request))
+        await asyncio.to_thread(compiling.wait, 10)
+        await engine.abort("r")
+        release.set()
+        with pytest.raises(RequestAborted):
+            await pending
+
+
+async def test_an_error_that_is_only_written_down_is_read(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started() as engine:
+        step = core().RequestOutput._step
+
+        async def quiet(self: Any) -> None:
+            await step(self)
+            self.error = "Guided decoding error: bad" if "guided" in marks else "bad"
+
+        marks: set[str] = set()
+        with monkeypatch.context() as patch:
+            patch.setattr(core().RequestOutput, "_step", quiet)
+            with pytest.raises(RequestFailed):
+                await collect(engine, make_request(engine))
+            marks.add("guided")
+            with pytest.raises(InvalidRequest, match="Guided decoding error"):
+                await collect(engine, make_request(engine))
+        assert (await collect(engine, make_request(engine))).finish, "the engine is well"
 
 
 async def test_a_prompt_beyond_one_prefill_is_refused(version: str) -> None:
