@@ -226,6 +226,33 @@ async def test_without_xgrammar_constraints_are_refused_with_a_reason(
         assert engine.describe().sampler.counters["requests_engine"] == 1
 
 
+async def test_a_prebuilt_engine_is_recognised_and_draws_itself(version: str, tmp_path: Path) -> None:
+    (tmp_path / "rank0.engine").write_bytes(b"")
+    (tmp_path / "config.json").write_text(
+        '{"pretrained_config": {"vocab_size": 258}, "build_config": {"max_seq_len": 512, "max_batch_size": 8}}'
+    )
+    from twinjet.engines.tensorrt_llm import TrtLlmEngine
+
+    engine = TrtLlmEngine("built", str(tmp_path), {})
+    try:
+        await engine.start(lambda _: None)
+        info = engine.describe()
+        assert info.limits.max_context_tokens == 512
+        assert "prebuilt" in info.sampler.reason
+        assert "penalties" in info.capabilities, "its C++ sampler has them"
+        outcome = await collect(
+            engine, make_request(engine, repetition_penalty=1.2, max_tokens=5, ignore_eos=True)
+        )
+        assert len(outcome.tokens[0]) == 5
+    finally:
+        await engine.stop()
+
+
+async def test_speculative_decoding_leaves_the_draw_to_the_engine(version: str) -> None:
+    async with started({"speculative_config": {"decoding_type": "NGram"}}) as engine:
+        assert "speculative" in engine.describe().sampler.reason
+
+
 # ---- requests ----
 
 
