@@ -18,9 +18,8 @@ from twinjet.errors import ConfigError
 
 _NEEDS = (
     "it needs Linux with an NVIDIA GPU of compute capability 8.0 or later (A100, L40S, H100, H200, B200) and a "
-    "driver for CUDA 12.9 or later; there, run `pip install 'twinjet[tensorrt-llm]' --extra-index-url "
-    "https://pypi.nvidia.com` or use NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release; see "
-    "docs/tensorrt-llm.md"
+    "driver for CUDA 12.9 or later; there, run `pip install 'twinjet[tensorrt-llm]'` or use NVIDIA's container "
+    "nvcr.io/nvidia/tensorrt-llm/release; see docs/tensorrt-llm.md"
 )
 MISSING = f"the tensorrt_llm package is not installed; {_NEEDS}"
 _BROKEN = "the tensorrt_llm package cannot be imported"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_CANCEL_AGAIN_S = 0.2
+_CANCEL_AGAIN_S = 0.02
 _WORKER_WORDS = (b"mpi4py", b"tensorrt_llm")
 
 
@@ -76,7 +76,8 @@ def worker_processes() -> frozenset[int]:
 def kill_processes(pids: frozenset[int]) -> int:
     """Kill what still runs of them; return how many did."""
     killed = 0
-    for pid in pids & worker_processes():
+    # A number may have been given to another process since, so each is looked at again.
+    for pid in pids & worker_processes() if pids else ():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             killed += 1
