@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from scheduler.helpers import StepEngine, make_info, make_request, settle
+from tests.scheduler.helpers import StepEngine, make_info, make_request, settle
 from twinjet.engines.base import EngineInfo, OutputEvent, PromptEvent
 from twinjet.errors import (
     AlreadyExists,
@@ -154,7 +154,7 @@ async def test_a_queued_request_reports_its_place_when_asked(engine: StepEngine)
 
 
 async def _until(condition: object) -> None:
-    while not condition():  # type: ignore[operator]  # noqa: ASYNC110
+    while not condition():  # type: ignore[operator]
         await asyncio.sleep(0.001)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.helpers import make_info, make_request
+from tests.scheduler.helpers import make_info, make_request
 from twinjet.engines.base import KvCache
 from twinjet.errors import InvalidRequest
 from twinjet.scheduler import SchedulerSettings

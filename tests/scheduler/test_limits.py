@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.helpers import make_info, make_request
+from tests.scheduler.helpers import make_info, make_request
 from twinjet.errors import DeadlinePassed, Overloaded
 from twinjet.scheduler import SchedulerSettings, orca_report
 from twinjet.scheduler.core import Scheduler

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from models.scheduler_model import ModelRequest, QueueModel
-from scheduler.helpers import make_info, make_request
+from tests.models.scheduler_model import ModelRequest, QueueModel
+from tests.scheduler.helpers import make_info, make_request
 from twinjet.scheduler import SchedulerSettings
 from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.entry import Entry, State
