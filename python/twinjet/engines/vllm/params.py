@@ -24,7 +24,7 @@ class NativeParams(SamplingParams):  # type: ignore[misc]
     """SamplingParams that may hold NO_TOKEN among the stop tokens."""
 
     def _validate_stop_token_ids(self, model_config: Any) -> None:
-        ids: list[int] = self.stop_token_ids
+        ids: list[int] = list(self.stop_token_ids)  # type: ignore[has-type]
         self.stop_token_ids = [token for token in ids if token != NO_TOKEN]
         try:
             super()._validate_stop_token_ids(model_config)
