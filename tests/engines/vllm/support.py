@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twinjet.engines.base import Finish, OutputEvent, PromptEvent, TokenLogprobs
+from twinjet.engines.base import ChatTurn, Finish, OutputEvent, PromptEvent, TokenLogprobs
 from twinjet.request import EngineRequest, Sampling
 
 GREEDY = Sampling(
@@ -16,11 +16,26 @@ GREEDY = Sampling(
     prompt_logprobs=None, skip_special_tokens=True, constraint=None,
 )  # fmt: skip
 
+QUESTIONS = [
+    "What is the capital of France?", "Name three colours.", "Write one sentence about the sea.",
+    "How many days has a week?", "What is 2 + 2?", "Who wrote Hamlet?", "Name a large city in Japan.",
+    "What do bees make?", "Say hello in Spanish.", "What is water made of?", "Name a planet.",
+    "Is the sun a star?", "What is the opposite of hot?", "Name an animal that can fly.",
+    "What is the largest ocean?", "Write a short list of fruits.", "What is a triangle?",
+    "Name a musical instrument.", "What does a baker do?", "Count from one to five.",
+]  # fmt: skip
+
 OPTIONS = {"max_num_seqs": 32, "max_model_len": 2048}
 
 
 def request(request_id: str, prompt: Iterable[int], sampling: Sampling = GREEDY, **kw: Any) -> EngineRequest:
     return EngineRequest(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=sampling, **kw)
+
+
+def chat_prompt(tokenizer: Any, question: str) -> list[int]:
+    text = tokenizer.render_chat([ChatTurn("user", question)], continue_final=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
 
 
 @dataclass
