@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -57,6 +58,7 @@ class Running:
     stats: LoadReader
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
+    _ending: asyncio.Task[None] | None = None
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
         """Call back once one of the engine's processes has ended."""
@@ -70,9 +72,7 @@ class Running:
     def _ended(self, fd: int, process: Any, on_death: Callable[[str], None]) -> None:
         assert self._loop is not None
         self._loop.remove_reader(fd)
-        code = process.exitcode
-        how = "" if code is None else f" with code {code}" if code >= 0 else f" by signal {-code}"
-        on_death(f"the process {process.name} ({process.pid}) ended{how}")
+        self._ending = self._loop.create_task(_tell_death(process, on_death))
 
     def shutdown(self) -> None:
         """End the engine's processes; blocks until none is left."""
@@ -83,6 +83,14 @@ class Running:
             self._death_fds.clear()
         self.llm.shutdown(timeout=5.0)
         end_processes(self.context)
+
+
+async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
+    # The forkserver, whose child it is, reports the exit code some milliseconds after the end.
+    await asyncio.to_thread(connection.wait, [process.sentinel], 1.0)
+    code = process.exitcode
+    how = "" if code is None else f" with code {code}" if code >= 0 else f" by signal {-code}"
+    on_death(f"the process {process.name} ({process.pid}) ended{how}")
 
 
 def end_processes(context: EngineContext) -> None:
