@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from twinjet.engines.base import ChatTurn, Finish, OutputEvent, PromptEvent, TokenLogprobs
+from twinjet.engines.vllm.fields import EXTRA_KEY
 from twinjet.request import EngineRequest, Sampling
 
 GREEDY = Sampling(
@@ -36,6 +38,18 @@ def chat_prompt(tokenizer: Any, question: str) -> list[int]:
     text = tokenizer.render_chat([ChatTurn("user", question)], continue_final=False)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
+
+
+def native_params(**changed: Any) -> Any:
+    """Look like the SamplingParams that the engine makes for our sampler: seed 5, output 0."""
+    fields = {
+        "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0,
+        "presence_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None, "bad_words_token_ids": None,
+        "min_tokens": 0, "all_stop_token_ids": set(), "logprobs": None, "logprob_token_ids": None,
+        "thinking_token_budget": None, "trace_decode_token_ids": None,
+        "extra_args": {EXTRA_KEY: {"temperature": 1.0, "seed": 5, "output_index": 0}},
+    }  # fmt: skip
+    return SimpleNamespace(**(fields | changed))
 
 
 @dataclass

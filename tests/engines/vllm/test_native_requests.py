@@ -1,27 +1,16 @@
 """The native sampler's request table with look-alikes of vLLM's parameters; no vLLM needed."""
 
-from types import SimpleNamespace as Made
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.engines.vllm.support import native_params
 
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
 from twinjet.engines.vllm.requests import RequestTable, reason_for_stock
 from twinjet.sampling import Request, Sampler
 
 VOCAB = 64
-
-
-def params(**changed: Any) -> Made:
-    fields = {
-        "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0,
-        "presence_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None, "bad_words_token_ids": None,
-        "min_tokens": 0, "all_stop_token_ids": set(), "logprobs": None, "logprob_token_ids": None,
-        "thinking_token_budget": None, "trace_decode_token_ids": None,
-        "extra_args": {EXTRA_KEY: {"temperature": 1.0, "seed": 5, "output_index": 1}},
-    }  # fmt: skip
-    return Made(**(fields | changed))
 
 
 def draw(request: Request, logits: np.ndarray[Any, Any]) -> int:
@@ -41,8 +30,8 @@ def draw(request: Request, logits: np.ndarray[Any, Any]) -> int:
     ],
 )
 def test_what_goes_to_vllms_sampler(changed: dict[str, Any], reason: str) -> None:
-    assert reason_for_stock(params(**changed), [1]) == reason
-    assert reason_for_stock(params(**changed), None) != ""
+    assert reason_for_stock(native_params(**changed), [1]) == reason
+    assert reason_for_stock(native_params(**changed), None) != ""
 
 
 def test_a_sequence_follows_its_output_however_it_came_about() -> None:
@@ -51,17 +40,17 @@ def test_a_sequence_follows_its_output_however_it_came_about() -> None:
     rows = rng.normal(size=(6, VOCAB)).astype(np.float32)
     wanted, table = [], RequestTable(VOCAB)
     for row in rows:
-        request = table.get("a", params(), [1, 2, 3], wanted)
+        request = table.get("a", native_params(), [1, 2, 3], wanted)
         assert isinstance(request, Request)
         wanted.append(draw(request, row))
     again = RequestTable(VOCAB)
-    request = again.get("a", params(), [1, 2, 3], [])
+    request = again.get("a", native_params(), [1, 2, 3], [])
     assert isinstance(request, Request)
     draw(request, rows[0])
     draw(request, rows[1])
-    assert again.get("a", params(), [1, 2, 3], wanted[:1]) is request
+    assert again.get("a", native_params(), [1, 2, 3], wanted[:1]) is request
     assert draw(request, rows[1]) == wanted[1]
-    assert again.get("a", params(), [1, 2, 3], wanted[:5]) is request
+    assert again.get("a", native_params(), [1, 2, 3], wanted[:5]) is request
     assert draw(request, rows[5]) == wanted[5]
     again.forget(["a", "unknown"])
     assert len(again) == 0
@@ -71,7 +60,7 @@ def test_every_field_reaches_the_native_request() -> None:
     flat = np.zeros((1, VOCAB), np.float32)
 
     def first(**changed: Any) -> int:
-        request = RequestTable(VOCAB).get("a", params(**changed), [7], [])
+        request = RequestTable(VOCAB).get("a", native_params(**changed), [7], [])
         assert isinstance(request, Request)
         return draw(request, flat)
 

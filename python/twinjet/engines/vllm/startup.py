@@ -7,6 +7,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import connection
@@ -22,6 +23,9 @@ from twinjet.engines.vllm.process import EngineContext
 from twinjet.errors import ConfigError, EngineDied
 
 logger = logging.getLogger(__name__)
+
+# Starting an engine sets names and variables of the whole process for a while, so one starts at a time.
+_LAUNCHING = threading.Lock()
 
 # Phase, for people, and the share of a warm start on two cores that lies before it.
 _PHASES = {
@@ -95,6 +99,8 @@ async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
 
 def end_processes(context: EngineContext) -> None:
     for process in context.processes:
+        if process.pid is None:
+            continue
         if process.is_alive():
             process.kill()
         process.join()
@@ -170,12 +176,13 @@ class _Launcher:
 
         self._plan = plan
         self._parts = parts.choose(plan.native_sampler, plan.native_block_manager)
-        self._config = config.engine_config(
-            plan.model,
-            plan.options,
-            scheduler_cls=self._parts.scheduler_cls,
-            worker_cls=self._parts.worker_cls,
-        )
+        with _LAUNCHING:
+            self._config = config.engine_config(
+                plan.model,
+                plan.options,
+                scheduler_cls=self._parts.scheduler_cls,
+                worker_cls=self._parts.worker_cls,
+            )
         self._tokenizer: Tokenizer = HfTokenizer(self._config.model_config.tokenizer)
 
     def launch(self, context: EngineContext) -> Running:
@@ -185,14 +192,15 @@ class _Launcher:
         from twinjet.engines.vllm import describe
 
         # vLLM's own choice is fork or spawn (on CPU always spawn); this is where it makes it.
-        original = vllm_utils.get_mp_context
-        vllm_utils.get_mp_context = lambda: context
-        try:
-            llm = AsyncLLM.from_vllm_config(self._config)
-        except Exception as error:
-            raise EngineDied(f"the engine did not start: {error}") from error
-        finally:
-            vllm_utils.get_mp_context = original
+        with _LAUNCHING:
+            original = vllm_utils.get_mp_context
+            vllm_utils.get_mp_context = lambda: context
+            try:
+                llm = AsyncLLM.from_vllm_config(self._config)
+            except Exception as error:
+                raise EngineDied(f"the engine did not start: {error}") from error
+            finally:
+                vllm_utils.get_mp_context = original
         info = describe.engine_info(self._config, llm, self._tokenizer, self._parts)
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats
