@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from tests.engines.factories import SUBJECTS, Subject, make_request, running
 
+from tests.engines.factories import SUBJECTS, Subject, make_request, running
 from twinjet.engines.base import Engine, EngineEvent, Finish, OutputEvent, PromptEvent
 from twinjet.errors import EngineDied, RequestAborted, RequestFailed
 from twinjet.request import Constraint, EngineRequest

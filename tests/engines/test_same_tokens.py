@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tests.engines.factories import make_request, running
 from tests.engines.test_contract import collect
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.engines.factories import double_installed
 
+from tests.engines.factories import double_installed
 from twinjet.engines.tensorrt_llm import doctor
 
 PLANTED = "-LLM.generate_async.streaming +SamplingParams.novel ~KvCacheConfig.tokens_per_block"

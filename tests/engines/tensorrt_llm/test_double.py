@@ -9,8 +9,8 @@ from importlib import resources
 from typing import Any
 
 import pytest
-from tests.engines.factories import DOUBLES, MODEL
 
+from tests.engines.factories import DOUBLES, MODEL
 from twinjet.engines.tensorrt_llm import doctor
 
 CONTRACT = json.loads((DOUBLES / "tensorrt_llm" / "contract.json").read_text())

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.engines.factories import double_installed, make_request, make_trt
 from tests.engines.test_contract import collect
-
 from twinjet.config import Config
 from twinjet.engines.base import KvStored, LoadProgress, OutputEvent
 from twinjet.errors import (

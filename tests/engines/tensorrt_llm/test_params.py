@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from tests.engines.tensorrt_llm.test_outputs import NEUTRAL
 
+from tests.engines.tensorrt_llm.test_outputs import NEUTRAL
 from twinjet.engines.fake import FakeTokenizer
 from twinjet.engines.tensorrt_llm.params import (
     EngineSampler,

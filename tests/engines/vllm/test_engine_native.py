@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 import pytest_asyncio
-from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request
 
+from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request
 from twinjet.engines.vllm import prestart
 from twinjet.engines.vllm.engine import VllmEngine
 from twinjet.errors import RequestFailed

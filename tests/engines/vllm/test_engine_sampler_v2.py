@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engines.vllm.support import native_params
 
+from tests.engines.vllm.support import native_params
 from twinjet.engines.vllm.fields import NO_TOKEN
 from twinjet.sampling import Request, Sampler
 
