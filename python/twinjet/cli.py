@@ -126,6 +126,13 @@ def serve(arguments: argparse.Namespace) -> int:
     return run(load(arguments.config, serve_overrides(arguments, os.environ)), arguments.log_level)
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Compare the installed TensorRT-LLM with the interface that Twinjet was written against."""
+    from twinjet.engines.tensorrt_llm.doctor import examine
+
+    return examine(arguments.recorded_version, as_json=arguments.json)
+
+
 def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, Any]:
     """Give the settings that the flags of `serve` stand for. Raises ConfigError for flags that contradict."""
     flags = {k: getattr(arguments, k) for k in ("model", "engine", "name")}
@@ -340,6 +347,12 @@ def _parser() -> argparse.ArgumentParser:
         grammar.add_argument("--regex", metavar="PATTERN", help="the answer matches this pattern")
         grammar.add_argument("--ebnf", metavar="GRAMMAR", help="the answer follows this grammar")
         command.add_argument("--stats", action="store_true", help="show tokens and timings on stderr")
+
+    command = add(doctor)
+    command.add_argument(
+        "--recorded-version", metavar="V", help="compare with this one; default: the nearest to what is there"
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON list")
 
     command = add(serve)
     command.add_argument("--config", type=Path, metavar="TOML", help="configuration file")

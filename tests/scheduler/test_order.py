@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.models.scheduler_model import ModelRequest, QueueModel
 from tests.scheduler.helpers import make_info, make_request
+from twinjet.engines.base import KvCache
 from twinjet.scheduler import SchedulerSettings
 from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.entry import Entry, State
@@ -227,6 +229,21 @@ def test_a_request_too_large_for_now_is_bypassed_only_so_often(bypass: int) -> N
     entry = core.take(0.0)
     assert entry is not None
     assert entry.request.request_id == "large"
+
+
+@pytest.mark.parametrize(("reserves", "admitted"), [(True, 4), (False, 8)])
+def test_an_engine_that_reserves_whole_outputs_is_given_no_more_than_fit(
+    reserves: bool, admitted: int
+) -> None:
+    info = make_info(max_num_seqs=64, num_blocks=100)
+    info = replace(info, kv_cache=KvCache(100, 16, reserves_output=reserves))
+    core = start(info, kv_headroom=0.0, default_output_tokens=1, reserve_sigmas=0.0, lookahead_tokens=0)
+    for i in range(8):
+        core.offer(make_request(f"r{i}", prompt=16, max_tokens=16 * 24), 0.0)
+    went = []
+    while (entry := core.take(0.0)) is not None:
+        went.append(entry)
+    assert len(went) == admitted
 
 
 @pytest.mark.parametrize("patience", [1, 4])

@@ -89,12 +89,13 @@ class Scheduler:
         self._max_running = s.max_running or info.limits.max_num_seqs
         self._ledger = None
         if info.kv_cache is not None and self._fair:
+            estimates = s.output_reserve == "estimate" and not info.kv_cache.reserves_output
             self._ledger = KvLedger(
                 info.kv_cache,
                 prefix_cache="prefix_cache" in info.capabilities,
                 headroom=s.kv_headroom,
                 lookahead_tokens=s.lookahead_tokens,
-                sigmas=s.reserve_sigmas if s.output_reserve == "estimate" else None,
+                sigmas=s.reserve_sigmas if estimates else None,
                 longest=info.limits.max_context_tokens,
             )
 

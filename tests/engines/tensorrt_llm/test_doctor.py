@@ -38,7 +38,7 @@ def test_a_lost_capability_does_not_break_the_engine(capsys: pytest.CaptureFixtu
 
 
 def test_compares_with_another_version_on_request(double: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.run_doctor(["--version", "1.3"]) == 0
+    assert doctor.run_doctor(["--recorded-version", "1.3"]) == 0
     assert "LLM.generate_async(priority): is missing" in capsys.readouterr().out
 
 
@@ -53,3 +53,15 @@ def test_without_the_package_says_what_to_install(capsys: pytest.CaptureFixture[
 )
 def test_chooses_the_nearest_recorded_version(installed: str, recorded: str) -> None:
     assert doctor.recorded_version(installed, doctor.load_contract()) == recorded
+
+
+def test_an_unknown_version_is_refused(double: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run_doctor(["--recorded-version", "0.9"]) == 2
+    assert "known: 1.2, 1.3" in capsys.readouterr().err
+
+
+def test_is_a_command(double: None, capsys: pytest.CaptureFixture[str]) -> None:
+    from twinjet.cli import main
+
+    assert main(["doctor"]) == 0
+    assert "no differences" in capsys.readouterr().out

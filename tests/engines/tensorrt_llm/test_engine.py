@@ -23,6 +23,7 @@ from twinjet.errors import (
     EngineDied,
     InvalidRequest,
     NotFound,
+    RequestAborted,
     RequestFailed,
     Unsupported,
 )
@@ -225,6 +226,33 @@ async def test_without_xgrammar_constraints_are_refused_with_a_reason(
         assert engine.describe().sampler.counters["requests_engine"] == 1
 
 
+async def test_a_prebuilt_engine_is_recognised_and_draws_itself(version: str, tmp_path: Path) -> None:
+    (tmp_path / "rank0.engine").write_bytes(b"")
+    (tmp_path / "config.json").write_text(
+        '{"pretrained_config": {"vocab_size": 258}, "build_config": {"max_seq_len": 512, "max_batch_size": 8}}'
+    )
+    from twinjet.engines.tensorrt_llm import TrtLlmEngine
+
+    engine = TrtLlmEngine("built", str(tmp_path), {})
+    try:
+        await engine.start(lambda _: None)
+        info = engine.describe()
+        assert info.limits.max_context_tokens == 512
+        assert "prebuilt" in info.sampler.reason
+        assert "penalties" in info.capabilities, "its C++ sampler has them"
+        outcome = await collect(
+            engine, make_request(engine, repetition_penalty=1.2, max_tokens=5, ignore_eos=True)
+        )
+        assert len(outcome.tokens[0]) == 5
+    finally:
+        await engine.stop()
+
+
+async def test_speculative_decoding_leaves_the_draw_to_the_engine(version: str) -> None:
+    async with started({"speculative_config": {"decoding_type": "NGram"}}) as engine:
+        assert "speculative" in engine.describe().sampler.reason
+
+
 # ---- requests ----
 
 
@@ -250,6 +278,49 @@ async def test_a_request_id_may_run_once_at_a_time(version: str) -> None:
         await engine.abort("r")
         with pytest.raises(Exception, match="aborted"):
             await pending
+
+
+async def test_an_abort_while_the_grammar_compiles_is_heard(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started() as engine:
+        compiling, release = threading.Event(), threading.Event()
+        real = engine._drawing._grammars.compile
+
+        def slow(constraint: Constraint) -> Any:
+            compiling.set()
+            release.wait(10)
+            return real(constraint)
+
+        monkeypatch.setattr(engine._drawing._grammars, "compile", slow)
+        request = make_request(engine, constraint=Constraint("regex", "a+"))
+        pending = asyncio.create_task(collect(engine, request))
+        await asyncio.to_thread(compiling.wait, 10)
+        await engine.abort("r")
+        release.set()
+        with pytest.raises(RequestAborted):
+            await pending
+
+
+async def test_an_error_that_is_only_written_down_is_read(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started() as engine:
+        step = core().RequestOutput._step
+
+        async def quiet(self: Any) -> None:
+            await step(self)
+            self.error = "Guided decoding error: bad" if "guided" in marks else "bad"
+
+        marks: set[str] = set()
+        with monkeypatch.context() as patch:
+            patch.setattr(core().RequestOutput, "_step", quiet)
+            with pytest.raises(RequestFailed):
+                await collect(engine, make_request(engine))
+            marks.add("guided")
+            with pytest.raises(InvalidRequest, match="Guided decoding error"):
+                await collect(engine, make_request(engine))
+        assert (await collect(engine, make_request(engine))).finish, "the engine is well"
 
 
 async def test_a_prompt_beyond_one_prefill_is_refused(version: str) -> None:
@@ -283,8 +354,10 @@ async def test_priority_goes_to_the_engine_where_it_takes_one(
 ) -> None:
     async with started() as engine:
         seen: list[dict[str, Any]] = []
-        real = engine._llm.generate_async
-        monkeypatch.setattr(engine._llm, "generate_async", lambda *a, **k: seen.append(k) or real(*a, **k))
+        real = engine._handle.llm.generate_async
+        monkeypatch.setattr(
+            engine._handle.llm, "generate_async", lambda *a, **k: seen.append(k) or real(*a, **k)
+        )
         await collect(engine, make_request(engine, priority=50))
         assert seen[0].get("priority") == (0.75 if version == "1.3" else None)
 
@@ -292,9 +365,9 @@ async def test_priority_goes_to_the_engine_where_it_takes_one(
 async def test_every_output_gets_params_of_its_own(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with started() as engine:
         seen: list[Any] = []
-        real = engine._llm.generate_async
+        real = engine._handle.llm.generate_async
         monkeypatch.setattr(
-            engine._llm,
+            engine._handle.llm,
             "generate_async",
             lambda *a, **k: seen.append(k["sampling_params"]) or real(*a, **k),
         )
@@ -389,7 +462,7 @@ async def test_a_silent_engine_is_found_dead_by_the_probe(version: str) -> None:
 
 async def test_an_idle_engine_that_died_is_found_too(version: str) -> None:
     async with started({"twinjet": {"idle_probe_s": 0.2, "probe_timeout_s": 0.2}}) as engine:
-        engine._llm.crash(None)
+        engine._handle.llm.crash(None)
         async with asyncio.timeout(10):
             assert await engine.wait_dead()
 
@@ -425,14 +498,14 @@ async def test_stopping_ends_running_requests(version: str) -> None:
             async for _ in events:
                 pass
         await stopping
-        assert engine._llm is None
+        assert engine._handle.llm is None
 
 
 async def test_a_shutdown_that_hangs_is_bounded(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     async with started({"twinjet": {"shutdown_timeout_s": 0.1}}) as engine:
-        real = engine._llm.shutdown
-        monkeypatch.setattr(engine._llm, "shutdown", lambda: (release.wait(30), real()))
+        real = engine._handle.llm.shutdown
+        monkeypatch.setattr(engine._handle.llm, "shutdown", lambda: (release.wait(30), real()))
         async with asyncio.timeout(10):
             await engine.stop()
     release.set()
@@ -446,11 +519,11 @@ async def test_a_start_given_up_half_way_is_cleaned_up(version: str, phase: str)
     def report(progress: LoadProgress) -> None:
         if progress.phase.startswith(phase):
             starting.cancel()
-        built.append(engine._llm)
+        built.append(engine._handle.llm)
 
     starting = asyncio.create_task(engine.start(report))
     with pytest.raises(asyncio.CancelledError):
         await starting
     await engine.stop()
-    assert engine._llm is None
+    assert engine._handle.llm is None
     assert all(llm._is_down for llm in built if llm is not None)

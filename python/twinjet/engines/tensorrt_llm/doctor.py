@@ -101,17 +101,16 @@ def differences(contract: Mapping[str, Any], version: str) -> list[Difference]:
     return sorted(found, key=lambda d: (order.index(d.severity), d.where))
 
 
-def run_doctor(argv: Sequence[str] | None = None) -> int:
-    """Print what differs. Returns 0 if nothing stops the engine, 1 if something does, 2 without the package."""
-    parser = argparse.ArgumentParser(
-        prog="twinjet doctor", description="compare the installed tensorrt_llm with the recorded contract"
-    )
-    parser.add_argument("--version", help="recorded version to compare with; default: the nearest one")
-    parser.add_argument("--json", action="store_true", help="print a JSON list")
-    options = parser.parse_args(argv)
+def examine(version: str | None = None, *, as_json: bool = False) -> int:
+    """Print what differs. version: the recorded one to compare with, None for the nearest.
+
+    Returns 0 if nothing stops the engine, 1 if something does, 2 without the package or the version.
+    """
     contract = load_contract()
-    if options.version is not None and options.version not in contract["versions"]:
-        parser.error(f"no version {options.version!r} is recorded; known: {', '.join(contract['versions'])}")
+    if version is not None and version not in contract["versions"]:
+        known = ", ".join(contract["versions"])
+        print(f"twinjet doctor: no version {version!r} is recorded; known: {known}", file=sys.stderr)
+        return 2
     if not features.is_installed():
         print(f"twinjet doctor: {features.MISSING}", file=sys.stderr)
         return 2
@@ -121,9 +120,9 @@ def run_doctor(argv: Sequence[str] | None = None) -> int:
         print(f"twinjet doctor: tensorrt_llm is installed but cannot be imported: {error}", file=sys.stderr)
         return 2
     installed = str(getattr(module, "__version__", "unknown"))
-    version = options.version or recorded_version(installed, contract)
+    version = version or recorded_version(installed, contract)
     found = differences(contract, version)
-    if options.json:
+    if as_json:
         print(json.dumps([dataclasses.asdict(difference) for difference in found], indent=1))
     else:
         print(f"tensorrt_llm {installed} against the recorded contract of {version}")
@@ -131,6 +130,17 @@ def run_doctor(argv: Sequence[str] | None = None) -> int:
             print(f"  {difference}")
         print(_verdict(found))
     return 1 if any(difference.severity == "breaks" for difference in found) else 0
+
+
+def run_doctor(argv: Sequence[str] | None = None) -> int:
+    """Do as the command line says; see examine."""
+    parser = argparse.ArgumentParser(
+        prog="twinjet doctor", description="compare the installed tensorrt_llm with the recorded contract"
+    )
+    parser.add_argument("--recorded-version", metavar="V", help="default: the nearest to what is there")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    options = parser.parse_args(argv)
+    return examine(options.recorded_version, as_json=options.json)
 
 
 def _verdict(found: Sequence[Difference]) -> str:

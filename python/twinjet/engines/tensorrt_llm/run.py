@@ -35,20 +35,31 @@ class RunContext:
     report_timeout_s: float
 
 
-MakeParams = Callable[[int, int], dict[str, Any]]
-"""(output index, report key) to SamplingParams arguments."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """is_ours: our sampler draws. make_params: (output index, report key) to SamplingParams arguments."""
+
+    is_ours: bool
+    make_params: Callable[[int, int], dict[str, Any]]
+
+
+class ResultError(Exception):
+    """What newer versions write into a result's error field: a fault of that request alone."""
 
 
 class RequestRun:
-    """Runs one request. is_ours: our sampler draws. make_params: arguments of one output."""
+    """Runs one request. make_plan: decides how; may take time and raise."""
 
     def __init__(
-        self, context: RunContext, request: EngineRequest, *, is_ours: bool, make_params: MakeParams
+        self,
+        context: RunContext,
+        request: EngineRequest,
+        make_plan: Callable[[EngineRequest], Awaitable[Plan]],
     ) -> None:
         self._context = context
         self._request = request
-        self._is_ours = is_ours
-        self._make_params = make_params
+        self._make_plan = make_plan
+        self._plan: Plan
         self._outputs = [
             OutputTracker(request, index, context.tokenizer, context.eos_token_ids)
             for index in range(request.sampling.n)
@@ -67,6 +78,9 @@ class RequestRun:
     async def events(self) -> AsyncGenerator[EngineEvent, None]:
         """Give the request's events; closing it aborts what still runs."""
         try:
+            self._plan = await self._make_plan(self._request)
+            if self._error is not None:
+                raise self._error
             self._follow(0)
             async for event in self._drain():
                 yield event
@@ -103,7 +117,7 @@ class RequestRun:
         key, inbox = channel.open()
         result = None
         try:
-            result = self._context.submit(self._request, self._make_params(output.index, key))
+            result = self._context.submit(self._request, self._plan.make_params(output.index, key))
             await self._read(result, output, inbox)
         except asyncio.CancelledError:
             raise
@@ -123,7 +137,7 @@ class RequestRun:
             self._context.progressed()
             if getattr(result, "error", None):
                 # Newer versions set it and may or may not raise as well.
-                raise await self._context.explain(RuntimeError(result.error))
+                raise await self._context.explain(ResultError(result.error))
             await self._take_step(result, output, inbox)
             self._changed.set()
             if output.finish is not None or result.finished:
@@ -145,14 +159,14 @@ class RequestRun:
             for index in range(1, len(self._outputs)):
                 # Only now, so that they find the prompt's blocks in the prefix cache.
                 self._follow(index)
-        counter = "tokens_twinjet" if self._is_ours else "tokens_engine"
+        counter = "tokens_twinjet" if self._plan.is_ours else "tokens_engine"
         for offset, token_id in enumerate(tokens):
             if output.finish is not None:
                 return
             logprobs = await self._logprobs(token_id, first + offset, entries[offset : offset + 1], inbox)
             self._context.counters[counter] += 1
             output.feed(token_id, logprobs)
-        if self._is_ours:
+        if self._plan.is_ours:
             await self._confirm(output, tokens[-1], inbox)
 
     async def _logprobs(
@@ -161,7 +175,7 @@ class RequestRun:
         wanted = self._request.sampling.logprobs
         if wanted is None:
             return None
-        if self._is_ours:
+        if self._plan.is_ours:
             return self._context.formatter.from_report(await self._report(token_id, position, inbox))
         if not entry:
             raise RequestFailed("the engine left out a token's logprob", reason="LOGPROBS_LOST")

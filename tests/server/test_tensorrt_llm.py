@@ -1,0 +1,117 @@
+"""The server with a TensorRT-LLM deployment: on the stand-in, and where the package is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.engines.factories import MODEL, double_installed
+from tests.server.harness import Serve, details
+from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
+
+Request = generation_pb2.GenerateRequest
+TRT = {"trt": {"engine": "tensorrt_llm", "model": str(MODEL), "options": {"max_seq_len": 2048}}}
+
+
+@pytest.fixture(params=["1.2", "1.3"])
+def version(request: pytest.FixtureRequest) -> Iterator[str]:
+    with double_installed(request.param):
+        yield request.param
+
+
+async def test_streams_from_the_stand_in(serve: Serve, version: str) -> None:
+    h = await serve(deployments=TRT)
+    sampling = sampling_pb2.SamplingParams(max_tokens=12, ignore_eos=True, seed=3, n=2, logprobs=2)
+    messages = [m async for m in h.inference.Generate(Request(text="Hello", sampling=sampling))]
+    assert messages[0].started.engine == "tensorrt_llm"
+    ends = [m.finished for m in messages if m.HasField("finished")]
+    assert sorted(end.output_index for end in ends) == [0, 1]
+    assert {end.output_tokens for end in ends} == {12}
+    assert messages[-1].summary.usage.output_tokens == 24
+    assert messages[-1].summary.sampler == "twinjet"
+
+
+async def test_get_model_says_what_is_in_use(serve: Serve, version: str) -> None:
+    h = await serve(deployments=TRT)
+    model = (await h.models.GetModel(model_pb2.GetModelRequest())).model
+    assert model.engine.name == "tensorrt_llm"
+    assert model.engine.version.startswith(version)
+    assert model.sampler.implementation == "twinjet"
+    assert model.block_manager.implementation == "engine"
+    assert "no public place" in model.block_manager.reason
+    assert model.kv_cache.block_size == 32
+
+
+async def test_what_is_not_possible_is_refused_by_name(serve: Serve, version: str) -> None:
+    deployments = {"trt": TRT["trt"] | {"native_sampler": False}}
+    h = await serve(deployments=deployments)
+    request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(repetition_penalty=1.5))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await h.inference.Generate(request).read()
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert details(caught.value)["ErrorInfo"].metadata["capability"].lower().endswith("penalties")
+
+
+async def test_a_death_is_told_and_the_engine_comes_back(serve: Serve, version: str) -> None:
+    h = await serve(deployments=TRT)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in h.inference.Generate(Request(text="!die:2")):
+            pass
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await h.until(lambda: len(h.engines) == 2, timeout_s=20.0)
+    await h.until_ready()
+    messages = [m async for m in h.inference.Generate(Request(text="Hello", sampling={"max_tokens": 3}))]
+    assert messages[-1].HasField("summary")
+
+
+CONFIG = """
+[server]
+port = 0
+allow_partial = {partial}
+[deployments.llama]
+engine = "tensorrt_llm"
+model = "/models/llama"
+[deployments.other]
+engine = "fake"
+"""
+
+
+async def run_serve(tmp_path: Path, partial: str) -> asyncio.subprocess.Process:
+    config = tmp_path / "twinjet.toml"
+    config.write_text(CONFIG.format(partial=partial))
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "twinjet.cli", "serve", "--config", str(config),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+async def test_a_missing_package_ends_the_server_with_what_to_install(tmp_path: Path) -> None:
+    process = await run_serve(tmp_path, "false")
+    async with asyncio.timeout(60):
+        output, _ = await process.communicate()
+    assert process.returncode == 2
+    assert b"pip install 'twinjet[tensorrt-llm]'" in output
+    assert b"NVIDIA GPU" in output
+    assert b"Traceback" not in output
+
+
+async def test_a_missing_package_leaves_the_others_where_that_is_allowed(tmp_path: Path) -> None:
+    process = await run_serve(tmp_path, "true")
+    assert process.stdout is not None
+    seen = b""
+    async with asyncio.timeout(60):
+        while b"other" not in seen or b"ready" not in seen.lower():
+            line = await process.stdout.readline()
+            assert line, f"the server ended: {seen.decode()}"
+            seen += line
+        process.send_signal(signal.SIGTERM)
+        rest, _ = await process.communicate()
+    assert process.returncode == 0, (seen + rest).decode()
