@@ -76,12 +76,13 @@ class Vllm:
 
     def __init__(self, rows: np.ndarray, options: dict[str, Any], history: np.ndarray) -> None:
         import torch
-        import vllm._C  # noqa: F401
+        from vllm.platforms import current_platform
         from vllm.v1.sample.logits_processor import LogitsProcessors
         from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
         from vllm.v1.sample.metadata import SamplingMetadata
         from vllm.v1.sample.sampler import Sampler as VllmSampler
 
+        current_platform.import_kernels()
         count = len(rows)
         self.logits, self.scratch = torch.from_numpy(rows), torch.empty(rows.shape)
         self.sampler = VllmSampler()

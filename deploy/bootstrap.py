@@ -7,6 +7,7 @@ time. Each step leaves a stamp of its inputs, so a second run takes a fraction o
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -239,6 +241,19 @@ def _version_of(python: str) -> str:
     return subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout.strip()
 
 
+@contextmanager
+def _alone(progress: Progress) -> Iterator[None]:
+    """Hold a lock, since two runs at once would build and install over each other."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "bootstrap.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.update("waiting for another run of this script")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> int:
     """Make the environment ready; 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -247,7 +262,7 @@ def main() -> int:
     )
     parser.add_argument("--dev", action="store_true", help="also what tests and lint need")
     arguments = parser.parse_args()
-    with Progress() as progress:
+    with Progress() as progress, _alone(progress):
         try:
             worked = Bootstrap(arguments.venv, progress).run(dev=arguments.dev)
         except (StepFailed, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -171,6 +172,25 @@ def test_a_failing_command_shows_its_output(
     assert "the reason" in made.log.read_text()
     assert not made.command("phase", [sys.executable, "-c", program], may_fail=True)
     assert shown.updates[0][0] == "phase"
+
+
+def test_a_second_run_waits_for_the_first(
+    bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    shown, entered = Shown(), threading.Event()
+
+    def second() -> None:
+        with bootstrap._alone(shown):
+            entered.set()
+
+    with bootstrap._alone(Shown()):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    thread.join()
+    assert shown.updates == [("waiting for another run of this script", None, "")]
 
 
 def requirement_lines(name: str) -> list[str]:

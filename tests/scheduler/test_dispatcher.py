@@ -341,3 +341,22 @@ async def test_an_outside_cancellation_wins_over_an_abort_of_the_same_moment(eng
         await client.task
     await asyncio.wait_for(dispatcher.wait_idle(), 5)
     assert_no_trace(dispatcher, engine)
+
+
+async def test_a_waiting_request_cancelled_as_a_slot_frees_harms_nobody(engine: StepEngine) -> None:
+    dispatcher = make_dispatcher(engine, make_info(max_num_seqs=1))
+    running = Client(dispatcher, make_request("running", max_tokens=1))
+    await settle()
+    cancelled = Client(dispatcher, make_request("cancelled"))
+    waiting = Client(dispatcher, make_request("waiting", max_tokens=1))
+    await settle()
+    # Both become ready to run in one turn of the loop: first the one that frees the slot.
+    engine.running["running"].put_nowait(True)
+    cancelled.task.cancel()
+    await settle()
+    assert cancelled.task.cancelled()
+    assert (running.error, running.tokens) == (None, 1)
+    await engine.step()
+    await waiting.task
+    assert (waiting.error, waiting.tokens) == (None, 1)
+    assert_no_trace(dispatcher, engine)

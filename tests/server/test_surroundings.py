@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,10 @@ async def test_get_load_shows_what_waits_and_runs(serve: Serve) -> None:
     ]
     for call in calls:
         await call.initial_metadata()
-    await calls[0].read()
-    load = (await h.admin.GetLoad(admin_pb2.GetLoadRequest(model="fake"))).models[0]
+    load = admin_pb2.ModelLoad()
+    async with asyncio.timeout(10):
+        while load.engine_running < 2:
+            load = (await h.admin.GetLoad(admin_pb2.GetLoadRequest(model="fake"))).models[0]
     assert load.waiting + load.running == 4
     assert load.engine_running == 2
     assert load.kv_blocks_used > 0

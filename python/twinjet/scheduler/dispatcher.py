@@ -225,7 +225,10 @@ class Dispatcher:
                 stream = self._streams[entry.request.request_id]
                 self._end(stream, DeadlinePassed(f"the deadline passed {where}"))
             while (taken := self._core.take(now)) is not None:
-                self._streams[taken.request.request_id].granted.set_result(None)
+                granted = self._streams[taken.request.request_id].granted
+                # A reader that was cancelled this very moment gives the slot back when it gets to run.
+                if not granted.done():
+                    granted.set_result(None)
         self._set_timer()
 
     def _set_timer(self) -> None:

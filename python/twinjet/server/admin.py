@@ -68,7 +68,10 @@ class AdminServicer:
             engine, info = deployment.ready()
             if "prefix_cache" not in info.capabilities:
                 raise Unsupported("prefix_cache")
-            done = await cast("PrefixCacheEngine", engine).reset_prefix_cache() and done
+            if await cast("PrefixCacheEngine", engine).reset_prefix_cache():
+                deployment.dispatcher.reset_prefix_cache()
+            else:
+                done = False
         return pb.ResetPrefixCacheResponse(done=done)
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:

@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from twinjet.engines.base import Finish, OutputEvent, PromptEvent, TokenLogprobs
+from twinjet.engines.base import ChatTurn, Finish, OutputEvent, PromptEvent, TokenLogprobs
+from twinjet.engines.vllm.fields import EXTRA_KEY
 from twinjet.request import EngineRequest, Sampling
 
 GREEDY = Sampling(
@@ -16,11 +18,38 @@ GREEDY = Sampling(
     prompt_logprobs=None, skip_special_tokens=True, constraint=None,
 )  # fmt: skip
 
+QUESTIONS = [
+    "What is the capital of France?", "Name three colours.", "Write one sentence about the sea.",
+    "How many days has a week?", "What is 2 + 2?", "Who wrote Hamlet?", "Name a large city in Japan.",
+    "What do bees make?", "Say hello in Spanish.", "What is water made of?", "Name a planet.",
+    "Is the sun a star?", "What is the opposite of hot?", "Name an animal that can fly.",
+    "What is the largest ocean?", "Write a short list of fruits.", "What is a triangle?",
+    "Name a musical instrument.", "What does a baker do?", "Count from one to five.",
+]  # fmt: skip
+
 OPTIONS = {"max_num_seqs": 32, "max_model_len": 2048}
 
 
 def request(request_id: str, prompt: Iterable[int], sampling: Sampling = GREEDY, **kw: Any) -> EngineRequest:
     return EngineRequest(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=sampling, **kw)
+
+
+def chat_prompt(tokenizer: Any, question: str) -> list[int]:
+    text = tokenizer.render_chat([ChatTurn("user", question)], continue_final=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def native_params(**changed: Any) -> Any:
+    """Look like the SamplingParams that the engine makes for our sampler: seed 5, output 0."""
+    fields = {
+        "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0,
+        "presence_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None, "bad_words_token_ids": None,
+        "min_tokens": 0, "all_stop_token_ids": set(), "logprobs": None, "logprob_token_ids": None,
+        "thinking_token_budget": None, "trace_decode_token_ids": None,
+        "extra_args": {EXTRA_KEY: {"temperature": 1.0, "seed": 5, "output_index": 0}},
+    }  # fmt: skip
+    return SimpleNamespace(**(fields | changed))
 
 
 @dataclass

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.engines.vllm.support import GREEDY, OPTIONS, collect, request
-from twinjet.engines.base import ChatTurn, LoadProgress, OutputEvent
+from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request
+from twinjet.engines.base import LoadProgress, OutputEvent
 from twinjet.engines.vllm import prestart
 from twinjet.engines.vllm.engine import VllmEngine
 from twinjet.errors import AlreadyExists, InvalidRequest, NotFound, RequestAborted, Unsupported
@@ -29,34 +27,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-QUESTIONS = [
-    "What is the capital of France?", "Name three colours.", "Write one sentence about the sea.",
-    "How many days has a week?", "What is 2 + 2?", "Who wrote Hamlet?", "Name a large city in Japan.",
-    "What do bees make?", "Say hello in Spanish.", "What is water made of?", "Name a planet.",
-    "Is the sun a star?", "What is the opposite of hot?", "Name an animal that can fly.",
-    "What is the largest ocean?", "Write a short list of fruits.", "What is a triangle?",
-    "Name a musical instrument.", "What does a baker do?", "Count from one to five.",
-]  # fmt: skip
-
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, max_tokens=24)
-
-
-@pytest.fixture(scope="module")
-def offline(demo_model_path: Path) -> list[dict[str, Any]]:
-    """What vLLM's own offline engine answers, one prompt after the other."""
-    from twinjet.models.tokenizer import HfTokenizer
-
-    tokenizer = HfTokenizer(demo_model_path)
-    prompts = [_chat(tokenizer, question) for question in QUESTIONS]
-    wanted = {"model": str(demo_model_path), "options": OPTIONS, "prompts": prompts, "max_tokens": 24}
-    script = Path(__file__).with_name("offline.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], input=json.dumps(wanted), capture_output=True, text=True, timeout=300
-    )
-    line = next((x for x in done.stdout.splitlines() if x.startswith("ANSWERS ")), None)
-    assert line is not None, done.stderr[-4000:]
-    answers: list[dict[str, Any]] = json.loads(line.removeprefix("ANSWERS "))
-    return answers
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +45,6 @@ async def engine(
     yield made
     await made.stop()
     prestart.stop()
-
-
-def _chat(tokenizer: Any, question: str) -> list[int]:
-    text = tokenizer.render_chat([ChatTurn("user", question)], continue_final=False)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
 
 
 def _prompt(engine: VllmEngine, text: str = "The capital of France is") -> list[int]:
@@ -105,7 +70,7 @@ async def test_greedy_equals_the_offline_engine_token_for_token(
     engine: VllmEngine, offline: list[dict[str, Any]]
 ) -> None:
     for i, (question, expected) in enumerate(zip(QUESTIONS, offline, strict=True)):
-        prompt = _chat(engine.tokenizer, question)
+        prompt = chat_prompt(engine.tokenizer, question)
         answer = await collect(engine, request(f"greedy-{i}", prompt, replace(GREEDY, max_tokens=24)))
         assert answer.only.token_ids == expected["token_ids"], question
         assert answer.only.text == expected["text"]

@@ -40,8 +40,13 @@ def test_failures() -> None:
     no_token = failure(completion("stop", -1), None, has_tokens=True)
     assert isinstance(no_token, RequestFailed)
     assert no_token.reason == "NO_ADMISSIBLE_TOKEN"
-    assert isinstance(failure(completion("error"), grammar, has_tokens=False), InvalidRequest)
-    assert isinstance(failure(completion("error"), grammar, has_tokens=True), RequestFailed)
+    assert isinstance(failure(completion("error", ids=()), grammar, has_tokens=False), InvalidRequest)
+    lost = failure(completion("error", ids=()), grammar, has_tokens=True)
+    assert isinstance(lost, RequestFailed)
+    assert lost.reason == "ENGINE_ERROR"
+    rejected = failure(completion("error"), grammar, has_tokens=False)
+    assert isinstance(rejected, RequestFailed)
+    assert rejected.reason == "NO_ADMISSIBLE_TOKEN"
     assert isinstance(failure(completion("abort"), None, has_tokens=True), RequestFailed)
 
 

@@ -78,14 +78,17 @@ def failure(completion: Any, constraint: Constraint | None, *, has_tokens: bool)
 
     has_tokens: the output had tokens before.
     """
-    if completion.stop_reason == NO_TOKEN:
+    reason = completion.finish_reason
+    # A grammar never rejects what was drawn under its own mask, unless nothing could be drawn.
+    is_rejected = reason == "error" and constraint is not None and bool(completion.token_ids)
+    if completion.stop_reason == NO_TOKEN or is_rejected:
         return RequestFailed(
             "no token is admissible under the request's masks, grammar and bad words",
             reason="NO_ADMISSIBLE_TOKEN",
         )
-    if completion.finish_reason in (None, "stop", "length"):
+    if reason in (None, "stop", "length"):
         return None
-    if completion.finish_reason == "error" and constraint is not None and not has_tokens:
+    if reason == "error" and constraint is not None and not has_tokens:
         return InvalidRequest.of(
             f"sampling.constraint.{constraint.kind}", "cannot be compiled for this model's vocabulary"
         )

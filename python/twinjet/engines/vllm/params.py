@@ -24,7 +24,7 @@ class NativeParams(SamplingParams):  # type: ignore[misc]
     """SamplingParams that may hold NO_TOKEN among the stop tokens."""
 
     def _validate_stop_token_ids(self, model_config: Any) -> None:
-        ids: list[int] = self.stop_token_ids
+        ids = list(self.stop_token_ids)  # type: ignore[has-type]
         self.stop_token_ids = [token for token in ids if token != NO_TOKEN]
         try:
             super()._validate_stop_token_ids(model_config)
@@ -94,8 +94,9 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         extra_args=extra,
         skip_clone=True,
     )
-    if native:
-        # Not among all_stop_token_ids, which vLLM's min-tokens rule masks.
+    if native and sampling.constraint is None:
+        # Not among all_stop_token_ids, which vLLM's min-tokens rule masks. Grammars get the stop tokens and
+        # refuse it; there, a row without a token ends by a token that the grammar rejects.
         params.stop_token_ids.append(NO_TOKEN)
     return params
 

@@ -30,6 +30,7 @@ class Drawing:
         self.native = Sampler()
         self.table = RequestTable(vocab_size)
         self.counters: Counter[str] = Counter()
+        self.has_empty_rows = False
         self.logprobs_mode = logprobs_mode
         self._has_cuda = importlib.util.find_spec("twinjet._sampling_cuda") is not None
 
@@ -59,9 +60,12 @@ class Drawing:
         self.counters["steps"] += 1
         self.counters["rows"] += len(requests)
         status = np.asarray(result.status)
+        self.has_empty_rows = False
         if status.any():
             self.counters["rows_with_nan"] += int(np.count_nonzero(status & STATUS_NAN))
-            self.counters["rows_without_token"] += int(np.count_nonzero(status & STATUS_NO_TOKEN))
+            empty = int(np.count_nonzero(status & STATUS_NO_TOKEN))
+            self.counters["rows_without_token"] += empty
+            self.has_empty_rows = empty > 0
         tokens = torch.as_tensor(result.token_ids, device=logits.device).unsqueeze(-1)
         if result.logprobs is None:
             return tokens, None
@@ -108,7 +112,22 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         # The token of a row whose prompt is not done yet is thrown away by the runner.
         advance = ~self.runner.discard_request_mask.np[: len(requests)]
         tokens, logprobs = drawing.draw(logits, requests, advance, sampling_metadata.max_num_logprobs)
+        if drawing.has_empty_rows:
+            self._end_empty_rows(tokens, logits)
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
+
+    def _end_empty_rows(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """Make the scheduler end the requests of rows that have no token.
+
+        NO_TOKEN is a stop token of theirs. Where a grammar holds, it must see a token that it rejects; some
+        are always masked.
+        """
+        for row in (tokens[:, 0] < 0).nonzero().flatten().tolist():
+            request_id = self.runner.input_batch.req_ids[row]
+            if self.runner.requests[request_id].sampling_params.structured_outputs is not None:
+                masked = (logits[row] == -torch.inf).nonzero()
+                if len(masked):
+                    tokens[row, 0] = masked[0, 0]
 
     def _reason(
         self, logits: torch.Tensor, metadata: Any, predict_bonus_token: bool, mode_override: Any

@@ -7,8 +7,10 @@ import gc
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,6 +24,9 @@ from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
 
 logger = logging.getLogger(__name__)
+
+# Starting an engine sets names and variables of the whole process for a while, so one starts at a time.
+_LAUNCHING = threading.Lock()
 
 # Phase, for people, and the share of a warm start on two cores that lies before it.
 _PHASES = {
@@ -58,6 +63,7 @@ class Running:
     stats: LoadReader
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
+    _ending: asyncio.Task[None] | None = None
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
         """Call back once one of the engine's processes has ended."""
@@ -71,9 +77,7 @@ class Running:
     def _ended(self, fd: int, process: Any, on_death: Callable[[str], None]) -> None:
         assert self._loop is not None
         self._loop.remove_reader(fd)
-        code = process.exitcode
-        how = "" if code is None else f" with code {code}" if code >= 0 else f" by signal {-code}"
-        on_death(f"the process {process.name} ({process.pid}) ended{how}")
+        self._ending = self._loop.create_task(_tell_death(process, on_death))
 
     def shutdown(self) -> None:
         """End the engine's processes; blocks until none is left."""
@@ -86,8 +90,18 @@ class Running:
         end_processes(self.context)
 
 
+async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
+    # The forkserver, whose child it is, reports the exit code some milliseconds after the end.
+    await asyncio.to_thread(connection.wait, [process.sentinel], 1.0)
+    code = process.exitcode
+    how = "" if code is None else f" with code {code}" if code >= 0 else f" by signal {-code}"
+    on_death(f"the process {process.name} ({process.pid}) ended{how}")
+
+
 def end_processes(context: EngineContext) -> None:
     for process in context.processes:
+        if process.pid is None:
+            continue
         if process.is_alive():
             process.kill()
         process.join()
@@ -179,12 +193,13 @@ class _Launcher:
 
         self._plan = plan
         self._parts = parts.choose(plan.native_sampler, plan.native_block_manager)
-        self._config = config.engine_config(
-            plan.model,
-            plan.options,
-            scheduler_cls=self._parts.scheduler_cls,
-            worker_cls=self._parts.worker_cls,
-        )
+        with _LAUNCHING:
+            self._config = config.engine_config(
+                plan.model,
+                plan.options,
+                scheduler_cls=self._parts.scheduler_cls,
+                worker_cls=self._parts.worker_cls,
+            )
         self._tokenizer: Tokenizer = HfTokenizer(self._config.model_config.tokenizer)
 
     def launch(self, context: EngineContext) -> Running:
@@ -194,14 +209,15 @@ class _Launcher:
         from twinjet.engines.vllm import describe
 
         # vLLM's own choice is fork or spawn (on CPU always spawn); this is where it makes it.
-        original = vllm_utils.get_mp_context
-        vllm_utils.get_mp_context = lambda: context
-        try:
-            llm = AsyncLLM.from_vllm_config(self._config)
-        except Exception as error:
-            raise EngineDied(f"the engine did not start: {error}") from error
-        finally:
-            vllm_utils.get_mp_context = original
+        with _LAUNCHING:
+            original = vllm_utils.get_mp_context
+            vllm_utils.get_mp_context = lambda: context
+            try:
+                llm = AsyncLLM.from_vllm_config(self._config)
+            except Exception as error:
+                raise EngineDied(f"the engine did not start: {error}") from error
+            finally:
+                vllm_utils.get_mp_context = original
         info = describe.engine_info(self._config, llm, self._tokenizer, self._parts)
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats

@@ -17,13 +17,37 @@ else:
 
 
 class Worker(_StockWorker):  # type: ignore[misc]
-    """vLLM's worker for this platform; the V1 runner draws with our sampler."""
+    """vLLM's worker for this platform; its runner draws with our sampler."""
 
     def init_device(self) -> None:
         """Make the device and the model runner, and put our sampler into it."""
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner.sampler = NativeSampler(self.model_runner, self.model_runner.sampler)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the weights; the V2 runner makes its sampler meanwhile."""
+        if self.use_v2_model_runner:
+            from vllm.v1.worker.gpu import model_runner
+
+            from twinjet.engines.vllm.sampler_v2 import hook_custom_sampler
+
+            hook_custom_sampler(model_runner, self.model_config.get_vocab_size())
+        super().load_model(*args, **kwargs)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Draw the step's tokens; see vLLM's worker."""
+        output = super().sample_tokens(grammar_output)
+        take_failed = getattr(self.model_runner.sampler, "take_failed", None)
+        failed = take_failed() if take_failed is not None else []
+        if not failed:
+            return output
+        from twinjet.engines.vllm.sampler_v2 import mark, marked_output
+
+        if hasattr(output, "get_output"):
+            return marked_output(output, failed)
+        mark(output, failed)
+        return output
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step; see vLLM's worker."""
