@@ -1,6 +1,7 @@
 """Runs vLLM on shared-prefix prompts and writes what it generated and how it was scheduled.
 
-For a process of its own: python offline_engine.py MODEL OUTPUT.json on|off sync|async
+For a process of its own: python offline_engine.py MODEL OUTPUT.json on|off sync|async, with
+VLLM_ENABLE_V1_MULTIPROCESSING=0: processes that spin on shared memory starve each other on two cores.
 """
 
 import json
@@ -52,7 +53,7 @@ def main(model: str, output: str, native: str, scheduling: str) -> None:
         "cached_tokens": [request.num_cached_tokens for request in done],
         "preemptions": preemptions,
         "async": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
-        "status": llm.llm_engine.engine_core.call_utility(STATUS_METHOD),
+        "status": getattr(llm.llm_engine.engine_core.engine_core, STATUS_METHOD)(),
     }
     with open(output, "w") as file:
         json.dump(report, file)

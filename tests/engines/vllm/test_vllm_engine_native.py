@@ -21,8 +21,12 @@ SCRIPT = Path(__file__).parent / "offline_engine.py"
 def run_engine(model: Path, directory: Path, native: str, scheduling: str) -> dict[str, Any]:
     output = directory / f"{native}-{scheduling}.json"
     environment = dict(os.environ)
-    # The engine core stays a process apart, so the status crosses a process boundary as in a server.
-    environment.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_PLUGINS="", HF_HUB_OFFLINE="1")
+    environment.update(
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_PLUGINS="",
+        HF_HUB_OFFLINE="1",
+    )
     package = str(Path(twinjet.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
     finished = subprocess.run(

@@ -38,6 +38,7 @@ def random_case(seed: int) -> tuple[Setup, Workload]:
         num_requests=40,
         plain_only=rng.random() < 0.3,
         prompt_lengths=rng.choice(((1, 90), (1, 30), (60, 100))),
+        unusual_rate=rng.choice((0.05, 0.4)),
     )
     return setup, workload
 
