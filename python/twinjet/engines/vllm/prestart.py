@@ -19,6 +19,13 @@ from twinjet.engines.vllm.process import EngineContext, probe
 
 logger = logging.getLogger(__name__)
 
+_SPIN_COUNT = "1000"
+"""Rounds an OpenMP thread waits for the others before it sleeps, some microseconds.
+
+The default waits for milliseconds, which the front end, our sampler's threads and other processes need: on
+two busy cores a decode-like loop took 600 to 850 ms a round with it, 25 to 55 ms with this.
+"""
+
 
 def prestart() -> None:
     """Start the forkserver, once; returns at once. Call it before threads, gRPC or a device exist."""
@@ -57,12 +64,14 @@ def stop() -> None:
 
 
 def _loader_environment() -> dict[str, str]:
-    """What only counts when a process starts: the import path and the OpenMP library to load."""
+    """What only counts when a process starts: the import path, the OpenMP library and how its threads wait."""
     changes = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     library = _openmp_library()
     preloaded = os.environ.get("LD_PRELOAD", "")
     if library is not None and "libgomp" not in preloaded:
         changes["LD_PRELOAD"] = f"{preloaded}:{library}".lstrip(":")
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        changes["GOMP_SPINCOUNT"] = _SPIN_COUNT
     return changes
 
 
