@@ -16,8 +16,10 @@ import re
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twinjet.engines.base import (
@@ -40,6 +42,10 @@ from twinjet.engines.fixed_logits import fixed_logits
 from twinjet.engines.stops import StopScanner
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, SamplingOverrides
+
+if TYPE_CHECKING:
+    from twinjet._core import SamplerRequest
+    from twinjet.sampling import Sampler
 
 EOS = 256
 BOS = 257
@@ -117,6 +123,9 @@ class _Sequence:
         self.num_generated = 0
         self.num_blocks = 0
         self.stops = StopScanner(request.sampling.stop, include=request.sampling.include_stop)
+        # Where output is logits: our sampler's side of this output, and the token of the present step.
+        self.row: SamplerRequest | None = None
+        self.drawn: int | None = None
         self._script = self._choose_script(options)
 
     @property
@@ -132,29 +141,33 @@ class _Sequence:
         if options.output == "echo":
             return iter([*(t for t in self.request.prompt_token_ids if t < 256), EOS])
         if options.output == "logits":
-            return self._drawn()
+            self.row = self._row()
+            return iter(self._pop_drawn, None)
         return self._letters(mix(seed, *self.request.prompt_token_ids), options.output_tokens)
 
-    def _drawn(self) -> Iterator[int]:
-        """Draw from a model without weights, as every engine with the native sampler would."""
-        from twinjet.sampling import Request, Sampler
+    def _row(self) -> SamplerRequest:
+        from twinjet.sampling import Request
 
         s = self.request.sampling
-        tokenizer, sampler = FakeTokenizer(), Sampler(num_threads=1)
-        row = Request(
+        encode = FakeTokenizer().encode
+        return Request(
             VOCAB_SIZE, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p,
             repetition_penalty=s.repetition_penalty, frequency_penalty=s.frequency_penalty,
             presence_penalty=s.presence_penalty, seed=s.seed, output_index=self.index,
             prompt_token_ids=self.request.prompt_token_ids, logit_bias=dict(s.logit_bias),
             allowed_token_ids=s.allowed_token_ids or None, min_tokens=s.min_tokens,
-            bad_words=[tokenizer.encode(word, add_special_tokens=False) for word in s.bad_words],
+            bad_words=[encode(word, add_special_tokens=False) for word in s.bad_words],
             stop_token_ids=sorted({*s.stop_token_ids, *(() if s.ignore_eos else (EOS,))}),
         )  # fmt: skip
-        tokens = list(self.request.prompt_token_ids)
-        while True:
-            token = int(sampler.sample(fixed_logits(tokens, VOCAB_SIZE), [row]).token_ids[0])
-            tokens.append(token if token >= 0 else EOS)
-            yield tokens[-1]
+
+    def _pop_drawn(self) -> int | None:
+        token, self.drawn = self.drawn, None
+        return token
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Give the fixed model's logits for the next token, float32 [VOCAB_SIZE]."""
+        assert self.row is not None, "only where output is logits"
+        return fixed_logits([*self.request.prompt_token_ids, *self.row.output_token_ids.tolist()], VOCAB_SIZE)
 
     def _letters(self, base: int, num_tokens: int | None) -> Iterator[int]:
         for position in itertools.count():
@@ -230,6 +243,8 @@ class FakeEngine:
         self._prefixes: OrderedDict[int, None] = OrderedDict()
         self._num_preemptions = 0
         self._work = asyncio.Event()
+        self._sampler: Sampler | None = None
+        self._component = Component("engine", reason="the fake engine samples nothing")
         self._death: asyncio.Future[str] | None = None
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -237,6 +252,13 @@ class FakeEngine:
         options = self._options
         if options.fail_start:
             raise ConfigError(options.fail_start)
+        if options.output == "logits":
+            from twinjet import sampling
+
+            self._sampler = sampling.Sampler()
+            self._component = Component(
+                "twinjet", version=str(sampling.SPEC_VERSION), target=self._sampler.target
+            )
         report(LoadProgress("loading nothing", 0.1))
         await asyncio.sleep(options.load_s / 2)
         report(LoadProgress("loading still nothing", 0.6))
@@ -258,7 +280,7 @@ class FakeEngine:
             name="fake", version="1", device="cpu", source="none",
             limits=Limits(options.max_context_tokens, VOCAB_SIZE, 64, 20, options.max_num_seqs),
             capabilities=capabilities, default_sampling=SamplingOverrides(), eos_token_ids=(EOS,),
-            sampler=Component("engine", reason="the fake engine samples nothing"),
+            sampler=self._component,
             block_manager=Component("engine", reason="the fake engine counts blocks only"),
             kv_cache=KvCache(options.num_blocks, options.block_size),
         )  # fmt: skip
@@ -384,8 +406,26 @@ class FakeEngine:
                 await self._work.wait()
             prefill_tokens = self._take_up()
             await asyncio.sleep(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
+            if self._sampler is not None:
+                self._draw(self._sampler)
             for sequence in list(self._running):
                 self._step(sequence)
+
+    def _draw(self, sampler: Sampler) -> None:
+        """Draw the next token of every running sequence in one batch, as a real engine does."""
+        batch = [
+            s for s in self._running if s.row is not None and s.drawn is None and not self._is_stalled(s)
+        ]
+        if not batch:
+            return
+        rows = [s.row for s in batch if s.row is not None]
+        result = sampler.sample(np.stack([s.logits() for s in batch]), rows)
+        for sequence, token in zip(batch, result.token_ids.tolist(), strict=True):
+            sequence.drawn = token
+
+    def _is_stalled(self, sequence: _Sequence) -> bool:
+        entry = self._requests.get(sequence.request.request_id)
+        return entry is None or entry.stalled
 
     def _take_up(self) -> int:
         """Move waiting sequences to running while there is room; return the prompt tokens to prefill."""
@@ -423,7 +463,10 @@ class FakeEngine:
             return
         if not self._preempt_for(sequence):
             return
-        if (trouble := entry.misbehave(sequence.num_generated)) is not None:
+        trouble = entry.misbehave(sequence.num_generated)
+        if sequence.drawn == -1:
+            trouble = RequestFailed("no token is admissible", reason="NO_ADMISSIBLE_TOKEN")
+        if trouble is not None:
             entry.events.put_nowait(trouble)
             self._drop(sequence)
             return
