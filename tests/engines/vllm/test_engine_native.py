@@ -42,7 +42,9 @@ SCHEMA = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(offline: list[dict[str, Any]], demo_model_path: Path) -> AsyncIterator[VllmEngine]:
-    made = VllmEngine("demo", str(demo_model_path), OPTIONS, native_sampler=True, native_block_manager=True)
+    # Without this a grammar allows white space without end, and a small model takes it up.
+    options = OPTIONS | {"structured_outputs_config": {"disable_any_whitespace": True}}
+    made = VllmEngine("demo", str(demo_model_path), options, native_sampler=True, native_block_manager=True)
     await made.start(lambda progress: None)
     yield made
     await made.stop()
