@@ -1,0 +1,89 @@
+// Blocks of a cluster: rank, barrier and each other's shared memory. On devices without clusters, and
+// in a launch without them, a row's only block is a cluster of one and the barrier a block's own.
+#pragma once
+
+#include <cstdint>
+
+namespace twinjet::sampler::cuda {
+
+struct Cluster {
+  uint32_t rank;
+  uint32_t size;
+};
+
+__device__ __forceinline__ Cluster ThisCluster() {
+  Cluster cluster = {0, 1};
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(cluster.rank));
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(cluster.size));
+#endif
+  return cluster;
+}
+
+__device__ __forceinline__ void ClusterArrive(const Cluster& cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster.size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void ClusterWait(const Cluster& cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster.size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// All threads of all blocks of the row: what was written before, to any block, is seen after.
+__device__ __forceinline__ void ClusterSync(const Cluster& cluster) {
+  if (cluster.size > 1) {
+    ClusterArrive(cluster);
+    ClusterWait(cluster);
+  } else {
+    __syncthreads();
+  }
+}
+
+// Writes to the same place in the shared memory of block `rank`.
+__device__ __forceinline__ void StoreRemote(uint64_t* local, uint64_t value, uint32_t rank,
+                                            const Cluster& cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster.size > 1) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote), "l"(value) : "memory");
+    return;
+  }
+#endif
+  *local = value;
+}
+
+// Reads the same place in the shared memory of block `rank`.
+__device__ __forceinline__ float LoadRemote(const float* local, uint32_t rank, const Cluster& cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster.size > 1) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+    uint32_t remote;
+    float value;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+    return value;
+  }
+#endif
+  return *local;
+}
+
+__device__ __forceinline__ uint64_t LoadRemote(const uint64_t* local, uint32_t rank, const Cluster& cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster.size > 1) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+    uint32_t remote;
+    uint64_t value;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote) : "memory");
+    return value;
+  }
+#endif
+  return *local;
+}
+
+}  // namespace twinjet::sampler::cuda

@@ -1,0 +1,126 @@
+// The threshold search of top-k and top-p, free of any parallelism: where pivots go and how a bracket
+// shrinks. Every block of a row runs it on the same numbers and so arrives at the same bracket.
+//
+// A threshold is the largest logit t with total(x >= t) >= target, where total counts tokens (top-k)
+// or sums their weights (top-p). Logits stand for themselves as ordered keys.
+#pragma once
+
+#include "sampler/spec.h"
+
+namespace twinjet::sampler::cuda {
+
+constexpr int kNumPivots = 7;
+constexpr uint32_t kKeyOfNegativeInfinity = 0x007fffffu;
+
+// total(key >= lo) >= target > total(key >= hi) = above.
+struct Bracket {
+  uint32_t lo;
+  uint32_t hi;
+  uint64_t above;
+};
+
+// Ascending keys in (lo, hi); may repeat.
+struct Pivots {
+  uint32_t key[kNumPivots];
+};
+
+TWINJET_HD uint32_t ClampKey(uint32_t key, const Bracket& bracket) {
+  if (key <= bracket.lo) return bracket.lo + 1;
+  return key >= bracket.hi ? bracket.hi - 1 : key;
+}
+
+// First pivots of a search by mass: most searches end a few log2 units below the maximum.
+TWINJET_HD Pivots MassPivots(const Bracket& bracket, float max, float scale) {
+  constexpr float kZ[kNumPivots] = {-14.0f, -10.5f, -8.0f, -6.0f, -4.0f, -2.5f, -1.0f};
+  Pivots pivots;
+  const float unit = 1.0f / scale;
+#pragma unroll
+  for (int i = 0; i < kNumPivots; ++i) {
+    pivots.key[i] = ClampKey(OrderedKey(AddRn(max, MulRn(kZ[i], unit))), bracket);
+  }
+  return pivots;
+}
+
+// First pivots of a search by count below `top`, given a length typical of the row.
+TWINJET_HD Pivots CountPivots(const Bracket& bracket, float top, float length) {
+  constexpr float kStep[kNumPivots] = {-8.0f, -4.0f, -2.0f, -1.0f, -0.5f, -0.25f, 0.0f};
+  Pivots pivots;
+#pragma unroll
+  for (int i = 0; i < kNumPivots; ++i) {
+    pivots.key[i] = ClampKey(OrderedKey(AddRn(top, MulRn(kStep[i], length))), bracket);
+  }
+  return pivots;
+}
+
+// Equal steps, in the logit in even rounds and in the key in odd ones: the first is fast on ordinary
+// rows, the second bounds the number of rounds on any row.
+TWINJET_HD Pivots EvenPivots(const Bracket& bracket, int round) {
+  Pivots pivots;
+  const float lo = FloatFromKey(bracket.lo);
+  const float step = MulRn(SubRn(FloatFromKey(bracket.hi), lo), 1.0f / (kNumPivots + 1));
+  const bool by_key = (round & 1) != 0 || !IsFinite(lo) || !IsFinite(step);
+  const uint32_t width = bracket.hi - bracket.lo;
+#pragma unroll
+  for (int i = 0; i < kNumPivots; ++i) {
+    const uint64_t offset = (static_cast<uint64_t>(width) * static_cast<uint32_t>(i + 1)) / (kNumPivots + 1);
+    const uint32_t key = by_key ? bracket.lo + static_cast<uint32_t>(offset)
+                                : OrderedKey(AddRn(lo, MulRn(step, static_cast<float>(i + 1))));
+    pivots.key[i] = ClampKey(key, bracket);
+  }
+  return pivots;
+}
+
+// sums[i] = total(pivot i <= key < hi).
+TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const uint64_t* sums, uint64_t target) {
+  Bracket next = bracket;
+#pragma unroll
+  for (int i = 0; i < kNumPivots; ++i) {
+    const uint64_t total = bracket.above + sums[i];
+    if (total >= target) {
+      next.lo = pivots.key[i];
+    } else if (pivots.key[i] < next.hi) {
+      next.hi = pivots.key[i];
+      next.above = total;
+    }
+  }
+  return next;
+}
+
+// The smallest key whose z is at least min_z: min-p as a threshold on the logit. max is finite.
+TWINJET_HD uint32_t MinPKey(float max, float scale, float min_z) {
+  uint32_t lo = kKeyOfNegativeInfinity;
+  uint32_t hi = OrderedKey(max);
+  if (ZOf(FloatFromKey(lo), max, scale) >= min_z) return lo;
+  while (hi - lo > 1) {  // z(lo) < min_z <= z(hi)
+    const uint32_t middle = lo + (hi - lo) / 2;
+    if (ZOf(FloatFromKey(middle), max, scale) >= min_z) {
+      hi = middle;
+    } else {
+      lo = middle;
+    }
+  }
+  return hi;
+}
+
+// 2^(z + 44) before truncation, as a double's bits: adding it to an integer double of at least 2^52
+// with rounding toward zero adds the integer weight. z at most 0.
+TWINJET_HD uint64_t WeightAsDoubleBits(float z) {
+  const float clamped = z > kMinZ ? z : kMinZ;
+  const float shifted = AddRn(clamped, kRoundMagic);
+  const float n = SubRn(shifted, kRoundMagic);
+  const float f = SubRn(clamped, n);
+  float p = kExp2C6;
+  p = FmaRn(p, f, kExp2C5);
+  p = FmaRn(p, f, kExp2C4);
+  p = FmaRn(p, f, kExp2C3);
+  p = FmaRn(p, f, kExp2C2);
+  p = FmaRn(p, f, kExp2C1);
+  p = FmaRn(p, f, 1.0f);
+  // The low 9 bits of kRoundMagic are 0, so the shift leaves n alone. p's exponent is at least 126 and
+  // n at least -46: 80 or more, a positive normal float.
+  const uint32_t bits = FloatBits(p) + (FloatBits(shifted) << 23);
+  // Widening moves the fraction by 52 - 23 places and the exponent's bias by 1023 - 127.
+  return static_cast<uint64_t>(bits) * (1ull << 29) + (static_cast<uint64_t>(1023 - 127 + kMassBits) << 52);
+}
+
+}  // namespace twinjet::sampler::cuda
