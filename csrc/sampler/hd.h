@@ -1,14 +1,11 @@
 // Portability between g++ and nvcc: function qualifiers and the few operations whose spelling
 // differs. Everything here and in the other spec_*.h headers has internal linkage on purpose: the
 // same header is compiled with several instruction sets, and a function with external linkage would
-// be merged by the linker into whichever copy it saw first.
+// be merged by the linker into whichever copy it saw first. For the same reason builtins stand where the
+// standard library has inline functions.
 #pragma once
 
 #include <cstdint>
-#if !defined(__CUDA_ARCH__)
-#include <bit>
-#include <cmath>
-#endif
 
 #if defined(__CUDACC__)
 #define TWINJET_HD static __host__ __device__ __forceinline__
@@ -47,7 +44,7 @@ TWINJET_HD float FmaRn(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
 #else
-  return std::fma(a, b, c);
+  return __builtin_fmaf(a, b, c);
 #endif
 }
 
@@ -79,7 +76,7 @@ TWINJET_HD double FmaRn(double a, double b, double c) {
 #if defined(__CUDA_ARCH__)
   return __fma_rn(a, b, c);
 #else
-  return std::fma(a, b, c);
+  return __builtin_fma(a, b, c);
 #endif
 }
 
@@ -95,7 +92,7 @@ TWINJET_HD uint32_t FloatBits(float x) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(x);
 #else
-  return std::bit_cast<uint32_t>(x);
+  return __builtin_bit_cast(uint32_t, x);
 #endif
 }
 
@@ -103,7 +100,7 @@ TWINJET_HD float FloatFromBits(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
 #else
-  return std::bit_cast<float>(bits);
+  return __builtin_bit_cast(float, bits);
 #endif
 }
 
@@ -111,7 +108,7 @@ TWINJET_HD uint64_t DoubleBits(double x) {
 #if defined(__CUDA_ARCH__)
   return static_cast<uint64_t>(__double_as_longlong(x));
 #else
-  return std::bit_cast<uint64_t>(x);
+  return __builtin_bit_cast(uint64_t, x);
 #endif
 }
 
@@ -119,7 +116,7 @@ TWINJET_HD double DoubleFromBits(uint64_t bits) {
 #if defined(__CUDA_ARCH__)
   return __longlong_as_double(static_cast<long long>(bits));
 #else
-  return std::bit_cast<double>(bits);
+  return __builtin_bit_cast(double, bits);
 #endif
 }
 

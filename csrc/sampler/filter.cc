@@ -1,0 +1,271 @@
+// All three filters are thresholds on the logit, so a row is cut in two steps: a threshold that is
+// surely low enough, found from the groups' maxima or from a sample of the row, brings a short list
+// of tokens; the exact threshold is then found within the list.
+#include "sampler/filter.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace twinjet::sampler {
+namespace {
+
+constexpr float kLowest = -std::numeric_limits<float>::max();
+constexpr int32_t kSampleRun = 8;          // adjacent tokens taken from a sampled group
+constexpr int32_t kMinSampledSize = 4096;  // shorter rows are listed whole
+constexpr int kNumGuessBins = 256;
+
+int32_t NumGroups(const RowView& view) { return (view.size + kGroupSize - 1) / kGroupSize; }
+
+// The least finite x with z >= min_z: z does not decrease with x.
+float ThresholdOfZ(float max, float scale, float min_z) {
+  uint32_t low = OrderedKey(kLowest), high = OrderedKey(max);
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (ZOf(FloatFromKey(middle), max, scale) >= min_z) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return FloatFromKey(high);
+}
+
+// A few tokens of every group, or of every second one, into list_x.
+int32_t TakeSample(const RowView& view, Workspace* workspace) {
+  const int32_t stride = view.size >= 65536 ? 2 * kGroupSize : kGroupSize;
+  int32_t count = 0;
+  for (int32_t begin = 0; begin + kGroupSize <= view.size; begin += stride) {
+    const float* run = view.x + begin + (begin / stride * 5 * kSampleRun) % kGroupSize;
+    std::copy(run, run + kSampleRun, workspace->list_x.begin() + count);
+    count += kSampleRun;
+  }
+  return count;
+}
+
+uint64_t Sum(const float* weights, int32_t n) {
+  uint64_t sum = 0;
+  for (int32_t i = 0; i < n; ++i) sum += static_cast<uint64_t>(weights[i]);
+  return sum;
+}
+
+// A threshold below which lies, by a sample, well under `droppable` of mass. Only a guess.
+float GuessTopP(const Kernels& kernels, const RowView& view, const RowConstants& constants,
+                uint64_t droppable, Workspace* workspace) {
+  if (view.size < kMinSampledSize) return kLowest;
+  const int32_t n = TakeSample(view, workspace);
+  kernels.weigh(workspace->list_x.data(), n, view.max, constants.scale, workspace->list_weight.data());
+  const float bins_per_unit =
+      constants.scale * (static_cast<float>(kNumGuessBins) / static_cast<float>(kMassBits));
+  double masses[kNumGuessBins] = {};
+  for (int32_t i = 0; i < n; ++i) {
+    const float place = (view.max - workspace->list_x[static_cast<size_t>(i)]) * bins_per_unit;
+    const int32_t bin =
+        place < static_cast<float>(kNumGuessBins - 1) ? static_cast<int32_t>(place) : kNumGuessBins - 1;
+    masses[bin] += static_cast<double>(workspace->list_weight[static_cast<size_t>(i)]);
+  }
+  const double factor = 1.5 * static_cast<double>(view.size) / static_cast<double>(n);
+  double below = 0.0;
+  int32_t bin = kNumGuessBins - 1;
+  for (; bin > 0; --bin) {
+    below += factor * masses[bin];
+    if (below > static_cast<double>(droppable)) break;
+  }
+  if (bin == kNumGuessBins - 1) return kLowest;
+  return std::max(kLowest, view.max - static_cast<float>(bin + 1) / bins_per_unit);
+}
+
+// The list of tokens that a draw may choose from: workspace->list_x, list_id and list_weight.
+class List {
+ public:
+  List(const Kernels& kernels, const RowView& view, const RowConstants& constants, Workspace* workspace)
+      : kernels_(kernels), view_(view), constants_(constants), workspace_(workspace) {}
+
+  void TakeTop(int32_t k, float least) {
+    size_ = CollectTop(kernels_, view_, k, least, workspace_);
+    if (size_ > k) {
+      DropBelow(SelectThreshold(x(), nullptr, size_, static_cast<uint64_t>(k), &workspace_->select));
+    }
+  }
+
+  uint64_t Weigh() {
+    kernels_.weigh(x(), size_, view_.max, constants_.scale, weight());
+    return Sum(weight(), size_);
+  }
+
+  // Tokens of at least `least` with a mass of at least `target`.
+  void TakeMass(uint64_t total, uint64_t target, float least) {
+    uint64_t droppable = total - target;
+    for (;;) {
+      const float guess =
+          droppable == 0 ? least
+                         : std::max(least, GuessTopP(kernels_, view_, constants_, droppable, workspace_));
+      size_ = kernels_.collect(view_.x, view_.size, view_.group_max, guess, x(), workspace_->list_id.data());
+      if (Weigh() >= target || guess == least) return;
+      droppable /= 8;
+    }
+  }
+
+  // The least x that is left.
+  float Least() { return *std::min_element(x(), x() + size_); }
+
+  void CutTopP(uint64_t target) {
+    const float threshold = SelectThreshold(x(), weight(), size_, target, &workspace_->select);
+    int32_t count = 0;
+    for (int32_t i = 0; i < size_; ++i) {
+      if (x()[i] >= threshold) Move(i, count++, true);
+    }
+    size_ = count;
+  }
+
+  // Two races; the groups' one first.
+  int32_t Race(uint64_t* kept_mass) {
+    uint32_t* index = workspace_->race_index.data();
+    double* mass = workspace_->race_mass.data();
+    int32_t num_groups = 0;
+    *kept_mass = 0;
+    for (int32_t i = 0; i < size_; ++i) {
+      const uint64_t w = static_cast<uint64_t>(weight()[i]);
+      if (w == 0) continue;
+      *kept_mass += w;
+      const uint32_t group = static_cast<uint32_t>(id()[i] / kGroupSize);
+      if (num_groups == 0 || index[num_groups - 1] != group) {
+        index[num_groups] = group;
+        mass[num_groups] = 0.0;
+        ++num_groups;
+      }
+      mass[num_groups - 1] += static_cast<double>(w);
+    }
+    const int32_t group =
+        static_cast<int32_t>(index[kernels_.race(constants_.race, index, mass, num_groups)]);
+    int32_t num_tokens = 0;
+    int32_t* const end = id() + size_;
+    for (int32_t* p = std::lower_bound(id(), end, group * kGroupSize); p != end; ++p) {
+      if (*p / kGroupSize != group) break;
+      const float w = weight()[p - id()];
+      if (w == 0.0f) continue;
+      index[num_tokens] = static_cast<uint32_t>(*p) | kTokenLevel;
+      mass[num_tokens] = static_cast<double>(w);
+      ++num_tokens;
+    }
+    const int32_t winner = kernels_.race(constants_.race, index, mass, num_tokens);
+    return static_cast<int32_t>(index[winner] & ~kTokenLevel);
+  }
+
+ private:
+  float* x() { return workspace_->list_x.data(); }
+  float* weight() { return workspace_->list_weight.data(); }
+  int32_t* id() { return workspace_->list_id.data(); }
+
+  void Move(int32_t from, int32_t to, bool with_weight) {
+    x()[to] = x()[from];
+    id()[to] = id()[from];
+    if (with_weight) weight()[to] = weight()[from];
+  }
+
+  void DropBelow(float threshold) {
+    int32_t count = 0;
+    for (int32_t i = 0; i < size_; ++i) {
+      if (x()[i] >= threshold) Move(i, count++, false);
+    }
+    size_ = count;
+  }
+
+  const Kernels& kernels_;
+  const RowView& view_;
+  const RowConstants& constants_;
+  Workspace* workspace_;
+  int32_t size_ = 0;
+};
+
+// The draw when the only thresholds are known beforehand: no list is needed.
+Draw DrawFromGroups(const Kernels& kernels, const RowView& view, const RowConstants& constants,
+                    float threshold, Workspace* workspace) {
+  uint32_t* index = workspace->race_index.data();
+  double* mass = workspace->race_mass.data();
+  uint64_t total = 0;
+  int32_t num_groups = 0;
+  for (int32_t g = 0; g < NumGroups(view); ++g) {
+    const uint64_t m = workspace->masses[static_cast<size_t>(g)];
+    if (m == 0) continue;
+    total += m;
+    index[num_groups] = static_cast<uint32_t>(g);
+    mass[num_groups] = static_cast<double>(m);
+    ++num_groups;
+  }
+  const int32_t group = static_cast<int32_t>(index[kernels.race(constants.race, index, mass, num_groups)]);
+  const int32_t begin = group * kGroupSize;
+  const int32_t size = std::min(kGroupSize, view.size - begin);
+  float weights[kGroupSize];
+  kernels.weigh(view.x + begin, size, view.max, constants.scale, weights);
+  int32_t num_tokens = 0;
+  for (int32_t i = 0; i < size; ++i) {
+    if (!(view.x[begin + i] >= threshold) || weights[i] == 0.0f) continue;
+    index[num_tokens] = static_cast<uint32_t>(begin + i) | kTokenLevel;
+    mass[num_tokens] = static_cast<double>(weights[i]);
+    ++num_tokens;
+  }
+  const int32_t winner = kernels.race(constants.race, index, mass, num_tokens);
+  return {static_cast<int32_t>(index[winner] & ~kTokenLevel), threshold, total};
+}
+
+}  // namespace
+
+int32_t FirstMaximum(const RowView& view) {
+  int32_t i = static_cast<int32_t>(std::find(view.group_max, view.group_max + NumGroups(view), view.max) -
+                                   view.group_max) *
+              kGroupSize;
+  while (view.x[i] != view.max) ++i;
+  return i;
+}
+
+int32_t CollectTop(const Kernels& kernels, const RowView& view, int32_t k, float least,
+                   Workspace* workspace) {
+  const int32_t num_groups = NumGroups(view);
+  for (double factor = 1.25;; factor *= 4.0) {
+    float guess = kLowest;
+    if (k <= num_groups) {
+      // k groups have a token at least as large as the k-th largest of the maxima.
+      guess =
+          SelectThreshold(view.group_max, nullptr, num_groups, static_cast<uint64_t>(k), &workspace->select);
+    } else if (view.size >= kMinSampledSize) {
+      const int32_t n = TakeSample(view, workspace);
+      const double rank = factor * static_cast<double>(k) * static_cast<double>(n) / view.size + 8.0;
+      if (rank < n) {
+        guess = SelectThreshold(workspace->list_x.data(), nullptr, n, static_cast<uint64_t>(rank),
+                                &workspace->select);
+      }
+    }
+    guess = std::max({guess, least, kLowest});
+    const int32_t count = kernels.collect(view.x, view.size, view.group_max, guess, workspace->list_x.data(),
+                                          workspace->list_id.data());
+    if (count >= k || guess == std::max(least, kLowest)) return count;
+  }
+}
+
+Draw FilterAndDraw(const Kernels& kernels, const RowView& view, const RowConstants& constants,
+                   Workspace* workspace) {
+  const bool has_min_p = constants.min_z > NegativeInfinity();
+  const float least = has_min_p ? ThresholdOfZ(view.max, constants.scale, constants.min_z) : kLowest;
+  List list(kernels, view, constants, workspace);
+  Draw draw = {-1, least, 0};
+  if (constants.top_k > 0) {
+    list.TakeTop(constants.top_k, least);
+    const uint64_t total = list.Weigh();
+    if (constants.has_top_p != 0) list.CutTopP(TopPMass(constants.top_p_fixed, total));
+  } else {
+    const float threshold = has_min_p ? least : NegativeInfinity();
+    kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
+                         workspace->masses.data());
+    if (constants.has_top_p == 0) return DrawFromGroups(kernels, view, constants, threshold, workspace);
+    uint64_t total = 0;
+    for (int32_t g = 0; g < NumGroups(view); ++g) total += workspace->masses[static_cast<size_t>(g)];
+    const uint64_t target = TopPMass(constants.top_p_fixed, total);
+    list.TakeMass(total, target, least);
+    list.CutTopP(target);
+  }
+  draw.threshold = list.Least();
+  draw.token_id = list.Race(&draw.kept_mass);
+  return draw;
+}
+
+}  // namespace twinjet::sampler

@@ -1,0 +1,9 @@
+#include "sampler/simd_avx512.h"
+// After the vector types.
+#include "sampler/simd_kernels.h"
+
+namespace twinjet::sampler {
+
+const Kernels kAvx512Kernels = {"avx512", Scan, GroupMasses, Collect, Weigh, CountAtLeast, Race};
+
+}  // namespace twinjet::sampler

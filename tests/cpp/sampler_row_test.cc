@@ -1,0 +1,118 @@
+// Every target this CPU has against the reference, bit for bit.
+// TWINJET_TEST_ROWS multiplies the number of random rows (default 1).
+#include <cstdlib>
+
+#include "check.h"
+#include "sampler/kernels.h"
+#include "sampler_rows.h"
+
+using namespace twinjet::sampler;
+
+namespace {
+
+int RowFactor() {
+  const char* text = std::getenv("TWINJET_TEST_ROWS");
+  return text == nullptr ? 1 : std::max(1, std::atoi(text));
+}
+
+std::string Describe(const rows::Row& row, rows::Shape shape, const Kernels& kernels) {
+  std::ostringstream text;
+  text << kernels.name << " shape " << static_cast<int>(shape) << " size " << row.input.vocab_size
+       << " dtype " << static_cast<int>(row.input.dtype) << " T " << row.params.temperature << " k "
+       << row.params.top_k << " p " << row.params.top_p << " min_p " << row.params.min_p << " logprobs "
+       << row.input.num_logprobs << (row.input.processed_logprobs ? " processed" : " raw");
+  return text.str();
+}
+
+void CompareRow(const rows::Row& row, rows::Shape shape, bool processed, std::vector<Workspace>& workspaces) {
+  rows::Result expected(row.input);
+  if (processed) expected.WantProcessed(row.input);
+  ReferenceDrawRow(row.input, &expected.output);
+  const std::vector<const Kernels*> targets = AvailableKernels();
+  for (size_t t = 0; t < targets.size(); ++t) {
+    rows::Result result(row.input);
+    if (processed) result.WantProcessed(row.input);
+    DrawRow(*targets[t], row.input, &workspaces[t], &result.output);
+    const std::string difference = rows::Difference(expected, result);
+    if (!difference.empty())
+      test::Fail(__FILE__, __LINE__, Describe(row, shape, *targets[t]) + ": " + difference);
+  }
+}
+
+void CompareRandomRows(int num_rows, int32_t max_size) {
+  std::mt19937_64 random = test::Random(static_cast<uint64_t>(max_size));
+  std::vector<Workspace> workspaces(AvailableKernels().size());
+  for (int i = 0; i < num_rows; ++i) {
+    const rows::Shape shape = static_cast<rows::Shape>(random() % static_cast<uint64_t>(rows::Shape::kCount));
+    rows::Row row;
+    rows::FillRow(random, shape, 1 + rows::Below(random, max_size), &row);
+    CompareRow(row, shape, rows::Chance(random, 0.05), workspaces);
+  }
+}
+
+}  // namespace
+
+TEST(names_of_targets) {
+  for (const Kernels* kernels : AvailableKernels()) std::printf("     target %s\n", kernels->name);
+  CHECK_EQ(std::string(AvailableKernels().back()->name), "scalar");
+  CHECK(FindKernels("sse9") == nullptr);
+}
+
+TEST(tiny_rows) { CompareRandomRows(40000 * RowFactor(), 40); }
+TEST(small_rows) { CompareRandomRows(4000 * RowFactor(), 1100); }
+TEST(middle_rows) { CompareRandomRows(400 * RowFactor(), 9000); }
+TEST(large_rows) { CompareRandomRows(16 * RowFactor(), 300000); }
+
+// Top-p targets that lie exactly on the mass before a token, one below and one above it: the
+// thresholds of an implementation that confuses < and <= differ there and nowhere else.
+TEST(top_p_on_every_boundary) {
+  std::mt19937_64 random = test::Random();
+  std::vector<Workspace> workspaces(AvailableKernels().size());
+  for (int round = 0; round < 300; ++round) {
+    const int32_t size = 1 + rows::Below(random, 700);
+    rows::Row row;
+    row.logits =
+        rows::MakeLogits(random, round % 2 == 0 ? rows::Shape::kQuarters : rows::Shape::kNormal, size);
+    row.input.vocab_size = size;
+    row.input.logits = row.logits.data();
+    row.input.num_logprobs = size;
+    row.input.processed_logprobs = true;
+    row.params.seed = random();
+    PrepareRow(row.params, size, &row.input.constants);
+    RowConstants& constants = row.input.constants;
+    constants.has_top_p = 1;
+
+    std::vector<float> sorted = row.logits;
+    std::sort(sorted.rbegin(), sorted.rend());
+    uint64_t total = 0;
+    for (float x : sorted) total += WeightOf(x, sorted[0], constants.scale);
+    uint64_t above = 0;
+    const int32_t stop = rows::Below(random, size);
+    for (int32_t i = 0; i < stop; ++i)
+      above += WeightOf(sorted[static_cast<size_t>(i)], sorted[0], constants.scale);
+    // The fixed-point p whose product with the total is just above `above`: ceil gives above + 1.
+    const auto p = static_cast<uint64_t>((static_cast<unsigned __int128>(above) << 64) / total);
+    for (uint64_t fixed : {p - 1, p, p + 1}) {
+      constants.top_p_fixed = above == 0 ? 0 : fixed;
+      CompareRow(row, rows::Shape::kQuarters, false, workspaces);
+    }
+  }
+}
+
+TEST(top_k_around_every_tie) {
+  std::mt19937_64 random = test::Random();
+  std::vector<Workspace> workspaces(AvailableKernels().size());
+  for (int round = 0; round < 1000; ++round) {
+    const int32_t size = 2 + rows::Below(random, 600);
+    rows::Row row;
+    row.logits = rows::MakeLogits(random, rows::Shape::kTies, size);
+    row.input.vocab_size = size;
+    row.input.logits = row.logits.data();
+    row.input.num_logprobs = size;
+    row.input.processed_logprobs = true;
+    row.params.seed = random();
+    row.params.top_k = 1 + rows::Below(random, size);
+    PrepareRow(row.params, size, &row.input.constants);
+    CompareRow(row, rows::Shape::kTies, false, workspaces);
+  }
+}
