@@ -161,20 +161,20 @@ __device__ __forceinline__ void RefreshGroupMaxima(const Block& block) {
 }
 
 // Steps 1 and 2 for the tokens that have an entry; each token has at most one.
-__device__ __forceinline__ void ApplyEdits(const Block& block, const RowInput& input, const Edit* edits) {
+__device__ __forceinline__ void ApplyEdits(const Block& block, const DeviceRow& input, const Edit* edits,
+                                           bool with_early_stops) {
+  const RowConstants& c = input.constants;
+  const uint32_t masking = kEditMasked | (with_early_stops ? kEditEarlyStop : 0);
   const int32_t first = block.first_group * kGroupSize;
   const int32_t end = first + block.num_local * kGroupSize;
   for (int32_t i = input.edit_begin + static_cast<int32_t>(threadIdx.x); i < input.edit_end; i += kThreads) {
     const Edit edit = edits[i];
     if (edit.token_id < first || edit.token_id >= end) continue;
     float x = block.slice[edit.token_id - first];
-    if ((edit.flags & kEditMasked) != 0) x = NegativeInfinity();
+    if ((edit.flags & masking) != 0) x = NegativeInfinity();
     if ((edit.flags & kEditBias) != 0) x = ApplyBias(x, edit.bias);
-    if (input.has_penalty != 0) {
-      const RowConstants& c = input.constants;
-      if ((edit.flags & kEditSeen) != 0) x = ApplyRepetition(x, c.repetition, c.repetition_inverse);
-      if (edit.output_count > 0) x = ApplyFrequencyPresence(x, c.frequency, c.presence, edit.output_count);
-    }
+    if ((edit.flags & kEditSeen) != 0) x = ApplyRepetition(x, c.repetition, c.repetition_inverse);
+    if (edit.output_count > 0) x = ApplyFrequencyPresence(x, c.frequency, c.presence, edit.output_count);
     block.slice[edit.token_id - first] = x;
   }
 }

@@ -31,16 +31,17 @@ struct Edit {
 };
 constexpr uint32_t kEditMasked = 1;  // -inf
 constexpr uint32_t kEditBias = 2;
-constexpr uint32_t kEditSeen = 4;  // in the prompt or the output: repetition penalty
+constexpr uint32_t kEditSeen = 4;       // in the prompt or the output: repetition penalty
+constexpr uint32_t kEditEarlyStop = 8;  // -inf, unless that leaves no token
 
 // One row's inputs. Written by the host before each step, constant during it.
-struct RowInput {
+struct DeviceRow {
   RowConstants constants;
   int32_t bitmask_row;  // row of SampleArgs::bitmask, or -1
   int32_t allowed_row;  // row of SampleArgs::allowed, or -1
   int32_t edit_begin;   // edits[edit_begin .. edit_end)
   int32_t edit_end;
-  uint32_t has_penalty;  // repetition, frequency or presence penalties apply to edits
+  uint32_t has_early_stops;  // some edit has kEditEarlyStop
   uint32_t reserved;
 };
 
@@ -56,7 +57,7 @@ struct SampleArgs {
   int32_t num_rows = 0;
   int32_t vocab_size = 0;
   int32_t groups_per_block = 0;  // set by the launcher
-  const RowInput* rows = nullptr;
+  const DeviceRow* rows = nullptr;
   const Edit* edits = nullptr;
   const uint32_t* bitmask = nullptr;  // [*, bitmask_stride] words, bit = 1: allowed
   int64_t bitmask_stride = 0;
@@ -64,6 +65,7 @@ struct SampleArgs {
   int32_t* token_ids = nullptr;       // [num_rows]
   uint32_t* status = nullptr;         // [num_rows]
   DrawInfo* info = nullptr;           // [num_rows]
+  float* processed_logits = nullptr;  // [num_rows, vocab_size] or null
   float* scratch = nullptr;           // rows in progress where they do not fit on chip
 };
 

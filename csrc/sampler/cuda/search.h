@@ -7,6 +7,13 @@
 
 #include "sampler/spec.h"
 
+// Only nvcc's device pass knows the pragma.
+#if defined(__CUDA_ARCH__)
+#define TWINJET_UNROLL _Pragma("unroll")
+#else
+#define TWINJET_UNROLL
+#endif
+
 namespace twinjet::sampler::cuda {
 
 constexpr int kNumPivots = 7;
@@ -34,7 +41,7 @@ TWINJET_HD Pivots MassPivots(const Bracket& bracket, float max, float scale) {
   constexpr float kZ[kNumPivots] = {-14.0f, -10.5f, -8.0f, -6.0f, -4.0f, -2.5f, -1.0f};
   Pivots pivots;
   const float unit = 1.0f / scale;
-#pragma unroll
+  TWINJET_UNROLL
   for (int i = 0; i < kNumPivots; ++i) {
     pivots.key[i] = ClampKey(OrderedKey(AddRn(max, MulRn(kZ[i], unit))), bracket);
   }
@@ -45,7 +52,7 @@ TWINJET_HD Pivots MassPivots(const Bracket& bracket, float max, float scale) {
 TWINJET_HD Pivots CountPivots(const Bracket& bracket, float top, float length) {
   constexpr float kStep[kNumPivots] = {-8.0f, -4.0f, -2.0f, -1.0f, -0.5f, -0.25f, 0.0f};
   Pivots pivots;
-#pragma unroll
+  TWINJET_UNROLL
   for (int i = 0; i < kNumPivots; ++i) {
     pivots.key[i] = ClampKey(OrderedKey(AddRn(top, MulRn(kStep[i], length))), bracket);
   }
@@ -60,7 +67,7 @@ TWINJET_HD Pivots EvenPivots(const Bracket& bracket, int round) {
   const float step = MulRn(SubRn(FloatFromKey(bracket.hi), lo), 1.0f / (kNumPivots + 1));
   const bool by_key = (round & 1) != 0 || !IsFinite(lo) || !IsFinite(step);
   const uint32_t width = bracket.hi - bracket.lo;
-#pragma unroll
+  TWINJET_UNROLL
   for (int i = 0; i < kNumPivots; ++i) {
     const uint64_t offset = (static_cast<uint64_t>(width) * static_cast<uint32_t>(i + 1)) / (kNumPivots + 1);
     const uint32_t key = by_key ? bracket.lo + static_cast<uint32_t>(offset)
@@ -73,7 +80,7 @@ TWINJET_HD Pivots EvenPivots(const Bracket& bracket, int round) {
 // sums[i] = total(pivot i <= key < hi).
 TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const uint64_t* sums, uint64_t target) {
   Bracket next = bracket;
-#pragma unroll
+  TWINJET_UNROLL
   for (int i = 0; i < kNumPivots; ++i) {
     const uint64_t total = bracket.above + sums[i];
     if (total >= target) {
