@@ -18,13 +18,14 @@ if(TWINJET_WITH_CUDA)
   set(CMAKE_CUDA_ARCHITECTURES ${TWINJET_CUDA_ARCHITECTURES})
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
-  set(CMAKE_CUDA_STANDARD 20)
-  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_EXTENSIONS OFF)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has C++20
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+  endif()
   find_package(CUDAToolkit REQUIRED)
   # -fmad=false beside the explicit roundings of sampler/hd.h: nothing is fused behind its back.
   target_compile_options(twinjet_options INTERFACE
-    $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false -lineinfo -Xcompiler=-Wall,-Wextra,-Wshadow>)
+    "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-fmad=false -lineinfo -Xcompiler=-Wall,-Wextra,-Wshadow>")
   if(TWINJET_WERROR)
     target_compile_options(twinjet_options INTERFACE
       "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler=-Werror>")
