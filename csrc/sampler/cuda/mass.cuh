@@ -35,7 +35,7 @@ __device__ __forceinline__ void SumGroups(const Block& block, float max, float s
     const bool inside = group < block.num_local;
     const float top = inside ? block.group_max[group] : NegativeInfinity();
     // Below z = -45 every weight is truncated to 0.
-    const bool active = top >= threshold && ZOf(top, max, scale) >= -45.0f;
+    const bool active = inside && top >= threshold && ZOf(top, max, scale) >= -45.0f;
     uint64_t mass = 0;
     if (__any_sync(~0u, active)) {
       if (active) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
     const int32_t group = GroupOfLane(pass);
     const bool inside = group < block.num_local;
     const float top = inside ? block.group_max[group] : NegativeInfinity();
-    const bool active = top >= lo;
+    const bool active = inside && top >= lo;
     uint64_t mass = 0;
     if (__any_sync(~0u, active)) {
       const bool reaches_pivot = __any_sync(~0u, active && top >= pivot[0]);
