@@ -19,6 +19,7 @@ struct Block {
   int32_t groups_per_block;
   int32_t num_groups;  // of the row
   int32_t parity;      // of the next mail
+  bool is_arriving;    // a bulk copy fills the slice's whole groups; wait for head->arrival
 };
 
 // The group a lane works on in pass `pass`, within the block; lane_in_group in 0 .. 7.

@@ -105,9 +105,79 @@ __device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t f
   return max;
 }
 
+// Starts what needs no thread to wait: the copy of the block's whole groups into the slice, where the logits
+// can be taken as they are, and the fetch into L2 of the slice that this block's successor will read.
+// Thread 0 alone; the block synchronises before it waits for the copy.
+__device__ __forceinline__ void StartCopies(Block& block, const SampleArgs& args, int32_t row, bool aligned) {
+#if __CUDA_ARCH__ >= 900
+  const int64_t item = args.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t first = static_cast<int64_t>(block.first_group) * kGroupSize;
+  const int64_t left = (args.vocab_size - first) / kGroupSize;
+  const int64_t whole = left < block.num_local ? left : block.num_local;  // groups
+  const uint32_t bytes = whole <= 0 ? 0 : static_cast<uint32_t>(whole * kGroupSize * item);
+  const char* source = static_cast<const char*>(args.logits) + (row * args.row_stride + first) * item;
+  if (block.is_arriving) {
+    const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&block.head->arrival));
+    const uint32_t slice = static_cast<uint32_t>(__cvta_generic_to_shared(block.slice));
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    if (bytes != 0) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(slice),
+          "l"(source), "r"(bytes), "r"(barrier)
+          : "memory");
+    }
+  }
+  if (aligned && bytes != 0 && row + args.rows_in_flight < args.num_rows &&
+      args.rows_in_flight * args.row_stride * item % 16 == 0) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source + args.rows_in_flight * args.row_stride * item),
+                 "r"(bytes));
+  }
+#endif
+}
+
+__device__ __forceinline__ void WaitForSlice(Block& block) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&block.head->arrival));
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], 0;\n"
+      "@!done bra wait;\n"
+      "}\n" ::"r"(barrier)
+      : "memory");
+#endif
+  block.is_arriving = false;
+}
+
+// A group that a bulk copy brought: NaN and masked tokens become -inf in place.
+__device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, float4* group, bool masked,
+                                           bool& has_nan) {
+  float max = NegativeInfinity();
+#pragma unroll
+  for (int i = 0; i < kTokensPerLane / 4; ++i) {
+    const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * 4;
+    float4 x = group[offset / 4];
+    const bool any_nan = x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
+    has_nan |= any_nan;
+    if (masked || any_nan) {
+      const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
+      x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
+      x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
+      x.z = (allowed & 4u) != 0 ? fmaxf(x.z, NegativeInfinity()) : NegativeInfinity();
+      x.w = (allowed & 8u) != 0 ? fmaxf(x.w, NegativeInfinity()) : NegativeInfinity();
+      group[offset / 4] = x;
+    }
+    max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
+  }
+  return max;
+}
+
 // Fills the slice and the maxima of its groups; true where this lane saw a NaN. No barrier at the end.
 template <Dtype kDtype>
-__device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args) {
+__device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, bool has_arrived) {
   bool has_nan = false;
   const bool masked = args.mask != nullptr || args.allowed != nullptr;
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
@@ -117,10 +187,12 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
     if (group < block.num_local) {
       const int32_t first = (block.first_group + group) * kGroupSize;
       float* out = block.slice + group * kGroupSize;
-      if (args.aligned && first + kGroupSize <= args.vocab_size) {
-        max = LoadGroup<kDtype>(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
-      } else {
+      if (!args.aligned || first + kGroupSize > args.vocab_size) {
         max = LoadRaggedGroup<kDtype>(args, first, out, has_nan);
+      } else if (kDtype == Dtype::kFloat32 && has_arrived) {
+        max = ScanGroup(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
+      } else {
+        max = LoadGroup<kDtype>(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
       }
     }
 #pragma unroll
@@ -132,10 +204,12 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
   return has_nan;
 }
 
-__device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, Dtype dtype) {
-  if (dtype == Dtype::kFloat32) return LoadSlice<Dtype::kFloat32>(block, args);
-  if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args);
-  return LoadSlice<Dtype::kBfloat16>(block, args);
+__device__ __forceinline__ bool LoadSlice(Block& block, const LoadArgs& args, Dtype dtype) {
+  const bool has_arrived = block.is_arriving;
+  if (has_arrived) WaitForSlice(block);
+  if (dtype == Dtype::kFloat32) return LoadSlice<Dtype::kFloat32>(block, args, has_arrived);
+  if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false);
+  return LoadSlice<Dtype::kBfloat16>(block, args, false);
 }
 
 // Maxima of the groups as the slice now is. Whole block; the slice must be in place.

@@ -40,6 +40,7 @@ __device__ __forceinline__ void ListTop(Block& block, int32_t vocab_size, int32_
     uint64_t entry = kNoEntry;
     for (int32_t g = lane; g < block.num_local; g += 32) entry = MaxOf()(entry, best[g]);
     entry = ReduceWarp(entry, MaxOf());
+    __syncwarp();  // all lanes have read best before one of them is changed
     if (lane == 0) list[n] = entry;
     if (entry == kNoEntry) continue;
     const int32_t token = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(entry));
@@ -102,7 +103,7 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
     distribution.threshold = sample.info[row].threshold;
     if (input.constants.scale != 0.0f) scale = input.constants.scale;
   }
-  SumGroups(block, state.max, scale, distribution.threshold);
+  SumGroups<false>(block, state.max, scale, distribution.threshold, 0.0f);
   __syncthreads();
   uint64_t sums[2] = {0, 0};  // mass; key of the drawn token's logit
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
@@ -115,6 +116,8 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
   const float drawn = FloatFromKey(static_cast<uint32_t>(sums[1]));
   uint64_t rank[1] = {CountAtLeast(block, drawn)};
   AllReduce(block, rank, SumOf());
+  // Slices are filled up with -inf, which must not count.
+  if (drawn == NegativeInfinity()) rank[0] = static_cast<uint64_t>(sample.vocab_size);
   if (block.cluster.rank == 0 && threadIdx.x == 0) {
     args.top_ids[base] = token;
     args.top_logprobs[base] = LogProbOf(distribution, drawn);
@@ -149,8 +152,9 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
 __global__ void __launch_bounds__(kThreads) LogprobsOnChipKernel(const __grid_constant__ LogprobsArgs args) {
   extern __shared__ __align__(16) char shared[];
   Block block = MakeBlock(shared, args.sample, true);
-  ClusterArrive(block.cluster);
-  LogprobsOfRow(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size));
+  const int32_t row = static_cast<int32_t>(blockIdx.x / block.cluster.size);
+  StartRow(block, args.sample, row);
+  LogprobsOfRow(block, args, row);
 }
 
 __global__ void __launch_bounds__(kThreads) LogprobsInMemoryKernel(const __grid_constant__ LogprobsArgs args) {
@@ -183,6 +187,7 @@ cudaError_t LaunchLogprobs(const LogprobsArgs& args, const LaunchShape& shape, c
   if (args.sample.num_rows == 0) return cudaSuccess;
   LogprobsArgs full = args;
   full.sample.groups_per_block = shape.groups_per_block;
+  full.sample.rows_in_flight = shape.rows_in_flight;
   return LaunchCluster(shape.on_chip ? LogprobsOnChipKernel : LogprobsInMemoryKernel, full, shape, stream);
 }
 

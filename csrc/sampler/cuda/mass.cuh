@@ -26,10 +26,14 @@ __device__ __forceinline__ uint64_t SumGroupLanes(uint64_t value) {
   return value;
 }
 
-// group_mass[g] = sum of the weights of group g's tokens with x >= threshold. No barrier at the end.
-__device__ __forceinline__ void SumGroups(const Block& block, float max, float scale, float threshold) {
+// group_mass[g] = sum of the weights of group g's tokens with x >= threshold. With kPivot, returns this lane's
+// share of the weight of those with x >= pivot, pivot being at least threshold. No barrier at the end.
+template <bool kPivot>
+__device__ __forceinline__ uint64_t SumGroups(const Block& block, float max, float scale, float threshold,
+                                              float pivot) {
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  uint64_t reaching = 0;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     const bool inside = group < block.num_local;
@@ -39,7 +43,7 @@ __device__ __forceinline__ void SumGroups(const Block& block, float max, float s
     uint64_t mass = 0;
     if (__any_sync(~0u, active)) {
       if (active) {
-        double even = kSumBase, odd = kSumBase;
+        double even = kSumBase, odd = kSumBase, high = kSumBase;
 #pragma unroll
         for (int i = 0; i < kTokensPerLane / 4; ++i) {
           const float4 x = slice[FloatFourOfLane(group, i)];
@@ -49,19 +53,26 @@ __device__ __forceinline__ void SumGroups(const Block& block, float max, float s
           if (x.y >= threshold) odd = __dadd_rz(odd, w1);
           if (x.z >= threshold) even = __dadd_rz(even, w2);
           if (x.w >= threshold) odd = __dadd_rz(odd, w3);
+          if (kPivot && fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)) >= pivot) {
+            if (x.x >= pivot) high = __dadd_rz(high, w0);
+            if (x.y >= pivot) high = __dadd_rz(high, w1);
+            if (x.z >= pivot) high = __dadd_rz(high, w2);
+            if (x.w >= pivot) high = __dadd_rz(high, w3);
+          }
         }
         mass = IntegerOfSum(even) + IntegerOfSum(odd);
+        if (kPivot) reaching += IntegerOfSum(high);
       }
       mass = SumGroupLanes(mass);
     }
     if (inside && LaneInGroup() == 0) block.group_mass[group] = mass;
   }
+  return reaching;
 }
 
 // sums[i] += total of this lane's tokens with pivot i <= x < hi; sums[kNumPivots] of those with
-// lo <= x < hi. Totals are weights, or counts with kCount. With kGroups group_mass is filled from the
-// last of them. The pivots ascend and are not below lo.
-template <bool kCount, bool kGroups>
+// lo <= x < hi. Totals are weights, or counts with kCount. The pivots ascend and are not below lo.
+template <bool kCount>
 __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float scale, float lo, uint32_t hi_key,
                                             const Pivots& pivots, uint64_t (&sums)[kNumPivots + 1]) {
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
@@ -75,7 +86,6 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
     const bool inside = group < block.num_local;
     const float top = inside ? block.group_max[group] : NegativeInfinity();
     const bool active = inside && top >= lo;
-    uint64_t mass = 0;
     if (__any_sync(~0u, active)) {
       const bool reaches_pivot = __any_sync(~0u, active && top >= pivot[0]);
       if (active) {
@@ -112,16 +122,13 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
             }
           }
         }
-        mass = kCount ? count : IntegerOfSum(all);
-        sums[kNumPivots] += mass;
+        sums[kNumPivots] += kCount ? count : IntegerOfSum(all);
         if (reaches_pivot) {
 #pragma unroll
           for (int i = 0; i < kNumPivots; ++i) sums[i] += kCount ? count_at[i] : IntegerOfSum(at[i]);
         }
       }
-      if (kGroups) mass = SumGroupLanes(mass);
     }
-    if (kGroups && inside && LaneInGroup() == 0) block.group_mass[group] = mass;
   }
 }
 

@@ -57,6 +57,7 @@ struct SampleArgs {
   int32_t num_rows = 0;
   int32_t vocab_size = 0;
   int32_t groups_per_block = 0;  // set by the launcher
+  int32_t rows_in_flight = 0;    // set by the launcher: rows that run at once
   const DeviceRow* rows = nullptr;
   const Edit* edits = nullptr;
   const uint32_t* bitmask = nullptr;  // [*, bitmask_stride] words, bit = 1: allowed
@@ -83,6 +84,7 @@ struct LaunchShape {
   int32_t cluster = 1;
   int32_t groups_per_block = 0;
   int32_t num_blocks = 0;
+  int32_t rows_in_flight = 0;  // how many rows the device works on at once
   size_t shared_bytes = 0;
   bool on_chip = false;  // slices live in shared memory
 };
@@ -105,6 +107,7 @@ struct SharedHead {
   float list[kMaxCandidates];  // this block's candidates; read by the other blocks
   int32_t list_size;
   int32_t num_listed[kMaxCluster];
+  uint64_t arrival;  // mbarrier of the slice's bulk copy
 };
 
 // Byte offsets of the arrays behind the head.

@@ -28,7 +28,21 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
   const int32_t left = block.num_groups - block.first_group;
   block.num_local = left < 0 ? 0 : left < args.groups_per_block ? left : args.groups_per_block;
   block.parity = 0;
+  block.is_arriving = false;
   return block;
+}
+
+// Before anything else is read: sets the block's copies going. A barrier of the block follows inside.
+__device__ __forceinline__ void StartRow(Block& block, const SampleArgs& args, int32_t row) {
+  const int64_t bytes = args.dtype == Dtype::kFloat32 ? 4 : 2;
+  const auto address = reinterpret_cast<uintptr_t>(args.logits) + static_cast<uintptr_t>(row * args.row_stride * bytes);
+  const bool aligned = (address & 15) == 0;
+#if __CUDA_ARCH__ >= 900
+  block.is_arriving = aligned && args.dtype == Dtype::kFloat32;
+#endif
+  if (threadIdx.x == 0) StartCopies(block, args, row, aligned);
+  ClusterArrive(block.cluster);
+  __syncthreads();
 }
 
 __device__ __forceinline__ LoadArgs LoadArgsOf(const SampleArgs& args, const DeviceRow& input, int32_t row,
@@ -101,31 +115,41 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
 }
 
 // Steps 7 to 9: kept are the logits at least this large.
-__device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants& constants, float max) {
+__device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants& constants, float max,
+                                               int32_t vocab_size) {
   uint32_t key = kKeyOfNegativeInfinity;
+  int32_t num_gathered = 0;
   if (constants.min_z > NegativeInfinity()) key = MinPKey(max, constants.scale, constants.min_z);
   if (constants.top_k > 0) {
-    const uint32_t kth = TopKThreshold(block, max, constants.top_k);
+    const uint32_t kth = TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size, &num_gathered);
     key = kth > key ? kth : key;
   }
   if (constants.has_top_p != 0) {
-    key = TopPThreshold(block, max, constants.scale, key, constants.top_p_fixed);
+    key = TopPThreshold(block, max, constants.scale, key, constants.top_p_fixed, vocab_size, num_gathered);
   }
   return FloatFromKey(key);
 }
 
+// The exponential variate of the group that this thread enters into the race first.
+__device__ __forceinline__ double GroupExponential(const Block& block, const RowConstants& constants) {
+  if (constants.is_greedy != 0 || static_cast<int32_t>(threadIdx.x) >= block.num_local) return 0.0;
+  return ExponentialOf(constants.race, (static_cast<uint32_t>(block.first_group) + threadIdx.x) | kGroupLevel);
+}
+
 // Step 10. Returns the token in thread 0 of the block that owns the winning group, -1 elsewhere.
+// own_exponential: GroupExponential of this thread, computed while the logits were on their way.
 __device__ __forceinline__ int32_t DrawToken(Block& block, const RowConstants& constants, float max,
-                                             float threshold) {
-  SumGroups(block, max, constants.scale, threshold);
+                                             float threshold, double own_exponential) {
+  SumGroups<false>(block, max, constants.scale, threshold, 0.0f);
   __syncthreads();
   Runner runner = {kNeverArrives, 0};
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
     const uint64_t mass = block.group_mass[i];
     if (mass == 0) continue;
     const uint32_t group = static_cast<uint32_t>(block.first_group + i);
-    const double time = RaceTime(ExponentialOf(constants.race, group | kGroupLevel), mass);
-    runner = Earlier(runner, {DoubleBits(time), group});
+    const double exponential =
+        i < kThreads ? own_exponential : ExponentialOf(constants.race, group | kGroupLevel);
+    runner = Earlier(runner, {DoubleBits(RaceTime(exponential, mass)), group});
   }
   const Runner winner = EarliestInRow(block, runner);
   const int32_t group = static_cast<int32_t>(winner.index) - block.first_group;

@@ -9,6 +9,7 @@ namespace {
 __device__ __forceinline__ void SampleRow(Block& block, const SampleArgs& args, int32_t row) {
   const DeviceRow& input = args.rows[row];
   const RowConstants constants = input.constants;
+  const double own_exponential = GroupExponential(block, constants);
   const RowState state = PrepareSlice(block, args, input, row, true);
   if (args.processed_logits != nullptr) {
     float* out = args.processed_logits + static_cast<int64_t>(row) * args.vocab_size;
@@ -24,8 +25,8 @@ __device__ __forceinline__ void SampleRow(Block& block, const SampleArgs& args, 
       token = FirstMaximum(block, state);
       if (constants.scale != 0.0f) threshold = state.max;  // top_k = 1
     } else {
-      threshold = KeepThreshold(block, constants, state.max);
-      token = DrawToken(block, constants, state.max, threshold);
+      threshold = KeepThreshold(block, constants, state.max, args.vocab_size);
+      token = DrawToken(block, constants, state.max, threshold, own_exponential);
     }
   }
   if (threadIdx.x != 0) return;
@@ -40,8 +41,9 @@ __device__ __forceinline__ void SampleRow(Block& block, const SampleArgs& args, 
 __global__ void __launch_bounds__(kThreads, 3) SampleOnChipKernel(const __grid_constant__ SampleArgs args) {
   extern __shared__ __align__(16) char shared[];
   Block block = MakeBlock(shared, args, true);
-  ClusterArrive(block.cluster);
-  SampleRow(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size));
+  const int32_t row = static_cast<int32_t>(blockIdx.x / block.cluster.size);
+  StartRow(block, args, row);
+  SampleRow(block, args, row);
 }
 
 // Slices do not fit on chip: one block a row, its slice in scratch memory.
@@ -87,6 +89,7 @@ cudaError_t LaunchSample(const SampleArgs& args, const LaunchShape& shape, cudaS
   if (args.num_rows == 0) return cudaSuccess;
   SampleArgs full = args;
   full.groups_per_block = shape.groups_per_block;
+  full.rows_in_flight = shape.rows_in_flight;
   return LaunchCluster(shape.on_chip ? SampleOnChipKernel : SampleInMemoryKernel, full, shape, stream);
 }
 

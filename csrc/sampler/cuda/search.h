@@ -19,11 +19,12 @@ namespace twinjet::sampler::cuda {
 constexpr int kNumPivots = 7;
 constexpr uint32_t kKeyOfNegativeInfinity = 0x007fffffu;
 
-// total(key >= lo) >= target > total(key >= hi) = above.
+// total(key >= lo) = reached >= target > total(key >= hi) = above.
 struct Bracket {
   uint32_t lo;
   uint32_t hi;
   uint64_t above;
+  uint64_t reached;
 };
 
 // Ascending keys in (lo, hi); may repeat.
@@ -36,16 +37,24 @@ TWINJET_HD uint32_t ClampKey(uint32_t key, const Bracket& bracket) {
   return key >= bracket.hi ? bracket.hi - 1 : key;
 }
 
-// First pivots of a search by mass: most searches end a few log2 units below the maximum.
-TWINJET_HD Pivots MassPivots(const Bracket& bracket, float max, float scale) {
-  constexpr float kZ[kNumPivots] = {-14.0f, -10.5f, -8.0f, -6.0f, -4.0f, -2.5f, -1.0f};
-  Pivots pivots;
-  const float unit = 1.0f / scale;
-  TWINJET_UNROLL
-  for (int i = 0; i < kNumPivots; ++i) {
-    pivots.key[i] = ClampKey(OrderedKey(AddRn(max, MulRn(kZ[i], unit))), bracket);
-  }
-  return pivots;
+// The one pivot of a search by mass that needs no sums but the row's total: most end within 7 log2 units of
+// the maximum.
+TWINJET_HD uint32_t FirstMassPivot(float max, float scale) {
+  return OrderedKey(SubRn(max, MulRn(7.0f, 1.0f / scale)));
+}
+
+// A key that the threshold cannot lie below: num_tokens tokens lighter than it weigh no more than may be
+// dropped, total - target. The margin covers the weights' rounding and the float arithmetic here.
+TWINJET_HD uint32_t LeastMassKey(float max, float scale, uint64_t total, uint64_t target, int32_t num_tokens) {
+  const uint64_t weight = (total - target) / static_cast<uint32_t>(num_tokens);
+  if (weight < 4) return kKeyOfNegativeInfinity;
+  int log2_weight = 0;
+  while (log2_weight < 62 && (weight >> (log2_weight + 1)) != 0) ++log2_weight;
+  const float z = static_cast<float>(log2_weight - kMassBits - 1);
+  const float x = AddRn(max, MulRn(z, 1.0f / scale));
+  // Far from 0 a float is too coarse to hold the place: no guarantee then.
+  if (!(x < max) || ZOf(x, max, scale) > AddRn(z, 0.9f)) return kKeyOfNegativeInfinity;
+  return OrderedKey(x);
 }
 
 // First pivots of a search by count below `top`, given a length typical of the row.
@@ -59,20 +68,35 @@ TWINJET_HD Pivots CountPivots(const Bracket& bracket, float top, float length) {
   return pivots;
 }
 
-// Equal steps, in the logit in even rounds and in the key in odd ones: the first is fast on ordinary
-// rows, the second bounds the number of rounds on any row.
-TWINJET_HD Pivots EvenPivots(const Bracket& bracket, int round) {
+// Equal steps of the key: bounds the number of rounds on any row.
+TWINJET_HD Pivots KeyPivots(const Bracket& bracket) {
+  const uint64_t width = bracket.hi - bracket.lo;
   Pivots pivots;
-  const float lo = FloatFromKey(bracket.lo);
-  const float step = MulRn(SubRn(FloatFromKey(bracket.hi), lo), 1.0f / (kNumPivots + 1));
-  const bool by_key = (round & 1) != 0 || !IsFinite(lo) || !IsFinite(step);
-  const uint32_t width = bracket.hi - bracket.lo;
   TWINJET_UNROLL
   for (int i = 0; i < kNumPivots; ++i) {
-    const uint64_t offset = (static_cast<uint64_t>(width) * static_cast<uint32_t>(i + 1)) / (kNumPivots + 1);
-    const uint32_t key = by_key ? bracket.lo + static_cast<uint32_t>(offset)
-                                : OrderedKey(AddRn(lo, MulRn(step, static_cast<float>(i + 1))));
-    pivots.key[i] = ClampKey(key, bracket);
+    const uint64_t offset = width * static_cast<uint32_t>(i + 1) / (kNumPivots + 1);
+    pivots.key[i] = ClampKey(bracket.lo + static_cast<uint32_t>(offset), bracket);
+  }
+  return pivots;
+}
+
+// Where the next pivots of a bracket go. Round 0: equal steps of the logit. Then close around the place where
+// the target would lie if the total grew evenly, which it nearly does over a short stretch; but every third
+// round by KeyPivots.
+TWINJET_HD Pivots NextPivots(const Bracket& bracket, uint64_t target, int round) {
+  constexpr float kEven[kNumPivots] = {0.125f, 0.25f, 0.375f, 0.5f, 0.625f, 0.75f, 0.875f};
+  constexpr float kClose[kNumPivots] = {-0.2f, -0.06f, -0.02f, 0.0f, 0.02f, 0.06f, 0.2f};
+  const float lo = FloatFromKey(bracket.lo);
+  const float hi = FloatFromKey(bracket.hi - 1);
+  const float width = SubRn(hi, lo);
+  if (round % 3 == 2 || !(width > 0.0f) || !IsFinite(width)) return KeyPivots(bracket);
+  const float share = static_cast<float>(static_cast<double>(bracket.reached - target) /
+                                         static_cast<double>(bracket.reached - bracket.above));
+  Pivots pivots;
+  TWINJET_UNROLL
+  for (int i = 0; i < kNumPivots; ++i) {
+    const float place = round == 0 ? kEven[i] : AddRn(share, kClose[i]);
+    pivots.key[i] = ClampKey(OrderedKey(AddRn(lo, MulRn(width, place))), bracket);
   }
   return pivots;
 }
@@ -85,6 +109,7 @@ TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const ui
     const uint64_t total = bracket.above + sums[i];
     if (total >= target) {
       next.lo = pivots.key[i];
+      next.reached = total;
     } else if (pivots.key[i] < next.hi) {
       next.hi = pivots.key[i];
       next.above = total;

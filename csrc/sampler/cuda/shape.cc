@@ -7,6 +7,8 @@ namespace {
 constexpr int32_t kGroupsOfThreePerMultiprocessor = 63;
 // Below this a block's fixed costs outweigh its share of the row.
 constexpr int32_t kLeastGroupsPerBlock = 8;
+// Shared memory the system takes of each block.
+constexpr size_t kReservedPerBlock = 1024;
 
 int32_t DivideUp(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
@@ -41,6 +43,9 @@ LaunchShape ChooseShape(const DeviceLimits& limits, int32_t num_rows, int32_t vo
   }
   shape.shared_bytes = LayOutShared(shape.groups_per_block, num_groups, shape.on_chip).total;
   shape.num_blocks = num_rows * shape.cluster;
+  const size_t blocks_that_fit = (limits.max_shared_bytes + kReservedPerBlock) / (shape.shared_bytes + kReservedPerBlock);
+  const int32_t per_multiprocessor = static_cast<int32_t>(blocks_that_fit < 3 ? blocks_that_fit : 3);
+  shape.rows_in_flight = limits.num_multiprocessors * per_multiprocessor / shape.cluster;
   if (!shape.on_chip && shape.num_blocks > 2 * limits.num_multiprocessors) {
     shape.num_blocks = 2 * limits.num_multiprocessors;  // blocks go from row to row; scratch is per block
   }
