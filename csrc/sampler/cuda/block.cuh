@@ -18,7 +18,8 @@ struct Block {
   int32_t num_local;     // groups of this block; may be 0
   int32_t groups_per_block;
   int32_t num_groups;  // of the row
-  int32_t parity;      // of the next mail
+  uint32_t exchange;   // number of the next exchange of mail
+  uint32_t listing;    // number of the next exchange of lists
   bool is_arriving;    // a bulk copy fills the slice's whole groups; wait for head->arrival
 };
 
@@ -51,32 +52,51 @@ __device__ __forceinline__ uint64_t ReduceWarp(uint64_t value, Op op) {
   return value;
 }
 
+// Sends by_warp's combination of kCount words to every block and waits for theirs; returns the mail. In a
+// cluster of one nothing is sent, and the mail is the block's own.
+template <int kCount, class Combine>
+__device__ __forceinline__ auto* ExchangeMail(Block& block, Combine combine) {
+  SharedHead& head = *block.head;
+  const uint32_t set = block.exchange & 1;
+  const uint32_t phase = block.exchange >> 1 & 1;
+  ++block.exchange;
+  auto* mail = head.mail[set];
+  if (block.cluster.size == 1) {
+    if (threadIdx.x < kCount) mail[0][threadIdx.x] = combine(threadIdx.x);
+    __syncthreads();
+    return mail;
+  }
+  if (threadIdx.x == 0) ExpectBytes(&head.mail_arrival[set], block.cluster.size * kCount * 8);
+  if (threadIdx.x < block.cluster.size * kCount) {
+    const uint32_t i = threadIdx.x % kCount;
+    SendRemote(&mail[block.cluster.rank][i], combine(i), &head.mail_arrival[set], threadIdx.x / kCount);
+  }
+  WaitPhase(&head.mail_arrival[set], phase);
+  return mail;
+}
+
 // Every thread of every block of the row gets the combination of all threads' values.
 template <int kCount, class Op>
 __device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCount], Op op) {
   SharedHead& head = *block.head;
-  const uint32_t warp = threadIdx.x / 32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint64_t value = ReduceWarp(values[i], op);
-    if (threadIdx.x % 32 == 0) head.by_warp[warp][i] = value;
+    if (threadIdx.x % 32 == 0) head.by_warp[threadIdx.x / 32][i] = value;
   }
   __syncthreads();
-  auto* mail = head.mail[block.parity];
-  block.parity ^= 1;
-  if (threadIdx.x < block.cluster.size * kCount) {
-    const uint32_t destination = threadIdx.x / kCount;
-    const uint32_t i = threadIdx.x % kCount;
+  auto* mail = ExchangeMail<kCount>(block, [&](uint32_t i) {
     uint64_t value = head.by_warp[0][i];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) value = op(value, head.by_warp[w][i]);
-    StoreRemote(&mail[block.cluster.rank][i], value, destination, block.cluster);
-  }
-  ClusterSync(block.cluster);
-  if (kCount == 1) {
-    uint64_t value = mail[0][0];
-    for (uint32_t r = 1; r < block.cluster.size; ++r) value = op(value, mail[r][0]);
-    values[0] = value;
+    return value;
+  });
+  if (kCount <= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = mail[0][i];
+      for (uint32_t r = 1; r < block.cluster.size; ++r) values[i] = op(values[i], mail[r][i]);
+    }
     return;
   }
   if (threadIdx.x < kCount) {
@@ -100,9 +120,10 @@ __device__ __forceinline__ Runner Earlier(const Runner& a, const Runner& b) {
   return b.time < a.time || (b.time == a.time && b.index < a.index) ? b : a;
 }
 
-// The block's earliest runner, in all threads of its first warp.
+// The block's earliest runner, in all threads.
 __device__ __forceinline__ Runner EarliestInBlock(Block& block, Runner runner) {
   SharedHead& head = *block.head;
+  __syncthreads();  // by_warp is read by all threads below, and may be still from the last call
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     runner = Earlier(runner, {__shfl_xor_sync(~0u, runner.time, offset), __shfl_xor_sync(~0u, runner.index, offset)});
@@ -120,13 +141,7 @@ __device__ __forceinline__ Runner EarliestInBlock(Block& block, Runner runner) {
 // The row's earliest runner, in all threads of all blocks.
 __device__ __forceinline__ Runner EarliestInRow(Block& block, Runner runner) {
   runner = EarliestInBlock(block, runner);
-  auto* mail = block.head->mail[block.parity];
-  block.parity ^= 1;
-  if (threadIdx.x < block.cluster.size * 2) {
-    StoreRemote(&mail[block.cluster.rank][threadIdx.x % 2], threadIdx.x % 2 == 0 ? runner.time : runner.index,
-                threadIdx.x / 2, block.cluster);
-  }
-  ClusterSync(block.cluster);
+  auto* mail = ExchangeMail<2>(block, [&](uint32_t i) { return i == 0 ? runner.time : runner.index; });
   Runner earliest = {mail[0][0], mail[0][1]};
   for (uint32_t r = 1; r < block.cluster.size; ++r) earliest = Earlier(earliest, {mail[r][0], mail[r][1]});
   return earliest;

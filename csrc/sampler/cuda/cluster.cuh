@@ -20,6 +20,13 @@ __device__ __forceinline__ Cluster ThisCluster() {
   return cluster;
 }
 
+// Says that this block runs. Orders nothing: a release here would wait for the copies just started.
+__device__ __forceinline__ void ClusterArriveRelaxed(const Cluster& cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster.size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void ClusterArrive(const Cluster& cluster) {
 #if __CUDA_ARCH__ >= 900
   if (cluster.size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -55,6 +62,59 @@ __device__ __forceinline__ void StoreRemote(uint64_t* local, uint64_t value, uin
   }
 #endif
   *local = value;
+}
+
+// ---- Barriers that count bytes: the cheap way to hand a few words to another block ----
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* local) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(local));
+}
+
+__device__ __forceinline__ void InitBarrier(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+#endif
+}
+
+// Makes initialised barriers known to the cluster and to the copy engine.
+__device__ __forceinline__ void FenceBarrierInit() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// The phase ends when this was called once and `bytes` have arrived.
+__device__ __forceinline__ void ExpectBytes(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void WaitPhase(uint64_t* barrier, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n"
+      "}\n" ::"r"(SharedAddress(barrier)),
+      "r"(phase)
+      : "memory");
+#endif
+}
+
+// Writes to the same place in the shared memory of block `rank` and counts it at that block's barrier.
+__device__ __forceinline__ void SendRemote(uint64_t* local, uint64_t value, uint64_t* barrier, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t remote, remote_barrier;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(SharedAddress(local)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(SharedAddress(barrier)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(remote), "l"(value),
+               "r"(remote_barrier)
+               : "memory");
+#endif
 }
 
 // Reads the same place in the shared memory of block `rank`.

@@ -117,15 +117,12 @@ __device__ __forceinline__ void StartCopies(Block& block, const SampleArgs& args
   const uint32_t bytes = whole <= 0 ? 0 : static_cast<uint32_t>(whole * kGroupSize * item);
   const char* source = static_cast<const char*>(args.logits) + (row * args.row_stride + first) * item;
   if (block.is_arriving) {
-    const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&block.head->arrival));
-    const uint32_t slice = static_cast<uint32_t>(__cvta_generic_to_shared(block.slice));
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    ExpectBytes(&block.head->arrival, bytes);
     if (bytes != 0) {
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(slice),
-          "l"(source), "r"(bytes), "r"(barrier)
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+              SharedAddress(block.slice)),
+          "l"(source), "r"(bytes), "r"(SharedAddress(&block.head->arrival))
           : "memory");
     }
   }
@@ -137,21 +134,6 @@ __device__ __forceinline__ void StartCopies(Block& block, const SampleArgs& args
 #endif
 }
 
-__device__ __forceinline__ void WaitForSlice(Block& block) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&block.head->arrival));
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "wait:\n"
-      "mbarrier.try_wait.parity.shared.b64 done, [%0], 0;\n"
-      "@!done bra wait;\n"
-      "}\n" ::"r"(barrier)
-      : "memory");
-#endif
-  block.is_arriving = false;
-}
-
 // A group that a bulk copy brought: NaN and masked tokens become -inf in place.
 __device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, float4* group, bool masked,
                                            bool& has_nan) {
@@ -160,9 +142,9 @@ __device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, 
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
     const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * 4;
     float4 x = group[offset / 4];
-    const bool any_nan = x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
-    has_nan |= any_nan;
-    if (masked || any_nan) {
+    const float sum = (x.x + x.y) + (x.z + x.w);  // NaN where one of them is, and where infinities cancel
+    if (masked || sum != sum) {
+      has_nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
       const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
       x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
       x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
@@ -206,7 +188,8 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
 
 __device__ __forceinline__ bool LoadSlice(Block& block, const LoadArgs& args, Dtype dtype) {
   const bool has_arrived = block.is_arriving;
-  if (has_arrived) WaitForSlice(block);
+  if (has_arrived) WaitPhase(&block.head->arrival, 0);
+  block.is_arriving = false;
   if (dtype == Dtype::kFloat32) return LoadSlice<Dtype::kFloat32>(block, args, has_arrived);
   if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false);
   return LoadSlice<Dtype::kBfloat16>(block, args, false);

@@ -16,6 +16,12 @@ __device__ __forceinline__ double WeightAsDouble(float x, float max, float scale
   return __longlong_as_double(static_cast<long long>(WeightAsDoubleBits(MulRn(SubRn(x, max), scale))));
 }
 
+// The same, or less than 1, which adds nothing, where x is below the threshold.
+__device__ __forceinline__ double KeptWeightAsDouble(float x, float max, float scale, float threshold) {
+  const float z = x >= threshold ? MulRn(SubRn(x, max), scale) : kMinZ;
+  return __longlong_as_double(static_cast<long long>(WeightAsDoubleBits(z)));
+}
+
 __device__ __forceinline__ uint64_t IntegerOfSum(double sum) {
   return static_cast<uint64_t>(__double_as_longlong(sum)) & ((1ull << 52) - 1);
 }
@@ -44,15 +50,17 @@ __device__ __forceinline__ uint64_t SumGroups(const Block& block, float max, flo
     if (__any_sync(~0u, active)) {
       if (active) {
         double even = kSumBase, odd = kSumBase, high = kSumBase;
-#pragma unroll
+#pragma unroll 2
         for (int i = 0; i < kTokensPerLane / 4; ++i) {
           const float4 x = slice[FloatFourOfLane(group, i)];
-          const double w0 = WeightAsDouble(x.x, max, scale), w1 = WeightAsDouble(x.y, max, scale);
-          const double w2 = WeightAsDouble(x.z, max, scale), w3 = WeightAsDouble(x.w, max, scale);
-          if (x.x >= threshold) even = __dadd_rz(even, w0);
-          if (x.y >= threshold) odd = __dadd_rz(odd, w1);
-          if (x.z >= threshold) even = __dadd_rz(even, w2);
-          if (x.w >= threshold) odd = __dadd_rz(odd, w3);
+          const double w0 = KeptWeightAsDouble(x.x, max, scale, threshold);
+          const double w1 = KeptWeightAsDouble(x.y, max, scale, threshold);
+          const double w2 = KeptWeightAsDouble(x.z, max, scale, threshold);
+          const double w3 = KeptWeightAsDouble(x.w, max, scale, threshold);
+          even = __dadd_rz(even, w0);
+          odd = __dadd_rz(odd, w1);
+          even = __dadd_rz(even, w2);
+          odd = __dadd_rz(odd, w3);
           if (kPivot && fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)) >= pivot) {
             if (x.x >= pivot) high = __dadd_rz(high, w0);
             if (x.y >= pivot) high = __dadd_rz(high, w1);
@@ -79,7 +87,7 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
   float pivot[kNumPivots];
 #pragma unroll
   for (int i = 0; i < kNumPivots; ++i) pivot[i] = FloatFromKey(pivots.key[i]);
-  const float last = FloatFromKey(hi_key - 1);  // x < hi and x <= last are the same
+  const float last = LastBelow(hi_key);  // x < hi and x <= last are the same
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);

@@ -99,13 +99,15 @@ TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return (vocab_size + kGroupSi
 
 // The fixed head of a block's shared memory; arrays follow, see SharedLayout.
 struct SharedHead {
-  // Mail from block r of the cluster lies in mail[parity][r]. Two sets: a block may send its next
+  // Mail from block r of the cluster lies in mail[n % 2][r] in exchange n. Two sets: a block may send its next
   // mail while another still reads this one, but not the one after.
   uint64_t mail[2][kMaxCluster][kMailWords];
+  uint64_t mail_arrival[2];  // mbarriers that count the mail
   uint64_t by_warp[kWarps][kMailWords];
   uint64_t totals[kMailWords];
   float list[kMaxCandidates];  // this block's candidates; read by the other blocks
   int32_t list_size;
+  uint64_t num_sent[2][kMaxCluster];  // sizes of the blocks' lists, in two sets as mail
   int32_t num_listed[kMaxCluster];
   uint64_t arrival;  // mbarrier of the slice's bulk copy
 };

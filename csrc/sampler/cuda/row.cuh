@@ -27,7 +27,8 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
   block.first_group = static_cast<int32_t>(block.cluster.rank) * args.groups_per_block;
   const int32_t left = block.num_groups - block.first_group;
   block.num_local = left < 0 ? 0 : left < args.groups_per_block ? left : args.groups_per_block;
-  block.parity = 0;
+  block.exchange = 0;
+  block.listing = 0;
   block.is_arriving = false;
   return block;
 }
@@ -40,8 +41,14 @@ __device__ __forceinline__ void StartRow(Block& block, const SampleArgs& args, i
 #if __CUDA_ARCH__ >= 900
   block.is_arriving = aligned && args.dtype == Dtype::kFloat32;
 #endif
-  if (threadIdx.x == 0) StartCopies(block, args, row, aligned);
-  ClusterArrive(block.cluster);
+  if (threadIdx.x == 0) {
+    InitBarrier(&block.head->arrival);
+    InitBarrier(&block.head->mail_arrival[0]);
+    InitBarrier(&block.head->mail_arrival[1]);
+    FenceBarrierInit();
+    StartCopies(block, args, row, aligned);
+  }
+  ClusterArriveRelaxed(block.cluster);
   __syncthreads();
 }
 

@@ -32,6 +32,13 @@ struct Pivots {
   uint32_t key[kNumPivots];
 };
 
+// The largest float below key hi. No float has the key just below that of the zeros, and what FloatFromKey
+// makes of it, -0, equals +0.
+TWINJET_HD float LastBelow(uint32_t hi) {
+  constexpr uint32_t kKeyOfZero = 0x80000000u;
+  return FloatFromKey(hi == kKeyOfZero ? hi - 2 : hi - 1);
+}
+
 TWINJET_HD uint32_t ClampKey(uint32_t key, const Bracket& bracket) {
   if (key <= bracket.lo) return bracket.lo + 1;
   return key >= bracket.hi ? bracket.hi - 1 : key;
@@ -87,7 +94,7 @@ TWINJET_HD Pivots NextPivots(const Bracket& bracket, uint64_t target, int round)
   constexpr float kEven[kNumPivots] = {0.125f, 0.25f, 0.375f, 0.5f, 0.625f, 0.75f, 0.875f};
   constexpr float kClose[kNumPivots] = {-0.2f, -0.06f, -0.02f, 0.0f, 0.02f, 0.06f, 0.2f};
   const float lo = FloatFromKey(bracket.lo);
-  const float hi = FloatFromKey(bracket.hi - 1);
+  const float hi = LastBelow(bracket.hi);
   const float width = SubRn(hi, lo);
   if (round % 3 == 2 || !(width > 0.0f) || !IsFinite(width)) return KeyPivots(bracket);
   const float share = static_cast<float>(static_cast<double>(bracket.reached - target) /
@@ -137,7 +144,11 @@ TWINJET_HD uint32_t MinPKey(float max, float scale, float min_z) {
 // 2^(z + 44) before truncation, as a double's bits: adding it to an integer double of at least 2^52
 // with rounding toward zero adds the integer weight. z at most 0.
 TWINJET_HD uint64_t WeightAsDoubleBits(float z) {
+#if defined(__CUDA_ARCH__)
+  const float clamped = fmaxf(z, kMinZ);  // one instruction; kMinZ for NaN, as below
+#else
   const float clamped = z > kMinZ ? z : kMinZ;
+#endif
   const float shifted = AddRn(clamped, kRoundMagic);
   const float n = SubRn(shifted, kRoundMagic);
   const float f = SubRn(clamped, n);

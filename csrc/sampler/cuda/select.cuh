@@ -11,7 +11,7 @@ __device__ __forceinline__ uint32_t Collect(Block& block, const Bracket& bracket
   SharedHead& head = *block.head;
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
   const float lo = FloatFromKey(bracket.lo);
-  const float last = FloatFromKey(bracket.hi - 1);
+  const float last = LastBelow(bracket.hi);
   if (threadIdx.x == 0) head.list_size = 0;
   __syncthreads();
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
@@ -40,15 +40,15 @@ __device__ __forceinline__ uint32_t Collect(Block& block, const Bracket& bracket
     }
   }
   __syncthreads();
-  auto* mail = head.mail[block.parity];
-  block.parity ^= 1;
+  auto* num_sent = head.num_sent[block.listing & 1];
+  ++block.listing;
   if (threadIdx.x < block.cluster.size) {
-    StoreRemote(&mail[block.cluster.rank][0], static_cast<uint64_t>(head.list_size), threadIdx.x, block.cluster);
+    StoreRemote(&num_sent[block.cluster.rank], static_cast<uint64_t>(head.list_size), threadIdx.x, block.cluster);
   }
-  ClusterSync(block.cluster);
+  ClusterSync(block.cluster);  // the lists are read by other blocks next
   uint32_t total = 0;
-  for (uint32_t r = 0; r < block.cluster.size; ++r) total += static_cast<uint32_t>(mail[r][0]);
-  if (threadIdx.x < block.cluster.size) head.num_listed[threadIdx.x] = static_cast<int32_t>(mail[threadIdx.x][0]);
+  for (uint32_t r = 0; r < block.cluster.size; ++r) total += static_cast<uint32_t>(num_sent[r]);
+  if (threadIdx.x < block.cluster.size) head.num_listed[threadIdx.x] = static_cast<int32_t>(num_sent[threadIdx.x]);
   __syncthreads();
   return total;
 }
@@ -135,6 +135,7 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
 // Copies all groups' maxima of the row to this block, filled up with -inf to a multiple of 4. group_max of all
 // blocks must be in place.
 __device__ __forceinline__ void GatherMaxima(const Block& block) {
+  ClusterSync(block.cluster);  // the other blocks' maxima are seen
   auto* maxima = reinterpret_cast<float*>(block.gathered);
   const int32_t padded = (block.num_groups + 3) / 4 * 4;
   for (int32_t g = static_cast<int32_t>(threadIdx.x); g < padded; g += kThreads) {
