@@ -13,6 +13,9 @@ constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr int32_t kSampleRun = 8;          // adjacent tokens taken from a sampled group
 constexpr int32_t kMinSampledSize = 4096;  // shorter rows are listed whole
 constexpr int kNumGuessBins = 256;
+constexpr int32_t kFirstBin = 8;         // a first list reaches at least this far down
+constexpr double kGuessMargin = 1.4;     // for the error of a sample
+constexpr double kLongListShare = 32.0;  // of the row: longer lists are not made
 
 int32_t NumGroups(const RowView& view) { return (view.size + kGroupSize - 1) / kGroupSize; }
 
@@ -48,30 +51,56 @@ uint64_t Sum(const float* weights, int32_t n) {
   return sum;
 }
 
-// A threshold below which lies, by a sample, well under `droppable` of mass. Only a guess.
-float GuessTopP(const Kernels& kernels, const RowView& view, const RowConstants& constants,
-                uint64_t droppable, Workspace* workspace) {
-  if (view.size < kMinSampledSize) return kLowest;
-  const int32_t n = TakeSample(view, workspace);
-  kernels.weigh(workspace->list_x.data(), n, view.max, constants.scale, workspace->list_weight.data());
-  const float bins_per_unit =
-      constants.scale * (static_cast<float>(kNumGuessBins) / static_cast<float>(kMassBits));
-  double masses[kNumGuessBins] = {};
-  for (int32_t i = 0; i < n; ++i) {
-    const float place = (view.max - workspace->list_x[static_cast<size_t>(i)]) * bins_per_unit;
-    const int32_t bin =
-        place < static_cast<float>(kNumGuessBins - 1) ? static_cast<int32_t>(place) : kNumGuessBins - 1;
-    masses[bin] += static_cast<double>(workspace->list_weight[static_cast<size_t>(i)]);
+// What a sample says of how mass lies below the maximum, in bins of equal width. Only for guesses.
+class MassProfile {
+ public:
+  MassProfile(const Kernels& kernels, const RowView& view, const RowConstants& constants,
+              Workspace* workspace)
+      : max_(view.max), bins_per_unit_(constants.scale * (static_cast<float>(kNumGuessBins) / kMassBits)) {
+    const int32_t n = TakeSample(view, workspace);
+    const float* x = workspace->list_x.data();
+    const float* weights = workspace->list_weight.data();
+    kernels.weigh(x, n, view.max, constants.scale, workspace->list_weight.data());
+    const double factor = static_cast<double>(view.size) / static_cast<double>(n);
+    for (int32_t i = 0; i < n; ++i) {
+      const float place = (view.max - x[i]) * bins_per_unit_;
+      const float most = static_cast<float>(kNumGuessBins - 1);
+      const int32_t bin = static_cast<int32_t>(place < most ? place : most);
+      masses_[bin] += factor * static_cast<double>(weights[i]);
+      counts_[bin] += factor;
+    }
   }
-  const double factor = 1.5 * static_cast<double>(view.size) / static_cast<double>(n);
-  double below = 0.0;
-  int32_t bin = kNumGuessBins - 1;
-  for (; bin > 0; --bin) {
-    below += factor * masses[bin];
-    if (below > static_cast<double>(droppable)) break;
+
+  // The lower edge of a bin; the last bin has none.
+  float Edge(int32_t bin) const {
+    if (bin >= kNumGuessBins - 1) return kLowest;
+    return std::max(kLowest, max_ - static_cast<float>(bin + 1) / bins_per_unit_);
   }
-  if (bin == kNumGuessBins - 1) return kLowest;
-  return std::max(kLowest, view.max - static_cast<float>(bin + 1) / bins_per_unit);
+
+  // The first bin from the top with at most `mass` below its lower edge.
+  int32_t BinAbove(double mass) const {
+    int32_t bin = kNumGuessBins - 1;
+    for (double below = masses_[bin]; bin > 0 && below <= mass; below += masses_[bin]) --bin;
+    return bin;
+  }
+
+  double CountDownTo(int32_t bin) const {
+    double count = 0.0;
+    for (int32_t b = 0; b <= bin; ++b) count += counts_[b];
+    return count;
+  }
+
+ private:
+  float max_;
+  float bins_per_unit_;
+  double masses_[kNumGuessBins] = {};
+  double counts_[kNumGuessBins] = {};
+};
+
+uint64_t TotalMass(const RowView& view, const Workspace& workspace) {
+  uint64_t total = 0;
+  for (int32_t g = 0; g < NumGroups(view); ++g) total += workspace.masses[static_cast<size_t>(g)];
+  return total;
 }
 
 // The list of tokens that a draw may choose from: workspace->list_x, list_id and list_weight.
@@ -93,16 +122,31 @@ class List {
   }
 
   // Tokens of at least `least` with a mass of at least `target`.
-  void TakeMass(uint64_t total, uint64_t target, float least) {
-    uint64_t droppable = total - target;
-    for (;;) {
-      const float guess =
-          droppable == 0 ? least
-                         : std::max(least, GuessTopP(kernels_, view_, constants_, droppable, workspace_));
-      size_ = kernels_.collect(view_.x, view_.size, view_.group_max, guess, x(), workspace_->list_id.data());
+  void TakeMass(const MassProfile& profile, uint64_t target, float least, int32_t bin) {
+    for (;; bin = std::min(2 * bin + 8, kNumGuessBins - 1)) {
+      const float guess = std::max(least, profile.Edge(bin));
+      Collect(guess, PositiveInfinity());
       if (Weigh() >= target || guess == least) return;
-      droppable /= 8;
     }
+  }
+
+  void TakeAll(float least) { Collect(least, PositiveInfinity()); }
+
+  // The exact boundary of a long list: what surely stays is summed, and only tokens about the
+  // boundary are listed. False when the guess of where it lies was wrong.
+  bool FindTopP(const MassProfile& profile, uint64_t target, float least, int32_t low_bin, int32_t high_bin,
+                float* threshold) {
+    const float low = std::max(least, profile.Edge(low_bin));
+    const float high = profile.Edge(high_bin);
+    if (!(high > low)) return false;
+    kernels_.group_masses(view_.x, view_.size, view_.group_max, view_.max, constants_.scale, high,
+                          workspace_->masses.data());
+    const uint64_t above = TotalMass(view_, *workspace_);
+    if (above >= target) return false;
+    Collect(low, high);
+    if (size_ == 0 || above + Weigh() < target) return false;
+    *threshold = SelectThreshold(x(), weight(), size_, target - above, &workspace_->select);
+    return true;
   }
 
   // The least x that is left.
@@ -160,6 +204,10 @@ class List {
     x()[to] = x()[from];
     id()[to] = id()[from];
     if (with_weight) weight()[to] = weight()[from];
+  }
+
+  void Collect(float threshold, float below) {
+    size_ = kernels_.collect(view_.x, view_.size, view_.group_max, threshold, below, x(), id());
   }
 
   void DropBelow(float threshold) {
@@ -236,36 +284,64 @@ int32_t CollectTop(const Kernels& kernels, const RowView& view, int32_t k, float
       }
     }
     guess = std::max({guess, least, kLowest});
-    const int32_t count = kernels.collect(view.x, view.size, view.group_max, guess, workspace->list_x.data(),
-                                          workspace->list_id.data());
+    const int32_t count = kernels.collect(view.x, view.size, view.group_max, guess, PositiveInfinity(),
+                                          workspace->list_x.data(), workspace->list_id.data());
     if (count >= k || guess == std::max(least, kLowest)) return count;
   }
 }
+
+namespace {
+
+// Steps 9 and 10 when top-k is off and workspace->masses holds the groups' masses.
+Draw DrawTopP(const Kernels& kernels, const RowView& view, const RowConstants& constants, float least,
+              Workspace* workspace) {
+  List list(kernels, view, constants, workspace);
+  const uint64_t total = TotalMass(view, *workspace);
+  const uint64_t target = TopPMass(constants.top_p_fixed, total);
+  if (view.size < kMinSampledSize) {
+    list.TakeAll(least);
+    list.Weigh();
+  } else {
+    const MassProfile profile(kernels, view, constants, workspace);
+    const double droppable = static_cast<double>(total - target);
+    const int32_t low_bin = profile.BinAbove(droppable / kGuessMargin);
+    if (profile.CountDownTo(low_bin) > static_cast<double>(view.size) / kLongListShare) {
+      float threshold;
+      const int32_t high_bin = profile.BinAbove(droppable * kGuessMargin) - 1;
+      if (high_bin >= 0 && list.FindTopP(profile, target, least, low_bin, high_bin, &threshold)) {
+        kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
+                             workspace->masses.data());
+        return DrawFromGroups(kernels, view, constants, threshold, workspace);
+      }
+    }
+    list.TakeMass(profile, target, least, std::max(low_bin, kFirstBin));
+  }
+  list.CutTopP(target);
+  Draw draw = {-1, list.Least(), 0};
+  draw.token_id = list.Race(&draw.kept_mass);
+  return draw;
+}
+
+}  // namespace
 
 Draw FilterAndDraw(const Kernels& kernels, const RowView& view, const RowConstants& constants,
                    Workspace* workspace) {
   const bool has_min_p = constants.min_z > NegativeInfinity();
   const float least = has_min_p ? ThresholdOfZ(view.max, constants.scale, constants.min_z) : kLowest;
-  List list(kernels, view, constants, workspace);
-  Draw draw = {-1, least, 0};
   if (constants.top_k > 0) {
+    List list(kernels, view, constants, workspace);
     list.TakeTop(constants.top_k, least);
     const uint64_t total = list.Weigh();
     if (constants.has_top_p != 0) list.CutTopP(TopPMass(constants.top_p_fixed, total));
-  } else {
-    const float threshold = has_min_p ? least : NegativeInfinity();
-    kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
-                         workspace->masses.data());
-    if (constants.has_top_p == 0) return DrawFromGroups(kernels, view, constants, threshold, workspace);
-    uint64_t total = 0;
-    for (int32_t g = 0; g < NumGroups(view); ++g) total += workspace->masses[static_cast<size_t>(g)];
-    const uint64_t target = TopPMass(constants.top_p_fixed, total);
-    list.TakeMass(total, target, least);
-    list.CutTopP(target);
+    Draw draw = {-1, list.Least(), 0};
+    draw.token_id = list.Race(&draw.kept_mass);
+    return draw;
   }
-  draw.threshold = list.Least();
-  draw.token_id = list.Race(&draw.kept_mass);
-  return draw;
+  const float threshold = has_min_p ? least : NegativeInfinity();
+  kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
+                       workspace->masses.data());
+  if (constants.has_top_p != 0) return DrawTopP(kernels, view, constants, least, workspace);
+  return DrawFromGroups(kernels, view, constants, threshold, workspace);
 }
 
 }  // namespace twinjet::sampler

@@ -29,10 +29,10 @@ struct Kernels {
   void (*group_masses)(const float* x, int32_t n, const float* group_max, float max, float scale,
                        float threshold, uint64_t* masses);
 
-  // Lists the tokens with x >= threshold in order of id. Returns their number. Both lists need room
+  // Lists the tokens with threshold <= x < below in order of id. Returns their number. Both lists need room
   // for n + kListSlack.
-  int32_t (*collect)(const float* x, int32_t n, const float* group_max, float threshold, float* out_x,
-                     int32_t* out_id);
+  int32_t (*collect)(const float* x, int32_t n, const float* group_max, float threshold, float below,
+                     float* out_x, int32_t* out_id);
 
   // weights[i] = weight of x[i], exact as a float. max is finite.
   void (*weigh)(const float* x, int32_t n, float max, float scale, float* weights);

@@ -52,14 +52,14 @@ void GroupMasses(const float* x, int32_t n, const float* group_max, float max, f
   }
 }
 
-int32_t Collect(const float* x, int32_t n, const float* group_max, float threshold, float* out_x,
+int32_t Collect(const float* x, int32_t n, const float* group_max, float threshold, float below, float* out_x,
                 int32_t* out_id) {
   int32_t count = 0;
   for (int32_t begin = 0; begin < n; begin += kGroupSize) {
     if (!(group_max[begin / kGroupSize] >= threshold)) continue;
     const int32_t end = std::min(n, begin + kGroupSize);
     for (int32_t i = begin; i < end; ++i) {
-      if (x[i] >= threshold) {
+      if (x[i] >= threshold && x[i] < below) {
         out_x[count] = x[i];
         out_id[count] = i;
         ++count;

@@ -22,11 +22,11 @@ struct Entry {
   uint64_t mass;
 };
 
+uint64_t MassOf(float weight) { return static_cast<uint64_t>(static_cast<int64_t>(weight)); }
+
 float SortAndWalk(const float* x, const float* weights, int32_t n, uint64_t target) {
   Entry entries[kSortSize];
-  for (int32_t i = 0; i < n; ++i) {
-    entries[i] = {x[i], weights == nullptr ? 1 : static_cast<uint64_t>(weights[i])};
-  }
+  for (int32_t i = 0; i < n; ++i) entries[i] = {x[i], weights == nullptr ? 1 : MassOf(weights[i])};
   std::sort(entries, entries + n, [](const Entry& a, const Entry& b) { return a.x > b.x; });
   uint64_t above = 0;   // strictly above the current value
   uint64_t so_far = 0;  // above, with the ties seen
@@ -40,33 +40,49 @@ float SortAndWalk(const float* x, const float* weights, int32_t n, uint64_t targ
   return threshold;
 }
 
-// Maps x to its bin; larger x never has the larger bin.
-struct Binning {
-  float high;
-  float bins_per_unit;  // 0: by key
-  uint32_t high_key;
-  int shift;
+// The bin of each x, so that a larger x never has a larger bin. Plain loops: compilers turn them
+// into vectors of the baseline.
+void DealLinear(const float* x, int32_t n, float high, float bins_per_unit, int32_t* bins) {
+  for (int32_t i = 0; i < n; ++i) {
+    const float place = (high - x[i]) * bins_per_unit;
+    const float most = static_cast<float>(kNumBins - 1);
+    bins[i] = static_cast<int32_t>(place < most ? place : most);
+  }
+}
 
-  uint32_t operator()(float x) const {
-    if (bins_per_unit > 0.0f) {
-      const uint32_t bin = static_cast<uint32_t>((high - x) * bins_per_unit);
-      return bin < kNumBins ? bin : kNumBins - 1;
+void DealByKey(const float* x, int32_t n, uint32_t high_key, uint32_t low_key, int32_t* bins) {
+  const int width = static_cast<int>(std::bit_width(high_key - low_key));
+  const int shift = width > kBinBits ? width - kBinBits : 0;
+  for (int32_t i = 0; i < n; ++i) bins[i] = static_cast<int32_t>((high_key - OrderedKey(x[i])) >> shift);
+}
+
+// Four running extremes, so that one comparison need not wait for the last.
+void Extremes(const float* x, int32_t n, float* low, float* high) {
+  float lows[4] = {x[0], x[0], x[0], x[0]}, highs[4] = {x[0], x[0], x[0], x[0]};
+  int32_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    for (int v = 0; v < 4; ++v) {
+      lows[v] = x[i + v] < lows[v] ? x[i + v] : lows[v];
+      highs[v] = x[i + v] > highs[v] ? x[i + v] : highs[v];
     }
-    return (high_key - OrderedKey(x)) >> shift;
   }
-};
+  for (; i < n; ++i) {
+    lows[0] = std::min(lows[0], x[i]);
+    highs[0] = std::max(highs[0], x[i]);
+  }
+  *low = *std::min_element(lows, lows + 4);
+  *high = *std::max_element(highs, highs + 4);
+}
 
-Binning MakeBinning(float low, float high, bool by_key) {
-  Binning binning = {high, 0.0f, OrderedKey(high), 0};
-  const float bins_per_unit = static_cast<float>(kNumBins - 1) / (high - low);
-  if (!by_key && bins_per_unit > 0.0f && bins_per_unit <= std::numeric_limits<float>::max()) {
-    binning.bins_per_unit = bins_per_unit;
-    return binning;
+void AddMasses(const int32_t* bins, const float* weights, int32_t n, uint64_t* masses) {
+  // Neighbours often share a bin; two tables keep one addition from waiting for the other.
+  uint64_t odd[kNumBins] = {};
+  for (int32_t i = 0; i + 1 < n; i += 2) {
+    masses[bins[i]] += weights == nullptr ? 1 : MassOf(weights[i]);
+    odd[bins[i + 1]] += weights == nullptr ? 1 : MassOf(weights[i + 1]);
   }
-  const uint32_t range = binning.high_key - OrderedKey(low);
-  const int width = static_cast<int>(std::bit_width(range));
-  binning.shift = width > kBinBits ? width - kBinBits : 0;
-  return binning;
+  if (n % 2 != 0) masses[bins[n - 1]] += weights == nullptr ? 1 : MassOf(weights[n - 1]);
+  for (uint32_t b = 0; b < kNumBins; ++b) masses[b] += odd[b];
 }
 
 }  // namespace
@@ -76,32 +92,40 @@ float SelectThreshold(const float* x, const float* weights, int32_t n, uint64_t 
   bool by_key = false;
   for (int side = 0;; side ^= 1) {
     if (n <= kSortSize) return SortAndWalk(x, weights, n, target);
-    const auto [low, high] = std::minmax_element(x, x + n);
-    if (*low == *high) return *high;
-    const Binning bin_of = MakeBinning(*low, *high, by_key);
+    const size_t size = static_cast<size_t>(n);
+    if (scratch->x[side].size() < size) {
+      scratch->x[side].resize(size);
+      scratch->weight[side].resize(size);
+    }
+    if (scratch->bins.size() < size) scratch->bins.resize(size);
+    float low, high;
+    Extremes(x, n, &low, &high);
+    if (low == high) return high;
+    int32_t* bins = scratch->bins.data();
+    const float bins_per_unit = static_cast<float>(kNumBins - 1) / (high - low);
+    if (!by_key && bins_per_unit > 0.0f && bins_per_unit <= std::numeric_limits<float>::max()) {
+      DealLinear(x, n, high, bins_per_unit, bins);
+    } else {
+      DealByKey(x, n, OrderedKey(high), OrderedKey(low), bins);
+    }
     uint64_t masses[kNumBins] = {};
-    for (int32_t i = 0; i < n; ++i) {
-      masses[bin_of(x[i])] += weights == nullptr ? 1 : static_cast<uint64_t>(weights[i]);
-    }
-    uint32_t boundary = 0;
-    while (boundary < kNumBins - 1 && masses[boundary] < target) target -= masses[boundary++];
+    AddMasses(bins, weights, n, masses);
+    int32_t boundary = 0;
+    while (boundary < static_cast<int32_t>(kNumBins) - 1 && masses[boundary] < target)
+      target -= masses[boundary++];
 
-    std::vector<float>& next_x = scratch->x[side];
-    std::vector<float>& next_weight = scratch->weight[side];
-    if (next_x.size() < static_cast<size_t>(n)) {
-      next_x.resize(static_cast<size_t>(n));
-      next_weight.resize(static_cast<size_t>(n));
-    }
+    float* next_x = scratch->x[side].data();
+    float* next_weight = scratch->weight[side].data();
     int32_t count = 0;
     for (int32_t i = 0; i < n; ++i) {
-      if (bin_of(x[i]) != boundary) continue;
-      next_x[static_cast<size_t>(count)] = x[i];
-      if (weights != nullptr) next_weight[static_cast<size_t>(count)] = weights[i];
+      if (bins[i] != boundary) continue;
+      next_x[count] = x[i];
+      if (weights != nullptr) next_weight[count] = weights[i];
       ++count;
     }
     by_key = count > n / 2;
-    x = next_x.data();
-    if (weights != nullptr) weights = next_weight.data();
+    x = next_x;
+    if (weights != nullptr) weights = next_weight;
     n = count;
   }
 }

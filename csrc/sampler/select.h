@@ -10,6 +10,7 @@ namespace twinjet::sampler {
 struct SelectScratch {
   std::vector<float> x[2];
   std::vector<float> weight[2];
+  std::vector<int32_t> bins;
 };
 
 // The least x of the list that is kept when a token is kept while the mass strictly above its x is

@@ -46,6 +46,7 @@ float HorizontalMax(F32 x) {
 }
 LaneMask Bits(F32 mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
 LaneMask AtLeast(F32 a, F32 b) { return Bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+LaneMask Less(F32 a, F32 b) { return Bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 LaneMask AnyNan(F32 a, F32 b) { return Bits(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)); }
 // x where a >= b, else 0.
 F32 KeepAtLeast(F32 x, F32 a, F32 b) { return _mm256_and_ps(x, _mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
@@ -85,7 +86,6 @@ void Compress(F32 x, int32_t first_id, LaneMask bits, float* out_x, int32_t* out
                       _mm256_add_epi32(lanes, _mm256_set1_epi32(first_id)));
 }
 
-F64 ZeroF64() { return _mm256_setzero_pd(); }
 F64 SetF64(double x) { return _mm256_set1_pd(x); }
 F64 LoadF64(const double* p) { return _mm256_loadu_pd(p); }
 void StoreF64(double* p, F64 x) { _mm256_storeu_pd(p, x); }
@@ -94,11 +94,19 @@ F64 SubF64(F64 a, F64 b) { return _mm256_sub_pd(a, b); }
 F64 MulF64(F64 a, F64 b) { return _mm256_mul_pd(a, b); }
 F64 DivF64(F64 a, F64 b) { return _mm256_div_pd(a, b); }
 F64 FmaF64(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a, b, c); }
-F64 LowToF64(F32 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
-F64 HighToF64(F32 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
 
 I32 SetI32(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 I32 LoadI32(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+I32 AddI32(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+I32 AsI32(F32 x) { return _mm256_castps_si256(x); }
+I32 ToI32(F32 x) { return _mm256_cvttps_epi32(x); }
+// Modulo 2^32.
+uint32_t SumI32(I32 x) {
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(y));
+}
 I32 Xor(I32 a, I32 b) { return _mm256_xor_si256(a, b); }
 // 32 x 32 -> 64 bits, by halves.
 void MulWide(I32 a, I32 b, I32* low, I32* high) {

@@ -40,6 +40,7 @@ F32 AddExponent(F32 p, F32 shifted) {
 }
 float HorizontalMax(F32 x) { return _mm512_reduce_max_ps(x); }
 LaneMask AtLeast(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+LaneMask Less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 LaneMask AnyNan(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
 // x where a >= b, else 0.
 F32 KeepAtLeast(F32 x, F32 a, F32 b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x); }
@@ -61,7 +62,6 @@ void Compress(F32 x, int32_t first_id, LaneMask bits, float* out_x, int32_t* out
   _mm512_storeu_si512(out_id, _mm512_maskz_compress_epi32(mask, ids));
 }
 
-F64 ZeroF64() { return _mm512_setzero_pd(); }
 F64 SetF64(double x) { return _mm512_set1_pd(x); }
 F64 LoadF64(const double* p) { return _mm512_loadu_pd(p); }
 void StoreF64(double* p, F64 x) { _mm512_storeu_pd(p, x); }
@@ -70,11 +70,14 @@ F64 SubF64(F64 a, F64 b) { return _mm512_sub_pd(a, b); }
 F64 MulF64(F64 a, F64 b) { return _mm512_mul_pd(a, b); }
 F64 DivF64(F64 a, F64 b) { return _mm512_div_pd(a, b); }
 F64 FmaF64(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
-F64 LowToF64(F32 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
-F64 HighToF64(F32 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
 
 I32 SetI32(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 I32 LoadI32(const uint32_t* p) { return _mm512_loadu_si512(p); }
+I32 AddI32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+I32 AsI32(F32 x) { return _mm512_castps_si512(x); }
+I32 ToI32(F32 x) { return _mm512_cvttps_epi32(x); }
+// Modulo 2^32.
+uint32_t SumI32(I32 x) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(x)); }
 I32 Xor(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
 // 32 x 32 -> 64 bits, by halves.
 void MulWide(I32 a, I32 b, I32* low, I32* high) {

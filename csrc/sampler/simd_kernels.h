@@ -120,45 +120,75 @@ bool Scan(const void* source, Dtype dtype, int32_t n, const uint32_t* mask, floa
   return ScanSource(Float32Source{static_cast<const float*>(source)}, n, mask, out, group_max);
 }
 
-// ScaledExp2 of spec_math.h, truncated. The rounding constant carries the 44, which is even and so
-// does not change how halves round. Differences that are exact or that round once may be an fma
-// with a factor of 1: the same bits, and the multipliers have room while the adders do not.
-F32 WeightVector(F32 x, F32 minus_max, F32 scale) {
-  const F32 one = Set(1.0f);
+// ScaledExp2 of spec_math.h for several vectors at once, truncated: one vector is a chain of some 45
+// cycles, longer than a core looks ahead. The rounding constant carries the 44, which is even and so
+// does not change how halves round. A difference may be an fma with a factor of 1: the same bits,
+// and the multipliers have room while the adders do not.
+template <int kCount>
+void WeightVectors(F32 (&x)[kCount], F32 minus_max, F32 scale) {
+  const F32 one = Set(1.0f), min_z = Set(kMinZ);
   const F32 magic = Set(kRoundMagic + static_cast<float>(kMassBits));
-  const F32 z = Max(Mul(Fma(x, one, minus_max), scale), Set(kMinZ));
-  const F32 shifted = Add(z, magic);
-  const F32 f = Sub(z, Sub(shifted, magic));
-  F32 p = Fma(Set(kExp2C6), f, Set(kExp2C5));
-  p = Fma(p, f, Set(kExp2C4));
-  p = Fma(p, f, Set(kExp2C3));
-  p = Fma(p, f, Set(kExp2C2));
-  p = Fma(p, f, Set(kExp2C1));
-  p = Fma(p, f, one);
-  return Truncate(AddExponent(p, shifted));
+  F32 shifted[kCount], p[kCount];
+  for (int v = 0; v < kCount; ++v) x[v] = Max(Mul(Fma(x[v], one, minus_max), scale), min_z);
+  for (int v = 0; v < kCount; ++v) shifted[v] = Add(x[v], magic);
+  for (int v = 0; v < kCount; ++v) x[v] = Sub(x[v], Sub(shifted[v], magic));
+  for (int v = 0; v < kCount; ++v) p[v] = Fma(Set(kExp2C6), x[v], Set(kExp2C5));
+  for (int v = 0; v < kCount; ++v) p[v] = Fma(p[v], x[v], Set(kExp2C4));
+  for (int v = 0; v < kCount; ++v) p[v] = Fma(p[v], x[v], Set(kExp2C3));
+  for (int v = 0; v < kCount; ++v) p[v] = Fma(p[v], x[v], Set(kExp2C2));
+  for (int v = 0; v < kCount; ++v) p[v] = Fma(p[v], x[v], Set(kExp2C1));
+  for (int v = 0; v < kCount; ++v) p[v] = Fma(p[v], x[v], one);
+  for (int v = 0; v < kCount; ++v) x[v] = Truncate(AddExponent(p[v], shifted[v]));
 }
 
-double HorizontalSum(F64 x) {
-  double lanes[kLanes / 2];
-  StoreF64(lanes, x);
-  double sum = 0.0;  // exact in any order: all are integers below 2^53
-  for (double lane : lanes) sum += lane;
-  return sum;
-}
+constexpr int kUnroll = 4;
+constexpr int32_t kRun = kUnroll * kLanes;
+
+// Sums integers of at most 2^44 held in floats, up to a group's worth of them. Adding kSplit rounds
+// to a multiple of 2^22 and leaves that multiple in the low bits, so the high parts are summed as
+// the floats' own bits; the low parts lie within 2^21, so four of them add up exactly as floats.
+class MassSum {
+ public:
+  void Add(const F32 (&w)[kUnroll]) {
+    const F32 split = Set(kSplit), one = Set(1.0f);
+    F32 low[kUnroll];
+    for (int v = 0; v < kUnroll; ++v) {
+      const F32 shifted = sampler::Add(w[v], split);
+      high_ = AddI32(high_, AsI32(shifted));
+      low[v] = Sub(w[v], Fma(shifted, one, Set(-kSplit)));
+    }
+    low_ = AddI32(low_, ToI32(sampler::Add(sampler::Add(low[0], low[1]), sampler::Add(low[2], low[3]))));
+    num_vectors_ += kUnroll;
+  }
+
+  uint64_t Total() const {
+    const uint32_t bias = static_cast<uint32_t>(num_vectors_ * kLanes) * FloatBits(kSplit);
+    const uint64_t high = SumI32(high_) - bias;
+    const int64_t low = static_cast<int32_t>(SumI32(low_));
+    return (high << 22) + static_cast<uint64_t>(low);
+  }
+
+ private:
+  static constexpr float kSplit = 0x1.8p45f;
+  I32 high_ = SetI32(0), low_ = SetI32(0);
+  int num_vectors_ = 0;
+};
 
 template <bool kFilter>
 uint64_t GroupMass(const float* x, int32_t n, float max, float scale, float threshold) {
   const F32 minus_max = Set(-max), scales = Set(scale), thresholds = Set(threshold);
-  F64 sum0 = ZeroF64(), sum1 = ZeroF64();
+  MassSum sum;
   int32_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const F32 logits = Load(x + i);
-    F32 w = WeightVector(logits, minus_max, scales);
-    if constexpr (kFilter) w = KeepAtLeast(w, logits, thresholds);
-    sum0 = AddF64(sum0, LowToF64(w));
-    sum1 = AddF64(sum1, HighToF64(w));
+  for (; i + kRun <= n; i += kRun) {
+    F32 w[kUnroll];
+    for (int v = 0; v < kUnroll; ++v) w[v] = Load(x + i + v * kLanes);
+    WeightVectors(w, minus_max, scales);
+    if constexpr (kFilter) {
+      for (int v = 0; v < kUnroll; ++v) w[v] = KeepAtLeast(w[v], Load(x + i + v * kLanes), thresholds);
+    }
+    sum.Add(w);
   }
-  uint64_t mass = static_cast<uint64_t>(HorizontalSum(AddF64(sum0, sum1)));
+  uint64_t mass = sum.Total();
   for (; i < n; ++i) {
     if (!kFilter || x[i] >= threshold) mass += WeightOf(x[i], max, scale);
   }
@@ -181,9 +211,9 @@ void GroupMasses(const float* x, int32_t n, const float* group_max, float max, f
   }
 }
 
-int32_t Collect(const float* x, int32_t n, const float* group_max, float threshold, float* out_x,
+int32_t Collect(const float* x, int32_t n, const float* group_max, float threshold, float below, float* out_x,
                 int32_t* out_id) {
-  const F32 thresholds = Set(threshold);
+  const F32 thresholds = Set(threshold), belows = Set(below);
   int32_t count = 0;
   for (int32_t begin = 0; begin < n; begin += kGroupSize) {
     if (!(group_max[begin / kGroupSize] >= threshold)) continue;
@@ -195,14 +225,14 @@ int32_t Collect(const float* x, int32_t n, const float* group_max, float thresho
       if (AtLeast(Max(Max(x0, x1), Max(x2, x3)), thresholds) == 0) continue;
       const F32 vectors[4] = {x0, x1, x2, x3};
       for (int v = 0; v < 4; ++v) {
-        const LaneMask bits = AtLeast(vectors[v], thresholds);
+        const LaneMask bits = AtLeast(vectors[v], thresholds) & Less(vectors[v], belows);
         if (bits == 0) continue;
         Compress(vectors[v], i + v * kLanes, bits, out_x + count, out_id + count);
         count += __builtin_popcount(bits);
       }
     }
     for (; i < end; ++i) {
-      if (x[i] >= threshold) {
+      if (x[i] >= threshold && x[i] < below) {
         out_x[count] = x[i];
         out_id[count] = i;
         ++count;
@@ -215,7 +245,17 @@ int32_t Collect(const float* x, int32_t n, const float* group_max, float thresho
 void Weigh(const float* x, int32_t n, float max, float scale, float* weights) {
   const F32 minus_max = Set(-max), scales = Set(scale);
   int32_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) Store(weights + i, WeightVector(Load(x + i), minus_max, scales));
+  for (; i + kRun <= n; i += kRun) {
+    F32 w[kUnroll];
+    for (int v = 0; v < kUnroll; ++v) w[v] = Load(x + i + v * kLanes);
+    WeightVectors(w, minus_max, scales);
+    for (int v = 0; v < kUnroll; ++v) Store(weights + i + v * kLanes, w[v]);
+  }
+  for (; i + kLanes <= n; i += kLanes) {
+    F32 w[1] = {Load(x + i)};
+    WeightVectors(w, minus_max, scales);
+    Store(weights + i, w[0]);
+  }
   for (; i < n; ++i) weights[i] = static_cast<float>(WeightOf(x[i], max, scale));
 }
 

@@ -62,7 +62,7 @@ def cpu_targets() -> list[str]:
 
 
 def new_seed() -> int:
-    """Draw a seed for a request that has none, uniform on [0, 2**63); return it so that the answer can be replayed."""
+    """Draw a seed on [0, 2**63) for a request that has none; show it, so that the answer can be replayed."""
     return secrets.randbits(63)
 
 

@@ -116,3 +116,22 @@ TEST(top_k_around_every_tie) {
     CompareRow(row, rows::Shape::kTies, false, workspaces);
   }
 }
+
+// Rows whose sampled tokens mislead every guess of where the nucleus ends.
+TEST(top_p_when_the_sample_misleads) {
+  std::mt19937_64 random = test::Random();
+  std::vector<Workspace> workspaces(AvailableKernels().size());
+  for (int round = 0; round < 600; ++round) {
+    const int32_t size = 4096 + rows::Below(random, 5000);
+    rows::Row row;
+    row.logits = rows::MakeLogits(random, rows::Shape::kMisleading, size);
+    row.input.vocab_size = size;
+    row.input.logits = row.logits.data();
+    row.params.seed = random();
+    row.params.top_p = rows::OneOf(random, {0.1f, 0.3f, 0.5f, 0.9f, 0.95f, 0.99f, 0.9999f});
+    row.input.num_logprobs = 1;
+    row.input.processed_logprobs = true;  // shows the kept mass
+    PrepareRow(row.params, size, &row.input.constants);
+    CompareRow(row, rows::Shape::kMisleading, false, workspaces);
+  }
+}

@@ -44,6 +44,7 @@ enum class Shape {
   kZeros,      // +0 and -0
   kNan,
   kInfinite,
+  kMisleading,  // what a regular sample of each group's tokens sees is unlike the rest
   kNothing,
   kCount
 };
@@ -51,8 +52,12 @@ enum class Shape {
 inline std::vector<float> MakeLogits(Generator& random, Shape shape, int32_t size) {
   std::normal_distribution<float> normal;
   const float infinity = std::numeric_limits<float>::infinity();
+  const float spread = OneOf(random, {0.3f, 1.0f, 3.0f});
+  const float seen_shift = OneOf(random, {-8.0f, -2.0f, 2.0f, 8.0f});
+  int32_t id = -1;
   std::vector<float> x(static_cast<size_t>(size));
   for (float& value : x) {
+    ++id;
     switch (shape) {
       case Shape::kNormal:
         value = 3.0f * normal(random);
@@ -93,6 +98,10 @@ inline std::vector<float> MakeLogits(Generator& random, Shape shape, int32_t siz
         break;
       case Shape::kInfinite:
         value = Chance(random, 0.02) ? infinity : normal(random);
+        break;
+      case Shape::kMisleading:
+        // Groups are sampled at runs of 8 that move on by 40 ids from one group to the next.
+        value = spread * normal(random) + ((id % 256) / 8 == id / 256 * 5 % 32 ? seen_shift : 0.0f);
         break;
       case Shape::kNothing:
       case Shape::kCount:
