@@ -7,5 +7,6 @@ namespace twinjet::bindings {
 
 void BindKv(pybind11::module_& module);
 void BindSampler(pybind11::module_& module);
+void BindSamplerCuda(pybind11::module_& module);
 
 }  // namespace twinjet::bindings

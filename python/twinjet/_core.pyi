@@ -1,7 +1,7 @@
-"""Types of the extension module; the documented faces are twinjet.sampling and twinjet.kv."""
+"""Types of the extension module `twinjet._core`; twinjet.sampling documents the sampler's face."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,37 @@ class SamplerRequest:
     @property
     def is_greedy(self) -> bool: ...
 
+HAS_CUDA: bool
+CUDA_MAX_LOGPROBS: int  # only where HAS_CUDA
+
+class CudaSampler:  # only where HAS_CUDA
+    def __init__(self, device: int) -> None: ...
+    @property
+    def device(self) -> int: ...
+    def reserve(self, num_rows: int, vocab_size: int, num_edits: int, num_allowed_rows: int) -> None: ...
+    def prepare(
+        self,
+        requests: Sequence[SamplerRequest],
+        vocab_size: int,
+        bitmask_rows: npt.NDArray[np.int32] | None,
+        stream: int,
+    ) -> None: ...
+    def launch(
+        self,
+        logits: object,
+        dtype: str,
+        bitmask: object | None,
+        token_ids: object,
+        status: object,
+        processed_logits: object | None,
+        num_logprobs: int,
+        processed_logprobs: bool,
+        top_ids: object | None,
+        top_logprobs: object | None,
+        ranks: object | None,
+        stream: int,
+    ) -> None: ...
+
 class Sampler:
     def __init__(self, num_threads: int = 0, target: str = "") -> None: ...
     def sample(
@@ -87,3 +118,352 @@ class Sampler:
     def num_threads(self) -> int: ...
     @property
     def target(self) -> str: ...
+
+# --- KV cache: block manager ---------------------------------------------------------------------
+
+# Token ids: a list or tuple of ints, or a contiguous one-dimensional buffer of int32, uint32 or
+# int64 (a numpy array, array.array, memoryview). Each id is in 0..2**31-1.
+TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+# Block hashes, first block first: a list or tuple of bytes objects of at least 16 bytes each (the
+# first 16 count), or one bytes object that holds 16 bytes a block.
+BlockHashes: TypeAlias = Sequence[bytes] | bytes
+
+class BlockHasher:
+    """Chained, keyed 128-bit block hashes of token ids. Immutable, so any thread may use it.
+
+    hash(i) = first 16 bytes of F(key, tokens of block i || hash(i - 1)), where hash(-1), the root,
+    is F(key, salt). F is SHA-256 with the key as its first block, or SipHash-2-4-128.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        *,
+        algorithm: Literal["sha256", "siphash"] = "sha256",
+        key: bytes | None = None,
+    ) -> None:
+        """Make a hasher.
+
+        block_size: tokens a block, a power of two in 1..65536.
+        algorithm: "sha256" (default) or "siphash" (faster where the CPU lacks SHA instructions;
+            for a server with a single tenant).
+        key: 32 secret bytes; None draws them from the operating system.
+        Raises ValueError on any value outside these ranges.
+        """
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def algorithm(self) -> str: ...
+    @property
+    def implementation(self) -> str:
+        """What computes it on this machine: "sha256-shani", "sha256-portable" or "siphash-2-4-128"."""
+
+    def root(self, salt: bytes = b"") -> bytes:
+        """Return the 16-byte parent of a first block under `salt` (any bytes: tenant, adapter, ...)."""
+
+    def hash_blocks(
+        self,
+        tokens: TokenIds,
+        *,
+        salt: bytes = b"",
+        parent: bytes | None = None,
+        extra_keys: Mapping[int, bytes] | None = None,
+        start: int = 0,
+    ) -> list[bytes]:
+        """Hash each full block of `tokens[start:]`; a partial tail is left out. 16 bytes a block.
+
+        salt: enters the first block and so, by the chain, all blocks. Ignored when parent is given.
+        parent: hash of the block before `start`, to go on with a longer sequence.
+        extra_keys: further bytes for single blocks, by block index counted from `start`; each also
+            reaches every later block.
+        start: index of the first token to hash, a multiple of block_size.
+        Raises TypeError on a wrong kind of input, ValueError on a token id, start, parent or index
+        out of range. Releases the GIL while it hashes.
+        """
+
+    def hash_bytes(
+        self,
+        tokens: TokenIds,
+        *,
+        salt: bytes = b"",
+        parent: bytes | None = None,
+        extra_keys: Mapping[int, bytes] | None = None,
+        start: int = 0,
+    ) -> bytes:
+        """As hash_blocks, but one bytes object of 16 bytes a block (cheaper for long prompts)."""
+
+class PrefixMatch:
+    """What the prefix cache holds of a prompt at the time of the call. Holds no references."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens matched: a multiple of the block size."""
+    @property
+    def block_ids(self) -> list[int]: ...
+    @property
+    def hashes(self) -> bytes:
+        """Hashes of all full blocks of the prompt, 16 bytes each; allocate() takes them."""
+
+class KvEvent:
+    """One change of the prefix cache, for routers that follow what this process holds."""
+
+    @property
+    def kind(self) -> Literal["stored", "removed", "cleared"]: ...
+    @property
+    def sequence_number(self) -> int:
+        """Counts events from 0; a gap tells that the bounded log dropped some."""
+    @property
+    def block_hash(self) -> bytes:
+        """16 bytes; empty for "cleared"."""
+    @property
+    def parent_hash(self) -> bytes:
+        """Of a "stored" block that is not a first one: 16 bytes. Else empty."""
+    @property
+    def block_id(self) -> int:
+        """-1 for "cleared"."""
+    @property
+    def tokens(self) -> list[int]:
+        """The block's token ids for "stored", where the manager knows them. Else empty."""
+
+class KvStats:
+    """Counters since the manager was made or reset_stats() was called."""
+
+    num_queries: int
+    """Prompts looked up by allocate() (match() alone does not count)."""
+    num_queried_tokens: int
+    num_hit_tokens: int
+    num_hits: int
+    """Lookups that matched at least one block."""
+    num_allocated_blocks: int
+    num_evicted_blocks: int
+    """Cached blocks that lost their contents to a new allocation or to evict()."""
+    num_failed: int
+    """Calls answered None for lack of free blocks."""
+    num_dropped_events: int
+
+class BlockTable:
+    """A sequence's block table, logical block index -> block id. Read-only; no copy is made.
+
+    Supports len(), indexing, iteration and the buffer protocol (int32, one dimension). All of them
+    raise KeyError once the sequence is freed. An array made from it earlier stays readable: it keeps
+    the memory alive, frozen at the table's last state when the sequence is freed or the table moves
+    to grow, so take a new one each step.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def numpy(self) -> npt.NDArray[np.int32]:
+        """Return a read-only int32 view [num_blocks of the sequence]."""
+    @property
+    def sequence(self) -> int: ...
+
+class BlockManager:
+    """Paged KV-cache accounting: which sequence holds which block, and what the cache remembers.
+
+    Not a store of keys and values: it deals in block ids 0..num_blocks-1. One thread at a time (the
+    GIL sees to that). Each call either does all it says or changes nothing: where blocks run short
+    it returns None, where an argument is wrong it raises.
+
+    A sequence is named by an int, unique for the life of the manager: a freed one is never found
+    again. There are two ways to fill one:
+    - with token ids: allocate() and append(); the manager hashes blocks and publishes full ones;
+    - without: open() and reserve(); the caller supplies hashes, if any, to publish by.
+
+    Raises, in every method that takes such an argument: KeyError for an unknown or freed sequence,
+    ValueError for a value out of range, TypeError for a wrong type.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_cache: bool = True,
+        null_block: bool = False,
+        watermark: float = 0.0,
+        algorithm: Literal["sha256", "siphash"] = "sha256",
+        hash_key: bytes | None = None,
+        max_events: int = 0,
+    ) -> None:
+        """Make a manager of `num_blocks` free blocks.
+
+        num_blocks: 1..2**30 (at least 2 with null_block).
+        block_size: tokens a block, a power of two in 1..65536.
+        null_block: keep block 0 out of circulation, as engines do that pad tables with it.
+        watermark: share of num_blocks, 0 <= w < 1, that calls with use_watermark leave free.
+        hash_key: 32 bytes; None draws them from the operating system.
+        max_events: length of the event log; 0 keeps none. The oldest events are dropped when full.
+        """
+
+    # Sizes.
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def prefix_cache(self) -> bool: ...
+    @property
+    def null_block_id(self) -> int | None: ...
+    @property
+    def watermark_blocks(self) -> int: ...
+    @property
+    def hasher(self) -> BlockHasher: ...
+
+    # Usage.
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence references, cached ones included."""
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks referenced by sequences or detached holders; the null block not counted."""
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks, free or referenced, that the prefix cache can find."""
+    @property
+    def usage(self) -> float:
+        """num_used_blocks / blocks in circulation, 0..1."""
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes this manager holds on the heap, block tables included."""
+
+    # Look-up.
+    def match(self, tokens: TokenIds, *, salt: bytes = b"", max_tokens: int | None = None) -> PrefixMatch:
+        """Find the longest cached prefix of full blocks, at most max_tokens long.
+
+        max_tokens: None means len(tokens) - 1, because an engine must compute at least one token.
+        Releases the GIL while it hashes.
+        """
+    def match_hashes(self, hashes: BlockHashes, max_blocks: int = -1, /) -> list[int]:
+        """Find the block ids of the longest cached prefix, given hashes; -1 means all of them."""
+
+    # Sequences with token ids.
+    def allocate(
+        self,
+        tokens: TokenIds,
+        *,
+        salt: bytes = b"",
+        hashes: bytes | None = None,
+        num_lookahead_tokens: int = 0,
+        reserved_blocks: int = 0,
+        use_watermark: bool = False,
+        publish: bool = True,
+    ) -> int | None:
+        """Make a sequence of `tokens` on top of what the cache holds; None where it does not fit.
+
+        tokens: at least one. The hit is capped at len(tokens) - 1.
+        hashes: PrefixMatch.hashes of the same tokens and salt, to spare hashing them again.
+        num_lookahead_tokens: further token slots to hold.
+        reserved_blocks: free blocks that must be left over. use_watermark: and the watermark too.
+        publish: put the full blocks into the prefix cache at once. With False, publish() does, when
+            they are computed.
+        Raises ValueError where it needs more blocks than exist.
+        """
+    def append(self, sequence: int, tokens: TokenIds, /) -> tuple[int, ...] | None:
+        """Append token ids to one sequence. Returns the new block ids, or None where they do not fit.
+
+        Full blocks are published if allocate() was told so. Slots held by look-ahead are used first.
+        """
+    def append_one(self, sequence: int, token: int, /) -> int | None:
+        """Append one token id. Returns the new block id, -1 if none was needed, None if none is free."""
+    def append_count(self, sequence: int, num_tokens: int, /) -> tuple[int, ...] | None:
+        """Append tokens whose ids are unknown; no block from here on is published by the manager."""
+    def append_batch(
+        self,
+        sequences: Sequence[int] | npt.NDArray[np.int64],
+        tokens: TokenIds | None = None,
+        /,
+    ) -> npt.NDArray[np.int32] | None:
+        """Append one token to each of many distinct sequences: all of them, or None and none.
+
+        tokens: one id a sequence; None where they are unknown (see append_count).
+        Returns int32 [len(sequences)]: the new block id of each, -1 where none was needed.
+        """
+    def publish(self, sequence: int, num_tokens: int, /) -> int:
+        """Publish the full blocks within the first num_tokens tokens; returns how many are new."""
+    def fork(self, sequence: int, /) -> tuple[int, list[tuple[int, int]]] | None:
+        """Make a second sequence with the same tokens; None where it does not fit.
+
+        Full blocks are shared. A partial last block gets a copy of its own: returned beside the new
+        sequence are the copies to make, (source, destination) block ids, before the next write to
+        either. Look-ahead slots are not inherited.
+        """
+
+    # Sequences without token ids, for engines that keep tokens and hashes themselves.
+    def open(self) -> int:
+        """Make an empty sequence."""
+    def reserve(
+        self,
+        sequence: int,
+        num_tokens: int,
+        num_publish_tokens: int = 0,
+        hashes: BlockHashes | None = None,
+        matched: Sequence[int] | None = None,
+        reserved_blocks: int = 0,
+        use_watermark: bool = False,
+        /,
+    ) -> tuple[int, ...] | None:
+        """See that the sequence has slots for num_tokens tokens in all. Positional arguments only.
+
+        num_publish_tokens: then publish the full blocks within the first so many tokens, block i
+            under hashes[i]; blocks published or matched before are passed over.
+        matched: block ids from match_hashes, for a sequence that has no blocks yet; they come first.
+        Returns the new block ids (matched ones not among them; () if none), or None where the free
+        blocks do not suffice. Slots are never given back by a smaller num_tokens.
+        Raises ValueError where a matched block is no longer cached, or hashes are too few.
+        """
+    def publish_hashes(self, sequence: int, num_tokens: int, hashes: BlockHashes, /) -> int:
+        """Publish the full blocks within the first num_tokens tokens, block i under hashes[i].
+
+        Returns how many the cache did not know.
+        """
+
+    # The end of a sequence.
+    def free(self, sequence: int, /) -> None:
+        """Drop the sequence and its references, last block first.
+
+        A block nobody references any more is free: unpublished ones are reused first, published ones
+        last, so a prompt's head outlives its tail in the cache.
+        """
+    def detach(self, sequence: int, /) -> list[int]:
+        """Drop the sequence but keep its references; returns its block ids for free_blocks() later."""
+    def free_blocks(self, block_ids: Sequence[int], /) -> None:
+        """Give back detached references, in the order given (so pass a detached table reversed)."""
+
+    # Cache upkeep.
+    def evict(self, block_ids: Sequence[int], /) -> int:
+        """Make the cache forget these blocks, referenced or not; returns how many it knew."""
+    def reset(self) -> bool:
+        """Make the cache forget everything; False, and nothing done, while any block is in use."""
+
+    # Inspection.
+    def block_table(self, sequence: int, /) -> BlockTable: ...
+    def block_ids(self, sequence: int, /) -> list[int]:
+        """Copy of the block table."""
+    def num_tokens(self, sequence: int, /) -> int:
+        """Tokens appended, or for an open() sequence those last reserved."""
+    def num_cached_tokens(self, sequence: int, /) -> int:
+        """Tokens of the prefix-cache hit the sequence began with."""
+    def num_published_blocks(self, sequence: int, /) -> int:
+        """Leading blocks of the sequence that were matched or published."""
+    def blocks_needed(self, num_tokens: int, num_matched_blocks: int = 0, /) -> int:
+        """Blocks that num_tokens tokens take beyond the matched ones."""
+    def count_free(self, block_ids: Sequence[int], /) -> int:
+        """How many of these blocks nobody references: adopting them takes so many free blocks."""
+    def reference_count(self, block_id: int, /) -> int: ...
+    def block_hash(self, block_id: int, /) -> bytes | None:
+        """The hash a block is cached under, 16 bytes; None if it is not."""
+    def free_order(self) -> list[int]:
+        """Free block ids in the order they will be handed out. O(free); for tests and tools."""
+    def check(self) -> None:
+        """Verify every invariant, O(blocks). Raises RuntimeError naming the first that fails."""
+
+    # Statistics and events.
+    def stats(self) -> KvStats: ...
+    def reset_stats(self) -> None: ...
+    def take_events(self) -> list[KvEvent]:
+        """Return the events since the last call, oldest first, and clear the log."""

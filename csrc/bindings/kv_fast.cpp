@@ -1,0 +1,276 @@
+// The calls an engine makes per request and step. They are vectorcall method descriptors, because
+// pybind11's dispatch alone costs several times what the manager needs. Positional arguments only.
+#include <pybind11/numpy.h>
+
+#include <algorithm>
+#include <new>
+
+#include "kv_internal.h"
+
+namespace py = pybind11;
+
+namespace twinjet::bindings {
+
+kv::BlockManager* ManagerOf(PyObject* self) {
+  auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  void* manager = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
+  if (!manager)
+    PyErr_SetString(PyExc_TypeError, "this BlockManager was not initialised: call super().__init__()");
+  return static_cast<kv::BlockManager*>(manager);
+}
+
+namespace {
+
+using kv::Status;
+using Args = PyObject* const*;
+using Method = PyObject* (*)(kv::BlockManager&, Args, Py_ssize_t);
+
+bool CheckCount(const char* name, Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
+  if (given >= least && given <= most) return true;
+  PyErr_Format(PyExc_TypeError, "%s() takes %zd to %zd positional arguments, not %zd", name, least, most,
+               given);
+  return false;
+}
+
+// The calling convention around a method: argument count, the manager, and lack of memory.
+template <Method method, size_t kLeast, size_t kMost, const char* kName>
+PyObject* Call(PyObject* self, Args args, Py_ssize_t count) {
+  if (!CheckCount(kName, count, kLeast, kMost)) return nullptr;
+  kv::BlockManager* manager = ManagerOf(self);
+  if (!manager) return nullptr;
+  try {
+    return method(*manager, args, count);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
+}
+
+// None where there was no room, else the exception.
+PyObject* Refuse(Status status, kv::SequenceId id) {
+  if (status == Status::kNoRoom) Py_RETURN_NONE;
+  return RaiseStatus(status, id);
+}
+
+PyObject* Open(kv::BlockManager& manager, Args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  Status status = manager.Open(&id);
+  return status == Status::kOk ? PyLong_FromLongLong(id) : RaiseStatus(status);
+}
+
+PyObject* Free(kv::BlockManager& manager, Args args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  if (!ReadSequenceId(args[0], &id)) return nullptr;
+  Status status = manager.Free(id);
+  if (status != Status::kOk) return RaiseStatus(status, id);
+  Py_RETURN_NONE;
+}
+
+PyObject* Append(kv::BlockManager& manager, Args args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  TokenIds tokens;
+  if (!ReadSequenceId(args[0], &id) || !tokens.Read(args[1])) return nullptr;
+  std::vector<kv::BlockId> new_blocks;
+  Status status = manager.Append(id, tokens.span(), &new_blocks);
+  return status == Status::kOk ? BlockTuple(new_blocks) : Refuse(status, id);
+}
+
+PyObject* AppendOne(kv::BlockManager& manager, Args args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  int32_t token = 0;
+  if (!ReadSequenceId(args[0], &id) || !ReadToken(args[1], &token)) return nullptr;
+  kv::BlockId new_block = kv::kNoBlock;
+  Status status = manager.AppendOne(id, token, &new_block);
+  return status == Status::kOk ? PyLong_FromLong(new_block) : Refuse(status, id);
+}
+
+PyObject* AppendCount(kv::BlockManager& manager, Args args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  int64_t num_tokens = 0;
+  if (!ReadSequenceId(args[0], &id) || !ReadInt(args[1], "num_tokens", &num_tokens)) return nullptr;
+  std::vector<kv::BlockId> new_blocks;
+  Status status = manager.AppendCount(id, num_tokens, &new_blocks);
+  return status == Status::kOk ? BlockTuple(new_blocks) : Refuse(status, id);
+}
+
+PyObject* AppendBatch(kv::BlockManager& manager, Args args, Py_ssize_t count) {
+  std::vector<kv::SequenceId> ids;
+  TokenIds tokens;
+  bool knows_tokens = count > 1 && args[1] != Py_None;
+  if (!ReadSequenceIds(args[0], &ids) || (knows_tokens && !tokens.Read(args[1]))) return nullptr;
+  if (knows_tokens && tokens.span().size() != ids.size()) {
+    return PyErr_Format(PyExc_ValueError, "%zu tokens for %zu sequences", tokens.span().size(), ids.size());
+  }
+  py::array_t<kv::BlockId> new_blocks(static_cast<py::ssize_t>(ids.size()));
+  Status status =
+      manager.AppendBatch(ids, knows_tokens ? tokens.span().data() : nullptr, new_blocks.mutable_data());
+  if (status == Status::kOk) return new_blocks.release().ptr();
+  auto unknown = std::ranges::find_if(ids, [&](kv::SequenceId id) { return !manager.FindSequence(id); });
+  return Refuse(status, unknown == ids.end() ? -1 : *unknown);
+}
+
+PyObject* MatchHashes(kv::BlockManager& manager, Args args, Py_ssize_t count) {
+  HashSource source;
+  int64_t max_blocks = -1;
+  if ((count > 1 && !ReadInt(args[1], "max_blocks", &max_blocks)) || !source.Read(args[0])) return nullptr;
+  if (max_blocks < -1) return RaiseStatus(Status::kBadCount);
+  int64_t limit = max_blocks < 0 ? source.size() : std::min(max_blocks, source.size());
+  // In pieces, so that a miss at the start of a long prompt is cheap.
+  constexpr int64_t kPiece = 64;
+  kv::BlockHash hashes[kPiece];
+  std::vector<kv::BlockId> blocks;
+  for (int64_t first = 0; first < limit; first += kPiece) {
+    int64_t size = std::min(kPiece, limit - first);
+    if (!source.Check(first, first + size)) return nullptr;
+    for (int64_t i = 0; i < size; ++i) hashes[i] = source.at(first + i);
+    blocks.resize(static_cast<size_t>(first + size));
+    int32_t found = manager.Match({hashes, static_cast<size_t>(size)}, blocks.data() + first);
+    if (found < size) {
+      blocks.resize(static_cast<size_t>(first + found));
+      break;
+    }
+  }
+  return BlockList(blocks);
+}
+
+PyObject* Publish(kv::BlockManager& manager, Args args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  int64_t num_tokens = 0;
+  int64_t num_new = 0;
+  if (!ReadSequenceId(args[0], &id) || !ReadInt(args[1], "num_tokens", &num_tokens)) return nullptr;
+  Status status = manager.Publish(id, num_tokens, &num_new);
+  return status == Status::kOk ? PyLong_FromLongLong(num_new) : RaiseStatus(status, id);
+}
+
+// Checks all that PublishHashes would refuse or could not read. For a sequence about to hold
+// num_blocks blocks of which num_published are published already.
+bool CheckPublish(kv::BlockManager& manager, const kv::Sequence& sequence, int64_t num_tokens,
+                  const HashSource& hashes, int64_t num_blocks, int64_t num_published) {
+  Status status = Status::kOk;
+  int64_t num_full = num_tokens / manager.block_size();
+  if (num_tokens < 0 || num_full > num_blocks) {
+    status = Status::kBadCount;
+  } else if (!sequence.is_external) {
+    status = Status::kWrongKind;
+  } else if (manager.prefix_cache_enabled() && num_full > num_published) {
+    if (num_full > hashes.size()) status = Status::kTooFewHashes;
+    // The hash before the first new one is its parent in the event log.
+    if (status == Status::kOk) return hashes.Check(std::max<int64_t>(num_published - 1, 0), num_full);
+  }
+  if (status != Status::kOk) RaiseStatus(status);
+  return status == Status::kOk;
+}
+
+PyObject* PublishHashes(kv::BlockManager& manager, Args args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  int64_t num_tokens = 0;
+  int64_t num_new = 0;
+  HashSource hashes;
+  if (!ReadSequenceId(args[0], &id) || !ReadInt(args[1], "num_tokens", &num_tokens) ||
+      !hashes.Read(args[2])) {
+    return nullptr;
+  }
+  kv::Sequence* sequence = manager.FindSequence(id);
+  if (!sequence) return RaiseUnknownSequence(id);
+  if (!CheckPublish(manager, *sequence, num_tokens, hashes, sequence->num_blocks, sequence->num_published)) {
+    return nullptr;
+  }
+  manager.PublishHashes(
+      *sequence, num_tokens, hashes.size(), [&](int64_t i) { return hashes.at(i); }, &num_new);
+  return PyLong_FromLongLong(num_new);
+}
+
+PyObject* Reserve(kv::BlockManager& manager, Args args, Py_ssize_t count) {
+  kv::SequenceId id = 0;
+  int64_t num_tokens = 0;
+  int64_t num_publish_tokens = 0;
+  kv::Headroom headroom;
+  std::vector<kv::BlockId> matched;
+  HashSource hashes;
+  if (!ReadSequenceId(args[0], &id) || !ReadInt(args[1], "num_tokens", &num_tokens)) return nullptr;
+  if (count > 2 && !ReadInt(args[2], "num_publish_tokens", &num_publish_tokens)) return nullptr;
+  if (count > 4 && !ReadBlockIds(args[4], &matched)) return nullptr;
+  if (count > 5 && !ReadInt(args[5], "reserved_blocks", &headroom.reserved_blocks)) return nullptr;
+  if (count > 6) {
+    int truth = PyObject_IsTrue(args[6]);
+    if (truth < 0) return nullptr;
+    headroom.use_watermark = truth != 0;
+  }
+  if (count > 3 && !hashes.Read(args[3])) return nullptr;
+
+  kv::Sequence* sequence = manager.FindSequence(id);
+  if (!sequence) return RaiseUnknownSequence(id);
+  if (num_publish_tokens != 0) {
+    int64_t num_held = sequence->num_blocks + static_cast<int64_t>(matched.size());
+    int64_t num_published = matched.empty() ? sequence->num_published : static_cast<int64_t>(matched.size());
+    int64_t num_blocks = std::max(num_held, num_tokens < 0 ? 0 : manager.BlocksFor(num_tokens));
+    if (!CheckPublish(manager, *sequence, num_publish_tokens, hashes, num_blocks, num_published))
+      return nullptr;
+  }
+  int64_t num_new = 0;
+  Status status = manager.Reserve(*sequence, num_tokens, matched, headroom, &num_new);
+  if (status != Status::kOk) return Refuse(status, id);
+  if (num_publish_tokens > 0) {
+    int64_t num_published = 0;
+    manager.PublishHashes(
+        *sequence, num_publish_tokens, hashes.size(), [&](int64_t i) { return hashes.at(i); },
+        &num_published);
+  }
+  return BlockTuple(sequence->blocks().last(static_cast<size_t>(num_new)));
+}
+
+PyObject* NumTokens(kv::BlockManager& manager, Args args, Py_ssize_t) {
+  kv::SequenceId id = 0;
+  if (!ReadSequenceId(args[0], &id)) return nullptr;
+  const kv::Sequence* sequence = manager.FindSequence(id);
+  return sequence ? PyLong_FromLongLong(sequence->num_tokens) : RaiseUnknownSequence(id);
+}
+
+PyObject* BlocksNeeded(kv::BlockManager& manager, Args args, Py_ssize_t count) {
+  int64_t num_tokens = 0;
+  int64_t num_matched = 0;
+  if (!ReadInt(args[0], "num_tokens", &num_tokens)) return nullptr;
+  if (count > 1 && !ReadInt(args[1], "num_matched_blocks", &num_matched)) return nullptr;
+  if (num_tokens < 0 || num_tokens > INT64_MAX / 2 || num_matched < 0) return RaiseStatus(Status::kBadCount);
+  return PyLong_FromLongLong(std::max<int64_t>(manager.BlocksFor(num_tokens) - num_matched, 0));
+}
+
+#define TWINJET_FAST(kName, method, least, most)                                                 \
+  static constexpr char k##method##Name[] = kName;                                               \
+  static PyMethodDef method##Def = {k##method##Name,                                             \
+                                    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(  \
+                                        static_cast<PyObject* (*)(PyObject*, Args, Py_ssize_t)>( \
+                                            Call<method, least, most, k##method##Name>))),       \
+                                    METH_FASTCALL, nullptr}
+
+TWINJET_FAST("open", Open, 0, 0);
+TWINJET_FAST("free", Free, 1, 1);
+TWINJET_FAST("append", Append, 2, 2);
+TWINJET_FAST("append_one", AppendOne, 2, 2);
+TWINJET_FAST("append_count", AppendCount, 2, 2);
+TWINJET_FAST("append_batch", AppendBatch, 1, 2);
+TWINJET_FAST("match_hashes", MatchHashes, 1, 2);
+TWINJET_FAST("publish", Publish, 2, 2);
+TWINJET_FAST("publish_hashes", PublishHashes, 3, 3);
+TWINJET_FAST("reserve", Reserve, 2, 7);
+TWINJET_FAST("num_tokens", NumTokens, 1, 1);
+TWINJET_FAST("blocks_needed", BlocksNeeded, 1, 2);
+
+#undef TWINJET_FAST
+
+}  // namespace
+
+void AddFastMethods(py::handle manager_type) {
+  for (PyMethodDef* definition :
+       {&OpenDef, &FreeDef, &AppendDef, &AppendOneDef, &AppendCountDef, &AppendBatchDef, &MatchHashesDef,
+        &PublishDef, &PublishHashesDef, &ReserveDef, &NumTokensDef, &BlocksNeededDef}) {
+    auto* type = reinterpret_cast<PyTypeObject*>(manager_type.ptr());
+    PyObject* descriptor = PyDescr_NewMethod(type, definition);
+    if (!descriptor) throw py::error_already_set();
+    manager_type.attr(definition->ml_name) = py::reinterpret_steal<py::object>(descriptor);
+  }
+}
+
+}  // namespace twinjet::bindings
