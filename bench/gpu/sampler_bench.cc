@@ -80,7 +80,8 @@ double Time(cuda::DeviceSampler& sampler, cudaStream_t stream, const std::vector
   cudaGraphExec_t exec = nullptr;
   const int draws = std::max<int>(static_cast<int>(inputs.size()), 8);
   CheckCuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  for (int i = 0; i < draws; ++i) sampler.Sample(inputs[static_cast<size_t>(i) % inputs.size()], outputs, stream);
+  for (int i = 0; i < draws; ++i)
+    sampler.Sample(inputs[static_cast<size_t>(i) % inputs.size()], outputs, stream);
   CheckCuda(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
   CheckCuda(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
   cudaEvent_t begin = nullptr, end = nullptr;
@@ -129,7 +130,8 @@ double CopyBandwidth(cudaStream_t stream) {
 
 }  // namespace
 
-// Usage: sampler_gpu_bench [clusters, e.g. 0,8,16] [vocab sizes] [batches] [case numbers] [logits: 0 language, 1 flat]
+// Usage: sampler_gpu_bench [clusters, e.g. 0,8,16] [vocab sizes] [batches] [case numbers] [logits: 0
+// language, 1 flat]
 int main(int argc, char** argv) {
   const auto list = [&](int i, std::vector<int> otherwise) {
     if (argc <= i) return otherwise;

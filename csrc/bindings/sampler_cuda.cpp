@@ -1,9 +1,10 @@
-// Python face of csrc/sampler/cuda; twinjet/_sampling_cuda.py documents it and allocates. Without the CUDA side
-// only HAS_CUDA is bound.
+// Python face of csrc/sampler/cuda; twinjet/_sampling_cuda.py documents it and allocates. Without the CUDA
+// side only HAS_CUDA is bound.
 #include "bindings.h"
 
 #if defined(TWINJET_WITH_CUDA)
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <optional>
 #include <set>
@@ -55,7 +56,8 @@ class DeviceTensor {
  public:
   DeviceTensor(const py::handle& object, const char* name, int device) : name_(name) {
     if (!py::hasattr(object, "__dlpack__")) {
-      throw py::type_error(std::string(name) + " is a " + Py_TYPE(object.ptr())->tp_name + ": must have DLPack");
+      throw py::type_error(std::string(name) + " is a " + Py_TYPE(object.ptr())->tp_name +
+                           ": must have DLPack");
     }
     capsule_ = object.attr("__dlpack__")(py::arg("stream") = -1);
     if (!PyCapsule_IsValid(capsule_.ptr(), "dltensor")) {
@@ -97,11 +99,11 @@ class DeviceTensor {
   // The data of an output of this shape.
   template <typename T>
   T* Output(uint8_t code, int64_t num_rows, int64_t num_columns) const {
-    const bool contiguous = num_rows <= 1 || row_stride() == num_columns;
+    const bool contiguous = rows() <= 1 || row_stride() == num_columns;
     if (!Is(code, 32) || !contiguous || rows() * columns() != num_rows * num_columns) {
       throw py::value_error(name_ + " must be a contiguous " + (code == kDlInt ? "int32" : "float32") +
-                            " tensor of shape [" + std::to_string(num_rows) + ", " + std::to_string(num_columns) +
-                            "]");
+                            " tensor of shape [" + std::to_string(num_rows) + ", " +
+                            std::to_string(num_columns) + "]");
     }
     return reinterpret_cast<T*>(data());
   }
@@ -126,7 +128,8 @@ class PyDeviceSampler {
   sampler::cuda::DeviceSampler& sampler() { return sampler_; }
 
   void Prepare(const py::sequence& requests, int32_t vocab_size,
-               const std::optional<py::array_t<int32_t, py::array::c_style>>& bitmask_rows, uintptr_t stream) {
+               const std::optional<py::array_t<int32_t, py::array::c_style>>& bitmask_rows,
+               uintptr_t stream) {
     rows_.clear();
     std::set<const PyRequest*> seen;
     if (bitmask_rows && bitmask_rows->size() != static_cast<py::ssize_t>(requests.size())) {
@@ -182,7 +185,8 @@ class PyDeviceSampler {
     if (!bitmask.is_none()) {
       mask.emplace(bitmask, "bitmask", device);
       if (!mask->Is(kDlInt, 32)) throw py::type_error("bitmask must be int32");
-      if (mask->columns() < (view.columns() + 31) / 32) throw py::value_error("bitmask has too few words a row");
+      if (mask->columns() < (view.columns() + 31) / 32)
+        throw py::value_error("bitmask has too few words a row");
       input.bitmask = reinterpret_cast<const uint32_t*>(mask->data());
       input.bitmask_stride = mask->row_stride();
     }
@@ -232,9 +236,8 @@ void BindSamplerCuda(py::module_& module) {
       .def_property_readonly("device", [](PyDeviceSampler& self) { return self.sampler().device(); })
       .def(
           "reserve",
-          [](PyDeviceSampler& self, int32_t num_rows, int32_t vocab_size, size_t num_edits, size_t num_allowed) {
-            self.sampler().Reserve(num_rows, vocab_size, num_edits, num_allowed);
-          },
+          [](PyDeviceSampler& self, int32_t num_rows, int32_t vocab_size, size_t num_edits,
+             size_t num_allowed) { self.sampler().Reserve(num_rows, vocab_size, num_edits, num_allowed); },
           py::arg("num_rows"), py::arg("vocab_size"), py::arg("num_edits"), py::arg("num_allowed_rows"))
       .def("prepare", &PyDeviceSampler::Prepare, py::arg("requests"), py::arg("vocab_size"),
            py::arg("bitmask_rows"), py::arg("stream"))

@@ -1,9 +1,10 @@
 """The sampler on CUDA devices: the same tokens as on the CPU, drawn where the logits are.
 
-`twinjet.sampling.Sampler.sample` comes here by itself when its logits are on a CUDA device. Engines that do not
-want to wait for the device each step use CudaSampler: `prepare` copies parameters without waiting, `launch` only
-starts kernels and may be captured in a CUDA graph. Tensors come and go through DLPack, so this module needs
-neither torch nor cupy; only `allocate` asks the library that the logits belong to for memory.
+`twinjet.sampling.Sampler.sample` comes here by itself when its logits are on a CUDA device. Engines that
+do not want to wait for the device each step use CudaSampler: `prepare` copies parameters without waiting,
+`launch` only starts kernels and may be captured in a CUDA graph. Tensors come and go through DLPack, so
+this module needs neither torch nor cupy; only `allocate` asks the library that the logits belong to for
+memory.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ class CudaSampler:
 
     def __init__(self, device: int = 0) -> None:
         if not has_cuda():
-            raise RuntimeError("logits are on a CUDA device, but this build of twinjet has no CUDA side: "
-                               "build with TWINJET_CUDA=ON, or pass logits on the CPU")
+            raise RuntimeError(
+                "logits are on a CUDA device, but this build of twinjet has no CUDA side: "
+                "build with TWINJET_CUDA=ON, or pass logits on the CPU"
+            )
         self._core = _core.CudaSampler(device)
         self.device = device
 
@@ -99,8 +102,9 @@ class CudaSampler:
     ) -> None:
         """Copy the requests' parameters for the next token to the device, on a stream.
 
-        Waits for nothing, unless four batches are on their way or memory has to grow. A request with penalties
-        or bad words must know its output tokens by now (`append`); others need only the right position.
+        Waits for nothing, unless four batches are on their way or memory has to grow. A request with
+        penalties or bad words must know its output tokens by now (`append`); others need only the right
+        position.
 
         Args:
             requests: one per row, in row order; none twice.
@@ -185,8 +189,10 @@ class CudaSampler:
 def _library_of(array: Any) -> Any:
     name = type(array).__module__.split(".")[0]
     if name not in ("torch", "cupy"):
-        raise TypeError(f"logits on a CUDA device are a {type(array).__name__}: must be a torch or cupy array here; "
-                        "use twinjet._sampling_cuda.CudaSampler with outputs of your own for others")
+        raise TypeError(
+            f"logits on a CUDA device are a {type(array).__name__}: must be a torch or cupy array here; "
+            "use twinjet._sampling_cuda.CudaSampler with outputs of your own for others"
+        )
     return sys.modules[name]
 
 
@@ -241,7 +247,11 @@ def sample(
         if device_of(bitmask) is None:
             library = _library_of(logits)
             host = np.ascontiguousarray(bitmask)
-            bitmask = library.asarray(host) if library.__name__ == "cupy" else library.as_tensor(host, device=logits.device)
+            bitmask = (
+                library.asarray(host)
+                if library.__name__ == "cupy"
+                else library.as_tensor(host, device=logits.device)
+            )
         if bitmask_rows is None:
             if int(bitmask.shape[0]) < rows:
                 raise ValueError(f"bitmask has {int(bitmask.shape[0])} rows: must have one per row of logits")
@@ -260,7 +270,9 @@ def sample(
     )
     tokens: npt.NDArray[np.int32] = to_host(outputs.token_ids)
     status = to_host(outputs.status).view(np.uint32)
-    for request, token, wanted in zip(requests, tokens.tolist(), np.broadcast_to(flags, (rows,)), strict=True):
+    for request, token, wanted in zip(
+        requests, tokens.tolist(), np.broadcast_to(flags, (rows,)), strict=True
+    ):
         if wanted and token >= 0:
             request.append(token)
     if outputs.top_ids is None:

@@ -146,8 +146,10 @@ class Sampler:
 
         Args:
             logits: [rows, vocab_size] or [vocab_size], float32, float16 or bfloat16: a numpy array, a torch
-                tensor or anything else with the buffer protocol or DLPack. On a CUDA device (torch or cupy) the
-                tokens are drawn there, the same ones, and the call waits for them. Not copied and not changed. Tokens of a row must be adjacent in memory; the distance of rows is free.
+                tensor or anything else with the buffer protocol or DLPack. On a CUDA device (torch or cupy)
+                the tokens are drawn there, the same ones, and the call waits for them. Not copied and not
+                changed.
+                Tokens of a row must be adjacent in memory; the distance of rows is free.
             requests: one request per row, in row order; no request twice. Its vocab_size must be the row's.
             bitmask: grammar masks, int32 [n, at least ceil(vocab_size / 32)], bit i % 32 of word i // 32
                 is 1 when token i is allowed; None allows all.

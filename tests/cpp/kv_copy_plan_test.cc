@@ -32,7 +32,8 @@ TEST(waves_give_what_the_list_gives) {
       // All at once: every source is read before any destination is written.
       const std::vector<int> before = contents;
       for (size_t i = begin; i < static_cast<size_t>(end); ++i) {
-        contents[static_cast<size_t>(plan.copies[i].destination)] = before[static_cast<size_t>(plan.copies[i].source)];
+        contents[static_cast<size_t>(plan.copies[i].destination)] =
+            before[static_cast<size_t>(plan.copies[i].source)];
       }
       begin = static_cast<size_t>(end);
     }

@@ -1,6 +1,6 @@
 // The CUDA sampler's kernel on the host: the same slices, lists, pivots, exchanges and order of passes,
-// with loops where the device has threads. It shares search.h, plan.h and the specification's headers with the
-// kernel, so what a CPU can test of the kernel's algorithm is tested here.
+// with loops where the device has threads. It shares search.h, plan.h and the specification's headers with
+// the kernel, so what a CPU can test of the kernel's algorithm is tested here.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,8 @@ struct Block {
 // One row as the blocks of its cluster hold it.
 class Row {
  public:
-  Row(const std::vector<float>& edited, const LaunchShape& shape) : vocab_size_(static_cast<int32_t>(edited.size())) {
+  Row(const std::vector<float>& edited, const LaunchShape& shape)
+      : vocab_size_(static_cast<int32_t>(edited.size())) {
     num_groups_ = NumGroups(vocab_size_);
     groups_per_block_ = shape.groups_per_block;
     blocks_.resize(static_cast<size_t>(shape.cluster));
@@ -202,7 +203,8 @@ class Row {
 
   uint32_t KthMaximum(int32_t k) const {
     std::vector<float> maxima;
-    for (const Block& block : blocks_) maxima.insert(maxima.end(), block.group_max.begin(), block.group_max.end());
+    for (const Block& block : blocks_)
+      maxima.insert(maxima.end(), block.group_max.begin(), block.group_max.end());
     uint32_t found = ~0u;
     for (float x : maxima) {
       const auto larger = std::count_if(maxima.begin(), maxima.end(), [x](float y) { return y > x; });
@@ -260,8 +262,10 @@ class Row {
     uint32_t key = kKeyOfNegativeInfinity;
     size_t num_gathered = 0;
     if (constants.min_z > NegativeInfinity()) key = MinPKey(max_, constants.scale, constants.min_z);
-    if (constants.top_k > 0) key = std::max(key, TopKThreshold(constants.scale, constants.top_k, &num_gathered));
-    if (constants.has_top_p != 0) key = TopPThreshold(constants.scale, key, constants.top_p_fixed, num_gathered);
+    if (constants.top_k > 0)
+      key = std::max(key, TopKThreshold(constants.scale, constants.top_k, &num_gathered));
+    if (constants.has_top_p != 0)
+      key = TopPThreshold(constants.scale, key, constants.top_p_fixed, num_gathered);
     return FloatFromKey(key);
   }
 
@@ -289,9 +293,10 @@ class Row {
       const float x = owner->slice[winner * kGroupSize + i];
       const uint64_t weight = x >= threshold ? WeightOf(x, max_, constants.scale) : 0;
       if (weight == 0) continue;
-      const int32_t id = (owner->first_group + static_cast<int32_t>(winner)) * kGroupSize + static_cast<int32_t>(i);
-      const uint64_t time =
-          DoubleBits(RaceTime(ExponentialOf(constants.race, static_cast<uint32_t>(id) | kTokenLevel), weight));
+      const int32_t id =
+          (owner->first_group + static_cast<int32_t>(winner)) * kGroupSize + static_cast<int32_t>(i);
+      const uint64_t time = DoubleBits(
+          RaceTime(ExponentialOf(constants.race, static_cast<uint32_t>(id) | kTokenLevel), weight));
       if (time >= best) continue;
       best = time;
       token = id;

@@ -1,10 +1,11 @@
 // The CUDA sampler's algorithm on the host against the specification's reference: tokens, statuses and the
 // threshold itself. TWINJET_TEST_ROWS multiplies the number of random rows (default 1; 25 is a million rows).
+#include "sampler_cuda_emulation.h"
+
 #include <cstdlib>
 
 #include "check.h"
 #include "sampler/kernels.h"
-#include "sampler_cuda_emulation.h"
 #include "sampler_rows.h"
 
 using namespace twinjet::sampler;
@@ -44,11 +45,12 @@ void CompareRow(rows::Row* row, int32_t cluster) {
   emulated.Draw(input.constants, &result.output, &threshold);
   result.output.status |= expected.output.status & kStatusInfinite;
   std::ostringstream text;
-  text << "size " << input.vocab_size << " cluster " << shape.cluster << " T " << row->params.temperature << " k "
-       << row->params.top_k << " p " << row->params.top_p << " min_p " << row->params.min_p;
+  text << "size " << input.vocab_size << " cluster " << shape.cluster << " T " << row->params.temperature
+       << " k " << row->params.top_k << " p " << row->params.top_p << " min_p " << row->params.min_p;
   if (result.output.token_id != expected.output.token_id) {
-    test::Fail(__FILE__, __LINE__, text.str() + ": token " + std::to_string(expected.output.token_id) + " and " +
-                                       std::to_string(result.output.token_id));
+    test::Fail(__FILE__, __LINE__,
+               text.str() + ": token " + std::to_string(expected.output.token_id) + " and " +
+                   std::to_string(result.output.token_id));
   }
   CHECK_EQ(result.output.status, expected.output.status);
   CHECK(emulated.num_sweeps < 60);
@@ -57,12 +59,14 @@ void CompareRow(rows::Row* row, int32_t cluster) {
     if (ids[i] < 0) continue;
     const float x = expected.processed[static_cast<size_t>(ids[i])];
     // A kept token far below the others overflows to -inf as well: it tells nothing.
-    const float distance = (x - expected.processed[static_cast<size_t>(ids[1])]) / input.constants.temperature;
+    const float distance =
+        (x - expected.processed[static_cast<size_t>(ids[1])]) / input.constants.temperature;
     if (x >= threshold && distance < -3e38f) continue;
     const bool kept = logprobs[i] > NegativeInfinity();
     if (kept != (x >= threshold && x > NegativeInfinity())) {
       std::ostringstream value;
-      value << text.str() << ": threshold " << std::hexfloat << threshold << ", logit " << x << (kept ? " kept" : " dropped");
+      value << text.str() << ": threshold " << std::hexfloat << threshold << ", logit " << x
+            << (kept ? " kept" : " dropped");
       test::Fail(__FILE__, __LINE__, value.str());
     }
   }
@@ -92,8 +96,9 @@ TEST(brackets_that_end_at_zero) {
     const int32_t size = 500 + rows::Below(random, 1500);
     for (int32_t j = 0; j < size; ++j) {
       const float step = rows::OneOf(random, {1e-42f, 1e-38f, 0.01f});
-      row.logits.push_back(rows::Chance(random, 0.4) ? rows::OneOf(random, {0.0f, -0.0f})
-                                                     : step * static_cast<float>(rows::Below(random, 21) - 10));
+      row.logits.push_back(rows::Chance(random, 0.4)
+                               ? rows::OneOf(random, {0.0f, -0.0f})
+                               : step * static_cast<float>(rows::Below(random, 21) - 10));
     }
     row.params.top_k = 2 + rows::Below(random, size - 2);
     if (rows::Chance(random, 0.5)) row.params.top_p = rows::OneOf(random, {0.3f, 0.5f, 0.7f, 0.9f});

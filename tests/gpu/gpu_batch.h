@@ -155,12 +155,14 @@ inline int CountDifferences(const Batch& batch, const Drawn& host, const Drawn& 
   for (size_t i = 0; i < batch.num_rows(); ++i) {
     std::string difference;
     if (host.token_ids[i] != device.token_ids[i]) {
-      difference = "token " + std::to_string(host.token_ids[i]) + " and " + std::to_string(device.token_ids[i]);
+      difference =
+          "token " + std::to_string(host.token_ids[i]) + " and " + std::to_string(device.token_ids[i]);
     } else if (host.status[i] != device.status[i]) {
       difference = "status " + std::to_string(host.status[i]) + " and " + std::to_string(device.status[i]);
     } else if (width != 0 && host.ranks[i] != device.ranks[i]) {
       difference = "rank " + std::to_string(host.ranks[i]) + " and " + std::to_string(device.ranks[i]);
-    } else if (width != 0 && std::memcmp(&host.top_ids[i * width], &device.top_ids[i * width], width * 4) != 0) {
+    } else if (width != 0 &&
+               std::memcmp(&host.top_ids[i * width], &device.top_ids[i * width], width * 4) != 0) {
       difference = "top ids";
     } else if (width != 0 &&
                std::memcmp(&host.top_logprobs[i * width], &device.top_logprobs[i * width], width * 4) != 0) {

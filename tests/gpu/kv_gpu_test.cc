@@ -27,7 +27,8 @@ TEST(copies_in_waves_are_the_list_in_order) {
     }
     const cuda::CopyPlan plan = cuda::PlanCopies(list);
     const DeviceArray<BlockCopy> copies(plan.copies);
-    const cuda::KvPlanes cache = {device_planes.data(), static_cast<int32_t>(num_planes), block_bytes, block_bytes};
+    const cuda::KvPlanes cache = {device_planes.data(), static_cast<int32_t>(num_planes), block_bytes,
+                                  block_bytes};
     int32_t begin = 0;
     for (int32_t end : plan.wave_ends) {
       CheckCuda(cuda::CopyBlocks(cache, copies.data() + begin, end - begin, nullptr), "CopyBlocks");
@@ -67,7 +68,8 @@ TEST(slots_follow_the_block_tables) {
         const int64_t position = first[static_cast<size_t>(s)] + i - starts[static_cast<size_t>(s)];
         const int64_t page = position / block_size;
         const int32_t block = page < max_blocks ? tables[static_cast<size_t>(s * max_blocks + page)] : -1;
-        if (block >= 0) expected[static_cast<size_t>(i)] = int64_t{block} * block_size + position % block_size;
+        if (block >= 0)
+          expected[static_cast<size_t>(i)] = int64_t{block} * block_size + position % block_size;
       }
     }
     const DeviceArray<int32_t> device_tables(tables), device_starts(starts);

@@ -96,7 +96,8 @@ void CompareRandomBatches(uint64_t stream, int num_batches, int num_rows, int32_
   cudaStream_t own = nullptr;
   gpu::CheckCuda(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), "cudaStreamCreate");
   for (int b = 0; b < num_batches; ++b) {
-    const RandomBatch made = MakeRandomBatch(random, 1 + rows::Below(random, num_rows), 1 + rows::Below(random, max_size));
+    const RandomBatch made =
+        MakeRandomBatch(random, 1 + rows::Below(random, num_rows), 1 + rows::Below(random, max_size));
     const gpu::Drawn host = gpu::DrawOnHost(HostSampler(), made.batch);
     const DeviceArray<char> logits(made.batch.logits);
     const DeviceArray<uint32_t> bitmask(made.batch.bitmask);
@@ -110,7 +111,8 @@ void CompareRandomBatches(uint64_t stream, int num_batches, int num_rows, int32_
                                                   rows::Chance(random, 0.5) ? own : nullptr);
       Device().set_limits(limits);
       Device().set_cluster(0);
-      Compare(made.batch, host, device, "batch " + std::to_string(b) + ", cluster " + std::to_string(cluster));
+      Compare(made.batch, host, device,
+              "batch " + std::to_string(b) + ", cluster " + std::to_string(cluster));
     }
   }
   gpu::CheckCuda(cudaStreamDestroy(own), "cudaStreamDestroy");
@@ -170,8 +172,7 @@ int64_t CompareGrid(rows::Generator& random, const GridPart& part, int64_t num_d
   batch.dtype = dtype;
   batch.vocab_size = part.vocab_size;
   batch.row_stride = (part.vocab_size + 7) / 8 * 8;
-  const std::vector<float> x =
-      QuickLogits(random, part.num_rows, static_cast<size_t>(batch.row_stride));
+  const std::vector<float> x = QuickLogits(random, part.num_rows, static_cast<size_t>(batch.row_stride));
   const size_t item = dtype == Dtype::kFloat32 ? 4 : 2;
   batch.logits.resize(x.size() * item);
   if (dtype == Dtype::kFloat32) {
@@ -216,8 +217,9 @@ TEST(large_rows) { CompareRandomBatches(4, IsSmall() ? 1 : 20, IsSmall() ? 1 : 1
 TEST(grid) {
   std::mt19937_64 random = test::Random(5);
   const int64_t total = IsSmall() ? 64 : Setting("TWINJET_GPU_ROWS", 100000);
-  const GridPart parts[] = {{1024, 1024, 0.40}, {4096, 1024, 0.35},  {8192, 1024, 0.14},  {32000, 512, 0.06},
-                            {49152, 512, 0.02}, {128256, 256, 0.02}, {151936, 256, 0.005}, {262144, 128, 0.005}};
+  const GridPart parts[] = {{1024, 1024, 0.40},   {4096, 1024, 0.35},  {8192, 1024, 0.14},
+                            {32000, 512, 0.06},   {49152, 512, 0.02},  {128256, 256, 0.02},
+                            {151936, 256, 0.005}, {262144, 128, 0.005}};
   int64_t drawn = 0;
   for (GridPart part : parts) {
     if (IsSmall() && part.vocab_size > 40000) continue;
@@ -279,7 +281,8 @@ TEST(graph_replays_with_new_inputs) {
     Device().Prepare(host_rows, vocab_size, stream);
     if (replay == 0) {
       cudaGraph_t graph = nullptr;
-      gpu::CheckCuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+      gpu::CheckCuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+                     "cudaStreamBeginCapture");
       Device().Sample(input, outputs, stream);
       gpu::CheckCuda(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
       gpu::CheckCuda(cudaGraphInstantiate(&graph_exec, graph, 0), "cudaGraphInstantiate");
@@ -304,8 +307,10 @@ TEST(streams_do_not_disturb_each_other) {
   std::mt19937_64 random = test::Random(7);
   const RandomBatch first = MakeRandomBatch(random, IsSmall() ? 3 : 64, IsSmall() ? 3000 : 50000);
   const RandomBatch second = MakeRandomBatch(random, IsSmall() ? 3 : 100, IsSmall() ? 2000 : 32000);
-  const gpu::Drawn host[2] = {gpu::DrawOnHost(HostSampler(), first.batch), gpu::DrawOnHost(HostSampler(), second.batch)};
-  const DeviceArray<char> logits[2] = {DeviceArray<char>(first.batch.logits), DeviceArray<char>(second.batch.logits)};
+  const gpu::Drawn host[2] = {gpu::DrawOnHost(HostSampler(), first.batch),
+                              gpu::DrawOnHost(HostSampler(), second.batch)};
+  const DeviceArray<char> logits[2] = {DeviceArray<char>(first.batch.logits),
+                                       DeviceArray<char>(second.batch.logits)};
   const DeviceArray<uint32_t> bitmask[2] = {DeviceArray<uint32_t>(first.batch.bitmask),
                                             DeviceArray<uint32_t>(second.batch.bitmask)};
   cudaStream_t streams[2] = {};

@@ -23,7 +23,8 @@ CopyPlan PlanCopies(std::span<const BlockCopy> copies) {
     uses[copy.destination].written = wave;
     placed.emplace_back(wave, copy);
   }
-  std::stable_sort(placed.begin(), placed.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::stable_sort(placed.begin(), placed.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
   CopyPlan plan;
   for (size_t i = 0; i < placed.size(); ++i) {
     plan.copies.push_back(placed[i].second);

@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kThreads) MapSlotsKernel(SlotMapping mapping) 
 
 }  // namespace
 
-cudaError_t CopyBlocks(const KvPlanes& cache, const BlockCopy* copies, int32_t num_copies, cudaStream_t stream) {
+cudaError_t CopyBlocks(const KvPlanes& cache, const BlockCopy* copies, int32_t num_copies,
+                       cudaStream_t stream) {
   if (num_copies == 0 || cache.num_planes == 0 || cache.block_bytes == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>((cache.block_bytes + kBytesPerBlock - 1) / kBytesPerBlock),
                   static_cast<unsigned>(num_copies), static_cast<unsigned>(cache.num_planes));

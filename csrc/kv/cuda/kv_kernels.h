@@ -20,7 +20,8 @@ struct KvPlanes {
 };
 
 // One wave of copies of a CopyPlan, in every plane. Block ids must lie within the planes.
-cudaError_t CopyBlocks(const KvPlanes& cache, const BlockCopy* copies, int32_t num_copies, cudaStream_t stream);
+cudaError_t CopyBlocks(const KvPlanes& cache, const BlockCopy* copies, int32_t num_copies,
+                       cudaStream_t stream);
 
 // slots[query_start[s] + i] = slot of position first_position[s] + i of sequence s, for query_start[s] + i <
 // query_start[s + 1]: block id * block_size + offset, or -1 where the table has no block for it (a

@@ -27,7 +27,9 @@ struct Block {
 __device__ __forceinline__ int32_t GroupOfLane(int32_t pass) {
   return pass * kGroupsPerPass + static_cast<int32_t>(threadIdx.x) / kLanesPerGroup;
 }
-__device__ __forceinline__ int32_t LaneInGroup() { return static_cast<int32_t>(threadIdx.x) % kLanesPerGroup; }
+__device__ __forceinline__ int32_t LaneInGroup() {
+  return static_cast<int32_t>(threadIdx.x) % kLanesPerGroup;
+}
 
 // Lane lane_in_group's float4 number i (0 .. 7) of a group in shared memory: eight lanes read 128
 // consecutive bytes, which no two of them share a bank in.
@@ -79,6 +81,7 @@ __device__ __forceinline__ auto* ExchangeMail(Block& block, Combine combine) {
 template <int kCount, class Op>
 __device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCount], Op op) {
   SharedHead& head = *block.head;
+  __syncthreads();  // by_warp may be read still from the last call
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint64_t value = ReduceWarp(values[i], op);
@@ -126,7 +129,8 @@ __device__ __forceinline__ Runner EarliestInBlock(Block& block, Runner runner) {
   __syncthreads();  // by_warp is read by all threads below, and may be still from the last call
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    runner = Earlier(runner, {__shfl_xor_sync(~0u, runner.time, offset), __shfl_xor_sync(~0u, runner.index, offset)});
+    runner = Earlier(runner,
+                     {__shfl_xor_sync(~0u, runner.time, offset), __shfl_xor_sync(~0u, runner.index, offset)});
   }
   if (threadIdx.x % 32 == 0) {
     head.by_warp[threadIdx.x / 32][0] = runner.time;

@@ -76,6 +76,13 @@ __device__ __forceinline__ void InitBarrier(uint64_t* barrier) {
 #endif
 }
 
+// Ends a barrier's life; nobody waits for it any more.
+__device__ __forceinline__ void InvalidateBarrier(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+#endif
+}
+
 // Makes initialised barriers known to the cluster and to the copy engine.
 __device__ __forceinline__ void FenceBarrierInit() {
 #if __CUDA_ARCH__ >= 900
@@ -105,14 +112,29 @@ __device__ __forceinline__ void WaitPhase(uint64_t* barrier, uint32_t phase) {
 #endif
 }
 
+// The same for bytes that this block's own copies bring.
+__device__ __forceinline__ void WaitCopy(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra wait;\n"
+      "}\n" ::"r"(SharedAddress(barrier))
+      : "memory");
+#endif
+}
+
 // Writes to the same place in the shared memory of block `rank` and counts it at that block's barrier.
-__device__ __forceinline__ void SendRemote(uint64_t* local, uint64_t value, uint64_t* barrier, uint32_t rank) {
+__device__ __forceinline__ void SendRemote(uint64_t* local, uint64_t value, uint64_t* barrier,
+                                           uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
   uint32_t remote, remote_barrier;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(SharedAddress(local)), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(SharedAddress(barrier)), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(remote), "l"(value),
-               "r"(remote_barrier)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(remote),
+               "l"(value), "r"(remote_barrier)
                : "memory");
 #endif
 }

@@ -39,7 +39,8 @@ void AppendEdits(const RowEdits& row, std::vector<Edit>* edits) {
   for (int32_t id : row.early_stops) edits->push_back({id, kEditEarlyStop, 0, 0.0f});
   for (const TokenBias& bias : row.biases) edits->push_back({bias.token_id, kEditBias, 0, bias.bias});
   for (const TokenUse& use : row.uses) {
-    if (use.in_prompt || use.output_count > 0) edits->push_back({use.token_id, kEditSeen, use.output_count, 0.0f});
+    if (use.in_prompt || use.output_count > 0)
+      edits->push_back({use.token_id, kEditSeen, use.output_count, 0.0f});
   }
   std::sort(edits->begin() + begin, edits->end(),
             [](const Edit& a, const Edit& b) { return a.token_id < b.token_id; });
@@ -217,7 +218,8 @@ void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStr
   const bool capturing = IsCapturing(stream);
   const size_t floats = ScratchFloats(shape, vocab_size_);
   if (capturing && floats > scratch_floats_) {
-    throw std::invalid_argument("a capture may not allocate: draw a batch of this size, or Reserve(), before it");
+    throw std::invalid_argument(
+        "a capture may not allocate: draw a batch of this size, or Reserve(), before it");
   }
   GrowScratch(floats);
   SampleArgs args;

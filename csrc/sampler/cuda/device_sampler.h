@@ -105,9 +105,9 @@ class DeviceSampler {
   int32_t force_cluster_ = 0;
   Slot slots_[kSlots];
   int next_slot_ = 0;
-  std::vector<Edit> edits_;      // of the batch being prepared
+  std::vector<Edit> edits_;            // of the batch being prepared
   std::vector<uint32_t> edit_begins_;  // of its rows
-  char* batch_ = nullptr;        // device: rows, edits, allowed masks
+  char* batch_ = nullptr;              // device: rows, edits, allowed masks
   size_t batch_size_ = 0;
   DrawInfo* info_ = nullptr;
   int32_t info_rows_ = 0;

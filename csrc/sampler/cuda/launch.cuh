@@ -8,7 +8,8 @@
 namespace twinjet::sampler::cuda {
 
 template <class Args>
-cudaError_t LaunchCluster(void (*kernel)(Args), const Args& args, const LaunchShape& shape, cudaStream_t stream) {
+cudaError_t LaunchCluster(void (*kernel)(Args), const Args& args, const LaunchShape& shape,
+                          cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));
   config.blockDim = dim3(kThreads);

@@ -81,14 +81,16 @@ __device__ __forceinline__ float LoadGroup(const LoadArgs& args, int32_t first, 
       max = fmaxf(max, x[q]);
     }
 #pragma unroll
-    for (int q = 0; q < kPerLoad; q += 4) out[(offset + q) / 4] = make_float4(x[q], x[q + 1], x[q + 2], x[q + 3]);
+    for (int q = 0; q < kPerLoad; q += 4)
+      out[(offset + q) / 4] = make_float4(x[q], x[q + 1], x[q + 2], x[q + 3]);
   }
   return max;
 }
 
 // The same for a group that ends past the row, or a row at an odd address.
 template <Dtype kDtype>
-__device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t first, float* out, bool& has_nan) {
+__device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t first, float* out,
+                                                 bool& has_nan) {
   float max = NegativeInfinity();
   for (int32_t i = LaneInGroup(); i < kGroupSize; i += kLanesPerGroup) {
     float x = NegativeInfinity();
@@ -128,7 +130,8 @@ __device__ __forceinline__ void StartCopies(Block& block, const SampleArgs& args
   }
   if (aligned && bytes != 0 && row + args.rows_in_flight < args.num_rows &&
       args.rows_in_flight * args.row_stride * item % 16 == 0) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source + args.rows_in_flight * args.row_stride * item),
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source + args.rows_in_flight *
+                                                                                 args.row_stride * item),
                  "r"(bytes));
   }
 #endif
@@ -188,7 +191,7 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
 
 __device__ __forceinline__ bool LoadSlice(Block& block, const LoadArgs& args, Dtype dtype) {
   const bool has_arrived = block.is_arriving;
-  if (has_arrived) WaitPhase(&block.head->arrival, 0);
+  if (has_arrived) WaitCopy(&block.head->arrival);
   block.is_arriving = false;
   if (dtype == Dtype::kFloat32) return LoadSlice<Dtype::kFloat32>(block, args, has_arrived);
   if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false);

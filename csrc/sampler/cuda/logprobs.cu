@@ -52,8 +52,8 @@ __device__ __forceinline__ void ListTop(Block& block, int32_t vocab_size, int32_
 }
 
 // How many entries of block r's ordered list are above `entry`.
-__device__ __forceinline__ int32_t CountAbove(const Block& block, const uint64_t* list, uint32_t r, int32_t num_top,
-                                              uint64_t entry) {
+__device__ __forceinline__ int32_t CountAbove(const Block& block, const uint64_t* list, uint32_t r,
+                                              int32_t num_top, uint64_t entry) {
   int32_t lo = 0, hi = num_top;  // list[lo - 1] > entry >= list[hi]
   while (lo < hi) {
     const int32_t middle = (lo + hi) / 2;
@@ -110,7 +110,8 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
     sums[0] += block.group_mass[i];
   }
   const int32_t place = token - block.first_group * kGroupSize;
-  if (threadIdx.x == 0 && place >= 0 && place < block.num_local * kGroupSize) sums[1] = OrderedKey(block.slice[place]);
+  if (threadIdx.x == 0 && place >= 0 && place < block.num_local * kGroupSize)
+    sums[1] = OrderedKey(block.slice[place]);
   AllReduce(block, sums, SumOf());
   distribution.ln_mass = LnMass(sums[0]);
   const float drawn = FloatFromKey(static_cast<uint32_t>(sums[1]));
@@ -157,7 +158,8 @@ __global__ void __launch_bounds__(kThreads) LogprobsOnChipKernel(const __grid_co
   LogprobsOfRow(block, args, row);
 }
 
-__global__ void __launch_bounds__(kThreads) LogprobsInMemoryKernel(const __grid_constant__ LogprobsArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    LogprobsInMemoryKernel(const __grid_constant__ LogprobsArgs args) {
   extern __shared__ __align__(16) char shared[];
   Block block = MakeBlock(shared, args.sample, false);
   block.cluster = {0, 1};

@@ -32,8 +32,8 @@ __device__ __forceinline__ uint64_t SumGroupLanes(uint64_t value) {
   return value;
 }
 
-// group_mass[g] = sum of the weights of group g's tokens with x >= threshold. With kPivot, returns this lane's
-// share of the weight of those with x >= pivot, pivot being at least threshold. No barrier at the end.
+// group_mass[g] = sum of the weights of group g's tokens with x >= threshold. With kPivot, returns this
+// lane's share of the weight of those with x >= pivot, pivot being at least threshold. No barrier at the end.
 template <bool kPivot>
 __device__ __forceinline__ uint64_t SumGroups(const Block& block, float max, float scale, float threshold,
                                               float pivot) {
@@ -81,8 +81,9 @@ __device__ __forceinline__ uint64_t SumGroups(const Block& block, float max, flo
 // sums[i] += total of this lane's tokens with pivot i <= x < hi; sums[kNumPivots] of those with
 // lo <= x < hi. Totals are weights, or counts with kCount. The pivots ascend and are not below lo.
 template <bool kCount>
-__device__ __forceinline__ void SumAtPivots(const Block& block, float max, float scale, float lo, uint32_t hi_key,
-                                            const Pivots& pivots, uint64_t (&sums)[kNumPivots + 1]) {
+__device__ __forceinline__ void SumAtPivots(const Block& block, float max, float scale, float lo,
+                                            uint32_t hi_key, const Pivots& pivots,
+                                            uint64_t (&sums)[kNumPivots + 1]) {
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
   float pivot[kNumPivots];
 #pragma unroll
@@ -108,23 +109,26 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
         for (int i = 0; i < kTokensPerLane / 4; ++i) {
           const float4 four = slice[FloatFourOfLane(group, i)];
           const float x[4] = {four.x, four.y, four.z, four.w};
+          bool in[4];
+#pragma unroll
+          for (int q = 0; q < 4; ++q) in[q] = x[q] >= lo && x[q] <= last;
+          if (!(in[0] || in[1] || in[2] || in[3])) continue;
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
-            if (!(x[q] >= lo && x[q] <= last)) continue;
-            const double w = kCount ? 0.0 : WeightAsDouble(x[q], max, scale);
             if (kCount) {
-              ++count;
-            } else {
-              all = __dadd_rz(all, w);
-            }
-            if (!reaches_pivot) continue;
+              const uint32_t one = in[q] ? 1u : 0u;
+              count += one;
 #pragma unroll
-            for (int k = 0; k < kNumPivots; ++k) {
-              if (x[q] >= pivot[k]) {
-                if (kCount) {
-                  ++count_at[k];
-                } else {
-                  at[k] = __dadd_rz(at[k], w);
+              for (int k = 0; k < kNumPivots; ++k) count_at[k] += x[q] >= pivot[k] ? one : 0u;
+            } else {
+              // Outside the bracket: less than 1, which adds nothing.
+              const float z = in[q] ? MulRn(SubRn(x[q], max), scale) : kMinZ;
+              const double w = __longlong_as_double(static_cast<long long>(WeightAsDoubleBits(z)));
+              all = __dadd_rz(all, w);
+              if (reaches_pivot) {
+#pragma unroll
+                for (int k = 0; k < kNumPivots; ++k) {
+                  if (x[q] >= pivot[k]) at[k] = __dadd_rz(at[k], w);
                 }
               }
             }

@@ -14,12 +14,12 @@ namespace twinjet::sampler::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kLanesPerGroup = 8;                                 // lanes of a warp that share a group
-constexpr int kGroupsPerPass = kThreads / kLanesPerGroup;         // groups a block handles at a time
-constexpr int kTokensPerLane = kGroupSize / kLanesPerGroup;       // 32
+constexpr int kLanesPerGroup = 8;                            // lanes of a warp that share a group
+constexpr int kGroupsPerPass = kThreads / kLanesPerGroup;    // groups a block handles at a time
+constexpr int kTokensPerLane = kGroupSize / kLanesPerGroup;  // 32
 constexpr int kMaxCluster = 16;
-constexpr int kMailWords = 8;           // words that a block sends to each other block at a time
-constexpr int kMaxCandidates = 384;     // tokens that a threshold search settles by comparing all pairs
+constexpr int kMailWords = 8;        // words that a block sends to each other block at a time
+constexpr int kMaxCandidates = 384;  // tokens that a threshold search settles by comparing all pairs
 constexpr int kMaxTopLogprobs = 128;
 
 // A token whose logit is changed before the maximum is taken. At most one entry per row and token.
@@ -71,12 +71,12 @@ struct SampleArgs {
 };
 
 struct LogprobsArgs {
-  SampleArgs sample;            // token_ids and info as the draw wrote them
-  int32_t num_top = 0;          // 0 .. kMaxTopLogprobs
-  int32_t processed = 0;        // 1: of the distribution drawn from; 0: of the logits as given, T = 1
-  int32_t* top_ids = nullptr;   // [num_rows, 1 + num_top]
+  SampleArgs sample;           // token_ids and info as the draw wrote them
+  int32_t num_top = 0;         // 0 .. kMaxTopLogprobs
+  int32_t processed = 0;       // 1: of the distribution drawn from; 0: of the logits as given, T = 1
+  int32_t* top_ids = nullptr;  // [num_rows, 1 + num_top]
   float* top_logprobs = nullptr;
-  int32_t* ranks = nullptr;     // [num_rows]
+  int32_t* ranks = nullptr;  // [num_rows]
 };
 
 // How a launch cuts its rows.
@@ -99,8 +99,8 @@ TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return (vocab_size + kGroupSi
 
 // The fixed head of a block's shared memory; arrays follow, see SharedLayout.
 struct SharedHead {
-  // Mail from block r of the cluster lies in mail[n % 2][r] in exchange n. Two sets: a block may send its next
-  // mail while another still reads this one, but not the one after.
+  // Mail from block r of the cluster lies in mail[n % 2][r] in exchange n. Two sets: a block may send its
+  // next mail while another still reads this one, but not the one after.
   uint64_t mail[2][kMaxCluster][kMailWords];
   uint64_t mail_arrival[2];  // mbarriers that count the mail
   uint64_t by_warp[kWarps][kMailWords];

@@ -36,7 +36,8 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
 // Before anything else is read: sets the block's copies going. A barrier of the block follows inside.
 __device__ __forceinline__ void StartRow(Block& block, const SampleArgs& args, int32_t row) {
   const int64_t bytes = args.dtype == Dtype::kFloat32 ? 4 : 2;
-  const auto address = reinterpret_cast<uintptr_t>(args.logits) + static_cast<uintptr_t>(row * args.row_stride * bytes);
+  const auto address =
+      reinterpret_cast<uintptr_t>(args.logits) + static_cast<uintptr_t>(row * args.row_stride * bytes);
   const bool aligned = (address & 15) == 0;
 #if __CUDA_ARCH__ >= 900
   block.is_arriving = aligned && args.dtype == Dtype::kFloat32;
@@ -92,6 +93,7 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
   const bool has_edits = edited && input.edit_begin < input.edit_end;
   RowState state = {};
   for (int attempt = 0; attempt < 2; ++attempt) {
+    const bool was_arriving = block.is_arriving;
     const bool has_nan = LoadSlice(block, load, args.dtype);
     if (has_edits) {
       __syncthreads();
@@ -100,6 +102,7 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
       RefreshGroupMaxima(block);
     }
     __syncthreads();
+    if (was_arriving && threadIdx.x == 0) InvalidateBarrier(&block.head->arrival);
     if (attempt == 0) ClusterWait(block.cluster);  // all blocks of the cluster run
     state = ExchangeMaxima(block, has_nan);
     // Early stops are masked only while they leave a token.
@@ -128,7 +131,8 @@ __device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants&
   int32_t num_gathered = 0;
   if (constants.min_z > NegativeInfinity()) key = MinPKey(max, constants.scale, constants.min_z);
   if (constants.top_k > 0) {
-    const uint32_t kth = TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size, &num_gathered);
+    const uint32_t kth =
+        TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size, &num_gathered);
     key = kth > key ? kth : key;
   }
   if (constants.has_top_p != 0) {
@@ -140,7 +144,8 @@ __device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants&
 // The exponential variate of the group that this thread enters into the race first.
 __device__ __forceinline__ double GroupExponential(const Block& block, const RowConstants& constants) {
   if (constants.is_greedy != 0 || static_cast<int32_t>(threadIdx.x) >= block.num_local) return 0.0;
-  return ExponentialOf(constants.race, (static_cast<uint32_t>(block.first_group) + threadIdx.x) | kGroupLevel);
+  return ExponentialOf(constants.race,
+                       (static_cast<uint32_t>(block.first_group) + threadIdx.x) | kGroupLevel);
 }
 
 // Step 10. Returns the token in thread 0 of the block that owns the winning group, -1 elsewhere.

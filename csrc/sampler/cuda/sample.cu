@@ -16,19 +16,25 @@ __device__ __forceinline__ void SampleRow(Block& block, const SampleArgs& args, 
     const int32_t first = block.first_group * kGroupSize;
     const int32_t left = args.vocab_size - first;
     const int32_t size = left < block.num_local * kGroupSize ? left : block.num_local * kGroupSize;
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < size; i += kThreads) out[first + i] = block.slice[i];
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < size; i += kThreads)
+      out[first + i] = block.slice[i];
   }
   float threshold = NegativeInfinity();
   int32_t token = -1;
+  bool has_arrived = false;
   if ((state.status & kStatusNoToken) == 0) {
     if (constants.is_greedy != 0) {
       token = FirstMaximum(block, state);
       if (constants.scale != 0.0f) threshold = state.max;  // top_k = 1
     } else {
       threshold = KeepThreshold(block, constants, state.max, args.vocab_size);
+      // Searches read other blocks' memory: no block may end before all are past them.
+      has_arrived = constants.top_k > 0 || constants.has_top_p != 0;
+      if (has_arrived) ClusterArriveRelaxed(block.cluster);
       token = DrawToken(block, constants, state.max, threshold, own_exponential);
     }
   }
+  if (has_arrived) ClusterWait(block.cluster);
   if (threadIdx.x != 0) return;
   if (token >= 0) args.token_ids[row] = token;
   if (block.cluster.rank == 0) {
@@ -52,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) SampleInMemoryKernel(const __grid_co
   Block block = MakeBlock(shared, args, false);
   block.cluster = {0, 1};
   block.slice = args.scratch + static_cast<int64_t>(blockIdx.x) * block.num_groups * kGroupSize;
-  for (int32_t row = static_cast<int32_t>(blockIdx.x); row < args.num_rows; row += static_cast<int32_t>(gridDim.x)) {
+  for (int32_t row = static_cast<int32_t>(blockIdx.x); row < args.num_rows;
+       row += static_cast<int32_t>(gridDim.x)) {
     SampleRow(block, args, row);
     __syncthreads();
   }

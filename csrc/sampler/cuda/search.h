@@ -52,7 +52,8 @@ TWINJET_HD uint32_t FirstMassPivot(float max, float scale) {
 
 // A key that the threshold cannot lie below: num_tokens tokens lighter than it weigh no more than may be
 // dropped, total - target. The margin covers the weights' rounding and the float arithmetic here.
-TWINJET_HD uint32_t LeastMassKey(float max, float scale, uint64_t total, uint64_t target, int32_t num_tokens) {
+TWINJET_HD uint32_t LeastMassKey(float max, float scale, uint64_t total, uint64_t target,
+                                 int32_t num_tokens) {
   const uint64_t weight = (total - target) / static_cast<uint32_t>(num_tokens);
   if (weight < 4) return kKeyOfNegativeInfinity;
   int log2_weight = 0;
@@ -109,7 +110,8 @@ TWINJET_HD Pivots NextPivots(const Bracket& bracket, uint64_t target, int round)
 }
 
 // sums[i] = total(pivot i <= key < hi).
-TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const uint64_t* sums, uint64_t target) {
+TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const uint64_t* sums,
+                          uint64_t target) {
   Bracket next = bracket;
   TWINJET_UNROLL
   for (int i = 0; i < kNumPivots; ++i) {

@@ -43,12 +43,14 @@ __device__ __forceinline__ uint32_t Collect(Block& block, const Bracket& bracket
   auto* num_sent = head.num_sent[block.listing & 1];
   ++block.listing;
   if (threadIdx.x < block.cluster.size) {
-    StoreRemote(&num_sent[block.cluster.rank], static_cast<uint64_t>(head.list_size), threadIdx.x, block.cluster);
+    StoreRemote(&num_sent[block.cluster.rank], static_cast<uint64_t>(head.list_size), threadIdx.x,
+                block.cluster);
   }
   ClusterSync(block.cluster);  // the lists are read by other blocks next
   uint32_t total = 0;
   for (uint32_t r = 0; r < block.cluster.size; ++r) total += static_cast<uint32_t>(num_sent[r]);
-  if (threadIdx.x < block.cluster.size) head.num_listed[threadIdx.x] = static_cast<int32_t>(num_sent[threadIdx.x]);
+  if (threadIdx.x < block.cluster.size)
+    head.num_listed[threadIdx.x] = static_cast<int32_t>(num_sent[threadIdx.x]);
   __syncthreads();
   return total;
 }
@@ -77,8 +79,8 @@ __device__ __forceinline__ int32_t Gather(Block& block, float max, float scale) 
 }
 
 // The threshold among `total` gathered candidates from floor_key up: each block settles its own, eight lanes
-// to a candidate. kTopP: target_or_p is p in fixed point and the total is the gathered weight; otherwise it is
-// the target, and above what lies above the candidates.
+// to a candidate. kTopP: target_or_p is p in fixed point and the total is the gathered weight; otherwise it
+// is the target, and above what lies above the candidates.
 enum class Settling { kCount, kMass, kTopP };
 template <Settling kSettling>
 __device__ __forceinline__ uint32_t Settle(Block& block, int32_t total, uint32_t floor_key, uint64_t above,
@@ -100,7 +102,8 @@ __device__ __forceinline__ uint32_t Settle(Block& block, int32_t total, uint32_t
     }
     const uint64_t mass = above + SumGroupLanes(static_cast<uint64_t>(sum));
     uint64_t target = target_or_p;
-    if (kSettling == Settling::kTopP) target = TopPMass(target_or_p, SumGroupLanes(static_cast<uint64_t>(all)));
+    if (kSettling == Settling::kTopP)
+      target = TopPMass(target_or_p, SumGroupLanes(static_cast<uint64_t>(all)));
     if (i < own && x >= floor && mass >= target) {
       const uint64_t key = OrderedKey(x);
       best = key > best ? key : best;
@@ -122,7 +125,8 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
     if ((round > 0 || try_at_once) && Collect(block, bracket) <= kMaxCandidates) {
       const int32_t total = Gather(block, max, scale);
       if (bracket.above == 0) *num_gathered = total;
-      return Settle<kCount ? Settling::kCount : Settling::kMass>(block, total, bracket.lo, bracket.above, target);
+      return Settle<kCount ? Settling::kCount : Settling::kMass>(block, total, bracket.lo, bracket.above,
+                                                                 target);
     }
     const Pivots pivots = NextPivots(bracket, target, round);
     uint64_t sums[kNumPivots + 1] = {};
@@ -132,8 +136,8 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
   }
 }
 
-// Copies all groups' maxima of the row to this block, filled up with -inf to a multiple of 4. group_max of all
-// blocks must be in place.
+// Copies all groups' maxima of the row to this block, filled up with -inf to a multiple of 4. group_max of
+// all blocks must be in place.
 __device__ __forceinline__ void GatherMaxima(const Block& block) {
   ClusterSync(block.cluster);  // the other blocks' maxima are seen
   auto* maxima = reinterpret_cast<float*>(block.gathered);
@@ -159,7 +163,8 @@ __device__ __forceinline__ uint32_t KthMaximum(Block& block, int32_t k) {
     const float x = i < block.num_local ? block.group_max[i] : 0.0f;
     int32_t larger = 0;
 #pragma unroll 4
-    for (int32_t j = static_cast<int32_t>(threadIdx.x) % kLanes; j < (block.num_groups + 3) / 4; j += kLanes) {
+    for (int32_t j = static_cast<int32_t>(threadIdx.x) % kLanes; j < (block.num_groups + 3) / 4;
+         j += kLanes) {
       const float4 four = maxima[j];
       larger += (four.x > x ? 1 : 0) + (four.y > x ? 1 : 0) + (four.z > x ? 1 : 0) + (four.w > x ? 1 : 0);
     }
@@ -173,8 +178,8 @@ __device__ __forceinline__ uint32_t KthMaximum(Block& block, int32_t k) {
 }
 
 // The k-th largest logit, 1 <= k < vocab_size. scale, num_gathered: see FindThreshold.
-__device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float scale, int32_t k, int32_t vocab_size,
-                                                  int32_t* num_gathered) {
+__device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float scale, int32_t k,
+                                                  int32_t vocab_size, int32_t* num_gathered) {
   const uint64_t target = static_cast<uint64_t>(k);
   Bracket bracket = {kKeyOfNegativeInfinity, OrderedKey(max) + 1, 0, static_cast<uint64_t>(vocab_size)};
   if (k <= block.num_groups) {
@@ -189,12 +194,14 @@ __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float
   uint64_t sums[kNumPivots + 1] = {};
   SumAtPivots<true>(block, max, 0.0f, NegativeInfinity(), bracket.hi, pivots, sums);
   AllReduce(block, sums, SumOf());
-  return FindThreshold<true>(block, max, scale, Shrink(bracket, pivots, sums, target), target, false, num_gathered);
+  return FindThreshold<true>(block, max, scale, Shrink(bracket, pivots, sums, target), target, false,
+                             num_gathered);
 }
 
 // Step 9 over the tokens from floor_key up. num_gathered: not 0 where `gathered` holds all of them already.
 __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float scale, uint32_t floor_key,
-                                                  uint64_t top_p_fixed, int32_t vocab_size, int32_t num_gathered) {
+                                                  uint64_t top_p_fixed, int32_t vocab_size,
+                                                  int32_t num_gathered) {
   const uint32_t top = OrderedKey(max) + 1;
   if (top - floor_key == 1) return floor_key;
   if (num_gathered == 0 && floor_key > kKeyOfNegativeInfinity) {

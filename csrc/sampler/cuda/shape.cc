@@ -43,7 +43,8 @@ LaunchShape ChooseShape(const DeviceLimits& limits, int32_t num_rows, int32_t vo
   }
   shape.shared_bytes = LayOutShared(shape.groups_per_block, num_groups, shape.on_chip).total;
   shape.num_blocks = num_rows * shape.cluster;
-  const size_t blocks_that_fit = (limits.max_shared_bytes + kReservedPerBlock) / (shape.shared_bytes + kReservedPerBlock);
+  const size_t blocks_that_fit =
+      (limits.max_shared_bytes + kReservedPerBlock) / (shape.shared_bytes + kReservedPerBlock);
   const int32_t per_multiprocessor = static_cast<int32_t>(blocks_that_fit < 3 ? blocks_that_fit : 3);
   shape.rows_in_flight = limits.num_multiprocessors * per_multiprocessor / shape.cluster;
   if (!shape.on_chip && shape.num_blocks > 2 * limits.num_multiprocessors) {
