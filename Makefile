@@ -17,7 +17,7 @@ run := PYTHONPATH=python $(BIN)/python
 endif
 
 
-.PHONY: serve venv test cuda-compile lint format native stubs test-cpp test-cpp-asan test-cpp-tsan
+.PHONY: serve venv test cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan
 
 # Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
 serve:
@@ -31,12 +31,6 @@ venv:
 # All tests, the quick ones first; the last lines are pytest's two summaries.
 test: venv test-cpp test-cpp-asan test-cpp-tsan
 	PYTEST="$(run) -m pytest" deploy/pytest_both.sh
-
-# Compile the CUDA side where there is a compiler but perhaps no GPU.
-cuda-compile: venv
-	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_CUDA=ON \
-	  -DTWINJET_PYTHON=OFF -DTWINJET_TESTS=ON
-	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cuda -j 2
 
 lint: venv stubs $(BUF)
 	$(BIN)/ruff check .
@@ -65,6 +59,15 @@ native: stubs
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build build/dev --target _core
 	cp build/dev/csrc/bindings/_core*.so python/twinjet/
+
+# Compile the CUDA side, warnings as errors, for all its architectures. Needs nvcc, no GPU.
+CUDA_ARCHITECTURES ?= 80-real;89-real;90a-real;100-real;100-virtual
+cuda: venv
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_WERROR=ON -DTWINJET_CUDA=ON \
+	  -DTWINJET_GPU_TESTS=ON -DTWINJET_PYTHON=ON "-DTWINJET_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" \
+	  -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cuda --target _core sampler_gpu_test kv_gpu_test sampler_gpu_bench
 
 stubs:
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python proto/generate.py python

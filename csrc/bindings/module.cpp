@@ -6,5 +6,6 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = TWINJET_VERSION;
   twinjet::bindings::BindKv(module);
   twinjet::bindings::BindSampler(module);
+  twinjet::bindings::BindSamplerCuda(module);
   twinjet::bindings::BindVllm(module);
 }

@@ -1,4 +1,4 @@
-"""Types of the extension module `twinjet._core`."""
+"""Types of the extension module `twinjet._core`; twinjet.sampling documents the sampler's face."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -411,6 +411,37 @@ class SamplerRequest:
     def output_token_ids(self) -> npt.NDArray[np.int32]: ...
     @property
     def is_greedy(self) -> bool: ...
+
+HAS_CUDA: bool
+CUDA_MAX_LOGPROBS: int  # only where HAS_CUDA
+
+class CudaSampler:  # only where HAS_CUDA
+    def __init__(self, device: int) -> None: ...
+    @property
+    def device(self) -> int: ...
+    def reserve(self, num_rows: int, vocab_size: int, num_edits: int, num_allowed_rows: int) -> None: ...
+    def prepare(
+        self,
+        requests: Sequence[SamplerRequest],
+        vocab_size: int,
+        bitmask_rows: npt.NDArray[np.int32] | None,
+        stream: int,
+    ) -> None: ...
+    def launch(
+        self,
+        logits: object,
+        dtype: str,
+        bitmask: object | None,
+        token_ids: object,
+        status: object,
+        processed_logits: object | None,
+        num_logprobs: int,
+        processed_logprobs: bool,
+        top_ids: object | None,
+        top_logprobs: object | None,
+        ranks: object | None,
+        stream: int,
+    ) -> None: ...
 
 class Sampler:
     def __init__(self, num_threads: int = 0, target: str = "") -> None: ...

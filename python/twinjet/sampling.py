@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from twinjet import _core
+from twinjet import _core, _sampling_cuda
 from twinjet._core import SamplerRequest as Request
 
 __all__ = [
@@ -117,6 +117,7 @@ class Sampler:
 
     def __init__(self, num_threads: int = 0, target: str = "") -> None:
         self._core = _core.Sampler(num_threads, target)
+        self._cuda_samplers: dict[int, _sampling_cuda.CudaSampler] = {}
 
     @property
     def num_threads(self) -> int:
@@ -144,9 +145,11 @@ class Sampler:
         """Draw one token per row.
 
         Args:
-            logits: [rows, vocab_size] or [vocab_size], float32, float16 or bfloat16, on the CPU: a numpy
-                array, a torch tensor or anything else with the buffer protocol or DLPack. Not copied and
-                not changed. Tokens of a row must be adjacent in memory; the distance of rows is free.
+            logits: [rows, vocab_size] or [vocab_size], float32, float16 or bfloat16: a numpy array, a torch
+                tensor or anything else with the buffer protocol or DLPack. On a CUDA device (torch or cupy)
+                the tokens are drawn there, the same ones, and the call waits for them. Not copied and not
+                changed.
+                Tokens of a row must be adjacent in memory; the distance of rows is free.
             requests: one request per row, in row order; no request twice. Its vocab_size must be the row's.
             bitmask: grammar masks, int32 [n, at least ceil(vocab_size / 32)], bit i % 32 of word i // 32
                 is 1 when token i is allowed; None allows all.
@@ -174,6 +177,20 @@ class Sampler:
             raise ValueError(f"logprobs_mode is {logprobs_mode!r}: must be 'raw' or 'processed'")
         if num_logprobs is not None and num_logprobs < 0:
             raise ValueError(f"num_logprobs is {num_logprobs}: must be None or at least 0")
+        if _sampling_cuda.device_of(logits) is not None:
+            drawn, flags, tops = _sampling_cuda.sample(
+                self._cuda_samplers,
+                logits,
+                requests,
+                bitmask=bitmask,
+                bitmask_rows=bitmask_rows,
+                advance=advance,
+                num_logprobs=num_logprobs,
+                processed_logprobs=logprobs_mode == "processed",
+                processed_logits=processed_logits,
+                dtype=dtype,
+            )
+            return SampleResult(drawn, flags, None if tops is None else Logprobs(*tops))
         tokens, status, top_ids, top_logprobs, ranks = self._core.sample(
             logits,
             dtype,

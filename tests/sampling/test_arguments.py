@@ -82,21 +82,6 @@ def test_wrong_logits_are_refused(sampler: Sampler, logits: object, error: type,
         sampler.sample(logits, requests(1, 10))
 
 
-class OnCuda:
-    """An array that says it lies on a GPU."""
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)
-
-    def __dlpack__(self) -> object:
-        raise AssertionError("must not be exported")
-
-
-def test_a_cuda_array_is_refused_by_device(sampler: Sampler) -> None:
-    with pytest.raises(ValueError, match="must be on the CPU"):
-        sampler.sample(OnCuda(), requests(1, 10))
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,0 +1,125 @@
+// The sampler on one device: memory it owns, and the steps a batch takes.
+//
+//   DeviceSampler sampler(device);
+//   sampler.Prepare(rows, vocab_size, stream);             // parameters and edits, host to device
+//   sampler.Sample(logits, outputs, stream);     // kernels only: may be captured in a graph
+//
+// Prepare copies through pinned buffers and does not wait for the device, except when it is kSlots batches
+// ahead of it, or when memory has to grow; it grows to the largest batch seen and then stays. Calls are
+// ordered by the streams they are given: when the stream changes, the new one waits for the old one's work.
+// One caller at a time.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+#include "sampler/cuda/launch.h"
+#include "sampler/row.h"
+
+namespace twinjet::sampler::cuda {
+
+// A CUDA call failed; what() says which and how.
+class CudaError : public std::runtime_error {
+ public:
+  CudaError(const char* call, cudaError_t error);
+};
+
+void CheckCuda(cudaError_t error, const char* call);
+
+// One row's parameters. edits.grammar_mask is ignored: the grammar's masks are a device matrix.
+struct HostRow {
+  RowConstants constants;
+  RowEdits edits;
+  int32_t bitmask_row = -1;  // of Logits::bitmask; -1: none
+};
+
+// Logits of a batch on the device, rows apart by row_stride elements, tokens adjacent.
+struct Logits {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  Dtype dtype = Dtype::kFloat32;
+  int32_t num_rows = 0;
+  int32_t vocab_size = 0;
+  const uint32_t* bitmask = nullptr;  // [*, bitmask_stride] words, or null
+  int64_t bitmask_stride = 0;
+};
+
+// Where results go: device pointers of the caller.
+struct Outputs {
+  int32_t* token_ids = nullptr;       // [num_rows], -1 where no token is admissible
+  uint32_t* status = nullptr;         // [num_rows]
+  float* processed_logits = nullptr;  // [num_rows, vocab_size] or null
+  int32_t num_logprobs = -1;          // -1: none; 0 .. kMaxTopLogprobs
+  bool processed_logprobs = false;
+  int32_t* top_ids = nullptr;  // [num_rows, 1 + num_logprobs]
+  float* top_logprobs = nullptr;
+  int32_t* ranks = nullptr;  // [num_rows]
+};
+
+class DeviceSampler {
+ public:
+  // Throws CudaError.
+  explicit DeviceSampler(int device);
+  ~DeviceSampler();
+  DeviceSampler(const DeviceSampler&) = delete;
+  DeviceSampler& operator=(const DeviceSampler&) = delete;
+
+  int device() const { return device_; }
+  const DeviceLimits& limits() const { return limits_; }
+
+  // Blocks a row, for measurements: 0 chooses; otherwise a power of two up to limits().max_cluster.
+  void set_cluster(int32_t cluster) { force_cluster_ = cluster; }
+
+  // For tests: pretends a smaller device, such as one without clusters.
+  void set_limits(const DeviceLimits& limits) { limits_ = limits; }
+
+  // Allocates for batches up to this size at once, so that no later call does.
+  void Reserve(int32_t num_rows, int32_t vocab_size, size_t num_edits, size_t num_allowed_rows);
+
+  // Borrows rows for the call only.
+  void Prepare(std::span<const HostRow> rows, int32_t vocab_size, cudaStream_t stream);
+
+  // Draws the rows that were prepared last; logits has as many. Launches one kernel, or two with logprobs.
+  void Sample(const Logits& logits, const Outputs& outputs, cudaStream_t stream);
+
+ private:
+  static constexpr int kSlots = 4;
+  struct Slot {
+    char* data = nullptr;  // pinned
+    size_t size = 0;
+    cudaEvent_t copied = nullptr;
+    bool in_flight = false;
+  };
+
+  void GrowBatch(size_t bytes);
+  void GrowRows(int32_t num_rows);
+  void GrowScratch(size_t floats);
+  void Follow(cudaStream_t stream);
+  char* TakeSlot(size_t bytes);
+
+  int device_;
+  DeviceLimits limits_;
+  int32_t force_cluster_ = 0;
+  Slot slots_[kSlots];
+  int next_slot_ = 0;
+  std::vector<Edit> edits_;            // of the batch being prepared
+  std::vector<uint32_t> edit_begins_;  // of its rows
+  char* batch_ = nullptr;              // device: rows, edits, allowed masks
+  size_t batch_size_ = 0;
+  DrawInfo* info_ = nullptr;
+  int32_t info_rows_ = 0;
+  float* scratch_ = nullptr;
+  size_t scratch_floats_ = 0;
+  int32_t num_rows_ = 0;  // prepared
+  int32_t vocab_size_ = 0;
+  size_t edits_offset_ = 0;
+  size_t allowed_offset_ = 0;
+  cudaStream_t last_stream_ = nullptr;
+  cudaEvent_t last_work_ = nullptr;
+  bool has_work_ = false;
+};
+
+}  // namespace twinjet::sampler::cuda

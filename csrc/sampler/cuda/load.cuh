@@ -1,0 +1,242 @@
+// Reading a slice of logits: widening, NaN, masks, edits, and each group's maximum. The only code that
+// knows the dtype; from here on a row is float32 in the block's slice.
+#pragma once
+
+#include "sampler/cuda/block.cuh"
+
+namespace twinjet::sampler::cuda {
+
+// 16 bytes that will not be read again.
+__device__ __forceinline__ uint4 LoadOnce(const void* address) {
+  uint4 value;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ float WidenHalf(uint32_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+  return x;
+}
+
+template <Dtype kDtype>
+__device__ __forceinline__ float ReadOne(const void* row, int32_t i) {
+  if (kDtype == Dtype::kFloat32) return static_cast<const float*>(row)[i];
+  const uint32_t bits = static_cast<const uint16_t*>(row)[i];
+  return kDtype == Dtype::kFloat16 ? WidenHalf(bits) : FloatFromBfloat16(static_cast<uint16_t>(bits));
+}
+
+struct LoadArgs {
+  const void* row;  // the logits of the row
+  int32_t vocab_size;
+  const uint32_t* mask;     // null: all allowed
+  const uint32_t* allowed;  // a second mask, null: all allowed
+  bool aligned;             // row is 16-byte aligned
+};
+
+// The words of the masks that hold token `token`, as one.
+__device__ __forceinline__ uint32_t MaskWord(const LoadArgs& args, int32_t token) {
+  uint32_t word = ~0u;
+  if (args.mask != nullptr) word &= args.mask[token / 32];
+  if (args.allowed != nullptr) word &= args.allowed[token / 32];
+  return word;
+}
+
+// A lane's 32 tokens of a group that lies wholly inside the row. first: the group's first token.
+template <Dtype kDtype>
+__device__ __forceinline__ float LoadGroup(const LoadArgs& args, int32_t first, float4* out, bool masked,
+                                           bool& has_nan) {
+  constexpr int kBytes = kDtype == Dtype::kFloat32 ? 4 : 2;
+  constexpr int kPerLoad = 16 / kBytes;
+  constexpr int kLoads = kTokensPerLane / kPerLoad;
+  const char* source = static_cast<const char*>(args.row) + static_cast<int64_t>(first) * kBytes;
+  uint4 raw[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) raw[i] = LoadOnce(source + (i * kLanesPerGroup + LaneInGroup()) * 16);
+  float max = NegativeInfinity();
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const uint32_t words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+    const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * kPerLoad;  // of the load, in its group
+    uint32_t allowed = ~0u;
+    if (masked) allowed = MaskWord(args, first + offset) >> (offset % 32);
+    float x[kPerLoad];
+#pragma unroll
+    for (int q = 0; q < kPerLoad; ++q) {
+      if (kDtype == Dtype::kFloat32) {
+        x[q] = __uint_as_float(words[q % 4]);
+      } else {
+        const uint32_t word = words[q / 2 % 4];
+        if (kDtype == Dtype::kBfloat16) {
+          x[q] = __uint_as_float(q % 2 == 0 ? word << 16 : word & 0xffff0000u);
+        } else {
+          x[q] = WidenHalf(q % 2 == 0 ? word & 0xffffu : word >> 16);
+        }
+      }
+      has_nan |= x[q] != x[q];
+      x[q] = fmaxf(x[q], NegativeInfinity());  // NaN becomes -inf
+      if (masked && (allowed >> q & 1u) == 0) x[q] = NegativeInfinity();
+      max = fmaxf(max, x[q]);
+    }
+#pragma unroll
+    for (int q = 0; q < kPerLoad; q += 4)
+      out[(offset + q) / 4] = make_float4(x[q], x[q + 1], x[q + 2], x[q + 3]);
+  }
+  return max;
+}
+
+// The same for a group that ends past the row, or a row at an odd address.
+template <Dtype kDtype>
+__device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t first, float* out,
+                                                 bool& has_nan) {
+  float max = NegativeInfinity();
+  for (int32_t i = LaneInGroup(); i < kGroupSize; i += kLanesPerGroup) {
+    float x = NegativeInfinity();
+    const int32_t token = first + i;
+    if (token < args.vocab_size) {
+      x = ReadOne<kDtype>(args.row, token);
+      has_nan |= x != x;
+      x = fmaxf(x, NegativeInfinity());
+      if ((MaskWord(args, token) >> (token % 32) & 1u) == 0) x = NegativeInfinity();
+    }
+    out[i] = x;
+    max = fmaxf(max, x);
+  }
+  return max;
+}
+
+// Starts what needs no thread to wait: the copy of the block's whole groups into the slice, where the logits
+// can be taken as they are, and the fetch into L2 of the slice that this block's successor will read.
+// Thread 0 alone; the block synchronises before it waits for the copy.
+__device__ __forceinline__ void StartCopies(Block& block, const SampleArgs& args, int32_t row, bool aligned) {
+#if __CUDA_ARCH__ >= 900
+  const int64_t item = args.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t first = static_cast<int64_t>(block.first_group) * kGroupSize;
+  const int64_t left = (args.vocab_size - first) / kGroupSize;
+  const int64_t whole = left < block.num_local ? left : block.num_local;  // groups
+  const uint32_t bytes = whole <= 0 ? 0 : static_cast<uint32_t>(whole * kGroupSize * item);
+  const char* source = static_cast<const char*>(args.logits) + (row * args.row_stride + first) * item;
+  if (block.is_arriving) {
+    ExpectBytes(&block.head->arrival, bytes);
+    if (bytes != 0) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+              SharedAddress(block.slice)),
+          "l"(source), "r"(bytes), "r"(SharedAddress(&block.head->arrival))
+          : "memory");
+    }
+  }
+  if (aligned && bytes != 0 && row + args.rows_in_flight < args.num_rows &&
+      args.rows_in_flight * args.row_stride * item % 16 == 0) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source + args.rows_in_flight *
+                                                                                 args.row_stride * item),
+                 "r"(bytes));
+  }
+#endif
+}
+
+// A group that a bulk copy brought: NaN and masked tokens become -inf in place.
+__device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, float4* group, bool masked,
+                                           bool& has_nan) {
+  float max = NegativeInfinity();
+#pragma unroll
+  for (int i = 0; i < kTokensPerLane / 4; ++i) {
+    const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * 4;
+    float4 x = group[offset / 4];
+    const float sum = (x.x + x.y) + (x.z + x.w);  // NaN where one of them is, and where infinities cancel
+    if (masked || sum != sum) {
+      has_nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
+      const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
+      x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
+      x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
+      x.z = (allowed & 4u) != 0 ? fmaxf(x.z, NegativeInfinity()) : NegativeInfinity();
+      x.w = (allowed & 8u) != 0 ? fmaxf(x.w, NegativeInfinity()) : NegativeInfinity();
+      group[offset / 4] = x;
+    }
+    max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
+  }
+  return max;
+}
+
+// Fills the slice and the maxima of its groups; true where this lane saw a NaN. No barrier at the end.
+template <Dtype kDtype>
+__device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, bool has_arrived) {
+  bool has_nan = false;
+  const bool masked = args.mask != nullptr || args.allowed != nullptr;
+  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const int32_t group = GroupOfLane(pass);
+    float max = NegativeInfinity();
+    if (group < block.num_local) {
+      const int32_t first = (block.first_group + group) * kGroupSize;
+      float* out = block.slice + group * kGroupSize;
+      if (!args.aligned || first + kGroupSize > args.vocab_size) {
+        max = LoadRaggedGroup<kDtype>(args, first, out, has_nan);
+      } else if (kDtype == Dtype::kFloat32 && has_arrived) {
+        max = ScanGroup(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
+      } else {
+        max = LoadGroup<kDtype>(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
+      }
+    }
+#pragma unroll
+    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
+      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
+    }
+    if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
+  }
+  return has_nan;
+}
+
+__device__ __forceinline__ bool LoadSlice(Block& block, const LoadArgs& args, Dtype dtype) {
+  const bool has_arrived = block.is_arriving;
+  if (has_arrived) WaitCopy(&block.head->arrival);
+  block.is_arriving = false;
+  if (dtype == Dtype::kFloat32) return LoadSlice<Dtype::kFloat32>(block, args, has_arrived);
+  if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false);
+  return LoadSlice<Dtype::kBfloat16>(block, args, false);
+}
+
+// Maxima of the groups as the slice now is. Whole block; the slice must be in place.
+__device__ __forceinline__ void RefreshGroupMaxima(const Block& block) {
+  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const int32_t group = GroupOfLane(pass);
+    float max = NegativeInfinity();
+    if (group < block.num_local) {
+#pragma unroll
+      for (int i = 0; i < kTokensPerLane / 4; ++i) {
+        const float4 x = slice[FloatFourOfLane(group, i)];
+        max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
+      }
+    }
+#pragma unroll
+    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
+      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
+    }
+    if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
+  }
+}
+
+// Steps 1 and 2 for the tokens that have an entry; each token has at most one.
+__device__ __forceinline__ void ApplyEdits(const Block& block, const DeviceRow& input, const Edit* edits,
+                                           bool with_early_stops) {
+  const RowConstants& c = input.constants;
+  const uint32_t masking = kEditMasked | (with_early_stops ? kEditEarlyStop : 0);
+  const int32_t first = block.first_group * kGroupSize;
+  const int32_t end = first + block.num_local * kGroupSize;
+  for (int32_t i = input.edit_begin + static_cast<int32_t>(threadIdx.x); i < input.edit_end; i += kThreads) {
+    const Edit edit = edits[i];
+    if (edit.token_id < first || edit.token_id >= end) continue;
+    float x = block.slice[edit.token_id - first];
+    if ((edit.flags & masking) != 0) x = NegativeInfinity();
+    if ((edit.flags & kEditBias) != 0) x = ApplyBias(x, edit.bias);
+    if ((edit.flags & kEditSeen) != 0) x = ApplyRepetition(x, c.repetition, c.repetition_inverse);
+    if (edit.output_count > 0) x = ApplyFrequencyPresence(x, c.frequency, c.presence, edit.output_count);
+    block.slice[edit.token_id - first] = x;
+  }
+}
+
+}  // namespace twinjet::sampler::cuda

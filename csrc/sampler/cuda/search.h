@@ -1,0 +1,171 @@
+// The threshold search of top-k and top-p, free of any parallelism: where pivots go and how a bracket
+// shrinks. Every block of a row runs it on the same numbers and so arrives at the same bracket.
+//
+// A threshold is the largest logit t with total(x >= t) >= target, where total counts tokens (top-k)
+// or sums their weights (top-p). Logits stand for themselves as ordered keys.
+#pragma once
+
+#include "sampler/spec.h"
+
+// Only nvcc's device pass knows the pragma.
+#if defined(__CUDA_ARCH__)
+#define TWINJET_UNROLL _Pragma("unroll")
+#else
+#define TWINJET_UNROLL
+#endif
+
+namespace twinjet::sampler::cuda {
+
+constexpr int kNumPivots = 7;
+constexpr uint32_t kKeyOfNegativeInfinity = 0x007fffffu;
+
+// total(key >= lo) = reached >= target > total(key >= hi) = above.
+struct Bracket {
+  uint32_t lo;
+  uint32_t hi;
+  uint64_t above;
+  uint64_t reached;
+};
+
+// Ascending keys in (lo, hi); may repeat.
+struct Pivots {
+  uint32_t key[kNumPivots];
+};
+
+// The largest float below key hi. No float has the key just below that of the zeros, and what FloatFromKey
+// makes of it, -0, equals +0.
+TWINJET_HD float LastBelow(uint32_t hi) {
+  constexpr uint32_t kKeyOfZero = 0x80000000u;
+  return FloatFromKey(hi == kKeyOfZero ? hi - 2 : hi - 1);
+}
+
+TWINJET_HD uint32_t ClampKey(uint32_t key, const Bracket& bracket) {
+  if (key <= bracket.lo) return bracket.lo + 1;
+  return key >= bracket.hi ? bracket.hi - 1 : key;
+}
+
+// The one pivot of a search by mass that needs no sums but the row's total: most end within 7 log2 units of
+// the maximum.
+TWINJET_HD uint32_t FirstMassPivot(float max, float scale) {
+  return OrderedKey(SubRn(max, MulRn(7.0f, 1.0f / scale)));
+}
+
+// A key that the threshold cannot lie below: num_tokens tokens lighter than it weigh no more than may be
+// dropped, total - target. The margin covers the weights' rounding and the float arithmetic here.
+TWINJET_HD uint32_t LeastMassKey(float max, float scale, uint64_t total, uint64_t target,
+                                 int32_t num_tokens) {
+  const uint64_t weight = (total - target) / static_cast<uint32_t>(num_tokens);
+  if (weight < 4) return kKeyOfNegativeInfinity;
+  int log2_weight = 0;
+  while (log2_weight < 62 && (weight >> (log2_weight + 1)) != 0) ++log2_weight;
+  const float z = static_cast<float>(log2_weight - kMassBits - 1);
+  const float x = AddRn(max, MulRn(z, 1.0f / scale));
+  // Far from 0 a float is too coarse to hold the place: no guarantee then.
+  if (!(x < max) || ZOf(x, max, scale) > AddRn(z, 0.9f)) return kKeyOfNegativeInfinity;
+  return OrderedKey(x);
+}
+
+// First pivots of a search by count below `top`, given a length typical of the row.
+TWINJET_HD Pivots CountPivots(const Bracket& bracket, float top, float length) {
+  constexpr float kStep[kNumPivots] = {-8.0f, -4.0f, -2.0f, -1.0f, -0.5f, -0.25f, 0.0f};
+  Pivots pivots;
+  TWINJET_UNROLL
+  for (int i = 0; i < kNumPivots; ++i) {
+    pivots.key[i] = ClampKey(OrderedKey(AddRn(top, MulRn(kStep[i], length))), bracket);
+  }
+  return pivots;
+}
+
+// Equal steps of the key: bounds the number of rounds on any row.
+TWINJET_HD Pivots KeyPivots(const Bracket& bracket) {
+  const uint64_t width = bracket.hi - bracket.lo;
+  Pivots pivots;
+  TWINJET_UNROLL
+  for (int i = 0; i < kNumPivots; ++i) {
+    const uint64_t offset = width * static_cast<uint32_t>(i + 1) / (kNumPivots + 1);
+    pivots.key[i] = ClampKey(bracket.lo + static_cast<uint32_t>(offset), bracket);
+  }
+  return pivots;
+}
+
+// Where the next pivots of a bracket go. Round 0: equal steps of the logit. Then close around the place where
+// the target would lie if the total grew evenly, which it nearly does over a short stretch; but every third
+// round by KeyPivots.
+TWINJET_HD Pivots NextPivots(const Bracket& bracket, uint64_t target, int round) {
+  constexpr float kEven[kNumPivots] = {0.125f, 0.25f, 0.375f, 0.5f, 0.625f, 0.75f, 0.875f};
+  constexpr float kClose[kNumPivots] = {-0.2f, -0.06f, -0.02f, 0.0f, 0.02f, 0.06f, 0.2f};
+  const float lo = FloatFromKey(bracket.lo);
+  const float hi = LastBelow(bracket.hi);
+  const float width = SubRn(hi, lo);
+  if (round % 3 == 2 || !(width > 0.0f) || !IsFinite(width)) return KeyPivots(bracket);
+  const float share = static_cast<float>(static_cast<double>(bracket.reached - target) /
+                                         static_cast<double>(bracket.reached - bracket.above));
+  Pivots pivots;
+  TWINJET_UNROLL
+  for (int i = 0; i < kNumPivots; ++i) {
+    const float place = round == 0 ? kEven[i] : AddRn(share, kClose[i]);
+    pivots.key[i] = ClampKey(OrderedKey(AddRn(lo, MulRn(width, place))), bracket);
+  }
+  return pivots;
+}
+
+// sums[i] = total(pivot i <= key < hi).
+TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const uint64_t* sums,
+                          uint64_t target) {
+  Bracket next = bracket;
+  TWINJET_UNROLL
+  for (int i = 0; i < kNumPivots; ++i) {
+    const uint64_t total = bracket.above + sums[i];
+    if (total >= target) {
+      next.lo = pivots.key[i];
+      next.reached = total;
+    } else if (pivots.key[i] < next.hi) {
+      next.hi = pivots.key[i];
+      next.above = total;
+    }
+  }
+  return next;
+}
+
+// The smallest key whose z is at least min_z: min-p as a threshold on the logit. max is finite.
+TWINJET_HD uint32_t MinPKey(float max, float scale, float min_z) {
+  uint32_t lo = kKeyOfNegativeInfinity;
+  uint32_t hi = OrderedKey(max);
+  if (ZOf(FloatFromKey(lo), max, scale) >= min_z) return lo;
+  while (hi - lo > 1) {  // z(lo) < min_z <= z(hi)
+    const uint32_t middle = lo + (hi - lo) / 2;
+    if (ZOf(FloatFromKey(middle), max, scale) >= min_z) {
+      hi = middle;
+    } else {
+      lo = middle;
+    }
+  }
+  return hi;
+}
+
+// 2^(z + 44) before truncation, as a double's bits: adding it to an integer double of at least 2^52
+// with rounding toward zero adds the integer weight. z at most 0.
+TWINJET_HD uint64_t WeightAsDoubleBits(float z) {
+#if defined(__CUDA_ARCH__)
+  const float clamped = fmaxf(z, kMinZ);  // one instruction; kMinZ for NaN, as below
+#else
+  const float clamped = z > kMinZ ? z : kMinZ;
+#endif
+  const float shifted = AddRn(clamped, kRoundMagic);
+  const float n = SubRn(shifted, kRoundMagic);
+  const float f = SubRn(clamped, n);
+  float p = kExp2C6;
+  p = FmaRn(p, f, kExp2C5);
+  p = FmaRn(p, f, kExp2C4);
+  p = FmaRn(p, f, kExp2C3);
+  p = FmaRn(p, f, kExp2C2);
+  p = FmaRn(p, f, kExp2C1);
+  p = FmaRn(p, f, 1.0f);
+  // The low 9 bits of kRoundMagic are 0, so the shift leaves n alone. p's exponent is at least 126 and
+  // n at least -46: 80 or more, a positive normal float.
+  const uint32_t bits = FloatBits(p) + (FloatBits(shifted) << 23);
+  // Widening moves the fraction by 52 - 23 places and the exponent's bias by 1023 - 127.
+  return static_cast<uint64_t>(bits) * (1ull << 29) + (static_cast<uint64_t>(1023 - 127 + kMassBits) << 52);
+}
+
+}  // namespace twinjet::sampler::cuda

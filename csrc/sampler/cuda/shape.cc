@@ -1,0 +1,61 @@
+#include "sampler/cuda/shape.h"
+
+namespace twinjet::sampler::cuda {
+namespace {
+
+// Three slices of this size and their blocks' other shared memory fit a multiprocessor of 228 KiB.
+constexpr int32_t kGroupsOfThreePerMultiprocessor = 63;
+// Below this a block's fixed costs outweigh its share of the row.
+constexpr int32_t kLeastGroupsPerBlock = 8;
+// Shared memory the system takes of each block.
+constexpr size_t kReservedPerBlock = 1024;
+
+int32_t DivideUp(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+bool Fits(const DeviceLimits& limits, int32_t groups_per_block, int32_t num_groups) {
+  return LayOutShared(groups_per_block, num_groups, true).total <= limits.max_shared_bytes;
+}
+
+}  // namespace
+
+LaunchShape ChooseShape(const DeviceLimits& limits, int32_t num_rows, int32_t vocab_size,
+                        int32_t force_cluster) {
+  const int32_t num_groups = NumGroups(vocab_size);
+  LaunchShape shape;
+  shape.cluster = 1;
+  if (force_cluster > 0) {
+    shape.cluster = force_cluster;
+  } else {
+    // Large batches: as few blocks a row as leave room for three blocks on a multiprocessor. Small ones:
+    // as many as there are multiprocessors for.
+    while (shape.cluster < limits.max_cluster &&
+           (DivideUp(num_groups, shape.cluster) > kGroupsOfThreePerMultiprocessor ||
+            (num_rows * shape.cluster * 2 <= limits.num_multiprocessors &&
+             DivideUp(num_groups, shape.cluster * 2) >= kLeastGroupsPerBlock))) {
+      shape.cluster *= 2;
+    }
+  }
+  shape.groups_per_block = DivideUp(num_groups, shape.cluster);
+  shape.on_chip = Fits(limits, shape.groups_per_block, num_groups);
+  if (!shape.on_chip) {
+    shape.cluster = 1;
+    shape.groups_per_block = num_groups;
+  }
+  shape.shared_bytes = LayOutShared(shape.groups_per_block, num_groups, shape.on_chip).total;
+  shape.num_blocks = num_rows * shape.cluster;
+  const size_t blocks_that_fit =
+      (limits.max_shared_bytes + kReservedPerBlock) / (shape.shared_bytes + kReservedPerBlock);
+  const int32_t per_multiprocessor = static_cast<int32_t>(blocks_that_fit < 3 ? blocks_that_fit : 3);
+  shape.rows_in_flight = limits.num_multiprocessors * per_multiprocessor / shape.cluster;
+  if (!shape.on_chip && shape.num_blocks > 2 * limits.num_multiprocessors) {
+    shape.num_blocks = 2 * limits.num_multiprocessors;  // blocks go from row to row; scratch is per block
+  }
+  return shape;
+}
+
+size_t ScratchFloats(const LaunchShape& shape, int32_t vocab_size) {
+  if (shape.on_chip) return 0;
+  return static_cast<size_t>(shape.num_blocks) * static_cast<size_t>(NumGroups(vocab_size)) * kGroupSize;
+}
+
+}  // namespace twinjet::sampler::cuda

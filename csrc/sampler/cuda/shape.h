@@ -1,0 +1,15 @@
+// How a batch is cut into blocks and clusters. Pure arithmetic, no CUDA needed.
+#pragma once
+
+#include "sampler/cuda/plan.h"
+
+namespace twinjet::sampler::cuda {
+
+// force_cluster: 0 chooses; otherwise a power of two up to limits.max_cluster.
+LaunchShape ChooseShape(const DeviceLimits& limits, int32_t num_rows, int32_t vocab_size,
+                        int32_t force_cluster);
+
+// Floats of scratch memory that a shape needs; 0 on chip.
+size_t ScratchFloats(const LaunchShape& shape, int32_t vocab_size);
+
+}  // namespace twinjet::sampler::cuda

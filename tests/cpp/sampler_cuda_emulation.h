@@ -1,0 +1,316 @@
+// The CUDA sampler's kernel on the host: the same slices, lists, pivots, exchanges and order of passes,
+// with loops where the device has threads. It shares search.h, plan.h and the specification's headers with
+// the kernel, so what a CPU can test of the kernel's algorithm is tested here.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "sampler/cuda/plan.h"
+#include "sampler/cuda/search.h"
+#include "sampler/cuda/shape.h"
+#include "sampler/row.h"
+
+namespace emulation {
+
+using namespace twinjet::sampler;
+using namespace twinjet::sampler::cuda;
+
+// The weight as the kernel adds it up: the widened float, truncated.
+inline uint64_t TruncatedWeight(float x, float max, float scale) {
+  const double w = DoubleFromBits(WeightAsDoubleBits(MulRn(SubRn(x, max), scale)));
+  return static_cast<uint64_t>(std::floor(w));
+}
+
+struct Block {
+  std::vector<float> slice;
+  std::vector<float> group_max;
+  std::vector<uint64_t> group_mass;
+  std::vector<float> list;  // at most kMaxCandidates kept
+  size_t list_size = 0;
+  int32_t first_group = 0;
+  int32_t num_local = 0;
+};
+
+// One row as the blocks of its cluster hold it.
+class Row {
+ public:
+  Row(const std::vector<float>& edited, const LaunchShape& shape)
+      : vocab_size_(static_cast<int32_t>(edited.size())) {
+    num_groups_ = NumGroups(vocab_size_);
+    groups_per_block_ = shape.groups_per_block;
+    blocks_.resize(static_cast<size_t>(shape.cluster));
+    for (size_t r = 0; r < blocks_.size(); ++r) {
+      Block& block = blocks_[r];
+      block.first_group = static_cast<int32_t>(r) * groups_per_block_;
+      block.num_local = std::clamp(num_groups_ - block.first_group, 0, groups_per_block_);
+      block.slice.assign(static_cast<size_t>(block.num_local) * kGroupSize, NegativeInfinity());
+      for (size_t i = 0; i < block.slice.size(); ++i) {
+        const size_t token = static_cast<size_t>(block.first_group) * kGroupSize + i;
+        if (token < edited.size()) block.slice[i] = edited[token];
+      }
+      block.group_mass.resize(static_cast<size_t>(block.num_local));
+      RefreshMaxima(&block);
+    }
+  }
+
+  // Steps 3 to 10.
+  void Draw(const RowConstants& constants, RowOutput* output, float* threshold) {
+    *threshold = NegativeInfinity();
+    max_ = NegativeInfinity();
+    for (const Block& block : blocks_) {
+      for (float x : block.group_max) max_ = std::max(max_, x);
+    }
+    if (max_ == PositiveInfinity()) {
+      output->status |= kStatusInfinite;
+      for (Block& block : blocks_) {
+        for (float& x : block.slice) x = x == PositiveInfinity() ? 0.0f : NegativeInfinity();
+        RefreshMaxima(&block);
+      }
+      max_ = 0.0f;
+    }
+    output->token_id = -1;
+    if (max_ == NegativeInfinity()) {
+      output->status |= kStatusNoToken;
+      return;
+    }
+    max_ = FloatFromKey(OrderedKey(max_));
+    if (constants.is_greedy != 0) {
+      if (constants.scale != 0.0f) *threshold = max_;
+      for (const Block& block : blocks_) {
+        for (size_t i = 0; i < block.slice.size(); ++i) {
+          if (block.slice[i] != max_) continue;
+          output->token_id = block.first_group * kGroupSize + static_cast<int32_t>(i);
+          return;
+        }
+      }
+      return;
+    }
+    *threshold = KeepThreshold(constants);
+    output->token_id = DrawToken(constants, *threshold);
+  }
+
+  int num_sweeps = 0;  // passes over the slices by SumAtPivots
+
+ private:
+  static void RefreshMaxima(Block* block) {
+    block->group_max.assign(static_cast<size_t>(block->num_local), NegativeInfinity());
+    for (size_t i = 0; i < block->slice.size(); ++i) {
+      float& max = block->group_max[i / kGroupSize];
+      max = std::fmax(max, block->slice[i]);
+    }
+  }
+
+  uint64_t SumGroups(float scale, float threshold, float pivot) {
+    uint64_t reaching = 0;
+    for (Block& block : blocks_) {
+      for (size_t g = 0; g < block.group_mass.size(); ++g) {
+        block.group_mass[g] = 0;
+        if (!(block.group_max[g] >= threshold && ZOf(block.group_max[g], max_, scale) >= -45.0f)) continue;
+        for (size_t i = g * kGroupSize; i < (g + 1) * kGroupSize; ++i) {
+          const float x = block.slice[i];
+          if (!(x >= threshold)) continue;
+          const uint64_t w = TruncatedWeight(x, max_, scale);
+          block.group_mass[g] += w;
+          if (x >= pivot) reaching += w;
+        }
+      }
+    }
+    return reaching;
+  }
+
+  void SumAtPivots(bool count, float scale, const Bracket& bracket, const Pivots& pivots, uint64_t* sums) {
+    ++num_sweeps;
+    const float lo = FloatFromKey(bracket.lo);
+    const float last = LastBelow(bracket.hi);
+    std::fill(sums, sums + kNumPivots + 1, 0);
+    for (const Block& block : blocks_) {
+      for (size_t i = 0; i < block.slice.size(); ++i) {
+        const float x = block.slice[i];
+        if (!(block.group_max[i / kGroupSize] >= lo && x >= lo && x <= last)) continue;
+        const uint64_t w = count ? 1 : TruncatedWeight(x, max_, scale);
+        sums[kNumPivots] += w;
+        for (int k = 0; k < kNumPivots; ++k) {
+          if (x >= FloatFromKey(pivots.key[k])) sums[k] += w;
+        }
+      }
+    }
+  }
+
+  size_t Collect(const Bracket& bracket) {
+    const float lo = FloatFromKey(bracket.lo);
+    const float last = LastBelow(bracket.hi);
+    size_t total = 0;
+    for (Block& block : blocks_) {
+      block.list.clear();
+      block.list_size = 0;
+      for (float x : block.slice) {
+        if (!(x >= lo && x <= last)) continue;
+        if (block.list_size++ < kMaxCandidates) block.list.push_back(x);
+      }
+      total += block.list_size;
+    }
+    return total;
+  }
+
+  void Gather(float scale) {
+    logit_.clear();
+    weight_.clear();
+    for (const Block& block : blocks_) {
+      for (float x : block.list) {
+        logit_.push_back(x);
+        weight_.push_back(static_cast<double>(WeightOf(x, max_, scale)));
+      }
+    }
+  }
+
+  enum class Settling { kCount, kMass, kTopP };
+  uint32_t Settle(Settling settling, uint32_t floor_key, uint64_t above, uint64_t target_or_p) {
+    const float floor = FloatFromKey(floor_key);
+    uint32_t best = 0;
+    for (float x : logit_) {
+      double sum = 0.0, all = 0.0;
+      for (size_t j = 0; j < logit_.size(); ++j) {
+        const double w = settling == Settling::kCount ? 1.0 : weight_[j];
+        if (logit_[j] >= x) sum += w;
+        if (logit_[j] >= floor) all += w;
+      }
+      const uint64_t mass = above + static_cast<uint64_t>(sum);
+      uint64_t target = target_or_p;
+      if (settling == Settling::kTopP) target = TopPMass(target_or_p, static_cast<uint64_t>(all));
+      if (x >= floor && mass >= target) best = std::max(best, OrderedKey(x));
+    }
+    return best;
+  }
+
+  uint32_t FindThreshold(bool count, float scale, Bracket bracket, uint64_t target, bool try_at_once,
+                         size_t* num_gathered) {
+    *num_gathered = 0;
+    for (int round = 0;; ++round) {
+      if (bracket.hi - bracket.lo == 1) return bracket.lo;
+      if ((round > 0 || try_at_once) && Collect(bracket) <= kMaxCandidates) {
+        Gather(scale);
+        if (bracket.above == 0) *num_gathered = logit_.size();
+        return Settle(count ? Settling::kCount : Settling::kMass, bracket.lo, bracket.above, target);
+      }
+      const Pivots pivots = NextPivots(bracket, target, round);
+      uint64_t sums[kNumPivots + 1];
+      SumAtPivots(count, scale, bracket, pivots, sums);
+      bracket = Shrink(bracket, pivots, sums, target);
+    }
+  }
+
+  uint32_t KthMaximum(int32_t k) const {
+    std::vector<float> maxima;
+    for (const Block& block : blocks_)
+      maxima.insert(maxima.end(), block.group_max.begin(), block.group_max.end());
+    uint32_t found = ~0u;
+    for (float x : maxima) {
+      const auto larger = std::count_if(maxima.begin(), maxima.end(), [x](float y) { return y > x; });
+      if (larger < k) found = std::min(found, OrderedKey(x));
+    }
+    return found;
+  }
+
+  uint32_t TopKThreshold(float scale, int32_t k, size_t* num_gathered) {
+    const uint64_t target = static_cast<uint64_t>(k);
+    Bracket bracket = {kKeyOfNegativeInfinity, OrderedKey(max_) + 1, 0, static_cast<uint64_t>(vocab_size_)};
+    if (k <= num_groups_) {
+      bracket.lo = KthMaximum(k);
+      return FindThreshold(true, scale, bracket, target, k <= kMaxCandidates, num_gathered);
+    }
+    const float least = FloatFromKey(KthMaximum(num_groups_));
+    const float length = SubRn(max_, least);
+    const Pivots pivots =
+        length > 0.0f && IsFinite(length) ? CountPivots(bracket, least, length) : KeyPivots(bracket);
+    uint64_t sums[kNumPivots + 1];
+    SumAtPivots(true, 0.0f, bracket, pivots, sums);
+    return FindThreshold(true, scale, Shrink(bracket, pivots, sums, target), target, false, num_gathered);
+  }
+
+  uint32_t TopPThreshold(float scale, uint32_t floor_key, uint64_t top_p_fixed, size_t num_gathered) {
+    const uint32_t top = OrderedKey(max_) + 1;
+    if (top - floor_key == 1) return floor_key;
+    if (num_gathered == 0 && floor_key > kKeyOfNegativeInfinity) {
+      if (Collect({floor_key, top, 0, 0}) <= kMaxCandidates) {
+        Gather(scale);
+        num_gathered = logit_.size();
+      }
+    }
+    if (num_gathered != 0) return Settle(Settling::kTopP, floor_key, 0, top_p_fixed);
+    const uint32_t wanted = FirstMassPivot(max_, scale);
+    const uint32_t pivot = wanted > floor_key && wanted < top ? wanted : floor_key + 1;
+    const uint64_t reaching = SumGroups(scale, FloatFromKey(floor_key), FloatFromKey(pivot));
+    uint64_t whole = 0;
+    for (const Block& block : blocks_) {
+      for (uint64_t mass : block.group_mass) whole += mass;
+    }
+    const uint64_t target = TopPMass(top_p_fixed, whole);
+    Bracket bracket = {pivot, top, 0, reaching};
+    const bool is_high = reaching >= target;
+    if (!is_high) {
+      bracket = {floor_key, pivot, reaching, whole};
+      const uint32_t least = LeastMassKey(max_, scale, whole, target, vocab_size_);
+      if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
+    }
+    size_t unused = 0;
+    return FindThreshold(false, scale, bracket, target, is_high, &unused);
+  }
+
+  float KeepThreshold(const RowConstants& constants) {
+    uint32_t key = kKeyOfNegativeInfinity;
+    size_t num_gathered = 0;
+    if (constants.min_z > NegativeInfinity()) key = MinPKey(max_, constants.scale, constants.min_z);
+    if (constants.top_k > 0)
+      key = std::max(key, TopKThreshold(constants.scale, constants.top_k, &num_gathered));
+    if (constants.has_top_p != 0)
+      key = TopPThreshold(constants.scale, key, constants.top_p_fixed, num_gathered);
+    return FloatFromKey(key);
+  }
+
+  int32_t DrawToken(const RowConstants& constants, float threshold) {
+    SumGroups(constants.scale, threshold, PositiveInfinity());
+    uint64_t best = ~0ull;
+    const Block* owner = nullptr;
+    size_t winner = 0;
+    for (const Block& block : blocks_) {
+      for (size_t g = 0; g < block.group_mass.size(); ++g) {
+        if (block.group_mass[g] == 0) continue;
+        const uint32_t group = static_cast<uint32_t>(block.first_group) + static_cast<uint32_t>(g);
+        const uint64_t time =
+            DoubleBits(RaceTime(ExponentialOf(constants.race, group | kGroupLevel), block.group_mass[g]));
+        if (time >= best) continue;
+        best = time;
+        owner = &block;
+        winner = g;
+      }
+    }
+    if (owner == nullptr) return -2;  // cannot be: the maximum has weight
+    best = ~0ull;
+    int32_t token = -2;
+    for (size_t i = 0; i < kGroupSize; ++i) {
+      const float x = owner->slice[winner * kGroupSize + i];
+      const uint64_t weight = x >= threshold ? WeightOf(x, max_, constants.scale) : 0;
+      if (weight == 0) continue;
+      const int32_t id =
+          (owner->first_group + static_cast<int32_t>(winner)) * kGroupSize + static_cast<int32_t>(i);
+      const uint64_t time = DoubleBits(
+          RaceTime(ExponentialOf(constants.race, static_cast<uint32_t>(id) | kTokenLevel), weight));
+      if (time >= best) continue;
+      best = time;
+      token = id;
+    }
+    return token;
+  }
+
+  int32_t vocab_size_;
+  int32_t num_groups_;
+  int32_t groups_per_block_;
+  float max_ = 0.0f;
+  std::vector<Block> blocks_;
+  std::vector<float> logit_;
+  std::vector<double> weight_;
+};
+
+}  // namespace emulation
