@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,14 +23,20 @@ if __name__ == "__main__":
 
 
 @contextmanager
-def server(folder: Path, settings: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(
+    folder: Path, settings: str, port: int = 0, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run a server until its first model is ready or has failed; gives the process and its address."""
     path, main = folder / "twinjet.toml", folder / "main.py"
     path.write_text(f"[server]\nport = {port}\ngrace_s = 3\n{settings}")
     main.write_text(MAIN)
     log = (folder / "server.log").open("w+")
     process = subprocess.Popen(
-        [sys.executable, str(main), str(path)], stdout=log, stderr=log, text=True, env=os.environ
+        [sys.executable, str(main), str(path)],
+        stdout=log,
+        stderr=log,
+        text=True,
+        env=os.environ | (environment or {}),
     )
     try:
         yield process, _wait_for_first(process, folder / "server.log")
