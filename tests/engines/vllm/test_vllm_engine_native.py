@@ -26,6 +26,8 @@ def run_engine(model: Path, directory: Path, native: str, scheduling: str) -> di
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_PLUGINS="",
         HF_HUB_OFFLINE="1",
+        # As in our engine: OpenMP threads that spin make every step many times slower on busy cores.
+        GOMP_SPINCOUNT="1000",
     )
     package = str(Path(twinjet.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
