@@ -129,16 +129,18 @@ class Scripted(
         return self.scripts[min(len(self.requests), len(self.scripts)) - 1]
 
     async def _play(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        for step in self._next(request, context):
-            if isinstance(step, Fails):
-                await step.abort(context)
-            elif isinstance(step, Stalls):
-                try:
+        try:
+            for step in self._next(request, context):
+                if isinstance(step, Fails):
+                    await step.abort(context)
+                elif isinstance(step, Stalls):
                     await asyncio.Event().wait()
-                finally:
-                    self.cancelled.set()
-            else:
-                yield step
+                else:
+                    yield step
+        except (asyncio.CancelledError, GeneratorExit):
+            # Also between two steps: a client may cancel before the stall has begun.
+            self.cancelled.set()
+            raise
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         async for message in self._play(request, context):

@@ -36,7 +36,7 @@ class Harness:
         assert isinstance(engine, FakeEngine)
         return engine
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait until the server's state satisfies a condition."""
         async with asyncio.timeout(timeout_s):
             while not condition():

@@ -179,7 +179,9 @@ class Supervisor:
             await engine.start(self._report)
             self._report(LoadProgress("waiting for the first token", 0.95))
             info = engine.describe()
-            await asyncio.wait_for(self._probe(engine, info), PROBE_TIMEOUT_S)
+            # Not wait_for, which before Python 3.12 can lose a cancellation.
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._probe(engine, info)
             observed = _Observed(engine)
             self._engine = engine
             self._dispatcher.attach(observed, info)

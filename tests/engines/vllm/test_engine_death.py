@@ -47,7 +47,8 @@ def test_a_killed_engine_ends_its_streams_and_leaves_nothing(demo_model_path: Pa
     process, report = _run(demo_model_path, ending)
     try:
         assert report["slowest_end_s"] < 1
-        assert "by signal 9" in report["reason"]
+        # Whichever notices first: the watch on the process, or vLLM's own output loop.
+        assert "by signal 9" in report["reason"] or "EngineDeadError" in report["reason"]
         assert report["refused"]
         assert report["tokens"] == 8
         # The forkserver, multiprocessing's resource tracker and the second engine.

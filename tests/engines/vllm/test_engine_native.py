@@ -43,7 +43,7 @@ SCHEMA = {
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(offline: list[dict[str, Any]], demo_model_path: Path) -> AsyncIterator[VllmEngine]:
     # Without this a grammar allows white space without end, and a small model takes it up.
-    options = OPTIONS | {"structured_outputs_config": {"disable_any_whitespace": True}}
+    options = OPTIONS | {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
     made = VllmEngine("demo", str(demo_model_path), options, native_sampler=True, native_block_manager=True)
     await made.start(lambda progress: None)
     yield made
