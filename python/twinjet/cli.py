@@ -139,6 +139,8 @@ def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -
     tree: dict[str, Any] = {
         "server": {k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
     }
+    if arguments.allow_partial:
+        tree["server"]["allow_partial"] = True
     named = [f"--{name}" for name, value in flags.items() if value is not None]
     is_elsewhere = arguments.config is not None or any(n.startswith("TWINJET_DEPLOYMENTS__") for n in environ)
     if is_elsewhere:
@@ -361,6 +363,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--name", help="public model name; default: the folder's")
     command.add_argument("--host", help="default: 127.0.0.1")
     command.add_argument("--port", type=int, help="default: 50051; 0 picks a free one")
+    command.add_argument(
+        "--allow-partial", action="store_true", help="go on when one deployment cannot work as configured"
+    )
     command.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
     command = add_client(generate)

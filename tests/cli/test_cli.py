@@ -225,7 +225,7 @@ def test_help_comes_without_grpc_and_without_an_engine() -> None:
 
 
 def flags(**given: Any) -> Namespace:
-    names = ("config", "model", "engine", "name", "host", "port")
+    names = ("config", "model", "engine", "name", "host", "port", "allow_partial")
     return Namespace(**(dict.fromkeys(names) | given))
 
 
@@ -248,6 +248,7 @@ def test_what_serve_serves(
 
 def test_flags_of_serve_reach_the_server_settings_and_may_not_contradict() -> None:
     assert serve_overrides(flags(port=0, host="::"), {})["server"] == {"port": 0, "host": "::"}
+    assert serve_overrides(flags(allow_partial=True), {})["server"] == {"allow_partial": True}
     with pytest.raises(ConfigError, match="--model, --name cannot be used"):
         serve_overrides(flags(config=Path("c"), model="m", name="n"), {})
 

@@ -74,7 +74,6 @@ async def test_a_death_is_told_and_the_engine_comes_back(serve: Serve, version: 
 CONFIG = """
 [server]
 port = 0
-allow_partial = {partial}
 [deployments.llama]
 engine = "tensorrt_llm"
 model = "/models/llama"
@@ -83,18 +82,18 @@ engine = "fake"
 """
 
 
-async def run_serve(tmp_path: Path, partial: str) -> asyncio.subprocess.Process:
+async def run_serve(tmp_path: Path, *flags: str) -> asyncio.subprocess.Process:
     config = tmp_path / "twinjet.toml"
-    config.write_text(CONFIG.format(partial=partial))
+    config.write_text(CONFIG)
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "twinjet.cli", "serve", "--config", str(config),
+        sys.executable, "-m", "twinjet.cli", "serve", "--config", str(config), *flags,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
 
 
 async def test_a_missing_package_ends_the_server_with_what_to_install(tmp_path: Path) -> None:
-    process = await run_serve(tmp_path, "false")
+    process = await run_serve(tmp_path)
     async with asyncio.timeout(120):
         output, _ = await process.communicate()
     assert process.returncode == 2
@@ -104,7 +103,7 @@ async def test_a_missing_package_ends_the_server_with_what_to_install(tmp_path: 
 
 
 async def test_a_missing_package_leaves_the_others_where_that_is_allowed(tmp_path: Path) -> None:
-    process = await run_serve(tmp_path, "true")
+    process = await run_serve(tmp_path, "--allow-partial")
     assert process.stdout is not None
     seen = b""
     async with asyncio.timeout(120):
