@@ -46,12 +46,14 @@ def run_engine(model: Path, directory: Path, native: str, scheduling: str) -> di
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("scheduling", ["sync", "async"])
-def test_native_scheduling_changes_no_token(demo_model_path: Path, tmp_path: Path, scheduling: str) -> None:
+def test_native_scheduling_changes_no_token(demo_model_path: Path, tmp_path: Path) -> None:
+    """Synchronous scheduling, which is all that vLLM does on a CPU; the lockstep tests cover both modes."""
+    scheduling = "sync"
     native = run_engine(demo_model_path, tmp_path, "on", scheduling)
     stock = run_engine(demo_model_path, tmp_path, "off", scheduling)
 
-    assert native["async"] == stock["async"] == (scheduling == "async")
+    assert not native["async"]
+    assert not stock["async"]
     assert native["preemptions"] > 0
     assert native["preemptions"] == stock["preemptions"]
     assert native["cached_tokens"] == stock["cached_tokens"]
