@@ -9,25 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from twinjet.engines.base import Logprob as Logprob
+from twinjet.engines.base import TokenLogprobs as TokenLogprobs
 from twinjet.v1 import generation_pb2 as pb
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """Natural-log probability of one token; rank 1 is the most probable, None is not known."""
-
-    token_id: int
-    logprob: float
-    rank: int | None
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """The token in the sequence and its most probable rivals, best first."""
-
-    chosen: Logprob
-    top: tuple[Logprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
