@@ -1,5 +1,6 @@
 """What a waiting person sees: on a terminal, in a log, and that it is never nothing."""
 
+import contextlib
 import io
 import logging
 import os
@@ -101,29 +102,35 @@ def test_a_stream_that_is_gone_ends_the_showing_and_nothing_else() -> None:
         progress.say("z")
 
 
+def _drain(controller: int) -> str:
+    """Give all that a terminal got, once its other end is closed: one read may give only a part."""
+    data = b""
+    with contextlib.suppress(OSError):  # EIO is a pseudo terminal's end of file
+        while piece := os.read(controller, 65536):
+            data += piece
+    os.close(controller)
+    return data.decode()
+
+
 def test_a_terminal_shows_a_bar_that_is_wiped_for_lines_that_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("twinjet.progress._REDRAW_S", NEVER_S)
     controller, terminal = pty.openpty()
-    with os.fdopen(terminal, "w", encoding="utf-8") as stream:
-        with Progress(stream) as progress:
-            progress.update("loading", 0.5, "model.safetensors")
-            handler = ProgressHandler(progress)
-            handler.emit(logging.LogRecord("n", logging.INFO, "", 0, "a %s", ("line",), None))
-        shown = os.read(controller, 65536).decode()
-    os.close(controller)
+    with os.fdopen(terminal, "w", encoding="utf-8") as stream, Progress(stream) as progress:
+        progress.update("loading", 0.5, "model.safetensors")
+        handler = ProgressHandler(progress)
+        handler.emit(logging.LogRecord("n", logging.INFO, "", 0, "a %s", ("line",), None))
+    shown = _drain(controller)
     bar = "█" * 12 + "░" * 12 + "  50% loading · model.safetensors · N s"
     assert timeless(shown).split("\r\x1b[K") == [bar, f"a line\r\n{bar}", ""]
 
 
 def test_a_terminal_without_unicode_gets_a_plain_bar() -> None:
     controller, terminal = pty.openpty()
-    with os.fdopen(terminal, "w", encoding="ascii") as stream:
-        with Progress(stream) as progress:
-            progress.update("loading", 0.25)
-        shown = os.read(controller, 65536).decode()
-    os.close(controller)
+    with os.fdopen(terminal, "w", encoding="ascii") as stream, Progress(stream) as progress:
+        progress.update("loading", 0.25)
+    shown = _drain(controller)
     assert timeless(shown).startswith("#" * 6 + "-" * 18 + "  25% loading - N s")
 
 
