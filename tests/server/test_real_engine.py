@@ -106,6 +106,24 @@ def test_the_model_describes_itself_and_the_native_parts_are_in_use(service: Ser
     assert model.sampler.implementation == "twinjet", model.sampler
 
 
+def test_a_stream_is_served_by_the_native_parts(service: Service) -> None:
+    def counters() -> dict[str, int]:
+        model = service.models.GetModel(model_pb2.GetModelRequest()).model
+        return {**model.block_manager.counters, **model.sampler.counters}
+
+    before = counters()
+    request = Request(text="Once upon a time", sampling=Sampling(max_tokens=24, ignore_eos=True))
+    assert list(service.inference.Generate(request))[-1].summary.usage.output_tokens == 24
+    served = ("native_steps", "native_updates", "rows_scheduled", "rows_updated", "rows")
+
+    def is_counted() -> bool:
+        now = counters()
+        # The first token comes of the prefill, which is vLLM's to schedule.
+        return all(now[name] - before.get(name, 0) >= 20 for name in served)
+
+    service.until(is_counted, 10)
+
+
 @pytest.mark.parametrize(
     ("constraint", "field"),
     [

@@ -29,6 +29,7 @@ def prompts() -> list[list[int]]:
 def main(model: str, output: str, native: str, scheduling: str) -> None:
     llm = LLM(
         model=model,
+        dtype="float32",
         enforce_eager=True,
         max_model_len=512,
         block_size=32,

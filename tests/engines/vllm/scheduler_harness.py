@@ -232,6 +232,7 @@ class Runner:
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
             logprobs=logprobs,
+            num_nans_in_logits={},  # as the V1 runner, which counts none unless told to
         )
 
     block_size = 16

@@ -27,7 +27,7 @@ QUESTIONS = [
     "Name a musical instrument.", "What does a baker do?", "Count from one to five.",
 ]  # fmt: skip
 
-OPTIONS = {"max_num_seqs": 32, "max_model_len": 2048}
+OPTIONS = {"max_num_seqs": 32, "max_model_len": 2048, "dtype": "float32"}
 
 
 def request(request_id: str, prompt: Iterable[int], sampling: Sampling = GREEDY, **kw: Any) -> EngineRequest:

@@ -63,6 +63,10 @@ def test_native_scheduling_changes_no_token(demo_model_path: Path, tmp_path: Pat
 
     status = native["status"]
     assert all(status[layer]["is_native"] for layer in ("block_manager", "decode_path", "prefix_hash"))
-    assert status["counters"]["rows_scheduled"] > 200
+    counters = status["counters"]
+    assert counters["rows_scheduled"] > 200
+    assert counters["rows_updated"] > 200
+    assert counters["native_steps"] > 0
+    assert counters["native_updates"] > 0
     assert not stock["status"]["block_manager"]["is_native"]
     assert stock["status"]["block_manager"]["reason"] == "off"

@@ -259,7 +259,8 @@ class DecodePath:
         scheduler = self.scheduler
         return (
             model_output.pooler_output is not None
-            or model_output.num_nans_in_logits is not None
+            # The V1 runner passes an empty dict where nothing was counted.
+            or bool(model_output.num_nans_in_logits)
             or model_output.kv_connector_output is not None
             or model_output.ec_connector_output is not None
             or type(model_output.sampled_token_ids) is not list

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # Starting an engine sets names and variables of the whole process for a while, so one starts at a time.
 _LAUNCHING = threading.Lock()
 
+# The demo model answers worse, and otherwise on each kind of CPU, with bfloat16 arithmetic.
+_DEMO_OPTIONS = {"dtype": "float32"}
+
 # Phase, for people, and the share of a warm start on two cores that lies before it.
 _PHASES = {
     "import": ("importing vLLM", 0.02),
@@ -120,7 +123,8 @@ async def launch(plan: Plan, report: Callable[[LoadProgress], None]) -> Running:
         asyncio.to_thread(_import_vllm),
     )
     reporter.enter("configure")
-    launcher = await asyncio.to_thread(_Launcher, replace(plan, model=model))
+    options = _DEMO_OPTIONS | plan.options if plan.model == DEMO_MODEL else plan.options
+    launcher = await asyncio.to_thread(_Launcher, replace(plan, model=model, options=options))
     problem = await asyncio.to_thread(prestart.wait_ready)
     reporter.enter("process")
     receiver, sender = multiprocessing.Pipe(duplex=False)
