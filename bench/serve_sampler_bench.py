@@ -23,7 +23,7 @@ prestart.prestart()
 
 from twinjet.engines.base import OutputEvent  # noqa: E402
 from twinjet.engines.vllm.engine import VllmEngine  # noqa: E402
-from twinjet.models.demo import demo_model  # noqa: E402
+from twinjet.models.demo import DEMO_MODEL  # noqa: E402
 from twinjet.request import EngineRequest, Sampling  # noqa: E402
 
 NEUTRAL = Sampling(
@@ -62,10 +62,9 @@ async def tokens_per_second(
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    model = args.model or str(demo_model())
     options = {"max_num_seqs": args.streams, "max_model_len": 2048}
     engines = {
-        name: VllmEngine(name, model, options, native_sampler=name == "twinjet", native_block_manager=False)
+        name: VllmEngine(name, args.model, options, native_sampler=name == "twinjet", native_block_manager=False)
         for name in ("vllm", "twinjet")
     }
     for engine in engines.values():
@@ -83,7 +82,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     for engine in engines.values():
         await engine.stop()
     return {
-        "model": Path(model).name, "cpus": os.cpu_count(), "target": target, "streams": args.streams,
+        "model": Path(args.model).name, "cpus": os.cpu_count(), "target": target, "streams": args.streams,
         "tokens": args.tokens, "rounds": args.rounds,
         "modes": {
             mode: {
@@ -100,7 +99,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="model folder; the demo model if absent")
+    parser.add_argument("--model", default=DEMO_MODEL, help="model folder; the demo model if absent")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)

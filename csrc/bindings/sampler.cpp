@@ -26,7 +26,8 @@ const Kernels& KernelsByName(const std::string& name) {
   if (kernels != nullptr) return *kernels;
   std::string names;
   for (const Kernels* available : sampler::AvailableKernels()) {
-    names += (names.empty() ? "" : ", ") + std::string(available->name);
+    if (!names.empty()) names += ", ";
+    names += available->name;
   }
   const char* forced = std::getenv("TWINJET_CPU_TARGET");
   throw py::value_error(
