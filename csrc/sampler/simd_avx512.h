@@ -41,6 +41,10 @@ F32 AddExponent(F32 p, F32 shifted) {
 float HorizontalMax(F32 x) { return _mm512_reduce_max_ps(x); }
 LaneMask AtLeast(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LaneMask Less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+// low <= x < high.
+LaneMask Within(F32 x, F32 low, F32 high) {
+  return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, low, _CMP_GE_OQ), x, high, _CMP_LT_OQ);
+}
 LaneMask AnyNan(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
 // x where a >= b, else 0.
 F32 KeepAtLeast(F32 x, F32 a, F32 b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x); }
@@ -60,6 +64,13 @@ void Compress(F32 x, int32_t first_id, LaneMask bits, float* out_x, int32_t* out
   const __mmask16 mask = static_cast<__mmask16>(bits);
   _mm512_storeu_ps(out_x, _mm512_maskz_compress_ps(mask, x));
   _mm512_storeu_si512(out_id, _mm512_maskz_compress_epi32(mask, ids));
+}
+
+// Its half for the ids alone.
+void CompressIds(int32_t first_id, LaneMask bits, int32_t* out_id) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i ids = _mm512_add_epi32(lane, _mm512_set1_epi32(first_id));
+  _mm512_storeu_si512(out_id, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), ids));
 }
 
 F64 SetF64(double x) { return _mm512_set1_pd(x); }
