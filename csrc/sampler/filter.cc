@@ -164,13 +164,14 @@ class List {
       std::swap(workspace_->masses, workspace_->masses_above);
       return view_.max;
     }
-    float low = std::max(least, profile.Edge(low_bin)), high = profile.Edge(high_bin);
+    float low = std::max(least, profile.Edge(low_bin));
+    float high = std::max(low, profile.Edge(high_bin));  // `least` may lie within the higher bin
     for (;;) {
       const uint64_t above = Split(low, high);
       if (above >= target) {  // the boundary lies higher than was guessed
         low = high;
         high_bin = high_bin / 2 - 1;
-        high = profile.Edge(high_bin);
+        high = std::max(low, profile.Edge(high_bin));
         continue;
       }
       TakeListed();
@@ -243,7 +244,7 @@ class List {
     if (with_weight) weight()[to] = weight()[from];
   }
 
-  // Lists the ids with low <= x < high. Returns the mass of x >= high.
+  // Lists the ids with low <= x < high, without x and weight. Returns the mass of x >= high.
   uint64_t Split(float low, float high) {
     size_ =
         kernels_.split_masses(view_.x, workspace_->weights.data(), view_.size, view_.group_max,

@@ -87,8 +87,14 @@ I32 LoadI32(const uint32_t* p) { return _mm512_loadu_si512(p); }
 I32 AddI32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 I32 AsI32(F32 x) { return _mm512_castps_si512(x); }
 I32 ToI32(F32 x) { return _mm512_cvttps_epi32(x); }
-// Modulo 2^32.
-uint32_t SumI32(I32 x) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(x)); }
+// Modulo 2^32, which GCC's _mm512_reduce_add_epi32 is not: its last step is a signed addition.
+uint32_t SumI32(I32 x) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti32x8_epi32(x, 1));
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(y));
+}
 I32 Xor(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
 // 32 x 32 -> 64 bits, by halves.
 void MulWide(I32 a, I32 b, I32* low, I32* high) {
