@@ -4,17 +4,19 @@
 #include "sampler/filter.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace twinjet::sampler {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::max();
-constexpr int32_t kSampleRun = 8;          // adjacent tokens taken from a sampled group
+constexpr int32_t kSampleRun = 16;         // adjacent tokens taken from a sampled group
 constexpr int32_t kMinSampledSize = 4096;  // shorter rows are listed whole
-constexpr int kNumGuessBins = 256;
-constexpr int32_t kFirstBin = 8;         // a first list reaches at least this far down
-constexpr double kGuessMargin = 1.4;     // for the error of a sample
+constexpr int kNumGuessBins = 1024;
+constexpr int32_t kFirstBin = 32;        // a first list reaches at least this far down
+constexpr double kGuessErrors = 2.5;     // standard errors of a sample that a guess allows for
 constexpr double kLongListShare = 32.0;  // of the row: longer lists are not made
 
 int32_t NumGroups(const RowView& view) { return (view.size + kGroupSize - 1) / kGroupSize; }
@@ -33,7 +35,7 @@ float ThresholdOfZ(float max, float scale, float min_z) {
   return FloatFromKey(high);
 }
 
-// A few tokens of every group, or of every second one, into list_x.
+// The logits of a sample, into list_x: a run of tokens of every group, or of every second one.
 int32_t TakeSample(const RowView& view, Workspace* workspace) {
   const int32_t stride = view.size >= 65536 ? 2 * kGroupSize : kGroupSize;
   int32_t count = 0;
@@ -51,57 +53,78 @@ uint64_t Sum(const float* weights, int32_t n) {
   return sum;
 }
 
-// What a sample says of how mass lies below the maximum, in bins of equal width. Only for guesses.
+uint64_t Sum(const std::vector<uint64_t>& masses, int32_t n) {
+  uint64_t sum = 0;
+  for (int32_t i = 0; i < n; ++i) sum += masses[static_cast<size_t>(i)];
+  return sum;
+}
+
+// What a sample says of how mass lies below the maximum, in bins so narrow that a token weighs as much
+// as another of its bin. Only for guesses.
 class MassProfile {
  public:
-  MassProfile(const Kernels& kernels, const RowView& view, const RowConstants& constants,
-              Workspace* workspace)
+  // Tokens below `least` count for nothing.
+  MassProfile(const RowView& view, const RowConstants& constants, float least, Workspace* workspace)
       : max_(view.max), bins_per_unit_(constants.scale * (static_cast<float>(kNumGuessBins) / kMassBits)) {
     const int32_t n = TakeSample(view, workspace);
     const float* x = workspace->list_x.data();
-    const float* weights = workspace->list_weight.data();
-    kernels.weigh(x, n, view.max, constants.scale, workspace->list_weight.data());
-    const double factor = static_cast<double>(view.size) / static_cast<double>(n);
-    for (int32_t i = 0; i < n; ++i) {
-      const float place = (view.max - x[i]) * bins_per_unit_;
-      const float most = static_cast<float>(kNumGuessBins - 1);
-      const int32_t bin = static_cast<int32_t>(place < most ? place : most);
-      masses_[bin] += factor * static_cast<double>(weights[i]);
-      counts_[bin] += factor;
+    int32_t bins[kSampleRun];
+    for (int32_t begin = 0; begin < n; begin += kSampleRun) {
+      for (int32_t i = 0; i < kSampleRun; ++i) bins[i] = BinOf(x[begin + i]);
+      for (int32_t bin : bins) ++counts_[bin];
     }
+    factor_ = static_cast<double>(view.size) / static_cast<double>(n);
+    last_bin_ = std::min(BinOf(least), kNumGuessBins - 2);
   }
 
-  // The lower edge of a bin; the last bin has none.
+  // The lower edge of a bin; -1 is above all, and the last bin has no lower edge.
   float Edge(int32_t bin) const {
+    if (bin < 0) return PositiveInfinity();
     if (bin >= kNumGuessBins - 1) return kLowest;
     return std::max(kLowest, max_ - static_cast<float>(bin + 1) / bins_per_unit_);
   }
 
-  // The first bin from the top with at most `mass` below its lower edge.
-  int32_t BinAbove(double mass) const {
-    int32_t bin = kNumGuessBins - 1;
-    for (double below = masses_[bin]; bin > 0 && below <= mass; below += masses_[bin]) --bin;
-    return bin;
+  // Bins with surely at most, and surely more than, `mass` below their lower edge, as near as the
+  // sample's error allows: that of a sum of independent draws, and of one draw unseen.
+  void Bracket(double mass, int32_t* low_bin, int32_t* high_bin) const {
+    const double target = mass / factor_;
+    double below = 0.0, variance = 0.0;
+    double weight = std::exp2(kMassBits - (last_bin_ + 0.5) * kMassBits / kNumGuessBins);
+    *low_bin = kNumGuessBins - 1;
+    *high_bin = -1;
+    for (int32_t b = last_bin_; b >= 0; --b) {
+      const double gap = target - below;
+      if (gap * gap >= kGuessErrors * kGuessErrors * (variance + weight * weight)) {
+        if (gap < 0.0) {
+          *high_bin = b;
+          return;
+        }
+        *low_bin = b;
+      }
+      const double bin_mass = counts_[b] * weight;
+      below += bin_mass;
+      variance += bin_mass * weight;
+      weight *= kBinWeightRatio;
+    }
   }
 
-  double CountDownTo(int32_t bin) const {
-    double count = 0.0;
-    for (int32_t b = 0; b <= bin; ++b) count += counts_[b];
-    return count;
-  }
+  double CountDownTo(int32_t bin) const { return factor_ * std::accumulate(counts_, counts_ + bin + 1, 0); }
 
  private:
+  static constexpr double kBinWeightRatio = 0x1.07bd42b72a836p+0;  // 2^(44 / 1024)
+
+  int32_t BinOf(float x) const {
+    const float place = (max_ - x) * bins_per_unit_;
+    const float most = static_cast<float>(kNumGuessBins - 1);
+    return static_cast<int32_t>(place < most ? place : most);
+  }
+
   float max_;
   float bins_per_unit_;
-  double masses_[kNumGuessBins] = {};
-  double counts_[kNumGuessBins] = {};
+  double factor_;
+  int32_t last_bin_;
+  int32_t counts_[kNumGuessBins] = {};
 };
-
-uint64_t TotalMass(const RowView& view, const Workspace& workspace) {
-  uint64_t total = 0;
-  for (int32_t g = 0; g < NumGroups(view); ++g) total += workspace.masses[static_cast<size_t>(g)];
-  return total;
-}
 
 // The list of tokens that a draw may choose from: workspace->list_x, list_id and list_weight.
 class List {
@@ -132,21 +155,36 @@ class List {
 
   void TakeAll(float least) { Collect(least, PositiveInfinity()); }
 
-  // The exact boundary of a long list: what surely stays is summed, and only tokens about the
-  // boundary are listed. False when the guess of where it lies was wrong.
-  bool FindTopP(const MassProfile& profile, uint64_t target, float least, int32_t low_bin, int32_t high_bin,
-                float* threshold) {
-    const float low = std::max(least, profile.Edge(low_bin));
-    const float high = profile.Edge(high_bin);
-    if (!(high > low)) return false;
-    kernels_.group_masses(view_.x, view_.size, view_.group_max, view_.max, constants_.scale, high,
-                          workspace_->masses.data());
-    const uint64_t above = TotalMass(view_, *workspace_);
-    if (above >= target) return false;
-    Collect(low, high);
-    if (size_ == 0 || above + Weigh() < target) return false;
-    *threshold = SelectThreshold(x(), weight(), size_, target - above, &workspace_->select);
-    return true;
+  // The exact boundary of a nucleus too long to list: what surely stays is summed, and only tokens about
+  // the boundary are listed. Leaves the kept masses of groups in workspace->masses.
+  float SplitAtTopP(const MassProfile& profile, uint64_t target, float least, int32_t low_bin,
+                    int32_t high_bin) {
+    // Where the top tie group may be the whole nucleus, as in a row of equal logits, no list is made of it.
+    if (high_bin < 0 && Split(view_.max, view_.max) >= target) {
+      std::swap(workspace_->masses, workspace_->masses_above);
+      return view_.max;
+    }
+    float low = std::max(least, profile.Edge(low_bin));
+    float high = std::max(low, profile.Edge(high_bin));  // `least` may lie within the higher bin
+    for (;;) {
+      const uint64_t above = Split(low, high);
+      if (above >= target) {  // the boundary lies higher than was guessed
+        low = high;
+        high_bin = high_bin / 2 - 1;
+        high = std::max(low, profile.Edge(high_bin));
+        continue;
+      }
+      TakeListed();
+      if (above + Sum(weight(), size_) >= target) {
+        const float threshold = SelectThreshold(x(), weight(), size_, target - above, &workspace_->select);
+        AddListed(threshold);
+        std::swap(workspace_->masses, workspace_->masses_above);
+        return threshold;
+      }
+      high = low;
+      low_bin = 2 * low_bin + 1;
+      low = std::max(least, profile.Edge(low_bin));
+    }
   }
 
   // The least x that is left.
@@ -204,6 +242,35 @@ class List {
     x()[to] = x()[from];
     id()[to] = id()[from];
     if (with_weight) weight()[to] = weight()[from];
+  }
+
+  // Lists the ids with low <= x < high, without x and weight. Returns the mass of x >= high.
+  uint64_t Split(float low, float high) {
+    size_ =
+        kernels_.split_masses(view_.x, workspace_->weights.data(), view_.size, view_.group_max,
+                              workspace_->masses.data(), low, high, workspace_->masses_above.data(), id());
+    return Sum(workspace_->masses_above, NumGroups(view_));
+  }
+
+  // Adds what is listed and kept to masses_above, a group at a time. Whether a token is kept is a toss-up,
+  // so that is no branch.
+  void AddListed(float threshold) {
+    for (int32_t i = 0; i < size_;) {
+      const uint32_t group = static_cast<uint32_t>(id()[i]) / kGroupSize;
+      uint64_t mass = 0;
+      for (; i < size_ && static_cast<uint32_t>(id()[i]) / kGroupSize == group; ++i) {
+        const uint64_t mask = x()[i] >= threshold ? ~uint64_t{0} : 0;
+        mass += static_cast<uint64_t>(static_cast<int64_t>(weight()[i])) & mask;
+      }
+      workspace_->masses_above[group] += mass;
+    }
+  }
+
+  void TakeListed() {
+    for (int32_t i = 0; i < size_; ++i) {
+      x()[i] = view_.x[id()[i]];
+      weight()[i] = workspace_->weights[static_cast<size_t>(id()[i])];
+    }
   }
 
   void Collect(float threshold, float below) {
@@ -292,27 +359,22 @@ int32_t CollectTop(const Kernels& kernels, const RowView& view, int32_t k, float
 
 namespace {
 
-// Steps 9 and 10 when top-k is off and workspace->masses holds the groups' masses.
+// Steps 9 and 10 when top-k is off, after weigh_groups.
 Draw DrawTopP(const Kernels& kernels, const RowView& view, const RowConstants& constants, float least,
               Workspace* workspace) {
   List list(kernels, view, constants, workspace);
-  const uint64_t total = TotalMass(view, *workspace);
+  const uint64_t total = Sum(workspace->masses, NumGroups(view));
   const uint64_t target = TopPMass(constants.top_p_fixed, total);
   if (view.size < kMinSampledSize) {
     list.TakeAll(least);
     list.Weigh();
   } else {
-    const MassProfile profile(kernels, view, constants, workspace);
-    const double droppable = static_cast<double>(total - target);
-    const int32_t low_bin = profile.BinAbove(droppable / kGuessMargin);
+    const MassProfile profile(view, constants, least, workspace);
+    int32_t low_bin, high_bin;
+    profile.Bracket(static_cast<double>(total - target), &low_bin, &high_bin);
     if (profile.CountDownTo(low_bin) > static_cast<double>(view.size) / kLongListShare) {
-      float threshold;
-      const int32_t high_bin = profile.BinAbove(droppable * kGuessMargin) - 1;
-      if (high_bin >= 0 && list.FindTopP(profile, target, least, low_bin, high_bin, &threshold)) {
-        kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
-                             workspace->masses.data());
-        return DrawFromGroups(kernels, view, constants, threshold, workspace);
-      }
+      const float threshold = list.SplitAtTopP(profile, target, least, low_bin, high_bin);
+      return DrawFromGroups(kernels, view, constants, threshold, workspace);
     }
     list.TakeMass(profile, target, least, std::max(low_bin, kFirstBin));
   }
@@ -338,9 +400,13 @@ Draw FilterAndDraw(const Kernels& kernels, const RowView& view, const RowConstan
     return draw;
   }
   const float threshold = has_min_p ? least : NegativeInfinity();
+  if (constants.has_top_p != 0) {
+    kernels.weigh_groups(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
+                         workspace->weights.data(), workspace->masses.data());
+    return DrawTopP(kernels, view, constants, least, workspace);
+  }
   kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
                        workspace->masses.data());
-  if (constants.has_top_p != 0) return DrawTopP(kernels, view, constants, least, workspace);
   return DrawFromGroups(kernels, view, constants, threshold, workspace);
 }
 

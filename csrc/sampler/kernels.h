@@ -29,6 +29,17 @@ struct Kernels {
   void (*group_masses)(const float* x, int32_t n, const float* group_max, float max, float scale,
                        float threshold, uint64_t* masses);
 
+  // As group_masses, and keeps weights[i] = weight of x[i] where x[i] >= threshold, else 0, exact as floats.
+  // The weights of groups without mass are not written.
+  void (*weigh_groups)(const float* x, int32_t n, const float* group_max, float max, float scale,
+                       float threshold, float* weights, uint64_t* masses);
+
+  // For the weights and masses of weigh_groups: above[g] = the mass of group g's tokens with x >= high,
+  // and a list of the tokens with low <= x < high in groups with mass, in order of id. Returns their
+  // number. low <= high; the list needs room for n + kListSlack.
+  int32_t (*split_masses)(const float* x, const float* weights, int32_t n, const float* group_max,
+                          const uint64_t* masses, float low, float high, uint64_t* above, int32_t* out_id);
+
   // Lists the tokens with threshold <= x < below in order of id. Returns their number. Both lists need room
   // for n + kListSlack.
   int32_t (*collect)(const float* x, int32_t n, const float* group_max, float threshold, float below,

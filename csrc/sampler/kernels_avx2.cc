@@ -4,6 +4,7 @@
 
 namespace twinjet::sampler {
 
-const Kernels kAvx2Kernels = {"avx2", Scan, GroupMasses, Collect, Weigh, CountAtLeast, Race};
+const Kernels kAvx2Kernels = {"avx2",  Scan,  GroupMasses,  WeighGroups, SplitMasses,
+                              Collect, Weigh, CountAtLeast, Race};
 
 }  // namespace twinjet::sampler

@@ -4,6 +4,7 @@
 
 namespace twinjet::sampler {
 
-const Kernels kAvx512Kernels = {"avx512", Scan, GroupMasses, Collect, Weigh, CountAtLeast, Race};
+const Kernels kAvx512Kernels = {"avx512", Scan,  GroupMasses,  WeighGroups, SplitMasses,
+                                Collect,  Weigh, CountAtLeast, Race};
 
 }  // namespace twinjet::sampler

@@ -52,6 +52,41 @@ void GroupMasses(const float* x, int32_t n, const float* group_max, float max, f
   }
 }
 
+void WeighGroups(const float* x, int32_t n, const float* group_max, float max, float scale, float threshold,
+                 float* weights, uint64_t* masses) {
+  for (int32_t begin = 0; begin < n; begin += kGroupSize) {
+    const int32_t end = std::min(n, begin + kGroupSize);
+    uint64_t mass = 0;
+    if (group_max[begin / kGroupSize] >= threshold) {
+      for (int32_t i = begin; i < end; ++i) {
+        const uint64_t weight = x[i] >= threshold ? WeightOf(x[i], max, scale) : 0;
+        weights[i] = static_cast<float>(weight);
+        mass += weight;
+      }
+    }
+    masses[begin / kGroupSize] = mass;
+  }
+}
+
+int32_t SplitMasses(const float* x, const float* weights, int32_t n, const float* group_max,
+                    const uint64_t* masses, float low, float high, uint64_t* above, int32_t* out_id) {
+  int32_t count = 0;
+  for (int32_t begin = 0; begin < n; begin += kGroupSize) {
+    const int32_t g = begin / kGroupSize;
+    above[g] = 0;
+    if (masses[g] == 0 || !(group_max[g] >= low)) continue;
+    const int32_t end = std::min(n, begin + kGroupSize);
+    for (int32_t i = begin; i < end; ++i) {
+      if (x[i] >= high) {
+        above[g] += static_cast<uint64_t>(weights[i]);
+      } else if (x[i] >= low) {
+        out_id[count++] = i;
+      }
+    }
+  }
+  return count;
+}
+
 int32_t Collect(const float* x, int32_t n, const float* group_max, float threshold, float below, float* out_x,
                 int32_t* out_id) {
   int32_t count = 0;
@@ -98,6 +133,7 @@ int32_t Race(const RaceKey& key, const uint32_t* indices, const double* masses, 
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", Scan, GroupMasses, Collect, Weigh, CountAtLeast, Race};
+const Kernels kScalarKernels = {"scalar", Scan,  GroupMasses,  WeighGroups, SplitMasses,
+                                Collect,  Weigh, CountAtLeast, Race};
 
 }  // namespace twinjet::sampler

@@ -107,7 +107,9 @@ void Workspace::Reserve(int32_t vocab_size) {
   list_x.resize(size + kListSlack);
   list_weight.resize(size + kListSlack);
   list_id.resize(size + kListSlack);
+  weights.resize(size);
   masses.resize(num_groups);
+  masses_above.resize(num_groups);
   race_index.resize(std::max(num_groups, static_cast<size_t>(kGroupSize)));
   race_mass.resize(std::max(num_groups, static_cast<size_t>(kGroupSize)));
   ranked.resize(size);

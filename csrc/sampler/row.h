@@ -79,7 +79,8 @@ struct Workspace {
   std::vector<uint32_t> mask;
   std::vector<float> list_x, list_weight;  // tokens above a threshold, by id
   std::vector<int32_t> list_id;
-  std::vector<uint64_t> masses;  // of groups
+  std::vector<float> weights;                  // of the row, for top-p alone
+  std::vector<uint64_t> masses, masses_above;  // of groups
   std::vector<uint32_t> race_index;
   std::vector<double> race_mass;
   struct Ranked {

@@ -47,6 +47,10 @@ float HorizontalMax(F32 x) {
 LaneMask Bits(F32 mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
 LaneMask AtLeast(F32 a, F32 b) { return Bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 LaneMask Less(F32 a, F32 b) { return Bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+// low <= x < high.
+LaneMask Within(F32 x, F32 low, F32 high) {
+  return Bits(_mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), _mm256_cmp_ps(x, high, _CMP_LT_OQ)));
+}
 LaneMask AnyNan(F32 a, F32 b) { return Bits(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)); }
 // x where a >= b, else 0.
 F32 KeepAtLeast(F32 x, F32 a, F32 b) { return _mm256_and_ps(x, _mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
@@ -77,13 +81,25 @@ constexpr CompressTable MakeCompressTable() {
 }
 constexpr CompressTable kCompressTable = MakeCompressTable();
 
-// Stores the chosen lanes of x and of first_id + lane next to each other.
-void Compress(F32 x, int32_t first_id, LaneMask bits, float* out_x, int32_t* out_id) {
-  const __m256i lanes =
-      _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kCompressTable.lanes[bits])));
-  _mm256_storeu_ps(out_x, _mm256_permutevar8x32_ps(x, lanes));
+__m256i ChosenLanes(LaneMask bits) {
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kCompressTable.lanes[bits])));
+}
+
+void StoreIds(__m256i lanes, int32_t first_id, int32_t* out_id) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out_id),
                       _mm256_add_epi32(lanes, _mm256_set1_epi32(first_id)));
+}
+
+// Stores the chosen lanes of x and of first_id + lane next to each other.
+void Compress(F32 x, int32_t first_id, LaneMask bits, float* out_x, int32_t* out_id) {
+  const __m256i lanes = ChosenLanes(bits);
+  _mm256_storeu_ps(out_x, _mm256_permutevar8x32_ps(x, lanes));
+  StoreIds(lanes, first_id, out_id);
+}
+
+// Its half for the ids alone.
+void CompressIds(int32_t first_id, LaneMask bits, int32_t* out_id) {
+  StoreIds(ChosenLanes(bits), first_id, out_id);
 }
 
 F64 SetF64(double x) { return _mm256_set1_pd(x); }

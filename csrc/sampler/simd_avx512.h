@@ -41,6 +41,10 @@ F32 AddExponent(F32 p, F32 shifted) {
 float HorizontalMax(F32 x) { return _mm512_reduce_max_ps(x); }
 LaneMask AtLeast(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LaneMask Less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+// low <= x < high.
+LaneMask Within(F32 x, F32 low, F32 high) {
+  return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, low, _CMP_GE_OQ), x, high, _CMP_LT_OQ);
+}
 LaneMask AnyNan(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
 // x where a >= b, else 0.
 F32 KeepAtLeast(F32 x, F32 a, F32 b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x); }
@@ -62,6 +66,13 @@ void Compress(F32 x, int32_t first_id, LaneMask bits, float* out_x, int32_t* out
   _mm512_storeu_si512(out_id, _mm512_maskz_compress_epi32(mask, ids));
 }
 
+// Its half for the ids alone.
+void CompressIds(int32_t first_id, LaneMask bits, int32_t* out_id) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i ids = _mm512_add_epi32(lane, _mm512_set1_epi32(first_id));
+  _mm512_storeu_si512(out_id, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), ids));
+}
+
 F64 SetF64(double x) { return _mm512_set1_pd(x); }
 F64 LoadF64(const double* p) { return _mm512_loadu_pd(p); }
 void StoreF64(double* p, F64 x) { _mm512_storeu_pd(p, x); }
@@ -76,8 +87,14 @@ I32 LoadI32(const uint32_t* p) { return _mm512_loadu_si512(p); }
 I32 AddI32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 I32 AsI32(F32 x) { return _mm512_castps_si512(x); }
 I32 ToI32(F32 x) { return _mm512_cvttps_epi32(x); }
-// Modulo 2^32.
-uint32_t SumI32(I32 x) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(x)); }
+// Modulo 2^32, which GCC's _mm512_reduce_add_epi32 is not: its last step is a signed addition.
+uint32_t SumI32(I32 x) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti32x8_epi32(x, 1));
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(y));
+}
 I32 Xor(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
 // 32 x 32 -> 64 bits, by halves.
 void MulWide(I32 a, I32 b, I32* low, I32* high) {

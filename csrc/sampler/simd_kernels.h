@@ -123,9 +123,10 @@ bool Scan(const void* source, Dtype dtype, int32_t n, const uint32_t* mask, floa
 // ScaledExp2 of spec_math.h for several vectors at once, truncated: one vector is a chain of some 45
 // cycles, longer than a core looks ahead. The rounding constant carries the 44, which is even and so
 // does not change how halves round. A difference may be an fma with a factor of 1: the same bits,
-// and the multipliers have room while the adders do not.
+// and the multipliers have room while the adders do not. Always inlined: called, it would pass its vectors
+// through memory.
 template <int kCount>
-void WeightVectors(F32 (&x)[kCount], F32 minus_max, F32 scale) {
+[[gnu::always_inline]] inline void WeightVectors(F32 (&x)[kCount], F32 minus_max, F32 scale) {
   const F32 one = Set(1.0f), min_z = Set(kMinZ);
   const F32 magic = Set(kRoundMagic + static_cast<float>(kMassBits));
   F32 shifted[kCount], p[kCount];
@@ -174,8 +175,8 @@ class MassSum {
   int num_vectors_ = 0;
 };
 
-template <bool kFilter>
-uint64_t GroupMass(const float* x, int32_t n, float max, float scale, float threshold) {
+template <bool kFilter, bool kStore>
+uint64_t GroupMass(const float* x, int32_t n, float max, float scale, float threshold, float* weights) {
   const F32 minus_max = Set(-max), scales = Set(scale), thresholds = Set(threshold);
   MassSum sum;
   int32_t i = 0;
@@ -186,17 +187,23 @@ uint64_t GroupMass(const float* x, int32_t n, float max, float scale, float thre
     if constexpr (kFilter) {
       for (int v = 0; v < kUnroll; ++v) w[v] = KeepAtLeast(w[v], Load(x + i + v * kLanes), thresholds);
     }
+    if constexpr (kStore) {
+      for (int v = 0; v < kUnroll; ++v) Store(weights + i + v * kLanes, w[v]);
+    }
     sum.Add(w);
   }
   uint64_t mass = sum.Total();
   for (; i < n; ++i) {
-    if (!kFilter || x[i] >= threshold) mass += WeightOf(x[i], max, scale);
+    const uint64_t weight = !kFilter || x[i] >= threshold ? WeightOf(x[i], max, scale) : 0;
+    if constexpr (kStore) weights[i] = static_cast<float>(weight);
+    mass += weight;
   }
   return mass;
 }
 
-void GroupMasses(const float* x, int32_t n, const float* group_max, float max, float scale, float threshold,
-                 uint64_t* masses) {
+template <bool kStore>
+void MassesOfGroups(const float* x, int32_t n, const float* group_max, float max, float scale,
+                    float threshold, float* weights, uint64_t* masses) {
   const bool filter = threshold > NegativeInfinity();
   for (int32_t begin = 0; begin < n; begin += kGroupSize) {
     const int32_t size = Least(n - begin, kGroupSize);
@@ -204,11 +211,62 @@ void GroupMasses(const float* x, int32_t n, const float* group_max, float max, f
     if (!(group_max[g] >= threshold) || ZOf(group_max[g], max, scale) < kZeroWeightZ) {
       masses[g] = 0;
     } else if (filter) {
-      masses[g] = GroupMass<true>(x + begin, size, max, scale, threshold);
+      masses[g] =
+          GroupMass<true, kStore>(x + begin, size, max, scale, threshold, kStore ? weights + begin : nullptr);
     } else {
-      masses[g] = GroupMass<false>(x + begin, size, max, scale, threshold);
+      masses[g] = GroupMass<false, kStore>(x + begin, size, max, scale, threshold,
+                                           kStore ? weights + begin : nullptr);
     }
   }
+}
+
+void GroupMasses(const float* x, int32_t n, const float* group_max, float max, float scale, float threshold,
+                 uint64_t* masses) {
+  MassesOfGroups<false>(x, n, group_max, max, scale, threshold, nullptr, masses);
+}
+
+void WeighGroups(const float* x, int32_t n, const float* group_max, float max, float scale, float threshold,
+                 float* weights, uint64_t* masses) {
+  MassesOfGroups<true>(x, n, group_max, max, scale, threshold, weights, masses);
+}
+
+int32_t SplitMasses(const float* x, const float* weights, int32_t n, const float* group_max,
+                    const uint64_t* masses, float low, float high, uint64_t* above, int32_t* out_id) {
+  const F32 lows = Set(low), highs = Set(high);
+  int32_t count = 0;
+  for (int32_t begin = 0; begin < n; begin += kGroupSize) {
+    const int32_t g = begin / kGroupSize;
+    if (masses[g] == 0 || !(group_max[g] >= low)) {
+      above[g] = 0;
+      continue;
+    }
+    const int32_t end = Least(n, begin + kGroupSize);
+    MassSum sum;
+    int32_t i = begin;
+    for (; i + kRun <= end; i += kRun) {
+      F32 w[kUnroll];
+      for (int v = 0; v < kUnroll; ++v) {
+        const int32_t first = i + v * kLanes;
+        const F32 y = Load(x + first);
+        w[v] = KeepAtLeast(Load(weights + first), y, highs);
+        // Without a branch: a bracket of a few in a hundred tokens leaves no vector certain.
+        const LaneMask bits = Within(y, lows, highs);
+        CompressIds(first, bits, out_id + count);
+        count += __builtin_popcount(bits);
+      }
+      sum.Add(w);
+    }
+    uint64_t mass = sum.Total();
+    for (; i < end; ++i) {
+      if (x[i] >= high) {
+        mass += static_cast<uint64_t>(weights[i]);
+      } else if (x[i] >= low) {
+        out_id[count++] = i;
+      }
+    }
+    above[g] = mass;
+  }
+  return count;
 }
 
 int32_t Collect(const float* x, int32_t n, const float* group_max, float threshold, float below, float* out_x,

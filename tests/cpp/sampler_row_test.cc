@@ -135,3 +135,70 @@ TEST(top_p_when_the_sample_misleads) {
     CompareRow(row, rows::Shape::kMisleading, false, workspaces);
   }
 }
+
+// Nuclei too long to list, in vocabularies around the sizes where blocks and the sample change, with
+// boundaries among ties, signed zeros and subnormal values.
+TEST(top_p_with_long_nuclei) {
+  std::mt19937_64 random = test::Random();
+  std::vector<Workspace> workspaces(AvailableKernels().size());
+  for (int32_t size : {4095, 4096, 4097, 4111, 4352, 8191, 8193, 65535, 65536, 65537, 66047, 66048}) {
+    for (rows::Shape shape :
+         {rows::Shape::kNormal, rows::Shape::kFlat, rows::Shape::kTies, rows::Shape::kQuarters,
+          rows::Shape::kSubnormal, rows::Shape::kWide, rows::Shape::kZeros, rows::Shape::kMisleading}) {
+      rows::Row row;
+      row.logits = rows::MakeLogits(random, shape, size);
+      row.input.vocab_size = size;
+      row.input.logits = row.logits.data();
+      row.params.seed = random();
+      row.params.temperature = rows::OneOf(random, {1.0f, 3.0f, 2e-5f});
+      row.params.top_p = rows::OneOf(random, {0.5f, 0.95f, 0.9999f, 0.99999994f});
+      row.params.min_p = rows::OneOf(random, {0.0f, 0.0f, 1e-3f});
+      row.input.num_logprobs = 1;
+      row.input.processed_logprobs = true;  // shows the kept mass
+      PrepareRow(row.params, size, &row.input.constants);
+      CompareRow(row, shape, false, workspaces);
+    }
+  }
+}
+
+// The kernels behind them against plain loops, for every length about a group and a vector.
+TEST(split_masses_of_every_length) {
+  std::mt19937_64 random = test::Random();
+  for (int32_t size = 1; size <= 600; ++size) {
+    const size_t n = static_cast<size_t>(size), num_groups = (n + kGroupSize - 1) / kGroupSize;
+    const std::vector<float> x =
+        rows::MakeLogits(random, size % 2 == 0 ? rows::Shape::kQuarters : rows::Shape::kNormal, size);
+    const float max = *std::max_element(x.begin(), x.end()), scale = 1.4426950408889634f;
+    const float least = size % 3 == 0 ? max - 3.0f : NegativeInfinity();
+    float low = x[random() % n], high = size % 5 == 0 ? PositiveInfinity() : x[random() % n];
+    if (low > high) std::swap(low, high);
+    std::vector<uint64_t> masses(num_groups, 0), above(num_groups, 0);
+    std::vector<float> weights(n), group_max(num_groups, NegativeInfinity());
+    std::vector<int32_t> ids;
+    for (size_t i = 0; i < n; ++i) {
+      const uint64_t weight = x[i] >= least ? WeightOf(x[i], max, scale) : 0;
+      weights[i] = static_cast<float>(weight);
+      masses[i / kGroupSize] += weight;
+      group_max[i / kGroupSize] = std::max(group_max[i / kGroupSize], x[i]);
+      if (x[i] >= high) above[i / kGroupSize] += weight;
+    }
+    for (size_t i = 0; i < n; ++i) {
+      if (x[i] >= low && x[i] < high && masses[i / kGroupSize] != 0) ids.push_back(static_cast<int32_t>(i));
+    }
+    for (const Kernels* kernels : AvailableKernels()) {
+      std::vector<float> out_weights(n);
+      std::vector<uint64_t> out_masses(num_groups, 7), out_above(num_groups, 7);
+      std::vector<int32_t> out_ids(n + kListSlack);
+      kernels->weigh_groups(x.data(), size, group_max.data(), max, scale, least, out_weights.data(),
+                            out_masses.data());
+      CHECK(out_masses == masses);
+      CHECK(rows::SameBits(out_weights, weights));
+      const int32_t count =
+          kernels->split_masses(x.data(), out_weights.data(), size, group_max.data(), out_masses.data(), low,
+                                high, out_above.data(), out_ids.data());
+      out_ids.resize(static_cast<size_t>(count));
+      CHECK(out_above == above);
+      CHECK(out_ids == ids);
+    }
+  }
+}

@@ -100,8 +100,8 @@ inline std::vector<float> MakeLogits(Generator& random, Shape shape, int32_t siz
         value = Chance(random, 0.02) ? infinity : normal(random);
         break;
       case Shape::kMisleading:
-        // Groups are sampled at runs of 8 that move on by 40 ids from one group to the next.
-        value = spread * normal(random) + ((id % 256) / 8 == id / 256 * 5 % 32 ? seen_shift : 0.0f);
+        // Groups are sampled at runs of 16 that move on by 80 ids from one group to the next.
+        value = spread * normal(random) + ((id % 256) / 16 == id / 256 * 5 % 16 ? seen_shift : 0.0f);
         break;
       case Shape::kNothing:
       case Shape::kCount:
