@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
+from twinjet._core import LengthEstimator
 from twinjet.engines.base import EngineInfo
 from twinjet.errors import (
     AlreadyExists,
@@ -23,7 +24,6 @@ from twinjet.errors import (
 )
 from twinjet.request import EngineRequest
 from twinjet.scheduler.entry import Entry, State, Tenant, request_bytes
-from twinjet.scheduler.estimate import LengthEstimator
 from twinjet.scheduler.events import SchedulerLoad, TenantReading
 from twinjet.scheduler.ledger import KvLedger
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
@@ -91,7 +91,8 @@ class Scheduler:
         if info.kv_cache is not None and self._fair:
             estimates = s.output_reserve == "estimate" and not info.kv_cache.reserves_output
             self._ledger = KvLedger(
-                info.kv_cache,
+                info.kv_cache.num_blocks,
+                info.kv_cache.block_size,
                 prefix_cache="prefix_cache" in info.capabilities,
                 headroom=s.kv_headroom,
                 lookahead_tokens=s.lookahead_tokens,
@@ -149,7 +150,8 @@ class Scheduler:
         if self._fair and self._num_running_sequences - self._num_leaving >= self._max_running:
             return None
         self._work_rate.observe(now, self._served_work, backlogged=True)
-        entry = self._queue.take_next(self._fits, self._cached_tokens)
+        ledger = self._ledger
+        entry = self._queue.take_next(self._fits, None if ledger is None else ledger.find_cached)
         self._is_blocked = entry is None
         if entry is None:
             return None
@@ -160,7 +162,10 @@ class Scheduler:
         self._num_running_sequences += entry.num_sequences
         entry.tenant.num_running += 1
         self._prompt_rate.add(now, entry.num_prompt_tokens)
-        self._charge(entry.tenant, self._prompt_work(entry))
+        cached = 0
+        if ledger is not None and entry.holding is not None:
+            cached = ledger.num_cached_tokens(entry.holding)
+        self._charge(entry.tenant, self._prompt_work(entry.num_prompt_tokens, cached))
         if entry.tenant.bucket is not None:
             entry.tenant.bucket.take(entry.num_prompt_tokens)
         return entry
@@ -181,7 +186,7 @@ class Scheduler:
         entry.last_token_at = now
         entry.num_output_tokens += count
         if entry.holding is not None and self._ledger is not None:
-            self._ledger.append(entry.holding, output_index, token_ids)
+            self._ledger.append(entry.holding, output_index, count)
         self._output_rate.add(now, count)
         self._charge(entry.tenant, count * self.settings.output_token_weight)
         if entry.tenant.bucket is not None:
@@ -287,7 +292,7 @@ class Scheduler:
             settings = self.settings.tenant(request.tenant)
             quota = settings.tokens_per_minute
             bucket = TokenBucket(quota, now) if quota and self._fair else None
-            tenant = Tenant(request.tenant, settings, bucket)
+            tenant = Tenant(request.tenant, settings, bucket, self._lengths)
         self._num_arrivals += 1
         entry = Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
         sampling, early = request.sampling, self.settings.early_tokens
@@ -296,8 +301,9 @@ class Scheduler:
         if sampling.ignore_eos and not sampling.stop:
             entry.expected_output = float(sampling.max_tokens)
         else:
-            entry.expected_output = self._lengths_of(tenant).mean(sampling.max_tokens)
-        entry.work = self._expected_work(entry)
+            entry.expected_output = tenant.lengths.mean(sampling.max_tokens)
+        output_work = entry.expected_output * sampling.n * self.settings.output_token_weight
+        entry.work = self._prompt_work(entry.num_prompt_tokens, 0) + output_work
         return entry
 
     def _check(self, entry: Entry, now: float) -> None:
@@ -305,7 +311,9 @@ class Scheduler:
             raise DeadlinePassed("the deadline had passed when the request arrived")
         if not self._fair:
             return
-        if self._ledger is not None and not self._ledger.can_ever_hold(entry.request):
+        if self._ledger is not None and not self._ledger.can_ever_hold(
+            entry.num_prompt_tokens, entry.num_sequences
+        ):
             raise InvalidRequest.of(
                 "prompt",
                 f"{entry.num_prompt_tokens} tokens for {entry.num_sequences} outputs exceed the model's KV "
@@ -408,14 +416,8 @@ class Scheduler:
             return False
         if self._ledger is None:
             return True
-        lengths = self._lengths_of(entry.tenant)
-        entry.holding = self._ledger.admit(entry.request, entry.prefix_hashes, lengths)
+        entry.holding = self._ledger.admit(entry.request, entry.prefix_hashes, entry.tenant.lengths)
         return entry.holding is not None
-
-    def _cached_tokens(self, entry: Entry) -> int:
-        if self._ledger is None:
-            return 0
-        return self._ledger.find_cached(entry.prefix_hashes, entry.num_prompt_tokens)
 
     # Accounts.
 
@@ -424,31 +426,23 @@ class Scheduler:
         tenant.served += work
         self._served_work += work
 
-    def _lengths_of(self, tenant: Tenant) -> LengthEstimator:
-        """The tenant's own distribution once it tells something, until then that of all."""
-        own = tenant.lengths
-        return self._lengths if own is None or own.num_observed < MIN_OBSERVED else own
-
     def _learn(self, entry: Entry, *, finished: bool) -> None:
         sampling, tenant = entry.request.sampling, entry.tenant
         if not entry.num_output_tokens or (sampling.ignore_eos and not sampling.stop):
             return
-        if tenant.lengths is None:
-            tenant.lengths = LengthEstimator(self.settings.default_output_tokens)
+        own = tenant.own_lengths
+        if own is None:
+            own = tenant.own_lengths = LengthEstimator(self.settings.default_output_tokens)
         length = entry.num_output_tokens // entry.num_sequences
         complete = finished and length < sampling.max_tokens
-        for lengths in (self._lengths, tenant.lengths):
-            lengths.observe(length, complete=complete)
+        self._lengths.observe(length, complete)
+        own.observe(length, complete)
+        if tenant.lengths is not own and own.num_observed >= MIN_OBSERVED:
+            tenant.lengths = own
 
-    def _prompt_work(self, entry: Entry) -> float:
-        cached = entry.holding.num_cached_tokens if entry.holding is not None else 0
+    def _prompt_work(self, num_prompt_tokens: int, num_cached: int) -> float:
         s = self.settings
-        return (entry.num_prompt_tokens - cached) * s.input_token_weight + cached * s.cached_token_weight
-
-    def _expected_work(self, entry: Entry) -> float:
-        return self._prompt_work(entry) + (
-            entry.expected_output * entry.num_sequences * self.settings.output_token_weight
-        )
+        return (num_prompt_tokens - num_cached) * s.input_token_weight + num_cached * s.cached_token_weight
 
     def _wait_s(self, position: int, now: float) -> float | None:
         staying = self._num_running_sequences - self._num_leaving

@@ -13,83 +13,50 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
+from twinjet._core import RankCounts
 from twinjet.scheduler.entry import Entry, Tenant
 
 MAX_LANES_SCANNED: Final = 4
 """How many tenants' next requests are tried while earlier ones do not fit the KV cache."""
 
+ORDER_BITS: Final = 48
+"""Low bits of a key that hold the order of arrival where prompts come before it."""
+
+FindCached = Callable[[bytes, int], int]
+"""From a prompt's block hashes and its tokens: how many of these are in the cache now."""
+
 MAX_LANES_COMPARED: Final = 8
 """Up to how many tenants a position looks at each counter; beyond, it takes half of the ties."""
 
 
-class _Counts:
-    """How many tenants have at least x requests waiting, with prefix sums in O(log n) (a Fenwick tree)."""
-
-    def __init__(self) -> None:
-        self._tree = [0] * 65
-        self.counts = [0] * 65
-
-    def add(self, x: int, amount: int) -> None:
-        if x >= len(self._tree):
-            self._grow(x)
-        self.counts[x] += amount
-        tree, size = self._tree, len(self._tree)
-        while x < size:
-            tree[x] += amount
-            x += x & -x
-
-    def upto(self, x: int) -> int:
-        x = min(x, len(self._tree) - 1)
-        total = 0
-        while x > 0:
-            total += self._tree[x]
-            x &= x - 1
-        return total
-
-    def _grow(self, x: int) -> None:
-        counts = self.counts
-        size = 2 * len(self._tree) - 1
-        while size <= x:
-            size = 2 * size - 1
-        self._tree = [0] * size
-        self.counts = [0] * size
-        for i, count in enumerate(counts):
-            if count:
-                self.add(i, count)
-
-
 class Lane:
-    """One tenant's waiting requests of one priority. keys: sorted, in the order in which they go."""
+    """One tenant's waiting requests of one priority: by age in entries, in the order they go in keys."""
 
-    __slots__ = ("entries", "keys", "num_bypassed", "num_overtakes", "shortest", "tenant")
+    __slots__ = ("entries", "keys", "num_bypassed", "num_overtakes", "tenant")
 
-    def __init__(self, tenant: Tenant, *, shortest: bool) -> None:
+    def __init__(self, tenant: Tenant) -> None:
         self.tenant = tenant
-        self.shortest = shortest
         self.entries: OrderedDict[int, Entry] = OrderedDict()
-        self.keys: list[tuple[int, int]] = []
+        self.keys: list[int] = []
         self.num_overtakes = 0
         self.num_bypassed = 0
 
     def add(self, entry: Entry) -> None:
-        self.entries[entry.order] = entry
-        insort(self.keys, self._key(entry))
+        self.entries[entry.key] = entry
+        insort(self.keys, entry.key)
 
     def remove(self, entry: Entry) -> None:
-        del self.entries[entry.order]
-        del self.keys[bisect_left(self.keys, self._key(entry))]
+        del self.entries[entry.key]
+        del self.keys[bisect_left(self.keys, entry.key)]
 
     def rank(self, entry: Entry) -> int:
-        return bisect_left(self.keys, self._key(entry))
+        return bisect_left(self.keys, entry.key)
 
     def oldest(self) -> Entry:
         return self.entries[next(iter(self.entries))]
 
     def first(self) -> Entry:
-        return self.entries[self.keys[0][1]]
-
-    def _key(self, entry: Entry) -> tuple[int, int]:
-        return (entry.num_prompt_tokens if self.shortest else 0, entry.order)
+        return self.entries[self.keys[0]]
 
 
 class PriorityClass:
@@ -99,7 +66,7 @@ class PriorityClass:
         self.priority = priority
         self.lanes: dict[str, Lane] = {}
         self.heap: list[tuple[float, int, Lane]] = []
-        self.at_least = _Counts()
+        self.at_least = RankCounts()
         self.num_waiting = 0
         self.num_bypassed = 0
 
@@ -153,6 +120,8 @@ class FairQueue:
     def push(self, entry: Entry) -> None:
         """Add a waiting request; its tenant's counter is lifted if the tenant had none waiting."""
         tenant = entry.tenant
+        if self._shortest:
+            entry.key = entry.num_prompt_tokens << ORDER_BITS | entry.order
         if tenant.num_waiting == 0:
             tenant.counter = max(tenant.counter, self._least_counter())
             self._num_lanes += 1
@@ -164,7 +133,7 @@ class FairQueue:
             self._by_priority = sorted(self._classes.values(), key=lambda g: -g.priority)
         lane = group.lanes.get(tenant.name)
         if lane is None:
-            lane = group.lanes[tenant.name] = Lane(tenant, shortest=self._shortest)
+            lane = group.lanes[tenant.name] = Lane(tenant)
             self._num_lanes += 1
             heapq.heappush(group.heap, (tenant.counter, self._num_lanes, lane))
         lane.add(entry)
@@ -197,13 +166,13 @@ class FairQueue:
                 self._active = list(live.values())
                 heapq.heapify(self._active)
 
-    def take_next(self, fits: Callable[[Entry], bool], cached_tokens: Callable[[Entry], int]) -> Entry | None:
+    def take_next(self, fits: Callable[[Entry], bool], find_cached: FindCached | None) -> Entry | None:
         """Remove and return the next request that fits; None if none does or one must not be passed over.
 
-        fits commits the request to the KV cache if it returns True. cached_tokens: length of the prompt's
-        prefix that is in the cache now.
+        fits commits the request to the KV cache if it returns True. find_cached: None where nothing is
+        cached.
         """
-        first = self._take_first(fits, cached_tokens)
+        first = self._take_first(fits, find_cached)
         if first is not None:
             return first
         head: Lane | None = None
@@ -212,7 +181,7 @@ class FairQueue:
             lanes = group.lanes_in_order()
             try:
                 for lane in lanes:
-                    entry = self._choose(lane, cached_tokens)
+                    entry = self._choose(lane, find_cached)
                     if fits(entry):
                         break
                     head = lane if head is None else head
@@ -230,9 +199,7 @@ class FairQueue:
             return entry
         return None
 
-    def _take_first(
-        self, fits: Callable[[Entry], bool], cached_tokens: Callable[[Entry], int]
-    ) -> Entry | None:
+    def _take_first(self, fits: Callable[[Entry], bool], find_cached: FindCached | None) -> Entry | None:
         """take_next() for the usual case: one class, and the request whose turn it is fits."""
         if len(self._by_priority) != 1:
             return None
@@ -246,7 +213,7 @@ class FairQueue:
                 heapq.heapreplace(heap, (lane.tenant.counter, order, lane))
             else:
                 break
-        entry = self._choose(lane, cached_tokens)
+        entry = self._choose(lane, find_cached)
         if not fits(entry):
             return None
         self._account(entry, lane, group)
@@ -268,8 +235,8 @@ class FairQueue:
                 break
             higher += other.num_waiting
         # For each request of ours ahead, one of each tenant; then the tenants whose counter is lower.
-        ahead = group.at_least.upto(rank)
-        level = group.at_least.counts[rank + 1] - 1
+        ahead = group.at_least.up_to(rank)
+        level = group.at_least.at(rank + 1) - 1
         if level > 0 and len(group.lanes) > MAX_LANES_COMPARED:
             level //= 2
         elif level > 0:
@@ -290,19 +257,19 @@ class FairQueue:
             return classes
         return [due, *(g for g in classes if g is not due)]
 
-    def _choose(self, lane: Lane, cached_tokens: Callable[[Entry], int]) -> Entry:
-        oldest = lane.oldest()
-        if len(lane.keys) == 1 or lane.num_overtakes >= self._max_overtakes:
-            return oldest
-        if self._window == 1:
+    def _choose(self, lane: Lane, find_cached: FindCached | None) -> Entry:
+        keys = lane.keys
+        if len(keys) == 1 or lane.num_overtakes >= self._max_overtakes:
+            return lane.oldest()
+        if self._window == 1 or find_cached is None:
             return lane.first()
-        entries, best, most = lane.entries, oldest, -1
-        for _, order in lane.keys[: self._window]:
-            entry = entries[order]
-            cached = cached_tokens(entry)
+        entries, best, most = lane.entries, -1, -1
+        for key in keys[: self._window]:
+            entry = entries[key]
+            cached = find_cached(entry.prefix_hashes, entry.num_prompt_tokens)
             if cached > most:
-                best, most = entry, cached
-        return best
+                best, most = key, cached
+        return entries[best]
 
     def _account(self, entry: Entry, lane: Lane, group: PriorityClass) -> None:
         if lane.oldest() is entry:
