@@ -1,6 +1,7 @@
 // Python face of csrc/sched: the calls that the service scheduler makes per request and per token.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <string>
@@ -122,12 +123,55 @@ PyObject* CanEverHold(Ledger& self, Args args, Py_ssize_t) {
   return PyBool_FromLong(self.native.CanEverHold(num_prompt_tokens, num_outputs));
 }
 
-PyObject* FindCached(Ledger& self, Args args, Py_ssize_t) {
-  int64_t num_prompt_tokens = 0;
-  if (!ReadCount(args[1], "num_prompt_tokens", 0, kMaxTokens, &num_prompt_tokens) || !self.Read(args[0], 0)) {
-    return nullptr;
+// Prompt tokens that are in the cache now; -1 with an error set.
+int64_t NumCached(Ledger& self, PyObject* hashes, PyObject* num_prompt_tokens) {
+  int64_t num_tokens = 0;
+  HashSource source;
+  if (!ReadCount(num_prompt_tokens, "num_prompt_tokens", 0, kMaxTokens, &num_tokens) ||
+      !source.Read(hashes)) {
+    return -1;
   }
-  return PyLong_FromLongLong(self.native.FindCached(self.hashes, num_prompt_tokens));
+  // In pieces, so that a miss at the start of a long prompt is cheap.
+  constexpr int64_t kPiece = 32;
+  kv::BlockHash piece[kPiece];
+  int64_t num_found = 0;
+  for (int64_t first = 0; first < source.size(); first += kPiece) {
+    int64_t size = std::min(kPiece, source.size() - first);
+    if (!source.Check(first, first + size)) return -1;
+    for (int64_t i = 0; i < size; ++i) piece[i] = source.at(first + i);
+    num_found += self.native.FindCached({piece, static_cast<size_t>(size)}, num_tokens - num_found);
+    if (num_found < (first + size) << self.block_shift) break;
+  }
+  return num_found;
+}
+
+PyObject* FindCached(Ledger& self, Args args, Py_ssize_t) {
+  int64_t num_found = NumCached(self, args[0], args[1]);
+  return num_found < 0 ? nullptr : PyLong_FromLongLong(num_found);
+}
+
+PyObject* FindLongest(Ledger& self, Args args, Py_ssize_t) {
+  int64_t window = 0;
+  if (!ReadCount(args[1], "window", 1, kMaxTokens, &window)) return nullptr;
+  if (!PyList_Check(args[0])) {
+    return PyErr_Format(PyExc_TypeError, "prompts must be a list, not %s", Py_TYPE(args[0])->tp_name);
+  }
+  int64_t best = 0;
+  int64_t most = -1;
+  // The size is looked up anew each time because reading an item may run Python code.
+  for (Py_ssize_t i = 0; i < std::min<int64_t>(window, PyList_GET_SIZE(args[0])); ++i) {
+    auto item = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(args[0], i));
+    if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 2) {
+      return PyErr_Format(PyExc_TypeError, "prompt %zd is not a pair of hashes and tokens", i);
+    }
+    int64_t found = NumCached(self, PyTuple_GET_ITEM(item.ptr(), 0), PyTuple_GET_ITEM(item.ptr(), 1));
+    if (found < 0) return nullptr;
+    if (found > most) {
+      best = i;
+      most = found;
+    }
+  }
+  return PyLong_FromLongLong(best);
 }
 
 PyObject* Hold(Ledger& self, Args args, Py_ssize_t) {
@@ -223,6 +267,7 @@ PyObject* UpTo(RankCounts& self, Args args, Py_ssize_t) {
 TWINJET_FAST(Ledger, "hash_tokens", HashTokens, 2, 2);
 TWINJET_FAST(Ledger, "can_ever_hold", CanEverHold, 2, 2);
 TWINJET_FAST(Ledger, "find_cached", FindCached, 2, 2);
+TWINJET_FAST(Ledger, "find_longest", FindLongest, 2, 2);
 TWINJET_FAST(Ledger, "hold", Hold, 6, 6);
 TWINJET_FAST(Ledger, "append", AppendTokens, 3, 3);
 TWINJET_FAST(Ledger, "publish", Publish, 1, 1);
@@ -270,8 +315,8 @@ void BindSched(py::module_& module) {
         std::string wrong = self.native.Check();
         if (!wrong.empty()) throw std::runtime_error(wrong);
       });
-  AddFastMethods(ledger, {&HashTokensDef, &CanEverHoldDef, &FindCachedDef, &HoldDef, &AppendTokensDef,
-                          &PublishDef, &ReleaseDef, &NumCachedTokensDef});
+  AddFastMethods(ledger, {&HashTokensDef, &CanEverHoldDef, &FindCachedDef, &FindLongestDef, &HoldDef,
+                          &AppendTokensDef, &PublishDef, &ReleaseDef, &NumCachedTokensDef});
 
   py::class_<RankCounts> counts(module, "RankCounts",
                                 "Of many lists that change by one item, how many have at least x.");

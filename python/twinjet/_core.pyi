@@ -547,6 +547,12 @@ class KvLedger:
     def find_cached(self, hashes: BlockHashes, num_prompt_tokens: int, /) -> int:
         """Return how many prompt tokens are in the cache now; at least one is left to compute."""
 
+    def find_longest(self, prompts: list[tuple[bytes, int]], window: int, /) -> int:
+        """Return which of the first `window` prompts, each its hashes and its tokens, has most in the cache.
+
+        The index, 0 for an empty list; the first of those that are equal. window: at least 1.
+        """
+
     def hold(
         self,
         hashes: BlockHashes,

@@ -13,6 +13,7 @@ from tests.models.length_model import Floats, horizon
 from tests.scheduler.helpers import make_info, make_request
 from twinjet._core import LengthEstimator
 from twinjet.errors import InvalidRequest
+from twinjet.request import EngineRequest
 from twinjet.scheduler import SchedulerSettings
 from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.entry import Entry
@@ -34,6 +35,13 @@ def make_ledger(num_blocks: int = 64, *, sigmas: float | None = None, shares: bo
 LENGTHS = LengthEstimator(64)
 
 
+def admit(ledger: KvLedger, request: EngineRequest, hashes: bytes, lengths: LengthEstimator) -> int | None:
+    sampling = request.sampling
+    return ledger.hold(
+        hashes, len(request.prompt_token_ids), sampling.n, sampling.max_tokens, sampling.ignore_eos, lengths
+    )
+
+
 def survival_at(lengths: LengthEstimator, start: float, times: Floats) -> Floats:
     return np.array([lengths.survival(start, ahead) for ahead in times])
 
@@ -43,14 +51,14 @@ def test_a_prefix_that_runs_counts_once_as_soon_as_it_is_computed() -> None:
     shared = tuple(range(160))
     requests = [make_request(f"r{i}", prompt=(*shared, 1000 + i), max_tokens=8) for i in range(3)]
     hashes = [ledger.hash(r) for r in requests]
-    first = ledger.admit(requests[0], hashes[0], LENGTHS)
+    first = admit(ledger, requests[0], hashes[0], LENGTHS)
     assert first is not None
     assert ledger.num_used_blocks == 11
-    early = ledger.admit(requests[1], hashes[1], LENGTHS)
+    early = admit(ledger, requests[1], hashes[1], LENGTHS)
     assert early is not None
     assert ledger.num_used_blocks == 22  # not computed yet, so the engine may not share it
     ledger.publish(first)
-    late = ledger.admit(requests[2], hashes[2], LENGTHS)
+    late = admit(ledger, requests[2], hashes[2], LENGTHS)
     assert late is not None
     assert ledger.num_cached_tokens(late) == 160
     assert ledger.num_used_blocks == 23
@@ -66,7 +74,7 @@ def test_salts_and_adapters_keep_prefixes_apart() -> None:
     prompt = tuple(range(64))
     plain = make_request("a", prompt=prompt)
     salted = make_request("b", prompt=prompt, cache_salt="s")
-    holding = ledger.admit(plain, ledger.hash(plain), LENGTHS)
+    holding = admit(ledger, plain, ledger.hash(plain), LENGTHS)
     assert holding is not None
     ledger.publish(holding)
     assert ledger.find_cached(ledger.hash(plain), 64) == 48
@@ -76,7 +84,7 @@ def test_salts_and_adapters_keep_prefixes_apart() -> None:
 def test_outputs_of_one_request_share_its_prompt() -> None:
     ledger = make_ledger()
     request = make_request("a", prompt=40, max_tokens=8, n=4)
-    holding = ledger.admit(request, ledger.hash(request), LENGTHS)
+    holding = admit(ledger, request, ledger.hash(request), LENGTHS)
     assert holding is not None
     assert ledger.num_used_blocks == 2 + 4
     for index in range(4):
@@ -93,16 +101,16 @@ def test_outputs_of_one_request_share_its_prompt() -> None:
 def test_tokens_without_room_are_counted_and_stop_admission() -> None:
     ledger = make_ledger(8, sigmas=0.0)
     request = make_request("a", prompt=16 * 8, max_tokens=64)
-    holding = ledger.admit(request, ledger.hash(request), LENGTHS)
+    holding = admit(ledger, request, ledger.hash(request), LENGTHS)
     assert holding is not None
     ledger.append(holding, 0, 20)
     assert ledger.num_overflows == 20
     assert ledger.num_used_blocks == 10
     other = make_request("b", prompt=1)
-    assert ledger.admit(other, ledger.hash(other), LENGTHS) is None
+    assert admit(ledger, other, ledger.hash(other), LENGTHS) is None
     ledger.release(holding)
     assert ledger.num_used_blocks == 0
-    assert ledger.admit(other, ledger.hash(other), LENGTHS) is not None
+    assert admit(ledger, other, ledger.hash(other), LENGTHS) is not None
 
 
 def test_a_prompt_larger_than_the_cache_is_the_clients_mistake() -> None:
@@ -215,15 +223,15 @@ def test_survival_is_a_survival_function(lengths: list[tuple[int, bool]]) -> Non
 def test_predictions_stop_once_there_has_long_been_room_for_the_worst_case() -> None:
     ledger = make_ledger(64, sigmas=1.0)
     lengths = LengthEstimator(4)
-    first = ledger.admit(make_request("a", prompt=16, max_tokens=900), b"\0" * 16, lengths)
-    second = ledger.admit(make_request("b", prompt=16, max_tokens=900), b"\1" * 16, lengths)
+    first = admit(ledger, make_request("a", prompt=16, max_tokens=900), b"\0" * 16, lengths)
+    second = admit(ledger, make_request("b", prompt=16, max_tokens=900), b"\1" * 16, lengths)
     assert first is not None
     assert second is not None
     assert ledger.is_predicting
     ledger.release(second)
     for i in range(1000):
         assert ledger.is_predicting
-        other = ledger.admit(make_request(f"r{i}", prompt=16, max_tokens=16), b"\2" * 16, lengths)
+        other = admit(ledger, make_request(f"r{i}", prompt=16, max_tokens=16), b"\2" * 16, lengths)
         assert other is not None
         ledger.release(other)
     assert not ledger.is_predicting

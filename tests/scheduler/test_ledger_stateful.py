@@ -58,6 +58,11 @@ class LedgerMachine(RuleBasedStateMachine):
         hashes = self.ledger.hash_tokens(tokens, b"")
         assert len(hashes) == (16 * (prompt // SIZE) if self.model.shares else 0)
         assert self.ledger.find_cached(hashes, prompt) == SIZE * len(self.model.match(hashes, prompt))
+        prompts = [(hashes[: 16 * k], min(prompt, SIZE * k + 1)) for k in range(len(hashes) // 16 + 1)]
+        found = [self.ledger.find_cached(*p) for p in prompts]
+        for window in (1, 2, len(prompts) + 1):
+            seen = found[:window]
+            assert self.ledger.find_longest(prompts, window) == seen.index(max(seen))
         expected = self.model.hold(hashes, prompt, n, max_tokens, is_fixed, self.lengths[1])
         # Sums in another order may round to the other side of the bound.
         assume(abs(self.model.margin) > 1e-6)
@@ -203,6 +208,12 @@ def test_what_a_call_cannot_use_is_refused_and_changes_nothing() -> None:
         ledger.hash_tokens((1,), "s")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="token id"):
         ledger.hash_tokens((-1,), b"")
+    with pytest.raises(TypeError, match="prompt 1 is not a pair"):
+        ledger.find_longest([(hashes, 4), hashes], 4)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="list"):
+        ledger.find_longest(((hashes, 4),), 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window"):
+        ledger.find_longest([(hashes, 4)], 0)
     with pytest.raises(TypeError, match="arguments"):
         ledger.hold(hashes)  # type: ignore[call-arg]
     assert ledger.num_used_blocks == 0

@@ -55,15 +55,15 @@ class Tenant:
 class Entry:
     """One request from offer to release. Times are seconds of the scheduler's clock.
 
-    order: arrival. key: place among the tenant's requests, least first.
+    order: arrival. key: place among the tenant's requests, least first. is_fixed: outputs will have max_tokens.
+    What decisions need of the request is kept here: by then the request itself has left the CPU's caches.
     """
 
     __slots__ = (
         "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
-        "is_leaving", "key", "last_token_at", "leaves_at", "num_bytes", "num_finished",
-        "num_output_tokens", "num_prompt_tokens",
-        "num_sequences", "order", "position_at_arrival", "prefix_hashes", "priority", "request", "state",
-        "tenant", "work",
+        "is_fixed", "is_leaving", "key", "last_token_at", "leaves_at", "max_tokens", "num_bytes", "num_finished",
+        "num_output_tokens", "num_prompt_tokens", "num_sequences", "order", "position_at_arrival",
+        "prefix_hashes", "priority", "request", "request_id", "state", "tenant", "work",
     )  # fmt: skip
 
     def __init__(
@@ -77,7 +77,11 @@ class Entry:
         self.deadline = math.inf if request.deadline is None else request.deadline
         self.priority = request.priority
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.num_sequences = request.sampling.n
+        sampling = request.sampling
+        self.num_sequences = sampling.n
+        self.max_tokens = sampling.max_tokens
+        self.is_fixed = sampling.ignore_eos and not sampling.stop
+        self.request_id = request.request_id
         self.num_bytes = num_bytes
         self.state = State.WAITING
         self.position_at_arrival = 0

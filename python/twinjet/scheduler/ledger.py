@@ -7,24 +7,16 @@ see); tests/models/ledger_model.py says the same slowly.
 from __future__ import annotations
 
 from twinjet import _core
-from twinjet._core import LengthEstimator
 from twinjet.request import EngineRequest
 
 
 class KvLedger(_core.KvLedger):
-    """Blocks of one engine. Holdings are ints; hashes are those that hash() gave for the same request."""
+    """Blocks of one engine."""
 
     def hash(self, request: EngineRequest) -> bytes:
-        """Block hashes of the prompt, for find_cached() and admit(); empty without a prefix cache."""
+        """Block hashes of the prompt, for find_cached() and hold(); empty without a prefix cache."""
         salt = _salt(request) if request.cache_salt or request.adapter else b""
         return self.hash_tokens(request.prompt_token_ids, salt)
-
-    def admit(self, request: EngineRequest, hashes: bytes, lengths: LengthEstimator) -> int | None:
-        """Hold the blocks of a request's prompt if the use to come stays within the cache; else None."""
-        sampling = request.sampling
-        is_fixed = sampling.ignore_eos and not sampling.stop
-        num_prompt_tokens = len(request.prompt_token_ids)
-        return self.hold(hashes, num_prompt_tokens, sampling.n, sampling.max_tokens, is_fixed, lengths)
 
 
 def _salt(request: EngineRequest) -> bytes:
