@@ -9,6 +9,7 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, NoReturn
 
 from twinjet._core import LengthEstimator
@@ -266,16 +267,13 @@ class Scheduler:
         """Predicted seconds until the request goes; None before enough was measured."""
         return self._wait_s(self.position(entry), now)
 
-    def load(self, now: float) -> SchedulerLoad:
+    def totals(self, now: float) -> SchedulerLoad:
+        """The load without tenants and request ids, in constant time."""
         ledger = self._ledger
         return SchedulerLoad(
             waiting=self._queue.num_waiting,
             running=self._num_running,
             waiting_tokens=self._waiting_tokens,
-            tenants={
-                t.name: TenantReading(t.num_waiting, t.num_running, t.served) for t in self._tenants.values()
-            },
-            request_ids=tuple(self._entries),
             prompt_tokens_per_s=self._prompt_rate.rate(now),
             output_tokens_per_s=self._output_rate.rate(now),
             kv_blocks_total=ledger.num_blocks if ledger else None,
@@ -284,6 +282,15 @@ class Scheduler:
             refused=self._num_refused,
             expired=self._num_expired,
             expected_wait_s=self._wait_s(self._queue.num_waiting, now),
+        )
+
+    def load(self, now: float) -> SchedulerLoad:
+        return replace(
+            self.totals(now),
+            tenants={
+                t.name: TenantReading(t.num_waiting, t.num_running, t.served) for t in self._tenants.values()
+            },
+            request_ids=tuple(self._entries),
         )
 
     # Admission to the queue.
