@@ -285,6 +285,7 @@ class Scheduler:
         )
 
     def load(self, now: float) -> SchedulerLoad:
+        """All of the load; takes as long as there are tenants and requests."""
         return replace(
             self.totals(now),
             tenants={
