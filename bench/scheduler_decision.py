@@ -96,15 +96,16 @@ class Run:
     def replace(self, count: int) -> list[tuple[float, float]]:
         """End `count` running requests, each time queue another and let the next in.
 
+        A request is made just before its offer, as in the service, so its token ids are in the CPU's cache.
         Returns seconds for each: all of it, and hashing the prompt alone (once more, for comparison).
         """
-        requests = self.requests(count)
         victims = self.rng.sample(self.running, count)
         for victim in victims:
             self.running.remove(victim)
         core, now, clock = self.core, self.now, time.thread_time
         seconds = []
-        for request, victim in zip(requests, victims, strict=True):
+        for victim in victims:
+            (request,) = self.requests(1)
             taken = []
             start = clock()
             core.release(victim, now, finished=True)

@@ -17,6 +17,7 @@ Engine speeds are parameters (about an 8B model on one large GPU), not measureme
 seconds.
 
     PYTHONPATH=python python bench/scheduler_sim.py --requests 20000 --replicas 4
+    PYTHONPATH=python python bench/scheduler_sim.py --requests 1000000 --replicas 64 --loads 0.9 --out 0.9.json
 """
 
 from __future__ import annotations
@@ -311,11 +312,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", help="JSON")
     parser.add_argument("--plot", help="SVG; needs matplotlib")
-    parser.add_argument("--from-json", help="draw --plot from an earlier --out instead of simulating")
+    parser.add_argument("--from-json", nargs="+", help="draw --plot from earlier --out files; no simulation")
     args = parser.parse_args()
     if args.from_json:
-        with open(args.from_json) as file:
-            plot(json.load(file), args.plot)
+        plot([part for name in args.from_json for part in read_loads(name).items()], args.plot)
         return
     results: dict[str, dict[str, dict[str, float]]] = {}
     started = time.perf_counter()
@@ -343,22 +343,28 @@ def main() -> None:
     else:
         print(json.dumps(summary, indent=1))
     if args.plot:
-        plot(summary, args.plot)
+        plot(list(results.items()), args.plot)
 
 
-def plot(summary: dict[str, Any], path: str) -> None:
+def read_loads(path: str) -> dict[str, dict[str, dict[str, float]]]:
+    with open(path) as file:
+        loads: dict[str, dict[str, dict[str, float]]] = json.load(file)["loads"]
+    return loads
+
+
+def plot(results: list[tuple[str, dict[str, dict[str, float]]]], path: str) -> None:
     """Draw the light tenants' TTFT and the share of requests within the SLO, by load."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    results = summary["loads"]
-    loads = list(results)
+    results.sort(key=lambda item: float(item[0]))
+    loads = [load for load, _ in results]
     x = np.arange(len(loads))
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     for offset, policy, color in ((-0.2, "fair", "#1b6ca8"), (0.2, "fcfs", "#c1440e")):
-        rows = [results[k][policy] for k in loads]
+        rows = [row[policy] for _, row in results]
         left.bar(x + offset, [r["light_tenants_ttft_p99_s"] for r in rows], 0.38, color=color, label=policy)
         right.bar(x + offset, [r["slo_attained"] * 100 for r in rows], 0.38, color=color, label=policy)
     left.set_ylabel("TTFT p99 of the 21 light tenants, s")

@@ -1,52 +1,21 @@
-// The calls an engine makes per request and step. They are vectorcall method descriptors, because
-// pybind11's dispatch alone costs several times what the manager needs. Positional arguments only.
+// The calls an engine makes per request and step, as fast methods.
 #include <pybind11/numpy.h>
 
 #include <algorithm>
-#include <new>
 
+#include "fast_call.h"
 #include "kv_internal.h"
 
 namespace py = pybind11;
 
 namespace twinjet::bindings {
 
-kv::BlockManager* ManagerOf(PyObject* self) {
-  auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  void* manager = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
-  if (!manager)
-    PyErr_SetString(PyExc_TypeError, "this BlockManager was not initialised: call super().__init__()");
-  return static_cast<kv::BlockManager*>(manager);
-}
+kv::BlockManager* ManagerOf(PyObject* self) { return SelfOf<kv::BlockManager>(self); }
 
 namespace {
 
 using kv::Status;
-using Args = PyObject* const*;
-using Method = PyObject* (*)(kv::BlockManager&, Args, Py_ssize_t);
-
-bool CheckCount(const char* name, Py_ssize_t given, Py_ssize_t least, Py_ssize_t most) {
-  if (given >= least && given <= most) return true;
-  PyErr_Format(PyExc_TypeError, "%s() takes %zd to %zd positional arguments, not %zd", name, least, most,
-               given);
-  return false;
-}
-
-// The calling convention around a method: argument count, the manager, and lack of memory.
-template <Method method, size_t kLeast, size_t kMost, const char* kName>
-PyObject* Call(PyObject* self, Args args, Py_ssize_t count) {
-  if (!CheckCount(kName, count, kLeast, kMost)) return nullptr;
-  kv::BlockManager* manager = ManagerOf(self);
-  if (!manager) return nullptr;
-  try {
-    return method(*manager, args, count);
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  } catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
-}
+using Args = FastArgs;
 
 // None where there was no room, else the exception.
 PyObject* Refuse(Status status, kv::SequenceId id) {
@@ -237,40 +206,25 @@ PyObject* BlocksNeeded(kv::BlockManager& manager, Args args, Py_ssize_t count) {
   return PyLong_FromLongLong(std::max<int64_t>(manager.BlocksFor(num_tokens) - num_matched, 0));
 }
 
-#define TWINJET_FAST(kName, method, least, most)                                                 \
-  static constexpr char k##method##Name[] = kName;                                               \
-  static PyMethodDef method##Def = {k##method##Name,                                             \
-                                    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(  \
-                                        static_cast<PyObject* (*)(PyObject*, Args, Py_ssize_t)>( \
-                                            Call<method, least, most, k##method##Name>))),       \
-                                    METH_FASTCALL, nullptr}
-
-TWINJET_FAST("open", Open, 0, 0);
-TWINJET_FAST("free", Free, 1, 1);
-TWINJET_FAST("append", Append, 2, 2);
-TWINJET_FAST("append_one", AppendOne, 2, 2);
-TWINJET_FAST("append_count", AppendCount, 2, 2);
-TWINJET_FAST("append_batch", AppendBatch, 1, 2);
-TWINJET_FAST("match_hashes", MatchHashes, 1, 2);
-TWINJET_FAST("publish", Publish, 2, 2);
-TWINJET_FAST("publish_hashes", PublishHashes, 3, 3);
-TWINJET_FAST("reserve", Reserve, 2, 7);
-TWINJET_FAST("num_tokens", NumTokens, 1, 1);
-TWINJET_FAST("blocks_needed", BlocksNeeded, 1, 2);
-
-#undef TWINJET_FAST
+TWINJET_FAST(kv::BlockManager, "open", Open, 0, 0);
+TWINJET_FAST(kv::BlockManager, "free", Free, 1, 1);
+TWINJET_FAST(kv::BlockManager, "append", Append, 2, 2);
+TWINJET_FAST(kv::BlockManager, "append_one", AppendOne, 2, 2);
+TWINJET_FAST(kv::BlockManager, "append_count", AppendCount, 2, 2);
+TWINJET_FAST(kv::BlockManager, "append_batch", AppendBatch, 1, 2);
+TWINJET_FAST(kv::BlockManager, "match_hashes", MatchHashes, 1, 2);
+TWINJET_FAST(kv::BlockManager, "publish", Publish, 2, 2);
+TWINJET_FAST(kv::BlockManager, "publish_hashes", PublishHashes, 3, 3);
+TWINJET_FAST(kv::BlockManager, "reserve", Reserve, 2, 7);
+TWINJET_FAST(kv::BlockManager, "num_tokens", NumTokens, 1, 1);
+TWINJET_FAST(kv::BlockManager, "blocks_needed", BlocksNeeded, 1, 2);
 
 }  // namespace
 
-void AddFastMethods(py::handle manager_type) {
-  for (PyMethodDef* definition :
-       {&OpenDef, &FreeDef, &AppendDef, &AppendOneDef, &AppendCountDef, &AppendBatchDef, &MatchHashesDef,
-        &PublishDef, &PublishHashesDef, &ReserveDef, &NumTokensDef, &BlocksNeededDef}) {
-    auto* type = reinterpret_cast<PyTypeObject*>(manager_type.ptr());
-    PyObject* descriptor = PyDescr_NewMethod(type, definition);
-    if (!descriptor) throw py::error_already_set();
-    manager_type.attr(definition->ml_name) = py::reinterpret_steal<py::object>(descriptor);
-  }
+void AddKvFastMethods(py::handle manager_type) {
+  AddFastMethods(manager_type, {&OpenDef, &FreeDef, &AppendDef, &AppendOneDef, &AppendCountDef,
+                                &AppendBatchDef, &MatchHashesDef, &PublishDef, &PublishHashesDef, &ReserveDef,
+                                &NumTokensDef, &BlocksNeededDef});
 }
 
 }  // namespace twinjet::bindings

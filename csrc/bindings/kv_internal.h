@@ -25,7 +25,7 @@ std::vector<kv::BlockHash> HashFullBlocks(const kv::BlockHasher& hasher, const k
                                           std::span<const int32_t> tokens);
 
 // kv_fast.cpp: the calls made per request and step, as plain C functions on the type.
-void AddFastMethods(pybind11::handle manager_type);
+void AddKvFastMethods(pybind11::handle manager_type);
 
 // kv_table.cpp
 void BindBlockTable(pybind11::module_& module);

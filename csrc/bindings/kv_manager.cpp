@@ -309,7 +309,7 @@ void BindBlockManager(py::module_& module) {
       .def("stats", [](kv::BlockManager& self) { return KvStats{self.stats(), self.events().num_dropped()}; })
       .def("reset_stats", &kv::BlockManager::ResetStats)
       .def("take_events", TakeEvents);
-  AddFastMethods(manager);
+  AddKvFastMethods(manager);
 }
 
 }  // namespace twinjet::bindings

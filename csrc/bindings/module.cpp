@@ -2,10 +2,12 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() = "Native parts of Twinjet: the KV-cache block manager and the token sampler.";
+  module.doc() =
+      "Native parts of Twinjet: the KV-cache block manager, the token sampler, the scheduler's arithmetic.";
   module.attr("__version__") = TWINJET_VERSION;
   twinjet::bindings::BindKv(module);
   twinjet::bindings::BindSampler(module);
   twinjet::bindings::BindSamplerCuda(module);
+  twinjet::bindings::BindSched(module);
   twinjet::bindings::BindVllm(module);
 }

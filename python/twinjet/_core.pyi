@@ -468,6 +468,139 @@ class Sampler:
     @property
     def target(self) -> str: ...
 
+# --- Scheduler: output lengths, KV ledger, places --------------------------------------------------
+
+class LengthEstimator:
+    """How long outputs get: a distribution learnt from finished requests, old ones counting less.
+
+    A product-limit estimate (Kaplan and Meier): an output cut short says only that it would have been
+    longer. One thread at a time.
+    """
+
+    def __init__(self, prior_mean: float, *, memory: float = 1000.0) -> None:
+        """prior_mean: tokens, > 0, the mean until data outweighs it. memory: outputs after which an older
+        one counts 1/e, > 0. Raises ValueError."""
+
+    @property
+    def num_observed(self) -> int: ...
+    def observe(self, length: int, complete: bool, /) -> None:
+        """Learn from an output of `length` tokens, 0..2**40; complete: it ended by itself, nothing cut it
+        short. Raises ValueError, TypeError."""
+
+    def mean(self, limit: int, /) -> float:
+        """Expected length of an output that may have at most `limit` tokens, 0..2**40. Raises ValueError."""
+
+    def survival(self, start: float, ahead: float) -> float:
+        """Probability that an output of `start` tokens gets over `ahead` tokens more. Raises ValueError for
+        negative arguments."""
+
+class KvLedger:
+    """Which blocks an engine's running requests hold, as far as can be known from outside.
+
+    A shared prefix counts once, streamed tokens append. What one request holds is named by an int, unique
+    for the life of the ledger: a released one is never found again. One thread at a time.
+
+    Raises, in every method that takes such an argument: KeyError for an unknown or released holding,
+    ValueError for a value out of range, TypeError for a wrong type; then nothing has changed.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_cache: bool,
+        headroom: float,
+        lookahead_tokens: int,
+        sigmas: float | None,
+        longest: int,
+    ) -> None:
+        """Make a ledger for an empty cache.
+
+        num_blocks: 1..2**30. block_size: a power of two in 1..65536. headroom: share of the blocks that
+        admission leaves free, 0 <= h < 1. lookahead_tokens: slots that an output may hold ahead of its
+        tokens. sigmas: None reserves max_tokens for every output, so that use never exceeds the cache;
+        otherwise the expected use at each step ahead plus so many standard deviations must stay within it,
+        outputs taken as independent. longest: tokens of the longest context.
+        """
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks held now, those for which there was no room included; so it may exceed num_blocks."""
+
+    @property
+    def num_overflows(self) -> int:
+        """Tokens so far for which there was no room."""
+
+    @property
+    def is_predicting(self) -> bool:
+        """Whether the use to come is predicted; not while there is room for the worst case."""
+
+    def hash_tokens(self, tokens: TokenIds, salt: bytes, /) -> bytes:
+        """Return the hashes of the full blocks, 16 bytes each, under a key of this ledger's own."""
+
+    def can_ever_hold(self, num_prompt_tokens: int, num_outputs: int, /) -> bool:
+        """Whether the prompt and one token of each output fit an empty cache."""
+
+    def find_cached(self, hashes: BlockHashes, num_prompt_tokens: int, /) -> int:
+        """Return how many prompt tokens are in the cache now; at least one is left to compute."""
+
+    def find_longest(self, prompts: list[tuple[bytes, int]], window: int, /) -> int:
+        """Return which of the first `window` prompts, each its hashes and its tokens, has most in the cache.
+
+        The index, 0 for an empty list; the first of those that are equal. window: at least 1.
+        """
+
+    def hold(
+        self,
+        hashes: BlockHashes,
+        num_prompt_tokens: int,
+        num_outputs: int,
+        max_tokens: int,
+        is_fixed: bool,
+        lengths: LengthEstimator,
+        /,
+    ) -> int | None:
+        """Hold a prompt's blocks if the use to come stays within the cache; else None.
+
+        hashes: of all full blocks of the prompt, from hash_tokens(); empty without a prefix cache.
+        is_fixed: outputs will have max_tokens, whatever `lengths` says. A request that is alone is held if
+        its prompt fits, for it could never run otherwise.
+        """
+
+    def num_cached_tokens(self, holding: int, /) -> int:
+        """Return how many prompt tokens were found in the cache when the holding was made."""
+
+    def append(self, holding: int, output_index: int, num_tokens: int, /) -> None:
+        """Account for tokens that streamed."""
+
+    def publish(self, holding: int, /) -> None:
+        """The engine has computed the prompt: others may share it from now on."""
+
+    def release(self, holding: int, /) -> None:
+        """Give back everything; blocks of the prompt stay in the cache until their room is needed."""
+
+    def reset(self) -> bool:
+        """Forget cached prefixes; False, and nothing done, while anything is held."""
+
+    def check(self) -> None:
+        """Verify every invariant. Raises RuntimeError. For tests; O(blocks)."""
+
+class RankCounts:
+    """Of many lists that grow and shrink by one item, how many have at least x, with prefix sums."""
+
+    def __init__(self) -> None: ...
+    def add(self, x: int, amount: int, /) -> None:
+        """Count `amount` lists more that have at least x items, 1..2**30, O(log x). Raises ValueError."""
+
+    def at(self, x: int, /) -> int:
+        """Return how many have at least x items."""
+
+    def up_to(self, x: int, /) -> int:
+        """Return the sum of at(1)..at(x), O(log x)."""
+
 # --- vLLM's scheduler: the batched decode path ------------------------------------------------------
 
 class DecodeBatch:

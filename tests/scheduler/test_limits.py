@@ -208,3 +208,28 @@ def test_a_load_report_has_the_wire_form_of_its_message() -> None:
     assert wire[:9] == b"\x09\x00\x00\x00\x00\x00\x00\xe0\x3f"  # field 1, double 0.5
     assert b"\x49\x00\x00\x00\x00\x00\x00\xf8\x3f" in wire  # field 9, double 1.5
     assert b"\x42\x12\x0a\x07waiting\x11\x00\x00\x00\x00\x00\x00\x00\x40" in wire
+
+
+def test_a_quiet_time_does_not_make_the_queue_look_slow() -> None:
+    core = start()
+    now, number = 0.0, 0
+
+    def serve(count: int, now: float) -> float:
+        nonlocal number
+        for _ in range(count):
+            number += 1
+            core.offer(make_request(f"r{number}", prompt=10, max_tokens=10, ignore_eos=True), now)
+        while (entry := core.take(now)) is not None:
+            for _ in range(10):
+                now += 0.01
+                core.add_tokens(entry, 0, (1,), now)
+            core.release(entry, now, finished=True)
+        return now
+
+    now = serve(50, now)
+    for _ in range(20):
+        now = serve(1, now + 20)
+    for i in range(11):
+        core.offer(make_request(f"burst{i}", prompt=10, max_tokens=10, ignore_eos=True), now)
+    assert core.take(now) is not None
+    assert core.load(now).expected_wait_s == pytest.approx(1.1, rel=0.05)

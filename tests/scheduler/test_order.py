@@ -103,6 +103,7 @@ class OrderMachine(RuleBasedStateMachine):
         assert load.waiting == len(self.waiting)
         assert load.running == len(self.running)
         assert load.waiting_tokens == sum(m.num_prompt_tokens for _, m in self.waiting.values())
+        assert self.core.totals(self.now) == replace(load, tenants={}, request_ids=())
         assert set(load.request_ids) == {*self.waiting, *(e.request.request_id for e in self.running)}
 
     @invariant()

@@ -9,8 +9,10 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, NoReturn
 
+from twinjet._core import LengthEstimator
 from twinjet.engines.base import EngineInfo
 from twinjet.errors import (
     AlreadyExists,
@@ -23,7 +25,6 @@ from twinjet.errors import (
 )
 from twinjet.request import EngineRequest
 from twinjet.scheduler.entry import Entry, State, Tenant, request_bytes
-from twinjet.scheduler.estimate import LengthEstimator
 from twinjet.scheduler.events import SchedulerLoad, TenantReading
 from twinjet.scheduler.ledger import KvLedger
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
@@ -91,7 +92,8 @@ class Scheduler:
         if info.kv_cache is not None and self._fair:
             estimates = s.output_reserve == "estimate" and not info.kv_cache.reserves_output
             self._ledger = KvLedger(
-                info.kv_cache,
+                info.kv_cache.num_blocks,
+                info.kv_cache.block_size,
                 prefix_cache="prefix_cache" in info.capabilities,
                 headroom=s.kv_headroom,
                 lookahead_tokens=s.lookahead_tokens,
@@ -144,12 +146,13 @@ class Scheduler:
 
     def take(self, now: float) -> Entry | None:
         """Admit the next request to the engine; None if none can go. Call until it returns None."""
-        if not self._attached or not len(self._queue):
+        if not self._attached or not self._queue.num_waiting:
             return None
         if self._fair and self._num_running_sequences - self._num_leaving >= self._max_running:
             return None
         self._work_rate.observe(now, self._served_work, backlogged=True)
-        entry = self._queue.take_next(self._fits, self._cached_tokens)
+        ledger = self._ledger
+        entry = self._queue.take_next(self._fits, None if ledger is None else ledger.find_longest)
         self._is_blocked = entry is None
         if entry is None:
             return None
@@ -160,7 +163,10 @@ class Scheduler:
         self._num_running_sequences += entry.num_sequences
         entry.tenant.num_running += 1
         self._prompt_rate.add(now, entry.num_prompt_tokens)
-        self._charge(entry.tenant, self._prompt_work(entry))
+        cached = 0
+        if ledger is not None and entry.holding is not None:
+            cached = ledger.num_cached_tokens(entry.holding)
+        self._charge(entry.tenant, self._prompt_work(entry.num_prompt_tokens, cached))
         if entry.tenant.bucket is not None:
             entry.tenant.bucket.take(entry.num_prompt_tokens)
         return entry
@@ -181,7 +187,7 @@ class Scheduler:
         entry.last_token_at = now
         entry.num_output_tokens += count
         if entry.holding is not None and self._ledger is not None:
-            self._ledger.append(entry.holding, output_index, token_ids)
+            self._ledger.append(entry.holding, output_index, count)
         self._output_rate.add(now, count)
         self._charge(entry.tenant, count * self.settings.output_token_weight)
         if entry.tenant.bucket is not None:
@@ -190,13 +196,13 @@ class Scheduler:
             return False
         entry.is_leaving = True
         self._num_leaving += 1
-        return len(self._queue) > 0
+        return self._queue.num_waiting > 0
 
     def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
         if entry.state is State.ENDED:
             return
-        backlogged = len(self._queue) > 0
+        backlogged = self._queue.num_waiting > 0
         if entry.state is State.WAITING:
             self._queue.remove(entry)
             self._leave_queue(entry)
@@ -214,10 +220,12 @@ class Scheduler:
                 self._per_token_s.add(now, (entry.last_token_at - entry.first_token_at) / (per_output - 1))
         self._work_rate.observe(now, self._served_work, backlogged=backlogged)
         entry.state = State.ENDED
-        del self._entries[entry.request.request_id]
+        del self._entries[entry.request_id]
         if entry.tenant.is_idle:
             self._retire(entry.tenant)
-        self._prune_deadlines()
+        if len(self._deadlines) > 2 * len(self._entries) + 64:
+            self._deadlines = [item for item in self._deadlines if item[2].state is not State.ENDED]
+            heapq.heapify(self._deadlines)
 
     def find(self, request_id: str) -> Entry:
         """Raises NotFound."""
@@ -259,16 +267,13 @@ class Scheduler:
         """Predicted seconds until the request goes; None before enough was measured."""
         return self._wait_s(self.position(entry), now)
 
-    def load(self, now: float) -> SchedulerLoad:
+    def totals(self, now: float) -> SchedulerLoad:
+        """The load without tenants and request ids, in constant time."""
         ledger = self._ledger
         return SchedulerLoad(
-            waiting=len(self._queue),
+            waiting=self._queue.num_waiting,
             running=self._num_running,
             waiting_tokens=self._waiting_tokens,
-            tenants={
-                t.name: TenantReading(t.num_waiting, t.num_running, t.served) for t in self._tenants.values()
-            },
-            request_ids=tuple(self._entries),
             prompt_tokens_per_s=self._prompt_rate.rate(now),
             output_tokens_per_s=self._output_rate.rate(now),
             kv_blocks_total=ledger.num_blocks if ledger else None,
@@ -276,7 +281,17 @@ class Scheduler:
             kv_overflows=ledger.num_overflows if ledger else 0,
             refused=self._num_refused,
             expired=self._num_expired,
-            expected_wait_s=self._wait_s(len(self._queue), now),
+            expected_wait_s=self._wait_s(self._queue.num_waiting, now),
+        )
+
+    def load(self, now: float) -> SchedulerLoad:
+        """All of the load; takes as long as there are tenants and requests."""
+        return replace(
+            self.totals(now),
+            tenants={
+                t.name: TenantReading(t.num_waiting, t.num_running, t.served) for t in self._tenants.values()
+            },
+            request_ids=tuple(self._entries),
         )
 
     # Admission to the queue.
@@ -287,17 +302,15 @@ class Scheduler:
             settings = self.settings.tenant(request.tenant)
             quota = settings.tokens_per_minute
             bucket = TokenBucket(quota, now) if quota and self._fair else None
-            tenant = Tenant(request.tenant, settings, bucket)
+            tenant = Tenant(request.tenant, settings, bucket, self._lengths)
         self._num_arrivals += 1
         entry = Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
-        sampling, early = request.sampling, self.settings.early_tokens
-        if early and sampling.n == 1 and self._fair:
-            entry.leaves_at = max(1, sampling.max_tokens - early)
-        if sampling.ignore_eos and not sampling.stop:
-            entry.expected_output = float(sampling.max_tokens)
-        else:
-            entry.expected_output = self._lengths_of(tenant).mean(sampling.max_tokens)
-        entry.work = self._expected_work(entry)
+        early, max_tokens = self.settings.early_tokens, entry.max_tokens
+        if early and entry.num_sequences == 1 and self._fair:
+            entry.leaves_at = max(1, max_tokens - early)
+        entry.expected_output = float(max_tokens) if entry.is_fixed else tenant.lengths.mean(max_tokens)
+        output_work = entry.expected_output * entry.num_sequences * self.settings.output_token_weight
+        entry.work = self._prompt_work(entry.num_prompt_tokens, 0) + output_work
         return entry
 
     def _check(self, entry: Entry, now: float) -> None:
@@ -305,19 +318,21 @@ class Scheduler:
             raise DeadlinePassed("the deadline had passed when the request arrived")
         if not self._fair:
             return
-        if self._ledger is not None and not self._ledger.can_ever_hold(entry.request):
+        if self._ledger is not None and not self._ledger.can_ever_hold(
+            entry.num_prompt_tokens, entry.num_sequences
+        ):
             raise InvalidRequest.of(
                 "prompt",
                 f"{entry.num_prompt_tokens} tokens for {entry.num_sequences} outputs exceed the model's KV "
                 f"cache of {self._ledger.num_blocks} blocks",
             )
-        self._check_quota(entry, now)
+        limits = entry.tenant.settings
+        if limits.max_streams or entry.tenant.bucket is not None:
+            self._check_quota(entry, now)
         self._check_room(entry, now)
 
     def _check_quota(self, entry: Entry, now: float) -> None:
         tenant, limits = entry.tenant, entry.tenant.settings
-        if not limits.max_streams and tenant.bucket is None:
-            return
         subject = f"tenant:{tenant.name}"
         if limits.max_streams and tenant.num_waiting + tenant.num_running >= limits.max_streams:
             text = f"{limits.max_streams} concurrent streams"
@@ -339,7 +354,7 @@ class Scheduler:
     def _check_room(self, entry: Entry, now: float) -> None:
         s, t, tenant = self.settings, entry.tenant.settings, entry.tenant
         tokens, size = entry.num_prompt_tokens, entry.num_bytes
-        if 0 < s.max_waiting <= len(self._queue):
+        if 0 < s.max_waiting <= self._queue.num_waiting:
             self._refuse_full(f"{s.max_waiting} requests", now)
         if 0 < s.max_waiting_tokens < self._waiting_tokens + tokens:
             self._refuse_full(f"{s.max_waiting_tokens} prompt tokens", now)
@@ -377,9 +392,12 @@ class Scheduler:
         if tenant.is_idle:
             self._idle_tenants.pop(tenant.name, None)
             self._tenants[tenant.name] = tenant
-        self._entries[entry.request.request_id] = entry
+        self._entries[entry.request_id] = entry
         if self._ledger is not None:
             entry.prefix_hashes = self._ledger.hash(entry.request)
+        if not self._queue.num_waiting:
+            # The time without a queue ends here; it says nothing about how fast one drains.
+            self._work_rate.observe(now, self._served_work, backlogged=False)
         self._queue.push(entry)
         tenant.waiting_tokens += entry.num_prompt_tokens
         tenant.waiting_bytes += entry.num_bytes
@@ -396,7 +414,7 @@ class Scheduler:
         tenant.waiting_bytes -= entry.num_bytes
         self._waiting_tokens -= entry.num_prompt_tokens
         self._waiting_bytes -= entry.num_bytes
-        self._waiting_work = self._waiting_work - entry.work if len(self._queue) else 0.0
+        self._waiting_work = self._waiting_work - entry.work if self._queue.num_waiting else 0.0
 
     # Admission to the engine.
 
@@ -408,14 +426,11 @@ class Scheduler:
             return False
         if self._ledger is None:
             return True
-        lengths = self._lengths_of(entry.tenant)
-        entry.holding = self._ledger.admit(entry.request, entry.prefix_hashes, lengths)
+        entry.holding = self._ledger.hold(
+            entry.prefix_hashes, entry.num_prompt_tokens, entry.num_sequences, entry.max_tokens,
+            entry.is_fixed, entry.tenant.lengths,
+        )  # fmt: skip
         return entry.holding is not None
-
-    def _cached_tokens(self, entry: Entry) -> int:
-        if self._ledger is None:
-            return 0
-        return self._ledger.find_cached(entry.prefix_hashes, entry.num_prompt_tokens)
 
     # Accounts.
 
@@ -424,31 +439,23 @@ class Scheduler:
         tenant.served += work
         self._served_work += work
 
-    def _lengths_of(self, tenant: Tenant) -> LengthEstimator:
-        """The tenant's own distribution once it tells something, until then that of all."""
-        own = tenant.lengths
-        return self._lengths if own is None or own.num_observed < MIN_OBSERVED else own
-
     def _learn(self, entry: Entry, *, finished: bool) -> None:
-        sampling, tenant = entry.request.sampling, entry.tenant
-        if not entry.num_output_tokens or (sampling.ignore_eos and not sampling.stop):
+        tenant = entry.tenant
+        if not entry.num_output_tokens or entry.is_fixed:
             return
-        if tenant.lengths is None:
-            tenant.lengths = LengthEstimator(self.settings.default_output_tokens)
+        own = tenant.own_lengths
+        if own is None:
+            own = tenant.own_lengths = LengthEstimator(self.settings.default_output_tokens)
         length = entry.num_output_tokens // entry.num_sequences
-        complete = finished and length < sampling.max_tokens
-        for lengths in (self._lengths, tenant.lengths):
-            lengths.observe(length, complete=complete)
+        complete = finished and length < entry.max_tokens
+        self._lengths.observe(length, complete)
+        own.observe(length, complete)
+        if tenant.lengths is not own and own.num_observed >= MIN_OBSERVED:
+            tenant.lengths = own
 
-    def _prompt_work(self, entry: Entry) -> float:
-        cached = entry.holding.num_cached_tokens if entry.holding is not None else 0
+    def _prompt_work(self, num_prompt_tokens: int, num_cached: int) -> float:
         s = self.settings
-        return (entry.num_prompt_tokens - cached) * s.input_token_weight + cached * s.cached_token_weight
-
-    def _expected_work(self, entry: Entry) -> float:
-        return self._prompt_work(entry) + (
-            entry.expected_output * entry.num_sequences * self.settings.output_token_weight
-        )
+        return (num_prompt_tokens - num_cached) * s.input_token_weight + num_cached * s.cached_token_weight
 
     def _wait_s(self, position: int, now: float) -> float | None:
         staying = self._num_running_sequences - self._num_leaving
@@ -462,9 +469,9 @@ class Scheduler:
     def _interval_s(self, now: float) -> float | None:
         """Seconds between two dispatches at the measured speed."""
         rate = self._work_rate.rate(now)
-        if rate is None or not len(self._queue):
+        if rate is None or not self._queue.num_waiting:
             return None
-        return self._waiting_work / len(self._queue) / rate
+        return self._waiting_work / self._queue.num_waiting / rate
 
     def _retry_s(self, now: float) -> float:
         interval = self._interval_s(now)
@@ -475,8 +482,3 @@ class Scheduler:
         self._idle_tenants[tenant.name] = tenant
         if len(self._idle_tenants) > MAX_IDLE_TENANTS:
             self._idle_tenants.popitem(last=False)
-
-    def _prune_deadlines(self) -> None:
-        if len(self._deadlines) > 2 * len(self._entries) + 64:
-            self._deadlines = [item for item in self._deadlines if item[2].state is not State.ENDED]
-            heapq.heapify(self._deadlines)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from twinjet.request import EngineRequest
 
 if TYPE_CHECKING:
-    from twinjet.scheduler.estimate import LengthEstimator
-    from twinjet.scheduler.ledger import Holding
+    from twinjet._core import LengthEstimator
     from twinjet.scheduler.quota import TokenBucket
     from twinjet.scheduler.settings import TenantSettings
 
@@ -22,20 +21,26 @@ class State(Enum):
 
 
 class Tenant:
-    """One tenant's account. counter: virtual tokens, weighted service divided by the tenant's weight."""
+    """One tenant's account. counter: virtual tokens, weighted service divided by the tenant's weight.
+
+    own_lengths: of the tenant's outputs; lengths: what to go by, of all tenants' until the own tell enough.
+    """
 
     __slots__ = (
-        "bucket", "counter", "lengths", "name", "num_running", "num_waiting", "served", "settings",
-        "waiting_bytes", "waiting_tokens", "weight",
+        "bucket", "counter", "lengths", "name", "num_running", "num_waiting", "own_lengths", "served",
+        "settings", "waiting_bytes", "waiting_tokens", "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, settings: TenantSettings, bucket: TokenBucket | None) -> None:
+    def __init__(
+        self, name: str, settings: TenantSettings, bucket: TokenBucket | None, lengths: LengthEstimator
+    ) -> None:
         self.name = name
         self.settings = settings
         self.weight = settings.weight
         self.bucket = bucket
         self.counter = 0.0
-        self.lengths: LengthEstimator | None = None
+        self.lengths = lengths
+        self.own_lengths: LengthEstimator | None = None
         self.served = 0.0
         self.num_waiting = 0
         self.num_running = 0
@@ -48,14 +53,17 @@ class Tenant:
 
 
 class Entry:
-    """One request from offer to release. Times are seconds of the scheduler's clock."""
+    """One request from offer to release. Times are seconds of the scheduler's clock.
+
+    order: arrival. key: place among the tenant's requests, least first. is_fixed: outputs will have max_tokens.
+    What decisions need of the request is kept here: by then the request itself has left the CPU's caches.
+    """
 
     __slots__ = (
         "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
-        "is_leaving", "last_token_at", "leaves_at", "num_bytes", "num_finished",
-        "num_output_tokens", "num_prompt_tokens",
-        "num_sequences", "order", "position_at_arrival", "prefix_hashes", "priority", "request", "state",
-        "tenant", "work",
+        "is_fixed", "is_leaving", "key", "last_token_at", "leaves_at", "max_tokens", "num_bytes", "num_finished",
+        "num_output_tokens", "num_prompt_tokens", "num_sequences", "order", "position_at_arrival",
+        "prefix_hashes", "priority", "request", "request_id", "state", "tenant", "work",
     )  # fmt: skip
 
     def __init__(
@@ -64,19 +72,24 @@ class Entry:
         self.request = request
         self.tenant = tenant
         self.order = order
+        self.key = order
         self.arrival = arrival
         self.deadline = math.inf if request.deadline is None else request.deadline
         self.priority = request.priority
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.num_sequences = request.sampling.n
+        sampling = request.sampling
+        self.num_sequences = sampling.n
+        self.max_tokens = sampling.max_tokens
+        self.is_fixed = sampling.ignore_eos and not sampling.stop
+        self.request_id = request.request_id
         self.num_bytes = num_bytes
         self.state = State.WAITING
         self.position_at_arrival = 0
         self.expected_output = 0.0
         self.work = 0.0
         self.expired = False
-        self.prefix_hashes: bytes | None = None
-        self.holding: Holding | None = None
+        self.prefix_hashes = b""
+        self.holding: int | None = None
         self.num_output_tokens = 0
         self.num_finished = 0
         self.is_leaving = False

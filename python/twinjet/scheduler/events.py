@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class SchedulerLoad:
     waiting: int
     running: int
     waiting_tokens: int
-    tenants: Mapping[str, TenantReading]
-    request_ids: tuple[str, ...]
+    tenants: Mapping[str, TenantReading] = field(default_factory=dict)
+    request_ids: tuple[str, ...] = ()
     prompt_tokens_per_s: float
     output_tokens_per_s: float
     kv_blocks_total: int | None

@@ -8,88 +8,61 @@ over, so that every request goes after a bounded number of dispatches (docs/sche
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
+from twinjet._core import RankCounts
 from twinjet.scheduler.entry import Entry, Tenant
 
 MAX_LANES_SCANNED: Final = 4
 """How many tenants' next requests are tried while earlier ones do not fit the KV cache."""
 
+ORDER_BITS: Final = 48
+"""Low bits of a key that hold the order of arrival where prompts come before it."""
+
+FindLongest = Callable[[list[tuple[bytes, int]], int], int]
+"""KvLedger.find_longest(): which of a lane's next prompts has the longest cached prefix."""
+
 MAX_LANES_COMPARED: Final = 8
 """Up to how many tenants a position looks at each counter; beyond, it takes half of the ties."""
 
 
-class _Counts:
-    """How many tenants have at least x requests waiting, with prefix sums in O(log n) (a Fenwick tree)."""
-
-    def __init__(self) -> None:
-        self._tree = [0] * 65
-        self.counts = [0] * 65
-
-    def add(self, x: int, amount: int) -> None:
-        if x >= len(self._tree):
-            self._grow(x)
-        self.counts[x] += amount
-        tree, size = self._tree, len(self._tree)
-        while x < size:
-            tree[x] += amount
-            x += x & -x
-
-    def upto(self, x: int) -> int:
-        x = min(x, len(self._tree) - 1)
-        total = 0
-        while x > 0:
-            total += self._tree[x]
-            x &= x - 1
-        return total
-
-    def _grow(self, x: int) -> None:
-        counts = self.counts
-        size = 2 * len(self._tree) - 1
-        while size <= x:
-            size = 2 * size - 1
-        self._tree = [0] * size
-        self.counts = [0] * size
-        for i, count in enumerate(counts):
-            if count:
-                self.add(i, count)
-
-
 class Lane:
-    """One tenant's waiting requests of one priority. keys: sorted, in the order in which they go."""
+    """One tenant's waiting requests of one priority: by age in entries, in the order they go in keys.
 
-    __slots__ = ("entries", "keys", "num_bypassed", "num_overtakes", "shortest", "tenant")
+    prompts: beside each key, hashes of the prompt's blocks and its tokens.
+    """
 
-    def __init__(self, tenant: Tenant, *, shortest: bool) -> None:
+    __slots__ = ("entries", "keys", "num_bypassed", "num_overtakes", "prompts", "tenant")
+
+    def __init__(self, tenant: Tenant) -> None:
         self.tenant = tenant
-        self.shortest = shortest
         self.entries: OrderedDict[int, Entry] = OrderedDict()
-        self.keys: list[tuple[int, int]] = []
+        self.keys: list[int] = []
+        self.prompts: list[tuple[bytes, int]] = []
         self.num_overtakes = 0
         self.num_bypassed = 0
 
     def add(self, entry: Entry) -> None:
-        self.entries[entry.order] = entry
-        insort(self.keys, self._key(entry))
+        place = bisect_left(self.keys, entry.key)
+        self.entries[entry.key] = entry
+        self.keys.insert(place, entry.key)
+        self.prompts.insert(place, (entry.prefix_hashes, entry.num_prompt_tokens))
 
     def remove(self, entry: Entry) -> None:
-        del self.entries[entry.order]
-        del self.keys[bisect_left(self.keys, self._key(entry))]
+        place = bisect_left(self.keys, entry.key)
+        del self.entries[entry.key], self.keys[place], self.prompts[place]
 
     def rank(self, entry: Entry) -> int:
-        return bisect_left(self.keys, self._key(entry))
+        return bisect_left(self.keys, entry.key)
 
     def oldest(self) -> Entry:
         return self.entries[next(iter(self.entries))]
 
     def first(self) -> Entry:
-        return self.entries[self.keys[0][1]]
-
-    def _key(self, entry: Entry) -> tuple[int, int]:
-        return (entry.num_prompt_tokens if self.shortest else 0, entry.order)
+        return self.entries[self.keys[0]]
 
 
 class PriorityClass:
@@ -99,7 +72,7 @@ class PriorityClass:
         self.priority = priority
         self.lanes: dict[str, Lane] = {}
         self.heap: list[tuple[float, int, Lane]] = []
-        self.at_least = _Counts()
+        self.at_least = RankCounts()
         self.num_waiting = 0
         self.num_bypassed = 0
 
@@ -139,10 +112,10 @@ class FairQueue:
         self._active: list[tuple[float, int, Tenant]] = []
         self._last_counter = 0.0
         self._num_lanes = 0
-        self._num_waiting = 0
+        self.num_waiting = 0
 
     def __len__(self) -> int:
-        return self._num_waiting
+        return self.num_waiting
 
     def entries(self) -> Iterator[Entry]:
         """All waiting requests, in no useful order."""
@@ -153,6 +126,8 @@ class FairQueue:
     def push(self, entry: Entry) -> None:
         """Add a waiting request; its tenant's counter is lifted if the tenant had none waiting."""
         tenant = entry.tenant
+        if self._shortest:
+            entry.key = entry.num_prompt_tokens << ORDER_BITS | entry.order
         if tenant.num_waiting == 0:
             tenant.counter = max(tenant.counter, self._least_counter())
             self._num_lanes += 1
@@ -164,46 +139,48 @@ class FairQueue:
             self._by_priority = sorted(self._classes.values(), key=lambda g: -g.priority)
         lane = group.lanes.get(tenant.name)
         if lane is None:
-            lane = group.lanes[tenant.name] = Lane(tenant, shortest=self._shortest)
+            lane = group.lanes[tenant.name] = Lane(tenant)
             self._num_lanes += 1
             heapq.heappush(group.heap, (tenant.counter, self._num_lanes, lane))
         lane.add(entry)
-        group.at_least.add(len(lane.entries), 1)
+        group.at_least.add(len(lane.keys), 1)
         group.num_waiting += 1
-        self._num_waiting += 1
+        self.num_waiting += 1
 
     def remove(self, entry: Entry) -> None:
         """Take a waiting request out, wherever it stands."""
-        tenant = entry.tenant
         group = self._classes[entry.priority]
-        lane = group.lanes[tenant.name]
-        group.at_least.add(len(lane.entries), -1)
+        self._remove(entry, group.lanes[entry.tenant.name], group)
+
+    def _remove(self, entry: Entry, lane: Lane, group: PriorityClass) -> None:
+        tenant = entry.tenant
+        group.at_least.add(len(lane.keys), -1)
         lane.remove(entry)
         group.num_waiting -= 1
-        self._num_waiting -= 1
+        self.num_waiting -= 1
         tenant.num_waiting -= 1
-        if not lane.entries:
+        if not lane.keys:
             del group.lanes[tenant.name]
             if len(group.heap) > 2 * len(group.lanes) + 16:
-                group.heap = [item for item in group.heap if item[2].entries]
+                group.heap = [item for item in group.heap if item[2].keys]
                 heapq.heapify(group.heap)
         if group.num_waiting == 0:
             del self._classes[entry.priority]
             self._by_priority.remove(group)
         if tenant.num_waiting == 0:
             self._last_counter = tenant.counter
-            if len(self._active) > 64 and len(self._active) > 4 * self._num_waiting:
+            if len(self._active) > 64 and len(self._active) > 4 * self.num_waiting:
                 live = {id(item[2]): item for item in self._active if item[2].num_waiting}
                 self._active = list(live.values())
                 heapq.heapify(self._active)
 
-    def take_next(self, fits: Callable[[Entry], bool], cached_tokens: Callable[[Entry], int]) -> Entry | None:
+    def take_next(self, fits: Callable[[Entry], bool], find_longest: FindLongest | None) -> Entry | None:
         """Remove and return the next request that fits; None if none does or one must not be passed over.
 
-        fits commits the request to the KV cache if it returns True. cached_tokens: length of the prompt's
-        prefix that is in the cache now.
+        fits commits the request to the KV cache if it returns True. find_longest: None where nothing is
+        cached.
         """
-        first = self._take_first(fits, cached_tokens)
+        first = self._take_first(fits, find_longest)
         if first is not None:
             return first
         head: Lane | None = None
@@ -212,7 +189,7 @@ class FairQueue:
             lanes = group.lanes_in_order()
             try:
                 for lane in lanes:
-                    entry = self._choose(lane, cached_tokens)
+                    entry = self._choose(lane, find_longest)
                     if fits(entry):
                         break
                     head = lane if head is None else head
@@ -226,13 +203,11 @@ class FairQueue:
             if head is not None:
                 head.num_bypassed += 1
             self._account(entry, lane, group)
-            self.remove(entry)
+            self._remove(entry, lane, group)
             return entry
         return None
 
-    def _take_first(
-        self, fits: Callable[[Entry], bool], cached_tokens: Callable[[Entry], int]
-    ) -> Entry | None:
+    def _take_first(self, fits: Callable[[Entry], bool], find_longest: FindLongest | None) -> Entry | None:
         """take_next() for the usual case: one class, and the request whose turn it is fits."""
         if len(self._by_priority) != 1:
             return None
@@ -240,17 +215,17 @@ class FairQueue:
         heap = group.heap
         while True:
             key, order, lane = heap[0]
-            if not lane.entries:
+            if not lane.keys:
                 heapq.heappop(heap)
             elif lane.tenant.counter > key:
                 heapq.heapreplace(heap, (lane.tenant.counter, order, lane))
             else:
                 break
-        entry = self._choose(lane, cached_tokens)
+        entry = self._choose(lane, find_longest)
         if not fits(entry):
             return None
         self._account(entry, lane, group)
-        self.remove(entry)
+        self._remove(entry, lane, group)
         return entry
 
     def position(self, entry: Entry) -> int:
@@ -263,13 +238,11 @@ class FairQueue:
         lane = group.lanes[entry.tenant.name]
         rank = lane.rank(entry)
         higher = 0
-        for other in self._by_priority:
-            if other is group:
-                break
-            higher += other.num_waiting
+        if len(self._by_priority) > 1:
+            higher = sum(other.num_waiting for other in self._by_priority if other.priority > group.priority)
         # For each request of ours ahead, one of each tenant; then the tenants whose counter is lower.
-        ahead = group.at_least.upto(rank)
-        level = group.at_least.counts[rank + 1] - 1
+        ahead = group.at_least.up_to(rank)
+        level = group.at_least.at(rank + 1) - 1
         if level > 0 and len(group.lanes) > MAX_LANES_COMPARED:
             level //= 2
         elif level > 0:
@@ -290,19 +263,13 @@ class FairQueue:
             return classes
         return [due, *(g for g in classes if g is not due)]
 
-    def _choose(self, lane: Lane, cached_tokens: Callable[[Entry], int]) -> Entry:
-        oldest = lane.oldest()
-        if len(lane.keys) == 1 or lane.num_overtakes >= self._max_overtakes:
-            return oldest
-        if self._window == 1:
+    def _choose(self, lane: Lane, find_longest: FindLongest | None) -> Entry:
+        keys = lane.keys
+        if len(keys) == 1 or lane.num_overtakes >= self._max_overtakes:
+            return lane.oldest()
+        if self._window == 1 or find_longest is None:
             return lane.first()
-        entries, best, most = lane.entries, oldest, -1
-        for _, order in lane.keys[: self._window]:
-            entry = entries[order]
-            cached = cached_tokens(entry)
-            if cached > most:
-                best, most = entry, cached
-        return best
+        return lane.entries[keys[find_longest(lane.prompts, self._window)]]
 
     def _account(self, entry: Entry, lane: Lane, group: PriorityClass) -> None:
         if lane.oldest() is entry:
@@ -311,10 +278,11 @@ class FairQueue:
             lane.num_overtakes += 1
         lane.num_bypassed = 0
         group.num_bypassed = 0
-        for other in reversed(self._by_priority):
-            if other.priority >= group.priority:
-                break
-            other.num_bypassed += 1
+        if len(self._by_priority) > 1:
+            for other in reversed(self._by_priority):
+                if other.priority >= group.priority:
+                    break
+                other.num_bypassed += 1
 
     def _least_counter(self) -> float:
         heap = self._active

@@ -208,7 +208,7 @@ class InferenceServicer:
                         await writer.write(message)
                 await writer.write(builder.summary())
                 self._metrics.observe_finished(model, builder)
-                report = orca_report(deployment.dispatcher.load(), max_running=info.limits.max_num_seqs)
+                report = orca_report(deployment.dispatcher.totals(), max_running=info.limits.max_num_seqs)
                 context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a

@@ -35,7 +35,7 @@ class _LoadCollector(Collector):
             labels=["deployment", "component", "counter"],
         )  # fmt: skip
         for name, deployment in self._deployments.by_name.items():
-            load = deployment.dispatcher.load()
+            load = deployment.dispatcher.totals()
             waiting.add_metric([name], load.waiting)
             running.add_metric([name], load.running)
             restarts.add_metric([name], deployment.supervisor.num_restarts)

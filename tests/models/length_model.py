@@ -1,4 +1,4 @@
-"""How long outputs get: a distribution learnt from finished requests, old ones counting less."""
+"""The length estimate of the scheduler, said with numpy: whole arrays at a time, nothing kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHORTEST_MEMORY: Final = 64
 _SMALLEST_LOG: Final = -30.0
 
 
-class LengthEstimator:
+class LengthModel:
     """Survival function of output lengths, by the product-limit estimator (Kaplan and Meier 1958).
 
     An output cut short by max_tokens, a cancellation or an abort says only that it would have been longer;
@@ -38,8 +38,7 @@ class LengthEstimator:
         self._prior_risk = _PRIOR_WEIGHT * np.maximum(np.exp(-_EDGES[:-1] / prior_mean), 1e-4)
         self._edges: list[float] = _EDGES.tolist()
         self.num_observed = 0
-        self._num_fresh = 0
-        self._rebuild()
+        self._num_fresh = 1
 
     def observe(self, length: int, *, complete: bool) -> None:
         """Learn from one output. complete: it ended by itself, not because something cut it short."""
@@ -54,37 +53,32 @@ class LengthEstimator:
             self._weight = 1.0
         self.num_observed += 1
         self._num_fresh += 1
-        if self._num_fresh >= min(64, 1 + self.num_observed // 8):
-            self._rebuild()
 
     def survival(self, start: float, times: Floats) -> Floats:
         """Probability that an output of `start` tokens gets over times[k] tokens more; times[0] is 0."""
+        self._renew()
         logs = np.interp(times + start, _EDGES, self._log)
         logs -= logs[0]
         survival: Floats = np.exp(logs, logs)
         return survival
 
     def survival_near(self, start: int, times: Floats) -> Floats:
-        """As survival(), from the lower edge of the bin of `start`; kept until the distribution is made anew.
-
-        times: the same array at each call. The result must not be written to.
-        """
-        b = bisect_right(self._edges, start) - 1
-        found = self._kept.get(b)
-        if found is None:
-            found = self._kept[b] = self.survival(self._edges[b], times)
-        return found
+        """As survival(), from the lower edge of the bin of `start`."""
+        return self.survival(self._edges[bisect_right(self._edges, start) - 1], times)
 
     def mean(self, limit: float) -> float:
         """Expected length of an output that may have at most `limit` tokens."""
+        self._renew()
         edges = self._edges
         b = min(bisect_right(edges, limit) - 1, len(edges) - 2)
         share = (limit - edges[b]) / (edges[b + 1] - edges[b])
         return self._area[b] + min(share, 1.0) * (self._area[b + 1] - self._area[b])
 
-    def _rebuild(self) -> None:
+    def _renew(self) -> None:
+        """Make the distribution anew once enough was observed: the first times at once, then by eighths."""
+        if self._num_fresh < min(64, 1 + self.num_observed // 8):
+            return
         self._num_fresh = 0
-        self._kept: dict[int, Floats] = {}
         left = np.asarray(self._left) / self._weight
         ended = np.asarray(self._ended) / self._weight
         # Those cut short inside a bin were at risk for half of it.
