@@ -67,18 +67,19 @@ class CudaSampler:
 
     Args:
         device: CUDA ordinal.
+        num_slots: batches that `prepare` may be ahead of the device.
 
     Raises:
         RuntimeError: this build has no CUDA side, or the device cannot be used.
     """
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self, device: int = 0, num_slots: int = 4) -> None:
         if not has_cuda():
             raise RuntimeError(
                 "logits are on a CUDA device, but this build of twinjet has no CUDA side: "
                 "build with TWINJET_CUDA=ON, or pass logits on the CPU"
             )
-        self._core = _core.CudaSampler(device)
+        self._core = _core.CudaSampler(device, num_slots)
         self.device = device
 
     def reserve(self, num_rows: int, vocab_size: int, num_edits: int = 0, num_allowed_rows: int = 0) -> None:
@@ -102,7 +103,7 @@ class CudaSampler:
     ) -> None:
         """Copy the requests' parameters for the next token to the device, on a stream.
 
-        Waits for nothing, unless four batches are on their way or memory has to grow. A request with
+        Waits for nothing, unless num_slots batches are on their way or memory has to grow. A request with
         penalties or bad words must know its output tokens by now (`append`); others need only the right
         position.
 
