@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinjet import _core
-from twinjet._sampling_cuda import CudaOutputs, CudaSampler, current_stream, has_cuda
+from twinjet._sampling_cuda import CudaSampler, current_stream, has_cuda, unpack
 from twinjet.sampling import Logprobs, SampleResult
 
 if TYPE_CHECKING:
@@ -53,12 +53,8 @@ class DeviceDraw:
     def result(self) -> SampleResult:
         """Wait for the device and give what was drawn, as Sampler.sample; any thread. Raises RuntimeError."""
         self._copied.synchronize()
-        values: npt.NDArray[np.int32] = self._host.numpy()
-        tokens, status = values[0:1], values[1:2].view(np.uint32)
-        if self._num_logprobs is None:
-            return SampleResult(tokens, status, None)
-        ids, logprobs = values[3:].reshape(2, 1, 1 + self._num_logprobs)
-        return SampleResult(tokens, status, Logprobs(ids, logprobs.view(np.float32), values[2:3]))
+        tokens, status, tops = unpack(self._host.numpy(), 1, self._num_logprobs)
+        return SampleResult(tokens, status, None if tops is None else Logprobs(*tops))
 
 
 def draw(
@@ -69,14 +65,7 @@ def draw(
     The request is not advanced: append the token before the next draw. mask: int32 [1, words], as
     Sampler.sample takes it; it may change after the call. Raises RuntimeError if a CUDA call fails.
     """
-    import torch
-
-    width = 0 if num_logprobs is None else 1 + num_logprobs
-    found = torch.empty(3 + 2 * width, dtype=torch.int32, device=row.device)
-    outputs = CudaOutputs(found[0:1], found[1:2])
-    if num_logprobs is not None:
-        ids, logprobs = found[3:].view(2, 1, width)
-        outputs = CudaOutputs(found[0:1], found[1:2], ids, logprobs.view(torch.float32), found[2:3])
+    outputs = CudaSampler.allocate(row, num_logprobs)
     device_mask = bitmask_rows = None
     if mask is not None:
         staged = _pinned(mask.size)
@@ -87,8 +76,9 @@ def draw(
     sampler = _sampler(int(row.device.index or 0))
     sampler.prepare([request], int(row.shape[0]), bitmask_rows=bitmask_rows, stream=stream)
     sampler.launch(row, outputs, bitmask=device_mask, stream=stream)
-    host = _pinned(found.numel())
-    host.copy_(found, non_blocking=True)
+    assert outputs.packed is not None
+    host = _pinned(outputs.packed.numel())
+    host.copy_(outputs.packed, non_blocking=True)
     return DeviceDraw(outputs.token_ids, host, _recorded_event(row.device), num_logprobs)
 
 
