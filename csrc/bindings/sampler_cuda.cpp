@@ -123,7 +123,7 @@ cudaStream_t Stream(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(ha
 
 class PyDeviceSampler {
  public:
-  explicit PyDeviceSampler(int device) : sampler_(device) {}
+  PyDeviceSampler(int device, int num_slots) : sampler_(device, num_slots) {}
 
   sampler::cuda::DeviceSampler& sampler() { return sampler_; }
 
@@ -232,7 +232,7 @@ void BindSamplerCuda(py::module_& module) {
   module.attr("HAS_CUDA") = true;
   module.attr("CUDA_MAX_LOGPROBS") = sampler::cuda::kMaxTopLogprobs;
   py::class_<PyDeviceSampler>(module, "CudaSampler")
-      .def(py::init<int>(), py::arg("device"))
+      .def(py::init<int, int>(), py::arg("device"), py::arg("num_slots") = 4)
       .def_property_readonly("device", [](PyDeviceSampler& self) { return self.sampler().device(); })
       .def(
           "reserve",

@@ -51,6 +51,7 @@ class CudaOutputs:
         top_ids: int32 [rows, 1 + n] or None; see `twinjet.sampling.Logprobs`, as the next two.
         top_logprobs: float32 [rows, 1 + n] or None.
         ranks: int32 [rows] or None.
+        packed: int32 buffer that all of them lie in, or None; see `unpack`.
     """
 
     token_ids: Any
@@ -58,6 +59,7 @@ class CudaOutputs:
     top_ids: Any | None = None
     top_logprobs: Any | None = None
     ranks: Any | None = None
+    packed: Any | None = None
 
 
 class CudaSampler:
@@ -67,18 +69,19 @@ class CudaSampler:
 
     Args:
         device: CUDA ordinal.
+        num_slots: batches that `prepare` may be ahead of the device.
 
     Raises:
         RuntimeError: this build has no CUDA side, or the device cannot be used.
     """
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self, device: int = 0, num_slots: int = 4) -> None:
         if not has_cuda():
             raise RuntimeError(
                 "logits are on a CUDA device, but this build of twinjet has no CUDA side: "
                 "build with TWINJET_CUDA=ON, or pass logits on the CPU"
             )
-        self._core = _core.CudaSampler(device)
+        self._core = _core.CudaSampler(device, num_slots)
         self.device = device
 
     def reserve(self, num_rows: int, vocab_size: int, num_edits: int = 0, num_allowed_rows: int = 0) -> None:
@@ -102,7 +105,7 @@ class CudaSampler:
     ) -> None:
         """Copy the requests' parameters for the next token to the device, on a stream.
 
-        Waits for nothing, unless four batches are on their way or memory has to grow. A request with
+        Waits for nothing, unless num_slots batches are on their way or memory has to grow. A request with
         penalties or bad words must know its output tokens by now (`append`); others need only the right
         position.
 
@@ -166,34 +169,49 @@ class CudaSampler:
 
     @staticmethod
     def allocate(logits: Any, num_logprobs: int | None = None) -> CudaOutputs:
-        """Make outputs for these logits with the library the logits belong to (torch or cupy)."""
+        """Make outputs for these logits with the library the logits belong to (torch or cupy).
+
+        They lie in one buffer, so that one copy brings them to the host.
+        """
         rows = int(logits.shape[0]) if len(logits.shape) == 2 else 1
         library = _library_of(logits)
         where = {"device": logits.device} if library.__name__ == "torch" else {}
+        packed = library.empty((_num_packed(rows, num_logprobs),), dtype=library.int32, **where)
+        tokens, status, ids, logprobs, ranks = _split(packed, rows, num_logprobs, library.float32)
+        return CudaOutputs(tokens, status, ids, logprobs, ranks, packed)
 
-        def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-            return library.empty(shape, dtype=dtype, **where)
 
-        if num_logprobs is None:
-            return CudaOutputs(empty((rows,), library.int32), empty((rows,), library.int32))
-        width = 1 + num_logprobs
-        return CudaOutputs(
-            empty((rows,), library.int32),
-            empty((rows,), library.int32),
-            empty((rows, width), library.int32),
-            empty((rows, width), library.float32),
-            empty((rows,), library.int32),
-        )
+def _num_packed(rows: int, num_logprobs: int | None) -> int:
+    return rows * (2 if num_logprobs is None else 3 + 2 * (1 + num_logprobs))
+
+
+def _split(packed: Any, rows: int, num_logprobs: int | None, float32: Any) -> tuple[Any, ...]:
+    """Give the views of a packed buffer in the order of CudaOutputs; numpy, torch or cupy."""
+    tokens, status = packed[:rows], packed[rows : 2 * rows]
+    if num_logprobs is None:
+        return tokens, status, None, None, None
+    shape = (rows, 1 + num_logprobs)
+    middle = 3 * rows + shape[0] * shape[1]
+    ids, logprobs = packed[3 * rows : middle], packed[middle:].view(float32)
+    return tokens, status, ids.reshape(shape), logprobs.reshape(shape), packed[2 * rows : 3 * rows]
+
+
+def unpack(
+    values: npt.NDArray[np.int32], rows: int, num_logprobs: int | None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32], tuple[npt.NDArray[Any], ...] | None]:
+    """Take a packed buffer's copy on the host apart: tokens, statuses, and (ids, logprobs, ranks) or None."""
+    tokens, status, *tops = _split(values, rows, num_logprobs, np.float32)
+    return tokens, status.view(np.uint32), None if num_logprobs is None else tuple(tops)
 
 
 def _library_of(array: Any) -> Any:
-    name = type(array).__module__.split(".")[0]
-    if name not in ("torch", "cupy"):
+    names = {cls.__module__.split(".")[0] for cls in type(array).__mro__} & {"torch", "cupy"}
+    if not names:
         raise TypeError(
             f"logits on a CUDA device are a {type(array).__name__}: must be a torch or cupy array here; "
             "use twinjet._sampling_cuda.CudaSampler with outputs of your own for others"
         )
-    return sys.modules[name]
+    return sys.modules[names.pop()]
 
 
 def current_stream(array: Any) -> int:
@@ -268,13 +286,10 @@ def sample(
         dtype=dtype,
         stream=stream,
     )
-    tokens: npt.NDArray[np.int32] = to_host(outputs.token_ids)
-    status = to_host(outputs.status).view(np.uint32)
+    tokens, status, tops = unpack(to_host(outputs.packed), rows, num_logprobs)
     for request, token, wanted in zip(
         requests, tokens.tolist(), np.broadcast_to(flags, (rows,)), strict=True
     ):
         if wanted and token >= 0:
             request.append(token)
-    if outputs.top_ids is None:
-        return tokens, status, None
-    return tokens, status, (to_host(outputs.top_ids), to_host(outputs.top_logprobs), to_host(outputs.ranks))
+    return tokens, status, tops

@@ -46,6 +46,22 @@ def test_cuda_half_refuses_what_the_cpu_half_refuses(monkeypatch: pytest.MonkeyP
         Sampler().sample(OnCuda(), [Request(8)], bitmask_rows=np.zeros(1, np.int32))
 
 
+@pytest.mark.parametrize("num_logprobs", [None, 0, 3])
+def test_outputs_share_a_buffer_that_one_copy_brings_back(num_logprobs: int | None) -> None:
+    torch = pytest.importorskip("torch")
+    made = _sampling_cuda.CudaSampler.allocate(torch.zeros(2, 8), num_logprobs)
+    assert made.packed is not None
+    parts = [made.token_ids, made.status]
+    if num_logprobs is not None:
+        parts += [made.top_ids, made.top_logprobs, made.ranks]
+    for number, part in enumerate(parts):
+        part.copy_(torch.arange(part.numel()).reshape(part.shape) + 100 * number)
+    assert made.packed.numel() == sum(part.numel() for part in parts)
+    tokens, status, tops = _sampling_cuda.unpack(made.packed.numpy(), 2, num_logprobs)
+    found = [tokens, status.view(np.int32), *(tops or ())]
+    assert [part.tolist() for part in found] == [part.tolist() for part in parts]
+
+
 def test_import_needs_no_gpu_library() -> None:
     code = "import sys, twinjet.sampling; assert 'torch' not in sys.modules and 'cupy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

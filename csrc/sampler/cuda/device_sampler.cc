@@ -1,6 +1,7 @@
 #include "sampler/cuda/device_sampler.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <string>
 
@@ -69,7 +70,8 @@ void CheckCuda(cudaError_t error, const char* call) {
   throw CudaError(call, error);
 }
 
-DeviceSampler::DeviceSampler(int device) : device_(device) {
+DeviceSampler::DeviceSampler(int device, int num_slots)
+    : device_(device), slots_(static_cast<size_t>(std::max(1, num_slots))) {
   const CurrentDevice current(device);
   CheckCuda(QueryLimits(device, &limits_), "QueryLimits");
   CheckCuda(cudaEventCreateWithFlags(&last_work_, cudaEventDisableTiming), "cudaEventCreate");
@@ -92,6 +94,8 @@ DeviceSampler::~DeviceSampler() {
 
 void DeviceSampler::GrowBatch(size_t bytes) {
   if (bytes <= batch_size_) return;
+  // Penalties add a token a step; freeing memory waits for the device, so it must not happen at each.
+  bytes = std::bit_ceil(bytes);
   CheckCuda(cudaFree(batch_), "cudaFree");
   batch_ = nullptr;
   batch_size_ = 0;
@@ -128,6 +132,7 @@ char* DeviceSampler::TakeSlot(size_t bytes) {
   if (slot.in_flight) CheckCuda(cudaEventSynchronize(slot.copied), "cudaEventSynchronize");
   slot.in_flight = false;
   if (bytes > slot.size) {
+    bytes = std::bit_ceil(bytes);
     CheckCuda(cudaFreeHost(slot.data), "cudaFreeHost");
     slot.data = nullptr;
     slot.size = 0;
@@ -152,9 +157,9 @@ void DeviceSampler::Reserve(int32_t num_rows, int32_t vocab_size, size_t num_edi
   const size_t bytes = RoundUp16(static_cast<size_t>(num_rows) * sizeof(DeviceRow)) +
                        num_edits * sizeof(Edit) + RoundUp16(num_allowed_rows * words * sizeof(uint32_t));
   GrowBatch(bytes);
-  for (int i = 0; i < kSlots; ++i) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
     TakeSlot(bytes);
-    next_slot_ = (next_slot_ + 1) % kSlots;
+    next_slot_ = (next_slot_ + 1) % slots_.size();
   }
   GrowRows(num_rows);
   GrowScratch(ScratchFloats(ChooseShape(limits_, num_rows, vocab_size, force_cluster_), vocab_size));
@@ -201,7 +206,7 @@ void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, c
   Slot& slot = slots_[next_slot_];
   CheckCuda(cudaEventRecord(slot.copied, stream), "cudaEventRecord");
   slot.in_flight = true;
-  next_slot_ = (next_slot_ + 1) % kSlots;
+  next_slot_ = (next_slot_ + 1) % slots_.size();
   num_rows_ = static_cast<int32_t>(rows.size());
   vocab_size_ = vocab_size;
   CheckCuda(cudaEventRecord(last_work_, stream), "cudaEventRecord");

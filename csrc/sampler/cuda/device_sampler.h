@@ -4,10 +4,10 @@
 //   sampler.Prepare(rows, vocab_size, stream);             // parameters and edits, host to device
 //   sampler.Sample(logits, outputs, stream);     // kernels only: may be captured in a graph
 //
-// Prepare copies through pinned buffers and does not wait for the device, except when it is kSlots batches
-// ahead of it, or when memory has to grow; it grows to the largest batch seen and then stays. Calls are
-// ordered by the streams they are given: when the stream changes, the new one waits for the old one's work.
-// One caller at a time.
+// Prepare copies through pinned buffers and does not wait for the device, except when it is num_slots batches
+// ahead of it, or when memory has to grow; it grows by doubling to the largest batch seen and then stays.
+// Calls are ordered by the streams they are given: when the stream changes, the new one waits for the old
+// one's work. One caller at a time.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -61,8 +61,8 @@ struct Outputs {
 
 class DeviceSampler {
  public:
-  // Throws CudaError.
-  explicit DeviceSampler(int device);
+  // num_slots: batches that may be on their way to the device at once, at least 1. Throws CudaError.
+  explicit DeviceSampler(int device, int num_slots = 4);
   ~DeviceSampler();
   DeviceSampler(const DeviceSampler&) = delete;
   DeviceSampler& operator=(const DeviceSampler&) = delete;
@@ -86,7 +86,6 @@ class DeviceSampler {
   void Sample(const Logits& logits, const Outputs& outputs, cudaStream_t stream);
 
  private:
-  static constexpr int kSlots = 4;
   struct Slot {
     char* data = nullptr;  // pinned
     size_t size = 0;
@@ -103,8 +102,8 @@ class DeviceSampler {
   int device_;
   DeviceLimits limits_;
   int32_t force_cluster_ = 0;
-  Slot slots_[kSlots];
-  int next_slot_ = 0;
+  std::vector<Slot> slots_;
+  size_t next_slot_ = 0;
   std::vector<Edit> edits_;            // of the batch being prepared
   std::vector<uint32_t> edit_begins_;  // of its rows
   char* batch_ = nullptr;              // device: rows, edits, allowed masks

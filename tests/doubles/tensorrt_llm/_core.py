@@ -4,7 +4,7 @@ What is recorded and enforced: submission only inside a running loop; SamplingPa
 result object, changed in place, cumulative and shrinking when a stop is stripped; finish reasons only when
 all outputs are final; a stop string ending all outputs; request errors raised from the step without marking
 the result finished; logits processors on copies that went through pickle, shown one token too few while
-scheduling overlaps, and called once more after the end; fatal errors at one result only, with an engine that
+scheduling overlaps, called for each chunk of a prompt and once more after the end; fatal errors at one result only, with an engine that
 looks healthy in 1.2; single destructive iterators for statistics and KV events.
 """
 
@@ -431,6 +431,8 @@ class LLM:
         if not request.has_prefilled:
             request.has_prefilled = True
             request.cached_tokens = self._match_prefix(request)
+            if self.args.enable_chunked_prefill:
+                self._process_early_chunks(request)
         for sequence in list(request.open):
             self._step_sequence(request, sequence)
         for sequence in request.sequences:
@@ -440,6 +442,13 @@ class LLM:
                 self._process(request, sequence, toy_logits(request.prompt + sequence.tokens))
         if not request.open:
             self._active.remove(request)
+
+    def _process_early_chunks(self, request: _Request) -> None:
+        """Call the processors as for a first token, which is thrown away, for each chunk but the last."""
+        size = self.args.max_num_tokens or 8192
+        for end in range(size, len(request.prompt), size):
+            for sequence in request.sequences:
+                self._process(request, sequence, toy_logits(request.prompt[:end]))
 
     @property
     def _overlaps(self) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from tests.engines.factories import double_installed
+from twinjet.engines.tensorrt_llm.channel import ReportChannel
 
 
 @pytest.fixture(params=["1.2", "1.3"])
@@ -21,3 +22,12 @@ def double() -> Iterator[None]:
     """The stand-in of 1.2, the version that pip gives."""
     with double_installed("1.2"):
         yield
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[ReportChannel]:
+    """The server's end of the reports."""
+    started = ReportChannel()
+    await started.start()
+    yield started
+    await started.stop()

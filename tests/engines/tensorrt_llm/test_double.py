@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 from importlib import resources
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -228,3 +228,25 @@ async def test_statistics_are_one_destructive_iterator(version: str) -> None:
     assert set(rows[0]["kvCacheStats"]) == set(CONTRACT["stats"]["kvCacheStats"])
     assert [row async for row in second] == [], "what was read is gone"
     llm.shutdown()
+
+
+async def test_processors_are_called_for_each_chunk_of_a_prompt(version: str) -> None:
+    shown: list[int] = []
+    llm = make_llm(enable_chunked_prefill=True, max_num_tokens=16)
+    used = params(max_tokens=2, ignore_eos=True, logits_processor=Shown())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shown, "lengths", shown, raising=False)
+        await llm.generate_async(prompt("a" * 40), sampling_params=used)
+    assert shown[:4] == [40, 40, 40, 40], (
+        "two chunks, the first token, and the second one with a list that lags"
+    )
+    llm.shutdown()
+
+
+class Shown:
+    """Keeps how long the lists were that it was shown."""
+
+    lengths: ClassVar[list[int]]
+
+    def __call__(self, req_id: Any, logits: Any, token_ids: Any, stream_ptr: Any, client_id: Any) -> None:
+        self.lengths.append(len(token_ids[0]))

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import multiprocessing
 import pickle
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -26,14 +25,6 @@ from twinjet.sampling import Request, Sampler
 
 VOCAB = 258
 PROMPT = [257, 72, 105]
-
-
-@pytest.fixture
-async def channel() -> AsyncIterator[ReportChannel]:
-    started = ReportChannel()
-    await started.start()
-    yield started
-    await started.stop()
 
 
 def settings(channel: ReportChannel, key: int, **changes: Any) -> DrawSettings:

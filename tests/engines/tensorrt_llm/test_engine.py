@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.engines.factories import double_installed, make_request, make_trt
+from tests.engines.tensorrt_llm.fake_device import fake_device
 from tests.engines.test_contract import collect
 from twinjet.config import Config
 from twinjet.engines.base import KvStored, LoadProgress, OutputEvent
@@ -28,6 +29,7 @@ from twinjet.errors import (
     Unsupported,
 )
 from twinjet.request import Constraint
+from twinjet.sampling import cpu_target
 
 
 @contextlib.asynccontextmanager
@@ -122,6 +124,34 @@ async def test_our_sampler_is_used_and_counted(version: str) -> None:
         assert (sampler.implementation, sampler.reason) == ("twinjet", "")
         assert sampler.counters["tokens_twinjet"] == 5
         assert sampler.counters["requests_twinjet"] == 1
+
+
+async def test_the_sampler_names_what_really_draws(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with started() as engine:
+        assert engine.describe().sampler.target == cpu_target()
+    fake_device(monkeypatch)
+    async with started() as engine:
+        assert engine.describe().sampler.target == "cuda"
+        outcome = await collect(engine, make_request(engine, logprobs=2, max_tokens=6, ignore_eos=True))
+        assert len(outcome.logprobs[0]) == 6
+        assert engine.describe().sampler.counters["outputs_copied_to_cpu"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"enable_chunked_prefill": True, "max_num_tokens": 16}, "chunked prefill"),
+        ({"scheduler_config": {"capacity_scheduler_policy": "max_utilization"}}, "max_utilization"),
+    ],
+)
+async def test_where_the_hook_sees_rows_that_are_no_token_the_engine_draws(
+    version: str, options: dict[str, Any], word: str
+) -> None:
+    async with started(options) as engine:
+        assert word in engine.describe().sampler.reason
+        outcome = await collect(engine, make_request(engine, "a" * 40, max_tokens=6, ignore_eos=True))
+        assert len(outcome.tokens[0]) == 6
+        assert engine.describe().sampler.counters["requests_engine"] == 1
 
 
 async def test_an_engine_that_ignores_the_hook_falls_back(
@@ -231,7 +261,7 @@ async def test_a_prebuilt_engine_is_recognised_and_draws_itself(version: str, tm
     (tmp_path / "config.json").write_text(
         '{"pretrained_config": {"vocab_size": 258}, "build_config": {"max_seq_len": 512, "max_batch_size": 8}}'
     )
-    from twinjet.engines.tensorrt_llm import TrtLlmEngine
+    from twinjet.engines.tensorrt_llm.engine import TrtLlmEngine
 
     engine = TrtLlmEngine("built", str(tmp_path), {})
     try:

@@ -86,6 +86,21 @@ def test_it_draws_what_the_native_sampler_draws(wrapped: Any) -> None:
     assert wrapped.stock.calls == 0
 
 
+def test_what_the_device_cannot_draw_goes_to_vllms_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinjet import _core
+    from twinjet.engines.vllm import sampler
+
+    drawing = sampler.Drawing(VOCAB, "raw_logprobs")
+    on_gpu: Any = Made(device=Made(type="cuda"), is_cuda=True)
+    monkeypatch.setattr(sampler, "has_cuda", lambda: False)
+    assert drawing.reason(on_gpu, None) == "device"
+    monkeypatch.setattr(sampler, "has_cuda", lambda: True)
+    monkeypatch.setattr(_core, "CUDA_MAX_LOGPROBS", 128, raising=False)
+    assert drawing.reason(on_gpu, 128) == ""
+    assert drawing.reason(on_gpu, 129) == "more_logprobs_than_on_cuda"
+    assert drawing.reason(logits(1), 129) == ""
+
+
 def test_an_unfinished_prefill_does_not_advance(wrapped: Any) -> None:
     wrapped.add_request(1, native_params())
     thrown = wrapped(logits(1), batch([1], [2])).sampled_token_ids

@@ -56,6 +56,13 @@ def test_a_sequence_follows_its_output_however_it_came_about() -> None:
     assert len(again) == 0
 
 
+def test_tokens_that_the_host_does_not_know_yet_leave_the_request_to_vllm() -> None:
+    table = RequestTable(VOCAB)
+    assert isinstance(table.get("a", native_params(), [1], []), Request)
+    assert table.get("a", native_params(), [1], [4, -1]) == "tokens_not_known"
+    assert table.get("a", native_params(), [1], [4, 5]) == "tokens_not_known", "its position is lost for good"
+
+
 def test_every_field_reaches_the_native_request() -> None:
     flat = np.zeros((1, VOCAB), np.float32)
 

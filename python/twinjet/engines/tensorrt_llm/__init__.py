@@ -1,5 +1,1 @@
-"""The TensorRT-LLM engine; importing it loads nothing of TensorRT-LLM."""
-
-from twinjet.engines.tensorrt_llm.engine import TrtLlmEngine
-
-__all__ = ["TrtLlmEngine"]
+"""The TensorRT-LLM engine (engine.py); the engine's workers import parts of it, so nothing is imported here."""

@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _HEADER = struct.Struct("<BQIiII")  # kind, key, position, token id, rank, number of entries or bytes
 _TOKEN = 0
 _FAULT = 1
+_TARGET = 2
 _ENTRY_BYTES = 8
 _SEND_BUFFER_BYTES = 4 << 20
 _SEND_TIMEOUT_S = 1.0
@@ -63,13 +65,21 @@ def encode_fault(key: int, position: int, message: str) -> bytes:
     return _HEADER.pack(_FAULT, key, position, -1, 0, len(text)) + text
 
 
+def encode_target(key: int, name: str) -> bytes:
+    """Frame the name of what draws the tokens of request `key`."""
+    text = name.encode()
+    return _HEADER.pack(_TARGET, key, 0, -1, 0, len(text)) + text
+
+
 class Reporter:
     """The worker's end: sends frames and never raises, since an exception would end the engine.
 
-    After a failed send the connection is given up for good: the server notices by its missing reports.
+    After a failed send the connection is given up for good: the server notices by its missing reports. Any
+    thread may send.
     """
 
     def __init__(self, path: str) -> None:
+        self._sending = threading.Lock()
         self._socket: socket.socket | None = None
         try:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -80,12 +90,13 @@ class Reporter:
             self._give_up(error)
 
     def send(self, frame: bytes) -> None:
-        if self._socket is None:
-            return
-        try:
-            self._socket.sendall(frame)
-        except OSError as error:
-            self._give_up(error)
+        with self._sending:
+            if self._socket is None:
+                return
+            try:
+                self._socket.sendall(frame)
+            except OSError as error:
+                self._give_up(error)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -98,13 +109,15 @@ class Reporter:
 
 
 _reporters: dict[str, Reporter] = {}
+_connecting = threading.Lock()
 
 
 def reporter(path: str) -> Reporter:
     """Give this process's connection to the server at path."""
-    found = _reporters.get(path)
-    if found is None:
-        found = _reporters[path] = Reporter(path)
+    with _connecting:
+        found = _reporters.get(path)
+        if found is None:
+            found = _reporters[path] = Reporter(path)
     return found
 
 
@@ -117,9 +130,13 @@ def close_reporter(path: str) -> None:
 
 @dataclass(eq=False)
 class Inbox:
-    """Reports of one engine request; closed by the engine when the request is over."""
+    """Reports of one engine request; closed by the engine when the request is over.
+
+    target: what draws in the workers ("cuda", a CPU's instruction set), None if they did not say.
+    """
 
     num_disagreements: int = 0
+    target: str | None = None
     _reports: dict[int, TokenReport] = field(default_factory=dict)
     _seen: dict[int, int] = field(default_factory=dict)
     _fault: str | None = None
@@ -232,6 +249,9 @@ class ReportChannel:
             return
         if kind == _FAULT:
             inbox.put_fault(body.decode(errors="replace"))
+            return
+        if kind == _TARGET:
+            inbox.target = body.decode()
             return
         entries = np.frombuffer(body, dtype=[("id", "<i4"), ("logprob", "<f4")])
         pairs = zip(entries["id"].tolist(), entries["logprob"].tolist(), strict=True)

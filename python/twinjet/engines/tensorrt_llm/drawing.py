@@ -7,8 +7,10 @@ import logging
 from collections import Counter
 from types import MappingProxyType
 
+from twinjet._sampling_cuda import has_cuda
 from twinjet.engines.base import Component
 from twinjet.engines.tensorrt_llm.channel import ReportChannel
+from twinjet.engines.tensorrt_llm.device_draw import TARGET
 from twinjet.engines.tensorrt_llm.grammar import GrammarCompiler, GrammarHandle, GrammarUnavailable
 from twinjet.engines.tensorrt_llm.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.model import ModelFacts
@@ -34,6 +36,7 @@ class Drawing:
         self._channel = channel
         self._reason = reason
         self._grammar_reason = ""
+        self._target = ""
         self._grammars: GrammarCompiler | None = None
         self._model: ModelFacts
 
@@ -56,8 +59,19 @@ class Drawing:
             self._reason = "prebuilt engines call logits processors in another way"
         if not self._reason and self._handle.settings.speculates:
             self._reason = "speculative decoding and logits processors do not go together"
+        if not self._reason and self._handle.arg("enable_chunked_prefill", False):
+            self._reason = (
+                "with chunked prefill the engine calls a logits processor for each chunk and does not say which "
+                "is the last; set enable_chunked_prefill = false and max_num_tokens to the longest prompt"
+            )
+        if not self._reason and self._handle.settings.policy == "max_utilization":
+            self._reason = (
+                "a request that max_utilization pauses goes on with a token that no logits processor has seen; "
+                'set capacity_scheduler_policy = "guaranteed_no_evict"'
+            )
         if not self._reason:
             self._reason = await test.sampler()
+            self._target = test.target
         if self._reason:
             log.warning("%s: the engine's own sampler draws: %s", self._handle.name, self._reason)
             self._grammar_reason = self._reason
@@ -115,9 +129,12 @@ class Drawing:
         counters = MappingProxyType(dict(self.counters))
         if self._reason:
             return Component("engine", self._handle.package.version, "cuda", self._reason, counters)
-        from twinjet.sampling import SPEC_VERSION, cpu_target
+        from twinjet.sampling import SPEC_VERSION
 
-        reason = ""
+        reasons = []
+        if self._target != TARGET and self._model.device != "cpu":
+            lack = "" if has_cuda() else ": this build has no CUDA side"
+            reasons.append(f"rows are copied from the GPU to the CPU{lack}")
         if self._grammar_reason:
-            reason = f"constraints use the engine's sampler: {self._grammar_reason}"
-        return Component("twinjet", str(SPEC_VERSION), cpu_target(), reason, counters)
+            reasons.append(f"constraints use the engine's sampler: {self._grammar_reason}")
+        return Component("twinjet", str(SPEC_VERSION), self._target, "; ".join(reasons), counters)

@@ -7,18 +7,29 @@ Traps: it runs in the engine's worker processes, one copy per tensor-parallel ra
 pure function of what it is given. The token list it is shown lags one token behind with the overlap
 scheduler, so it keeps its own sequence and counts its calls. After a sequence has ended it may be called once
 more, for a token that is thrown away. An exception would end the engine: none leaves __call__.
+
+On a GPU the call does not wait: the token is drawn and forced on the device, a thread of the worker finishes
+the draw (bookkeeping, reports) when the token has arrived, and the next call waits for that.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from twinjet.engines.tensorrt_llm.channel import TokenReport, encode_fault, encode_token, reporter
+from twinjet.engines.tensorrt_llm import device_draw
+from twinjet.engines.tensorrt_llm.channel import (
+    TokenReport,
+    encode_fault,
+    encode_target,
+    encode_token,
+    reporter,
+)
 from twinjet.engines.tensorrt_llm.grammar import GrammarHandle, Matcher
 
 if TYPE_CHECKING:
@@ -38,7 +49,7 @@ class DrawSettings:
     vocab_size: ids below it can be drawn; rows may be wider (padding for tensor parallelism).
     end_token_ids: ids that end the output; min_tokens holds them back. fault_token_id: forced after a fault.
     num_logprobs: None for no logprobs; then only tokens that end the output are reported, so that the server
-    can tell a drawn end from one that a fault has forced.
+    can tell a drawn end from one that a fault has forced. tells_target: report what draws here.
     """
 
     key: int
@@ -63,6 +74,7 @@ class DrawSettings:
     fault_token_id: int
     num_logprobs: int | None
     grammar: GrammarHandle | None = None
+    tells_target: bool = False
 
 
 class DrawFault(Exception):
@@ -83,6 +95,7 @@ class DrawProcessor:
         self.settings = settings
         self._state: _State | None = None
         self._fault: str | None = None
+        self._finishing: Future[bool] | None = None
 
     def __reduce__(self) -> tuple[type[DrawProcessor], tuple[DrawSettings]]:
         return DrawProcessor, (self.settings,)
@@ -100,40 +113,65 @@ class DrawProcessor:
         token_ids: one list, prompt and output tokens so far, the last one possibly missing. req_id and
         client_id are the engine's and say nothing here; stream_ptr is None in the PyTorch backend.
         """
-        token = self.settings.fault_token_id
-        if self._fault is None:
-            try:
-                token = self._step(logits, token_ids)
-            except DrawFault as fault:
-                self._report_fault(str(fault))
-            except Exception as error:
-                log.exception("the sampler failed for one request")
-                self._report_fault(f"{type(error).__name__}: {error}")
-        logits.fill_(-math.inf)
-        logits[..., token] = 0.0
+        if self._finishing is not None:
+            self._finishing.result()
+            self._finishing = None
+        if self._fault is None and self._guarded(lambda: self._step(logits, token_ids)):
+            return
+        # A device that failed fails here too: then the report alone ends the request.
+        self._guarded(lambda: _force(logits, self.settings.fault_token_id))
 
-    def _step(self, logits: Any, token_ids: list[list[int]]) -> int:
+    def _guarded(self, action: Callable[[], None]) -> bool:
+        """Do it; report a failure as the request's fault and return False."""
+        try:
+            action()
+        except DrawFault as fault:
+            self._report_fault(str(fault))
+            return False
+        except Exception as error:
+            log.exception("the sampler failed for one request")
+            self._report_fault(f"{type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _step(self, logits: Any, token_ids: list[list[int]]) -> None:
         if len(token_ids) != 1 or logits.shape[0] != 1:
             raise DrawFault(f"{len(token_ids)} sequences in one row of logits; beam search is not possible")
+        row = logits.reshape(-1)[: self.settings.vocab_size]
+        is_on_device = device_draw.can_draw(row, self.settings.num_logprobs)
         if self._state is None:
             self._state = self._begin(token_ids[0])
+            self._report_target(is_on_device, is_copied=row.is_cuda and not is_on_device)
         state = self._state
         self._check_sequence(state, token_ids[0])
-        row = logits.reshape(-1)[: self.settings.vocab_size]
-        if row.is_cuda:
-            row = row.float().cpu()
         mask = None if state.matcher is None else state.matcher.bitmask()
+        if is_on_device:
+            drawn = device_draw.draw(row, state.request, mask, self.settings.num_logprobs)
+            device_draw.force(logits, drawn.token_id, self.settings.fault_token_id)
+            self._finishing = _finisher().submit(
+                self._guarded, lambda: self._finish(state, drawn.result(), append=True)
+            )
+            return
         result = _sampler().sample(
-            row, [state.request], bitmask=mask, num_logprobs=self.settings.num_logprobs
+            row.float().cpu() if row.is_cuda else row,
+            [state.request],
+            bitmask=mask,
+            num_logprobs=self.settings.num_logprobs,
         )
+        self._finish(state, result, append=False)
+        _force(logits, state.tokens[-1])
+
+    def _finish(self, state: _State, result: SampleResult, *, append: bool) -> None:
+        """Take a drawn token into the sequence, and report it where the server needs that."""
         token = int(result.token_ids[0])
         if token < 0:
             raise DrawFault("no token is admissible")
         if state.matcher is not None and not state.matcher.accept(token):
             raise DrawFault(f"the grammar refused token {token}, which its own mask allows")
+        if append:
+            state.request.append(token)
         self._report_token(state, token, result)
         state.tokens.append(token)
-        return token
 
     def _begin(self, shown: list[int]) -> _State:
         from twinjet.sampling import Request
@@ -182,7 +220,14 @@ class DrawProcessor:
         report = TokenReport(token, 0, ()) if result.logprobs is None else _report(result)
         reporter(self.settings.report_path).send(encode_token(self.settings.key, position, report))
 
+    def _report_target(self, is_on_device: bool, *, is_copied: bool) -> None:
+        if self.settings.tells_target or is_copied:
+            target = device_draw.TARGET if is_on_device else _sampler().target
+            reporter(self.settings.report_path).send(encode_target(self.settings.key, target))
+
     def _report_fault(self, message: str) -> None:
+        if self._fault is not None:
+            return
         self._fault = message
         position = 0 if self._state is None else len(self._state.tokens)
         reporter(self.settings.report_path).send(encode_fault(self.settings.key, position, message))
@@ -198,6 +243,17 @@ def _report(result: SampleResult) -> TokenReport:
         if token_id >= 0
     )
     return TokenReport(int(result.token_ids[0]), int(logprobs.ranks[0]), entries)
+
+
+def _force(logits: Any, token_id: int) -> None:
+    logits.fill_(-math.inf)
+    logits[..., token_id] = 0.0
+
+
+@lru_cache(maxsize=1)
+def _finisher() -> ThreadPoolExecutor:
+    # One thread: draws end in the order in which they were started.
+    return ThreadPoolExecutor(1, thread_name_prefix="twinjet draws")
 
 
 @lru_cache(maxsize=1)

@@ -128,6 +128,8 @@ class RequestRun:
         finally:
             channel.close(key)
             self._context.counters["rank_disagreements"] += inbox.num_disagreements
+            # Workers say what draws only where a GPU's row had to be copied to the CPU.
+            self._context.counters["outputs_copied_to_cpu"] += inbox.target is not None
             if result is not None and not result.finished:
                 _abort(result)
             self._changed.set()

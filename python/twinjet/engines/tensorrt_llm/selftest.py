@@ -37,6 +37,8 @@ class SelfTest:
         self._tokens = tokens
         self._prompt = prompt
         self._timeout_s = timeout_s
+        self.target = ""
+        """What draws in the workers, known after sampler()."""
 
     async def probe(self) -> None:
         """Draw one token, greedily, with the engine's own sampler. Raises whatever the engine raises."""
@@ -65,6 +67,7 @@ class SelfTest:
             min_p=0.0, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, logit_bias={},
             allowed_token_ids=allowed, bad_words=(), min_tokens=0, max_tokens=_NUM_TOKENS, end_token_ids=(),
             fault_token_id=self._tokens.first_eos_token_id, num_logprobs=0, grammar=grammar,
+            tells_target=True,
         )  # fmt: skip
         try:
             tokens = await self._generate(
@@ -77,6 +80,7 @@ class SelfTest:
             return f"the engine refused our sampler: {error}"
         finally:
             self._channel.close(key)
+        self.target = inbox.target or self.target
         if not tokens or tokens != reports or (allowed and not set(tokens) <= set(allowed)):
             return f"the engine did not keep our sampler's tokens: drew {reports}, got {tokens}"
         return ""

@@ -79,6 +79,10 @@ class RequestTable:
         if known > len(output):
             entry.truncate(len(output))
         elif known < len(output):
+            if min(output[known:]) < 0:
+                # Asynchronous scheduling: vLLM's own sampler drew them and the host does not know them yet.
+                self._entries[request_id] = "tokens_not_known"
+                return "tokens_not_known"
             for token in output[known:]:
                 entry.append(token)
         return entry

@@ -6,7 +6,6 @@ applied the grammar's bitmask to the logits before.
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,8 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.sampler import Sampler as StockSampler
 
+from twinjet import _core
+from twinjet._sampling_cuda import has_cuda
 from twinjet.engines.vllm.requests import RequestTable
 from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN, Request, Sampler
 
@@ -32,12 +33,14 @@ class Drawing:
         self.counters: Counter[str] = Counter()
         self.has_empty_rows = False
         self.logprobs_mode = logprobs_mode
-        self._has_cuda = importlib.util.find_spec("twinjet._sampling_cuda") is not None
+        self.target = self.native.target
 
     def reason(self, logits: torch.Tensor, num_logprobs: int | None) -> str:
         """Say why no batch like this is ours, "" if it may be."""
-        if logits.device.type != "cpu" and not (logits.is_cuda and self._has_cuda):
+        if logits.device.type != "cpu" and not (logits.is_cuda and has_cuda()):
             return "device"
+        if logits.is_cuda and num_logprobs is not None and num_logprobs > _core.CUDA_MAX_LOGPROBS:
+            return "more_logprobs_than_on_cuda"
         if num_logprobs is not None and self.logprobs_mode not in _MODES:
             return "logprobs_mode"
         return ""
@@ -57,6 +60,7 @@ class Drawing:
             num_logprobs=num_logprobs,
             logprobs_mode=_MODES.get(self.logprobs_mode, "raw"),  # type: ignore[arg-type]
         )
+        self.target = "cuda" if logits.is_cuda else self.native.target
         self.counters["steps"] += 1
         self.counters["rows"] += len(requests)
         status = np.asarray(result.status)

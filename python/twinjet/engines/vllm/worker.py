@@ -68,7 +68,7 @@ def _counters(self: Worker) -> dict[str, Any]:
         return {"spec_version": 0, "target": "", "counters": {}, "reason": "this model's runner has none"}
     return {
         "spec_version": SPEC_VERSION,
-        "target": drawing.native.target,
+        "target": drawing.target,
         "counters": dict(drawing.counters),
         "reason": "",
     }
