@@ -64,7 +64,9 @@ async def tokens_per_second(
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     options = {"max_num_seqs": args.streams, "max_model_len": 2048}
     engines = {
-        name: VllmEngine(name, args.model, options, native_sampler=name == "twinjet", native_block_manager=False)
+        name: VllmEngine(
+            name, args.model, options, native_sampler=name == "twinjet", native_block_manager=False
+        )
         for name in ("vllm", "twinjet")
     }
     for engine in engines.values():

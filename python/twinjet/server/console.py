@@ -58,12 +58,13 @@ class _Console:
             self._announce(server)
 
     def _announce(self, server: Server) -> None:
-        models = server.deployments.models
+        deployments = server.deployments
+        models = [model for model in deployments.models if deployments.is_serving(model)]
         self._progress.say(
             f"serving {', '.join(models)} on {server.address} "
             f"after {self._progress.elapsed_s:.1f} s; Ctrl-C stops it. Try:"
         )
-        model = models[0] if len(models) > 1 else ""
+        model = models[0] if len(deployments.models) > 1 else ""
         self._progress.say(f"\n  {grpcurl_command(self._config, server.address, model)}\n")
 
 
