@@ -17,7 +17,7 @@ run := PYTHONPATH=python $(BIN)/python
 endif
 
 
-.PHONY: serve venv test cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan
+.PHONY: serve venv test cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan
 
 # Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
 serve:
@@ -72,12 +72,30 @@ cuda: venv
 stubs:
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python proto/generate.py python
 
-# The C++ tests, plain and under the sanitizers; each builds the cores anew and runs ctest.
+# The C++ tests, plain and under the sanitizers; each builds the cores anew and runs ctest. Under the thread
+# sanitizer only those that have threads.
 test-cpp: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=Release
 test-cpp-asan: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTWINJET_SANITIZE=address,undefined
 test-cpp-tsan: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTWINJET_SANITIZE=thread
+test-cpp-tsan: CPP_TEST_TARGET := --target threaded_tests
+test-cpp-tsan: CTEST_FLAGS := -L threaded
 test-cpp test-cpp-asan test-cpp-tsan:
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/$@ -G Ninja $(CPP_TEST_FLAGS) -DTWINJET_WERROR=ON \
 	  -DTWINJET_CUDA=OFF -DTWINJET_PYTHON=OFF -DTWINJET_TESTS=ON
-	PATH=$(abspath $(BIN)):$$PATH cmake --build build/$@ -j 2
-	PATH=$(abspath $(BIN)):$$PATH ctest --test-dir build/$@ --output-on-failure
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/$@ -j 2 $(CPP_TEST_TARGET)
+	PATH=$(abspath $(BIN)):$$PATH ctest --test-dir build/$@ --output-on-failure $(CTEST_FLAGS)
+
+# The extension itself under the address and undefined-behaviour sanitizers: its Python tests without an engine.
+# Not part of `make test`: its build alone takes some minutes.
+CORE_ASAN := build/test-core-asan
+CORE_ASAN_TESTS ?= tests/kv tests/sampling tests/scheduler tests/engines/vllm
+test-core-asan: venv stubs
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(CORE_ASAN) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DTWINJET_SANITIZE=address,undefined -DTWINJET_WERROR=ON -DTWINJET_CUDA=OFF -DSKBUILD_PROJECT_VERSION=0.1.0 \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	PATH=$(abspath $(BIN)):$$PATH cmake --build $(CORE_ASAN) --target _core
+	rm -rf $(CORE_ASAN)/python && mkdir $(CORE_ASAN)/python && cp -r python/twinjet $(CORE_ASAN)/python/
+	cp $(CORE_ASAN)/csrc/bindings/_core*.so $(CORE_ASAN)/python/twinjet/
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
+	  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  PYTHONPATH=$(CORE_ASAN)/python $(BIN)/python -m pytest -s -q -W default -m "not engine" $(CORE_ASAN_TESTS)
