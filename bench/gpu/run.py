@@ -317,10 +317,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(8, 6))
     for what in dict.fromkeys(r["what"] for r in report["torch"]):
         points = [(r["batch"], r["microseconds"]) for r in report["torch"] if r["what"] == what]
-        axes.plot(*zip(*points, strict=True), marker="o", label=what)
+        style = {"torch": ":", "flashinfer": "--"}.get(what.split()[0], "-")
+        axes.plot(*zip(*points, strict=True), style, marker="o", label=what)
     axes.set(
         xscale="log",
         yscale="log",

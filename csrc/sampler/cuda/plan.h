@@ -118,9 +118,8 @@ static_assert(sizeof(DeviceRow) % 16 == 0);
 struct ListHeader {
   uint32_t count;  // above the capacity: the rest is missing
   uint32_t reserved;
-  uint64_t mass;      // of the block's kept tokens, where the search sums weights
-  uint64_t reaching;  // of those from the pivot up
-  uint64_t reserved2;
+  uint64_t mass;  // of the block's kept tokens, where the search sums weights
+  uint64_t reserved2[2];
 };
 
 // Byte offsets of the arrays behind the head. Those with a slot for each block of the cluster are where the
