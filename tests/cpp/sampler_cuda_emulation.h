@@ -27,8 +27,9 @@ struct Block {
   std::vector<float> slice;
   std::vector<float> group_max;
   std::vector<uint64_t> group_mass;
-  std::vector<float> list;  // at most kMaxCandidates kept
+  std::vector<float> list;  // at most ListCapacity() of them
   size_t list_size = 0;
+  std::vector<float> kept;  // at most kMaxKept
   int32_t first_group = 0;
   int32_t num_local = 0;
 };
@@ -40,6 +41,7 @@ class Row {
       : vocab_size_(static_cast<int32_t>(edited.size())) {
     num_groups_ = NumGroups(vocab_size_);
     groups_per_block_ = shape.groups_per_block;
+    list_capacity_ = static_cast<size_t>(ListCapacity(shape.cluster));
     blocks_.resize(static_cast<size_t>(shape.cluster));
     for (size_t r = 0; r < blocks_.size(); ++r) {
       Block& block = blocks_[r];
@@ -91,7 +93,8 @@ class Row {
     output->token_id = DrawToken(constants, *threshold);
   }
 
-  int num_sweeps = 0;  // passes over the slices by SumAtPivots
+  int num_sweeps = 0;         // passes over the slices by SumAtPivots
+  int num_kept_searches = 0;  // searches that ended among kept tokens
 
  private:
   static void RefreshMaxima(Block* block) {
@@ -102,56 +105,60 @@ class Row {
     }
   }
 
-  uint64_t SumGroups(float scale, float threshold, float pivot) {
-    uint64_t reaching = 0;
+  void SumGroups(float scale, float threshold) {
     for (Block& block : blocks_) {
       for (size_t g = 0; g < block.group_mass.size(); ++g) {
         block.group_mass[g] = 0;
         if (!(block.group_max[g] >= threshold && ZOf(block.group_max[g], max_, scale) >= -45.0f)) continue;
         for (size_t i = g * kGroupSize; i < (g + 1) * kGroupSize; ++i) {
           const float x = block.slice[i];
-          if (!(x >= threshold)) continue;
-          const uint64_t w = TruncatedWeight(x, max_, scale);
-          block.group_mass[g] += w;
-          if (x >= pivot) reaching += w;
+          if (x >= threshold) block.group_mass[g] += TruncatedWeight(x, max_, scale);
         }
       }
     }
-    return reaching;
   }
 
-  void SumAtPivots(bool count, float scale, const Bracket& bracket, const Pivots& pivots, uint64_t* sums) {
+  // step: 1 for all tokens; kSampleStep for the sample that the kernel takes, the first 32 of each group.
+  void SumAtPivots(bool count, float scale, const Bracket& bracket, const Pivots& pivots, uint64_t* sums,
+                   size_t step = 1) {
     ++num_sweeps;
-    const float lo = FloatFromKey(bracket.lo);
-    const float last = LastBelow(bracket.hi);
     std::fill(sums, sums + kNumPivots + 1, 0);
     for (const Block& block : blocks_) {
       for (size_t i = 0; i < block.slice.size(); ++i) {
-        const float x = block.slice[i];
-        if (!(block.group_max[i / kGroupSize] >= lo && x >= lo && x <= last)) continue;
-        const uint64_t w = count ? 1 : TruncatedWeight(x, max_, scale);
-        sums[kNumPivots] += w;
-        for (int k = 0; k < kNumPivots; ++k) {
-          if (x >= FloatFromKey(pivots.key[k])) sums[k] += w;
-        }
+        if (i % kGroupSize >= kGroupSize / step) continue;
+        if (block.group_max[i / kGroupSize] >= FloatFromKey(bracket.lo))
+          AddAtPivots(count, scale, block.slice[i], bracket, pivots, sums);
       }
     }
   }
 
-  size_t Collect(const Bracket& bracket) {
+  void AddAtPivots(bool count, float scale, float x, const Bracket& bracket, const Pivots& pivots,
+                   uint64_t* sums) const {
+    if (!(x >= FloatFromKey(bracket.lo) && x <= LastBelow(bracket.hi))) return;
+    const uint64_t w = count ? 1 : TruncatedWeight(x, max_, scale);
+    sums[kNumPivots] += w;
+    for (int k = 0; k < kNumPivots; ++k) {
+      if (x >= FloatFromKey(pivots.key[k])) sums[k] += w;
+    }
+  }
+
+  // Lists the tokens of the bracket; false where a list or all of them together are too long.
+  bool Collect(const Bracket& bracket, bool from_kept = false) {
     const float lo = FloatFromKey(bracket.lo);
     const float last = LastBelow(bracket.hi);
     size_t total = 0;
+    bool is_cut = false;
     for (Block& block : blocks_) {
       block.list.clear();
       block.list_size = 0;
-      for (float x : block.slice) {
+      for (float x : from_kept ? block.kept : block.slice) {
         if (!(x >= lo && x <= last)) continue;
-        if (block.list_size++ < kMaxCandidates) block.list.push_back(x);
+        if (block.list_size++ < list_capacity_) block.list.push_back(x);
       }
       total += block.list_size;
+      is_cut |= block.list_size > list_capacity_;
     }
-    return total;
+    return !is_cut && total <= kMaxCandidates;
   }
 
   void Gather(float scale) {
@@ -174,7 +181,7 @@ class Row {
       for (size_t j = 0; j < logit_.size(); ++j) {
         const double w = settling == Settling::kCount ? 1.0 : weight_[j];
         if (logit_[j] >= x) sum += w;
-        if (logit_[j] >= floor) all += w;
+        if (settling == Settling::kTopP && logit_[j] >= floor) all += w;
       }
       const uint64_t mass = above + static_cast<uint64_t>(sum);
       uint64_t target = target_or_p;
@@ -185,77 +192,136 @@ class Row {
   }
 
   uint32_t FindThreshold(bool count, float scale, Bracket bracket, uint64_t target, bool try_at_once,
-                         size_t* num_gathered) {
+                         bool from_kept, size_t* num_gathered) {
     *num_gathered = 0;
     for (int round = 0;; ++round) {
       if (bracket.hi - bracket.lo == 1) return bracket.lo;
-      if ((round > 0 || try_at_once) && Collect(bracket) <= kMaxCandidates) {
+      if ((round > 0 || try_at_once) && Collect(bracket, from_kept)) {
         Gather(scale);
         if (bracket.above == 0) *num_gathered = logit_.size();
         return Settle(count ? Settling::kCount : Settling::kMass, bracket.lo, bracket.above, target);
       }
       const Pivots pivots = NextPivots(bracket, target, round);
-      uint64_t sums[kNumPivots + 1];
-      SumAtPivots(count, scale, bracket, pivots, sums);
+      uint64_t sums[kNumPivots + 1] = {};
+      if (from_kept) {
+        for (const Block& block : blocks_) {
+          for (float x : block.kept) AddAtPivots(count, scale, x, bracket, pivots, sums);
+        }
+      } else {
+        SumAtPivots(count, scale, bracket, pivots, sums);
+      }
       bracket = Shrink(bracket, pivots, sums, target);
     }
   }
 
-  uint32_t KthMaximum(int32_t k) const {
+  uint32_t FindDeepThreshold(float scale, Bracket bracket, uint64_t whole, uint64_t target) {
+    const uint64_t dropped = (whole - target) / kSampleStep;
+    Bracket sampled = {bracket.lo, bracket.hi, 0, 0};
+    uint64_t sample_target = 0;
+    for (int round = 0; round < 2; ++round) {
+      const float width = SubRn(LastBelow(sampled.hi), FloatFromKey(sampled.lo));
+      if (!(width > 0.0f) || !IsFinite(width)) break;
+      const Pivots pivots = NextPivots(sampled, sample_target, round);
+      uint64_t sums[kNumPivots + 1];
+      SumAtPivots(false, scale, sampled, pivots, sums, kSampleStep);
+      if (round == 0) {
+        sampled.reached = sums[kNumPivots];
+        if (sums[kNumPivots] <= dropped) break;
+        sample_target = sums[kNumPivots] - dropped;
+      }
+      sampled = Shrink(sampled, pivots, sums, sample_target);
+    }
+    bool use_kept = false;
+    const Bracket window = WindowOfSample(sampled, sample_target, dropped, max_, scale, bracket);
+    if (sample_target != 0 && (window.lo != bracket.lo || window.hi != bracket.hi)) {
+      uint64_t above = 0, inside = 0;
+      bool fits = true;
+      for (Block& block : blocks_) {
+        block.kept.clear();
+        size_t count = 0;
+        for (float x : block.slice) {
+          if (!(x >= FloatFromKey(window.lo))) continue;
+          const uint64_t w = TruncatedWeight(x, max_, scale);
+          if (x > LastBelow(window.hi)) {
+            above += w;
+          } else {
+            inside += w;
+            if (count++ < kMaxKept) block.kept.push_back(x);
+          }
+        }
+        fits = fits && count <= kMaxKept;
+      }
+      const uint64_t reached = above + inside;
+      use_kept = above < target && target <= reached && fits;
+      num_kept_searches += use_kept ? 1 : 0;
+      if (target <= above) {
+        bracket.lo = window.hi;
+        bracket.reached = above;
+      } else if (target > reached) {
+        bracket.hi = window.lo;
+        bracket.above = reached;
+      } else {
+        bracket = {window.lo, window.hi, above, reached};
+      }
+    }
+    size_t unused = 0;
+    return FindThreshold(false, scale, bracket, target, use_kept, use_kept, &unused);
+  }
+
+  // All groups' maxima, as every block has them.
+  std::vector<float> Maxima() const {
     std::vector<float> maxima;
     for (const Block& block : blocks_)
       maxima.insert(maxima.end(), block.group_max.begin(), block.group_max.end());
-    uint32_t found = ~0u;
-    for (float x : maxima) {
-      const auto larger = std::count_if(maxima.begin(), maxima.end(), [x](float y) { return y > x; });
-      if (larger < k) found = std::min(found, OrderedKey(x));
-    }
-    return found;
+    return maxima;
   }
 
   uint32_t TopKThreshold(float scale, int32_t k, size_t* num_gathered) {
     const uint64_t target = static_cast<uint64_t>(k);
     Bracket bracket = {kKeyOfNegativeInfinity, OrderedKey(max_) + 1, 0, static_cast<uint64_t>(vocab_size_)};
-    if (k <= num_groups_) {
-      bracket.lo = KthMaximum(k);
-      return FindThreshold(true, scale, bracket, target, k <= kMaxCandidates, num_gathered);
+    std::vector<float> maxima = Maxima();
+    std::erase(maxima, NegativeInfinity());
+    const float least = *std::min_element(maxima.begin(), maxima.end());
+    if (k <= static_cast<int32_t>(maxima.size())) {
+      bracket.lo = BoundFromBelow(least, max_, k, [&maxima](float x) {
+        return static_cast<int32_t>(
+            std::count_if(maxima.begin(), maxima.end(), [x](float y) { return y >= x; }));
+      });
+      return FindThreshold(true, scale, bracket, target, k <= kMaxCandidates, false, num_gathered);
     }
-    const float least = FloatFromKey(KthMaximum(num_groups_));
     const float length = SubRn(max_, least);
     const Pivots pivots =
         length > 0.0f && IsFinite(length) ? CountPivots(bracket, least, length) : KeyPivots(bracket);
     uint64_t sums[kNumPivots + 1];
     SumAtPivots(true, 0.0f, bracket, pivots, sums);
-    return FindThreshold(true, scale, Shrink(bracket, pivots, sums, target), target, false, num_gathered);
+    return FindThreshold(true, scale, Shrink(bracket, pivots, sums, target), target, false, false,
+                         num_gathered);
   }
 
   uint32_t TopPThreshold(float scale, uint32_t floor_key, uint64_t top_p_fixed, size_t num_gathered) {
     const uint32_t top = OrderedKey(max_) + 1;
     if (top - floor_key == 1) return floor_key;
-    if (num_gathered == 0 && floor_key > kKeyOfNegativeInfinity) {
-      if (Collect({floor_key, top, 0, 0}) <= kMaxCandidates) {
-        Gather(scale);
-        num_gathered = logit_.size();
-      }
-    }
     if (num_gathered != 0) return Settle(Settling::kTopP, floor_key, 0, top_p_fixed);
     const uint32_t wanted = FirstMassPivot(max_, scale);
     const uint32_t pivot = wanted > floor_key && wanted < top ? wanted : floor_key + 1;
-    const uint64_t reaching = SumGroups(scale, FloatFromKey(floor_key), FloatFromKey(pivot));
+    SumGroups(scale, FloatFromKey(floor_key));
+    const bool is_listed = Collect({pivot, top, 0, 0});
     uint64_t whole = 0;
     for (const Block& block : blocks_) {
       for (uint64_t mass : block.group_mass) whole += mass;
     }
     const uint64_t target = TopPMass(top_p_fixed, whole);
-    Bracket bracket = {pivot, top, 0, reaching};
-    const bool is_high = reaching >= target;
-    if (!is_high) {
-      bracket = {floor_key, pivot, reaching, whole};
-      const uint32_t least = LeastMassKey(max_, scale, whole, target, vocab_size_);
-      if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
+    Bracket bracket = {floor_key, top, 0, whole};
+    if (is_listed) {
+      Gather(scale);
+      const uint32_t settled = Settle(Settling::kMass, pivot, 0, target);
+      if (settled != 0) return settled;
+      bracket.hi = pivot;
+      for (double weight : weight_) bracket.above += static_cast<uint64_t>(weight);
     }
-    size_t unused = 0;
-    return FindThreshold(false, scale, bracket, target, is_high, &unused);
+    const uint32_t least = LeastMassKey(max_, scale, whole, target, vocab_size_);
+    if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
+    return FindDeepThreshold(scale, bracket, whole, target);
   }
 
   float KeepThreshold(const RowConstants& constants) {
@@ -270,21 +336,27 @@ class Row {
   }
 
   int32_t DrawToken(const RowConstants& constants, float threshold) {
-    SumGroups(constants.scale, threshold, PositiveInfinity());
+    SumGroups(constants.scale, threshold);
+    // Each block sends its earliest group; the earliest of these wins.
     uint64_t best = ~0ull;
     const Block* owner = nullptr;
     size_t winner = 0;
     for (const Block& block : blocks_) {
+      uint64_t best_of_block = ~0ull;
+      size_t group_of_block = 0;
       for (size_t g = 0; g < block.group_mass.size(); ++g) {
         if (block.group_mass[g] == 0) continue;
         const uint32_t group = static_cast<uint32_t>(block.first_group) + static_cast<uint32_t>(g);
         const uint64_t time =
             DoubleBits(RaceTime(ExponentialOf(constants.race, group | kGroupLevel), block.group_mass[g]));
-        if (time >= best) continue;
-        best = time;
-        owner = &block;
-        winner = g;
+        if (time >= best_of_block) continue;
+        best_of_block = time;
+        group_of_block = g;
       }
+      if (best_of_block >= best) continue;
+      best = best_of_block;
+      owner = &block;
+      winner = group_of_block;
     }
     if (owner == nullptr) return -2;  // cannot be: the maximum has weight
     best = ~0ull;
@@ -307,6 +379,7 @@ class Row {
   int32_t vocab_size_;
   int32_t num_groups_;
   int32_t groups_per_block_;
+  size_t list_capacity_;
   float max_ = 0.0f;
   std::vector<Block> blocks_;
   std::vector<float> logit_;

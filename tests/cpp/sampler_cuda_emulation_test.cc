@@ -19,8 +19,9 @@ int RowFactor() {
 
 constexpr cuda::DeviceLimits kHopper = {132, 232448, 16};
 
-// The kept set by its logprobs: every token's processed logprob is -inf exactly where it is dropped.
-void CompareRow(rows::Row* row, int32_t cluster) {
+// The kept set by its logprobs: every token's processed logprob is -inf exactly where it is dropped. Returns
+// how many searches ended among kept tokens.
+int CompareRow(rows::Row* row, int32_t cluster) {
   RowInput input = row->input;
   input.num_logprobs = -1;
   rows::Result expected(input);
@@ -54,7 +55,7 @@ void CompareRow(rows::Row* row, int32_t cluster) {
   }
   CHECK_EQ(result.output.status, expected.output.status);
   CHECK(emulated.num_sweeps < 60);
-  if (input.num_logprobs < 0 || expected.output.token_id < 0) return;
+  if (input.num_logprobs < 0 || expected.output.token_id < 0) return emulated.num_kept_searches;
   for (size_t i = 1; i < ids.size(); ++i) {
     if (ids[i] < 0) continue;
     const float x = expected.processed[static_cast<size_t>(ids[i])];
@@ -70,6 +71,7 @@ void CompareRow(rows::Row* row, int32_t cluster) {
       test::Fail(__FILE__, __LINE__, value.str());
     }
   }
+  return emulated.num_kept_searches;
 }
 
 void CompareRandomRows(int num_rows, int32_t max_size) {
@@ -107,6 +109,27 @@ TEST(brackets_that_end_at_zero) {
     PrepareRow(row.params, size, &row.input.constants);
     CompareRow(&row, rows::OneOf(random, {1, 2, 8}));
   }
+}
+
+// Flat rows keep most of their tokens under top-p: a sample finds about where the threshold lies.
+TEST(deep_thresholds_are_found_among_kept_tokens) {
+  std::mt19937_64 random = test::Random(21);
+  std::normal_distribution<float> normal;
+  int num_kept_searches = 0;
+  constexpr int kRows = 60;
+  for (int i = 0; i < kRows; ++i) {
+    rows::Row row;
+    const int32_t size = 20000 + rows::Below(random, 20000);
+    for (int32_t j = 0; j < size; ++j) row.logits.push_back(normal(random));
+    row.params.top_p = rows::OneOf(random, {0.5f, 0.8f, 0.9f, 0.95f, 0.99f});
+    row.params.temperature = rows::OneOf(random, {0.7f, 1.0f, 2.0f});
+    row.params.seed = random();
+    row.input.vocab_size = size;
+    row.input.logits = row.logits.data();
+    PrepareRow(row.params, size, &row.input.constants);
+    num_kept_searches += CompareRow(&row, rows::OneOf(random, {2, 4, 8, 16}));
+  }
+  CHECK(num_kept_searches >= kRows * 3 / 4);
 }
 
 // The weight that kernels add up is the specification's, at every exponent and at the ends.

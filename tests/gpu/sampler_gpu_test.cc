@@ -1,6 +1,7 @@
 // The sampler on a GPU against the sampler on the CPU, bit for bit. Needs a device; bench/gpu/run.py runs it.
 // TWINJET_GPU_ROWS: how many rows the grid draws (default 100,000). TWINJET_GPU_SMALL: few and small rows,
-// for runs under compute-sanitizer.
+// for runs under compute-sanitizer. TWINJET_GPU_MAX_CLUSTER: the largest cluster used (default what the
+// device can).
 #include <cstdlib>
 
 #include "check.h"
@@ -26,6 +27,14 @@ BatchSampler& HostSampler() {
 
 cuda::DeviceSampler& Device() {
   static cuda::DeviceSampler sampler(0);
+  static const bool is_set = [] {
+    cuda::DeviceLimits limits = sampler.limits();
+    limits.max_cluster = std::min(
+        limits.max_cluster, static_cast<int32_t>(Setting("TWINJET_GPU_MAX_CLUSTER", cuda::kMaxCluster)));
+    sampler.set_limits(limits);
+    return true;
+  }();
+  (void)is_set;
   return sampler;
 }
 

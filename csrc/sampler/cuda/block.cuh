@@ -1,4 +1,7 @@
 // A block's view of its row and the exchanges between the row's blocks.
+//
+// Whatever is posted is waited for by every block of the row. A block posts exchange n + 2 of a kind only
+// after it has waited for n + 1, and posts n + 1 only after it has read n: two sets are enough.
 #pragma once
 
 #include "sampler/cuda/cluster.cuh"
@@ -10,17 +13,27 @@ namespace twinjet::sampler::cuda {
 struct Block {
   Cluster cluster;
   SharedHead* head;
+  float* maxima;  // see SharedLayout for this and the next four
+  uint32_t* flags;
+  uint64_t* mail;
+  uint64_t* runners;
+  char* lists;
+  char* gathered;
   uint64_t* group_mass;  // [groups_per_block]
-  float* group_max;      // [groups_per_block]
+  float* group_max;      // [groups_per_block], this block's slot of the current maxima
   float* slice;          // [num_local * kGroupSize], filled up with -inf
-  char* gathered;        // see SharedLayout
   int32_t first_group;   // of the row
   int32_t num_local;     // groups of this block; may be 0
   int32_t groups_per_block;
-  int32_t num_groups;  // of the row
-  uint32_t exchange;   // number of the next exchange of mail
-  uint32_t listing;    // number of the next exchange of lists
-  bool is_arriving;    // a bulk copy fills the slice's whole groups; wait for head->arrival
+  int32_t maxima_stride;
+  int32_t list_capacity;
+  bool copies;  // rows and their parameters come by bulk copies
+  // Numbers of exchanges so far, by kind.
+  uint32_t num_copies;
+  uint32_t num_maxima;
+  uint32_t num_mail;
+  uint32_t num_runners;
+  uint32_t num_lists;
 };
 
 // The group a lane works on in pass `pass`, within the block; lane_in_group in 0 .. 7.
@@ -30,6 +43,7 @@ __device__ __forceinline__ int32_t GroupOfLane(int32_t pass) {
 __device__ __forceinline__ int32_t LaneInGroup() {
   return static_cast<int32_t>(threadIdx.x) % kLanesPerGroup;
 }
+__device__ __forceinline__ int32_t LaneInWarp() { return static_cast<int32_t>(threadIdx.x) % 32; }
 
 // Lane lane_in_group's float4 number i (0 .. 7) of a group in shared memory: eight lanes read 128
 // consecutive bytes, which no two of them share a bank in.
@@ -39,9 +53,6 @@ __device__ __forceinline__ int32_t FloatFourOfLane(int32_t group, int32_t i) {
 
 struct MaxOf {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
-};
-struct MinOf {
-  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a < b ? a : b; }
 };
 struct SumOf {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
@@ -54,63 +65,130 @@ __device__ __forceinline__ uint64_t ReduceWarp(uint64_t value, Op op) {
   return value;
 }
 
-// Sends by_warp's combination of kCount words to every block and waits for theirs; returns the mail. In a
-// cluster of one nothing is sent, and the mail is the block's own.
-template <int kCount, class Combine>
-__device__ __forceinline__ auto* ExchangeMail(Block& block, Combine combine) {
-  SharedHead& head = *block.head;
-  const uint32_t set = block.exchange & 1;
-  const uint32_t phase = block.exchange >> 1 & 1;
-  ++block.exchange;
-  auto* mail = head.mail[set];
-  if (block.cluster.size == 1) {
-    if (threadIdx.x < kCount) mail[0][threadIdx.x] = combine(threadIdx.x);
-    __syncthreads();
-    return mail;
-  }
-  if (threadIdx.x == 0) ExpectBytes(&head.mail_arrival[set], block.cluster.size * kCount * 8);
-  if (threadIdx.x < block.cluster.size * kCount) {
-    const uint32_t i = threadIdx.x % kCount;
-    SendRemote(&mail[block.cluster.rank][i], combine(i), &head.mail_arrival[set], threadIdx.x / kCount);
-  }
-  WaitPhase(&head.mail_arrival[set], phase);
-  return mail;
+// ---- Maxima: every block gets all groups' maxima ----
+
+__device__ __forceinline__ float* MaximaSlot(const Block& block, uint32_t set, uint32_t rank) {
+  return block.maxima + static_cast<int32_t>(set * block.cluster.size + rank) * block.maxima_stride;
 }
 
-// Every thread of every block of the row gets the combination of all threads' values.
+// Turns to the next set, where the maxima of this block's groups are to be written.
+__device__ __forceinline__ void TurnMaxima(Block& block) {
+  block.group_max = MaximaSlot(block, ++block.num_maxima & 1, block.cluster.rank);
+}
+
+// Sends group_max and a flag, true where any thread's is. Returns the flag of this block.
+__device__ __forceinline__ bool PostMaxima(Block& block, bool flag) {
+  const bool any = __syncthreads_or(flag ? 1 : 0) != 0;  // group_max is complete
+  const uint32_t size = block.cluster.size, rank = block.cluster.rank;
+  if (size == 1) return any;
+  const uint32_t set = block.num_maxima & 1;
+  uint64_t* arrival = &block.head->maxima_arrival[set];
+  const uint32_t fours = static_cast<uint32_t>(block.maxima_stride) / 4;
+  if (threadIdx.x == 0) ExpectBytes(arrival, (size - 1) * (fours * 16 + 4));
+  const auto* own = reinterpret_cast<const uint4*>(block.group_max);
+  for (uint32_t i = threadIdx.x; i < fours * (size - 1); i += kThreads) {
+    const uint32_t other = i / fours;
+    const uint4* place = own + i % fours;
+    SendRemote(place, *place, arrival, other + (other >= rank ? 1 : 0));
+  }
+  if (threadIdx.x < size && threadIdx.x != rank) {
+    SendRemote(block.flags + set * size + rank, any ? 1u : 0u, arrival, threadIdx.x);
+  }
+  return any;
+}
+
+// What all blocks of a row know of its maxima.
+struct Maxima {
+  float max;
+  bool flag;  // of any block
+};
+
+// Waits for the posted maxima. own_flag: what PostMaxima returned.
+__device__ __forceinline__ Maxima WaitMaxima(Block& block, bool own_flag) {
+  const uint32_t size = block.cluster.size;
+  const uint32_t set = block.num_maxima & 1;
+  bool flag = own_flag;
+  if (size > 1) {
+    WaitPhase(&block.head->maxima_arrival[set], block.num_maxima >> 1 & 1);
+    const uint32_t lane = static_cast<uint32_t>(LaneInWarp());
+    if (lane < size && lane != block.cluster.rank) flag |= block.flags[set * size + lane] != 0;
+  }
+  const auto* maxima = reinterpret_cast<const float4*>(MaximaSlot(block, set, 0));
+  const int32_t fours = static_cast<int32_t>(size) * block.maxima_stride / 4;
+  float max = NegativeInfinity();
+  for (int32_t i = LaneInWarp(); i < fours; i += 32) {
+    const float4 x = maxima[i];
+    max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
+  }
+  return {FloatFromKey(__reduce_max_sync(~0u, OrderedKey(max))), __any_sync(~0u, flag) != 0};
+}
+
+// The lowest group of the row whose maximum is max.
+__device__ __forceinline__ int32_t FirstGroupOf(const Block& block, float max) {
+  const float* maxima = MaximaSlot(block, block.num_maxima & 1, 0);
+  const int32_t number = static_cast<int32_t>(block.cluster.size) * block.maxima_stride;
+  uint32_t first = ~0u;
+  for (int32_t i = LaneInWarp(); i < number; i += 32) {
+    if (maxima[i] == max && static_cast<uint32_t>(i) < first) first = static_cast<uint32_t>(i);
+  }
+  const int32_t place = static_cast<int32_t>(__reduce_min_sync(~0u, first));
+  return place / block.maxima_stride * block.groups_per_block + place % block.maxima_stride;
+}
+
+// ---- Mail: every block gets a combination of all threads' values ----
+
 template <int kCount, class Op>
 __device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCount], Op op) {
   SharedHead& head = *block.head;
+  const uint32_t size = block.cluster.size;
   __syncthreads();  // by_warp may be read still from the last call
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint64_t value = ReduceWarp(values[i], op);
-    if (threadIdx.x % 32 == 0) head.by_warp[threadIdx.x / 32][i] = value;
+    if (LaneInWarp() == 0) head.by_warp[threadIdx.x / 32][i] = value;
   }
   __syncthreads();
-  auto* mail = ExchangeMail<kCount>(block, [&](uint32_t i) {
+  const uint32_t set = block.num_mail & 1;
+  const uint32_t phase = block.num_mail >> 1 & 1;
+  ++block.num_mail;
+  uint64_t* mail = block.mail + set * size * kMailWords;
+  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.mail_arrival[set], size * kCount * 8);
+  for (uint32_t to = threadIdx.x; to < size * kCount; to += kThreads) {
+    const uint32_t i = to % kCount;
     uint64_t value = head.by_warp[0][i];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) value = op(value, head.by_warp[w][i]);
-    return value;
-  });
+    uint64_t* place = mail + block.cluster.rank * kMailWords + i;
+    if (size > 1) {
+      SendRemote(place, value, &head.mail_arrival[set], to / kCount);
+    } else {
+      *place = value;
+    }
+  }
+  if (size > 1) {
+    WaitPhase(&head.mail_arrival[set], phase);
+  } else {
+    __syncthreads();
+  }
   if (kCount <= 2) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      values[i] = mail[0][i];
-      for (uint32_t r = 1; r < block.cluster.size; ++r) values[i] = op(values[i], mail[r][i]);
+      values[i] = mail[i];
+      for (uint32_t r = 1; r < size; ++r) values[i] = op(values[i], mail[r * kMailWords + i]);
     }
     return;
   }
   if (threadIdx.x < kCount) {
-    uint64_t value = mail[0][threadIdx.x];
-    for (uint32_t r = 1; r < block.cluster.size; ++r) value = op(value, mail[r][threadIdx.x]);
+    uint64_t value = mail[threadIdx.x];
+    for (uint32_t r = 1; r < size; ++r) value = op(value, mail[r * kMailWords + threadIdx.x]);
     head.totals[threadIdx.x] = value;
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = head.totals[i];
 }
+
+// ---- Races ----
 
 // A runner of a race: time as the bits of a positive double, which order as the times do.
 struct Runner {
@@ -123,16 +201,23 @@ __device__ __forceinline__ Runner Earlier(const Runner& a, const Runner& b) {
   return b.time < a.time || (b.time == a.time && b.index < a.index) ? b : a;
 }
 
+// The warp's earliest runner, word by word.
+__device__ __forceinline__ Runner EarliestInWarp(const Runner& runner) {
+  const uint32_t high = static_cast<uint32_t>(runner.time >> 32);
+  const uint32_t low = static_cast<uint32_t>(runner.time);
+  const uint32_t best_high = __reduce_min_sync(~0u, high);
+  const uint32_t best_low = __reduce_min_sync(~0u, high == best_high ? low : ~0u);
+  const bool is_best = high == best_high && low == best_low;
+  const uint32_t index = __reduce_min_sync(~0u, is_best ? static_cast<uint32_t>(runner.index) : ~0u);
+  return {static_cast<uint64_t>(best_high) << 32 | best_low, index};
+}
+
 // The block's earliest runner, in all threads.
 __device__ __forceinline__ Runner EarliestInBlock(Block& block, Runner runner) {
   SharedHead& head = *block.head;
   __syncthreads();  // by_warp is read by all threads below, and may be still from the last call
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    runner = Earlier(runner,
-                     {__shfl_xor_sync(~0u, runner.time, offset), __shfl_xor_sync(~0u, runner.index, offset)});
-  }
-  if (threadIdx.x % 32 == 0) {
+  runner = EarliestInWarp(runner);
+  if (LaneInWarp() == 0) {
     head.by_warp[threadIdx.x / 32][0] = runner.time;
     head.by_warp[threadIdx.x / 32][1] = runner.index;
   }
@@ -142,13 +227,87 @@ __device__ __forceinline__ Runner EarliestInBlock(Block& block, Runner runner) {
   return runner;
 }
 
+// Sends the block's earliest runner, the same in all threads.
+__device__ __forceinline__ void PostRunner(Block& block, const Runner& runner) {
+  const uint32_t size = block.cluster.size;
+  const uint32_t set = block.num_runners & 1;
+  uint64_t* place = block.runners + (set * size + block.cluster.rank) * 2;
+  if (size == 1) {
+    if (threadIdx.x == 0) {
+      place[0] = runner.time;
+      place[1] = runner.index;
+    }
+    return;  // the barrier before the next row starts makes it seen
+  }
+  uint64_t* arrival = &block.head->runner_arrival[set];
+  if (threadIdx.x == 0) ExpectBytes(arrival, size * 16);
+  if (threadIdx.x < size) {
+    const uint4 words = {static_cast<uint32_t>(runner.time), static_cast<uint32_t>(runner.time >> 32),
+                         static_cast<uint32_t>(runner.index), static_cast<uint32_t>(runner.index >> 32)};
+    SendRemote(reinterpret_cast<const uint4*>(place), words, arrival, threadIdx.x);
+  }
+}
+
 // The row's earliest runner, in all threads of all blocks.
-__device__ __forceinline__ Runner EarliestInRow(Block& block, Runner runner) {
-  runner = EarliestInBlock(block, runner);
-  auto* mail = ExchangeMail<2>(block, [&](uint32_t i) { return i == 0 ? runner.time : runner.index; });
-  Runner earliest = {mail[0][0], mail[0][1]};
-  for (uint32_t r = 1; r < block.cluster.size; ++r) earliest = Earlier(earliest, {mail[r][0], mail[r][1]});
-  return earliest;
+__device__ __forceinline__ Runner WaitRunner(Block& block) {
+  const uint32_t size = block.cluster.size;
+  const uint32_t set = block.num_runners & 1;
+  if (size > 1) WaitPhase(&block.head->runner_arrival[set], block.num_runners >> 1 & 1);
+  ++block.num_runners;
+  const uint32_t lane = threadIdx.x % 32;
+  Runner runner = {kNeverArrives, 0};
+  if (lane < size) {
+    const uint64_t* mail = block.runners + (set * size + lane) * 2;
+    runner = {mail[0], mail[1]};
+  }
+  return EarliestInWarp(runner);
+}
+
+// ---- Lists: every block gets the candidates that each block has listed ----
+
+__device__ __forceinline__ ListHeader& HeaderOf(const Block& block, uint32_t rank) {
+  const size_t bytes = sizeof(ListHeader) + static_cast<size_t>(block.list_capacity) * sizeof(float);
+  return *reinterpret_cast<ListHeader*>(block.lists + rank * bytes);
+}
+__device__ __forceinline__ float* ListOf(const Block& block, uint32_t rank) {
+  return reinterpret_cast<float*>(&HeaderOf(block, rank) + 1);
+}
+
+// Begins this block's list. A barrier follows inside. The other blocks must have read the last one: there is
+// one set only.
+__device__ __forceinline__ void ClearList(const Block& block) {
+  if (threadIdx.x == 0) HeaderOf(block, block.cluster.rank) = {};
+  __syncthreads();
+}
+
+struct ListTotals {
+  uint32_t count;  // of the row; above kMaxCandidates: the lists are of no use
+};
+
+// Sends this block's list, which must be complete and seen by all threads, and waits for the others'.
+__device__ __forceinline__ ListTotals ExchangeLists(Block& block) {
+  const uint32_t size = block.cluster.size, rank = block.cluster.rank;
+  if (size > 1) {
+    uint64_t* arrival = &block.head->list_arrival;
+    const uint32_t fours = (sizeof(ListHeader) + static_cast<uint32_t>(block.list_capacity) * 4) / 16;
+    if (threadIdx.x == 0) ExpectBytes(arrival, (size - 1) * fours * 16);
+    const auto* own = reinterpret_cast<const uint4*>(&HeaderOf(block, rank));
+    for (uint32_t i = threadIdx.x; i < fours * (size - 1); i += kThreads) {
+      const uint32_t other = i / fours;
+      const uint4* place = own + i % fours;
+      SendRemote(place, *place, arrival, other + (other >= rank ? 1 : 0));
+    }
+    WaitPhase(arrival, block.num_lists & 1);
+    ++block.num_lists;
+  }
+  uint32_t total = 0;
+  bool is_cut = false;
+  for (uint32_t r = 0; r < size; ++r) {
+    const uint32_t count = HeaderOf(block, r).count;
+    total += count;
+    is_cut |= count > static_cast<uint32_t>(block.list_capacity);
+  }
+  return {is_cut ? kMaxCandidates + 1u : total};
 }
 
 }  // namespace twinjet::sampler::cuda

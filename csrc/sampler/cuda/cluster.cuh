@@ -49,21 +49,6 @@ __device__ __forceinline__ void ClusterSync(const Cluster& cluster) {
   }
 }
 
-// Writes to the same place in the shared memory of block `rank`.
-__device__ __forceinline__ void StoreRemote(uint64_t* local, uint64_t value, uint32_t rank,
-                                            const Cluster& cluster) {
-#if __CUDA_ARCH__ >= 900
-  if (cluster.size > 1) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-    uint32_t remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote), "l"(value) : "memory");
-    return;
-  }
-#endif
-  *local = value;
-}
-
 // ---- Barriers that count bytes: the cheap way to hand a few words to another block ----
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* local) {
@@ -73,13 +58,6 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* local) {
 __device__ __forceinline__ void InitBarrier(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
-#endif
-}
-
-// Ends a barrier's life; nobody waits for it any more.
-__device__ __forceinline__ void InvalidateBarrier(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 #endif
 }
 
@@ -98,13 +76,15 @@ __device__ __forceinline__ void ExpectBytes(uint64_t* barrier, uint32_t bytes) {
 #endif
 }
 
+// For bytes that copies or other blocks bring into this block's shared memory. Wider than this block's scope
+// the wait would empty the L1 cache, for nothing.
 __device__ __forceinline__ void WaitPhase(uint64_t* barrier, uint32_t phase) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "wait:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra wait;\n"
       "}\n" ::"r"(SharedAddress(barrier)),
       "r"(phase)
@@ -112,56 +92,85 @@ __device__ __forceinline__ void WaitPhase(uint64_t* barrier, uint32_t phase) {
 #endif
 }
 
-// The same for bytes that this block's own copies bring.
-__device__ __forceinline__ void WaitCopy(uint64_t* barrier) {
+// Orders this thread's accesses to shared memory before copies that a thread starts after the next barrier.
+__device__ __forceinline__ void FenceForCopies() {
 #if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Copies `bytes` (a multiple of 16, both addresses too) to shared memory and counts them at the barrier.
+__device__ __forceinline__ void StartCopy(void* shared, const void* global, uint32_t bytes,
+                                          uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  // L2 need not keep what is read once.
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "wait:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra wait;\n"
-      "}\n" ::"r"(SharedAddress(barrier))
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], "
+      "%4;" ::"r"(SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 #endif
 }
 
-// Writes to the same place in the shared memory of block `rank` and counts it at that block's barrier.
-__device__ __forceinline__ void SendRemote(uint64_t* local, uint64_t value, uint64_t* barrier,
+__device__ __forceinline__ void StartPrefetch(const void* global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes));
+#endif
+}
+
+// The address in block `rank` of the same place in shared memory.
+__device__ __forceinline__ uint32_t RemoteAddress(const void* local, uint32_t rank) {
+  uint32_t remote = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(SharedAddress(local)), "r"(rank));
+#endif
+  return remote;
+}
+
+// Write to the same place in the shared memory of block `rank` and count the bytes at that block's barrier.
+__device__ __forceinline__ void SendRemote(const uint32_t* local, uint32_t value, const uint64_t* barrier,
                                            uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t remote, remote_barrier;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(SharedAddress(local)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(SharedAddress(barrier)), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(remote),
-               "l"(value), "r"(remote_barrier)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   RemoteAddress(local, rank)),
+               "r"(value), "r"(RemoteAddress(barrier, rank))
                : "memory");
 #endif
 }
 
-// Reads the same place in the shared memory of block `rank`.
-__device__ __forceinline__ float LoadRemote(const float* local, uint32_t rank, const Cluster& cluster) {
+__device__ __forceinline__ void SendRemote(const uint64_t* local, uint64_t value, const uint64_t* barrier,
+                                           uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
-  if (cluster.size > 1) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-    uint32_t remote;
-    float value;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-    return value;
-  }
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(
+                   RemoteAddress(local, rank)),
+               "l"(value), "r"(RemoteAddress(barrier, rank))
+               : "memory");
 #endif
-  return *local;
 }
 
+__device__ __forceinline__ void SendRemote(const uint4* local, const uint4& value, const uint64_t* barrier,
+                                           uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          RemoteAddress(local, rank)),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(RemoteAddress(barrier, rank))
+      : "memory");
+#endif
+}
+
+// Reads the same place in the shared memory of block `rank`.
 __device__ __forceinline__ uint64_t LoadRemote(const uint64_t* local, uint32_t rank, const Cluster& cluster) {
 #if __CUDA_ARCH__ >= 900
   if (cluster.size > 1) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-    uint32_t remote;
     uint64_t value;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote) : "memory");
+    asm volatile("ld.shared::cluster.u64 %0, [%1];"
+                 : "=l"(value)
+                 : "r"(RemoteAddress(local, rank))
+                 : "memory");
     return value;
   }
 #endif

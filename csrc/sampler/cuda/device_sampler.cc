@@ -165,6 +165,19 @@ void DeviceSampler::Reserve(int32_t num_rows, int32_t vocab_size, size_t num_edi
   GrowScratch(ScratchFloats(ChooseShape(limits_, num_rows, vocab_size, force_cluster_), vocab_size));
 }
 
+LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size) {
+  LaunchShape shape = ChooseShape(limits_, num_rows, vocab_size, force_cluster_);
+  if (!shape.on_chip) return shape;
+  if (shape.cluster != counted_cluster_ || shape.shared_bytes != counted_bytes_) {
+    CheckCuda(CountClusters(shape.cluster, shape.shared_bytes, &num_clusters_), "CountClusters");
+    counted_cluster_ = shape.cluster;
+    counted_bytes_ = shape.shared_bytes;
+  }
+  // Clusters go from row to row: none waits for another to end.
+  shape.num_blocks = std::min(shape.num_blocks, std::max(num_clusters_, 1) * shape.cluster);
+  return shape;
+}
+
 void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, cudaStream_t stream) {
   const CurrentDevice current(device_);
   const size_t words = (static_cast<size_t>(vocab_size) + 31) / 32;
@@ -219,7 +232,7 @@ void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStr
     throw std::invalid_argument("the logits have another shape than the rows that were prepared");
   }
   if (num_rows_ == 0) return;
-  const LaunchShape shape = ChooseShape(limits_, num_rows_, vocab_size_, force_cluster_);
+  const LaunchShape shape = ShapeOf(num_rows_, vocab_size_);
   const bool capturing = IsCapturing(stream);
   const size_t floats = ScratchFloats(shape, vocab_size_);
   if (capturing && floats > scratch_floats_) {

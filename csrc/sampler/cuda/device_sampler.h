@@ -98,10 +98,14 @@ class DeviceSampler {
   void GrowScratch(size_t floats);
   void Follow(cudaStream_t stream);
   char* TakeSlot(size_t bytes);
+  LaunchShape ShapeOf(int32_t num_rows, int32_t vocab_size);
 
   int device_;
   DeviceLimits limits_;
   int32_t force_cluster_ = 0;
+  int32_t counted_cluster_ = 0;  // the shape that num_clusters_ was counted for
+  size_t counted_bytes_ = 0;
+  int num_clusters_ = 0;
   std::vector<Slot> slots_;
   size_t next_slot_ = 0;
   std::vector<Edit> edits_;            // of the batch being prepared

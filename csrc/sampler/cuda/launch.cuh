@@ -27,7 +27,4 @@ cudaError_t LaunchCluster(void (*kernel)(Args), const Args& args, const LaunchSh
 cudaError_t SetSampleAttributes(const DeviceLimits& limits);
 cudaError_t SetLogprobsAttributes(const DeviceLimits& limits);
 
-// How many clusters of limits.max_cluster blocks with full slices the device can hold at once.
-cudaError_t LargestClusters(const DeviceLimits& limits, int* num_clusters);
-
 }  // namespace twinjet::sampler::cuda

@@ -21,7 +21,7 @@ cudaError_t QueryLimits(int device, DeviceLimits* limits) {
   if (error != cudaSuccess || limits->max_cluster == 1) return error;
   // A cluster of 16 is more than every device promises: ask.
   int num_clusters = 0;
-  error = LargestClusters(*limits, &num_clusters);
+  error = CountClusters(limits->max_cluster, limits->max_shared_bytes, &num_clusters);
   if (error != cudaSuccess || num_clusters == 0) {
     cudaGetLastError();  // the refusal is the answer
     limits->max_cluster = 8;

@@ -107,34 +107,65 @@ __device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t f
   return max;
 }
 
-// Starts what needs no thread to wait: the copy of the block's whole groups into the slice, where the logits
-// can be taken as they are, and the fetch into L2 of the slice that this block's successor will read.
-// Thread 0 alone; the block synchronises before it waits for the copy.
-__device__ __forceinline__ void StartCopies(Block& block, const SampleArgs& args, int32_t row, bool aligned) {
-#if __CUDA_ARCH__ >= 900
+// Whether the row's logits lie so that bulk copies can fetch them as they are.
+__device__ __forceinline__ bool IsAligned(const SampleArgs& args, int32_t row) {
+  const int64_t item = args.dtype == Dtype::kFloat32 ? 4 : 2;
+  return ((reinterpret_cast<uintptr_t>(args.logits) + static_cast<uintptr_t>(row * args.row_stride * item)) &
+          15) == 0;
+}
+
+// Whether StartRow's copy brings the slice's whole groups.
+__device__ __forceinline__ bool IsCopied(const Block& block, const SampleArgs& args, int32_t row) {
+  return block.copies && args.dtype == Dtype::kFloat32 && IsAligned(args, row);
+}
+
+// The thread that starts copies: one that has no group to enter into the race when a block has few.
+constexpr uint32_t kCopyThread = kThreads - 32;
+
+// In kCopyThread of a block that `copies`: sets the copies of a row going, its parameters and the whole
+// groups of its slice, and the fetch into L2 of a part of the row after it. What was read from the places
+// they go to must be behind a FenceForCopies and a barrier.
+__device__ __forceinline__ void StartRow(const Block& block, const SampleArgs& args, int32_t row,
+                                         int32_t next_row) {
+  if (row >= args.num_rows) return;
   const int64_t item = args.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t first = static_cast<int64_t>(block.first_group) * kGroupSize;
-  const int64_t left = (args.vocab_size - first) / kGroupSize;
-  const int64_t whole = left < block.num_local ? left : block.num_local;  // groups
-  const uint32_t bytes = whole <= 0 ? 0 : static_cast<uint32_t>(whole * kGroupSize * item);
-  const char* source = static_cast<const char*>(args.logits) + (row * args.row_stride + first) * item;
-  if (block.is_arriving) {
-    ExpectBytes(&block.head->arrival, bytes);
-    if (bytes != 0) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              SharedAddress(block.slice)),
-          "l"(source), "r"(bytes), "r"(SharedAddress(&block.head->arrival))
-          : "memory");
-    }
+  const int32_t left = static_cast<int32_t>((args.vocab_size - first) / kGroupSize);
+  const int32_t whole = left < 0 ? 0 : left < block.num_local ? left : block.num_local;
+  const uint32_t group_bytes = kGroupSize * static_cast<uint32_t>(item);
+  const char* base = static_cast<const char*>(args.logits) + first * item;
+  const uint32_t bytes = IsCopied(block, args, row) ? static_cast<uint32_t>(whole) * group_bytes : 0;
+  uint64_t* arrival = &block.head->copy_arrival;
+  ExpectBytes(arrival, static_cast<uint32_t>(sizeof(DeviceRow)) + bytes);
+  if (bytes != 0) StartCopy(block.slice, base + row * args.row_stride * item, bytes, arrival);
+  StartCopy(&block.head->input[block.num_copies & 1], args.rows + row, sizeof(DeviceRow), arrival);
+  // A quarter: more of all rows in flight would crowd L2.
+  const uint32_t ahead = static_cast<uint32_t>(whole) / 4 * group_bytes;
+  if (next_row < args.num_rows && ahead != 0 && IsAligned(args, next_row))
+    StartPrefetch(base + next_row * args.row_stride * item, ahead);
+}
+
+// The row's parameters, once they and what else StartRow fetches are there.
+__device__ __forceinline__ const DeviceRow& WaitRow(Block& block, const SampleArgs& args, int32_t row) {
+  DeviceRow& input = block.head->input[block.num_copies & 1];
+  if (block.copies) {
+    WaitPhase(&block.head->copy_arrival, block.num_copies & 1);
+  } else {
+    constexpr uint32_t kWords = sizeof(DeviceRow) / 4;
+    const auto* words = reinterpret_cast<const uint32_t*>(args.rows + row);
+    for (uint32_t i = threadIdx.x; i < kWords; i += kThreads)
+      reinterpret_cast<uint32_t*>(&input)[i] = words[i];
+    __syncthreads();
   }
-  if (aligned && bytes != 0 && row + args.rows_in_flight < args.num_rows &&
-      args.rows_in_flight * args.row_stride * item % 16 == 0) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source + args.rows_in_flight *
-                                                                                 args.row_stride * item),
-                 "r"(bytes));
-  }
-#endif
+  ++block.num_copies;
+  return input;
+}
+
+// The larger, or NaN where one of them is.
+__device__ __forceinline__ float MaxOrNan(float a, float b) {
+  float max;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
+  return max;
 }
 
 // A group that a bulk copy brought: NaN and masked tokens become -inf in place.
@@ -143,18 +174,22 @@ __device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, 
   float max = NegativeInfinity();
 #pragma unroll
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
+    const float4 x = group[i * kLanesPerGroup + LaneInGroup()];
+    max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
+  }
+  if (!masked && max == max) return max;
+  max = NegativeInfinity();
+#pragma unroll 1
+  for (int i = 0; i < kTokensPerLane / 4; ++i) {
     const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * 4;
     float4 x = group[offset / 4];
-    const float sum = (x.x + x.y) + (x.z + x.w);  // NaN where one of them is, and where infinities cancel
-    if (masked || sum != sum) {
-      has_nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
-      const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
-      x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
-      x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
-      x.z = (allowed & 4u) != 0 ? fmaxf(x.z, NegativeInfinity()) : NegativeInfinity();
-      x.w = (allowed & 8u) != 0 ? fmaxf(x.w, NegativeInfinity()) : NegativeInfinity();
-      group[offset / 4] = x;
-    }
+    has_nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
+    const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
+    x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
+    x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
+    x.z = (allowed & 4u) != 0 ? fmaxf(x.z, NegativeInfinity()) : NegativeInfinity();
+    x.w = (allowed & 8u) != 0 ? fmaxf(x.w, NegativeInfinity()) : NegativeInfinity();
+    group[offset / 4] = x;
     max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
   }
   return max;
@@ -189,17 +224,24 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
   return has_nan;
 }
 
-__device__ __forceinline__ bool LoadSlice(Block& block, const LoadArgs& args, Dtype dtype) {
-  const bool has_arrived = block.is_arriving;
-  if (has_arrived) WaitCopy(&block.head->arrival);
-  block.is_arriving = false;
-  if (dtype == Dtype::kFloat32) return LoadSlice<Dtype::kFloat32>(block, args, has_arrived);
+// What few rows need is not inlined: the kernel's usual path is to stay in the instruction cache.
+static __device__ __noinline__ bool LoadNarrowSlice(Block block, LoadArgs args, Dtype dtype) {
   if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false);
   return LoadSlice<Dtype::kBfloat16>(block, args, false);
 }
+static __device__ __noinline__ bool LoadSliceFromMemory(Block block, LoadArgs args) {
+  return LoadSlice<Dtype::kFloat32>(block, args, false);
+}
+
+__device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, Dtype dtype,
+                                          bool has_arrived) {
+  if (dtype != Dtype::kFloat32) return LoadNarrowSlice(block, args, dtype);
+  if (!has_arrived) return LoadSliceFromMemory(block, args);
+  return LoadSlice<Dtype::kFloat32>(block, args, true);
+}
 
 // Maxima of the groups as the slice now is. Whole block; the slice must be in place.
-__device__ __forceinline__ void RefreshGroupMaxima(const Block& block) {
+static __device__ __noinline__ void RefreshGroupMaxima(Block block) {
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
   for (int32_t pass = 0; pass < passes; ++pass) {
@@ -221,8 +263,8 @@ __device__ __forceinline__ void RefreshGroupMaxima(const Block& block) {
 }
 
 // Steps 1 and 2 for the tokens that have an entry; each token has at most one.
-__device__ __forceinline__ void ApplyEdits(const Block& block, const DeviceRow& input, const Edit* edits,
-                                           bool with_early_stops) {
+static __device__ __noinline__ void ApplyEdits(Block block, const DeviceRow& input, const Edit* edits,
+                                               bool with_early_stops) {
   const RowConstants& c = input.constants;
   const uint32_t masking = kEditMasked | (with_early_stops ? kEditEarlyStop : 0);
   const int32_t first = block.first_group * kGroupSize;

@@ -80,10 +80,10 @@ __device__ __forceinline__ float LogProbOf(const Distribution& d, float x) {
 
 __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& args, int32_t row) {
   const SampleArgs& sample = args.sample;
-  const DeviceRow& input = sample.rows[row];
+  const DeviceRow& input = WaitRow(block, sample, row);
   const int32_t token = sample.token_ids[row];
   const bool processed = args.processed != 0;
-  const RowState state = PrepareSlice(block, sample, input, row, processed);
+  const RowState state = PrepareSlice(block, sample, input, row, processed, [] {});
   const int64_t base = static_cast<int64_t>(row) * (1 + args.num_top);
   if (token < 0) {
     if (block.cluster.rank != 0) return;
@@ -103,7 +103,7 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
     distribution.threshold = sample.info[row].threshold;
     if (input.constants.scale != 0.0f) scale = input.constants.scale;
   }
-  SumGroups<false>(block, state.max, scale, distribution.threshold, 0.0f);
+  SumGroups(block, state.max, scale, distribution.threshold);
   __syncthreads();
   uint64_t sums[2] = {0, 0};  // mass; key of the drawn token's logit
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
@@ -150,25 +150,32 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
   ClusterSync(block.cluster);  // no block may end while another reads its list
 }
 
-__global__ void __launch_bounds__(kThreads) LogprobsOnChipKernel(const __grid_constant__ LogprobsArgs args) {
+__device__ __forceinline__ void LogprobsOfRows(Block& block, const LogprobsArgs& args, int32_t first,
+                                               int32_t stride) {
+  StartBlock(block, args.sample, first, args.sample.num_rows);
+  for (int32_t row = first; row < args.sample.num_rows; row += stride) {
+    LogprobsOfRow(block, args, row);
+    if (block.copies) FenceForCopies();
+    __syncthreads();  // the slice is free
+    const int32_t next = row + stride;
+    if (block.copies && threadIdx.x == kCopyThread) StartRow(block, args.sample, next, next + stride);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 3)
+    LogprobsOnChipKernel(const __grid_constant__ LogprobsArgs args) {
   extern __shared__ __align__(16) char shared[];
-  Block block = MakeBlock(shared, args.sample, true);
-  const int32_t row = static_cast<int32_t>(blockIdx.x / block.cluster.size);
-  StartRow(block, args.sample, row);
-  LogprobsOfRow(block, args, row);
+  Block block = MakeBlock(shared, args.sample, ThisCluster(), true);
+  LogprobsOfRows(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size),
+                 static_cast<int32_t>(gridDim.x / block.cluster.size));
 }
 
 __global__ void __launch_bounds__(kThreads)
     LogprobsInMemoryKernel(const __grid_constant__ LogprobsArgs args) {
   extern __shared__ __align__(16) char shared[];
-  Block block = MakeBlock(shared, args.sample, false);
-  block.cluster = {0, 1};
-  block.slice = args.sample.scratch + static_cast<int64_t>(blockIdx.x) * block.num_groups * kGroupSize;
-  for (int32_t row = static_cast<int32_t>(blockIdx.x); row < args.sample.num_rows;
-       row += static_cast<int32_t>(gridDim.x)) {
-    LogprobsOfRow(block, args, row);
-    __syncthreads();
-  }
+  Block block = MakeBlock(shared, args.sample, {0, 1}, false);
+  block.slice = args.sample.scratch + static_cast<int64_t>(blockIdx.x) * block.groups_per_block * kGroupSize;
+  LogprobsOfRows(block, args, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(gridDim.x));
 }
 
 }  // namespace
@@ -189,7 +196,6 @@ cudaError_t LaunchLogprobs(const LogprobsArgs& args, const LaunchShape& shape, c
   if (args.sample.num_rows == 0) return cudaSuccess;
   LogprobsArgs full = args;
   full.sample.groups_per_block = shape.groups_per_block;
-  full.sample.rows_in_flight = shape.rows_in_flight;
   return LaunchCluster(shape.on_chip ? LogprobsOnChipKernel : LogprobsInMemoryKernel, full, shape, stream);
 }
 

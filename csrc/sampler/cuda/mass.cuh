@@ -17,8 +17,9 @@ __device__ __forceinline__ double WeightAsDouble(float x, float max, float scale
 }
 
 // The same, or less than 1, which adds nothing, where x is below the threshold.
+template <bool kFiltered>
 __device__ __forceinline__ double KeptWeightAsDouble(float x, float max, float scale, float threshold) {
-  const float z = x >= threshold ? MulRn(SubRn(x, max), scale) : kMinZ;
+  const float z = !kFiltered || x >= threshold ? MulRn(SubRn(x, max), scale) : kMinZ;
   return __longlong_as_double(static_cast<long long>(WeightAsDoubleBits(z)));
 }
 
@@ -32,55 +33,82 @@ __device__ __forceinline__ uint64_t SumGroupLanes(uint64_t value) {
   return value;
 }
 
-// group_mass[g] = sum of the weights of group g's tokens with x >= threshold. With kPivot, returns this
-// lane's share of the weight of those with x >= pivot, pivot being at least threshold. No barrier at the end.
-template <bool kPivot>
-__device__ __forceinline__ uint64_t SumGroups(const Block& block, float max, float scale, float threshold,
-                                              float pivot) {
+__device__ __forceinline__ uint64_t SumWarp(uint64_t value) { return ReduceWarp(value, SumOf()); }
+
+// The weight of a lane's float4 numbers begin, begin + kStep, ... (kNumber of them) that reach the threshold.
+// kFiltered: false where all logits do.
+template <bool kFiltered, int kNumber, int kStep>
+__device__ __forceinline__ uint64_t MassOfLane(const float4* begin, float max, float scale, float threshold) {
+  double even = kSumBase, odd = kSumBase;
+#pragma unroll 2
+  for (int i = 0; i < kNumber; ++i) {
+    const float4 x = begin[i * kStep];
+    const double w0 = KeptWeightAsDouble<kFiltered>(x.x, max, scale, threshold);
+    const double w1 = KeptWeightAsDouble<kFiltered>(x.y, max, scale, threshold);
+    const double w2 = KeptWeightAsDouble<kFiltered>(x.z, max, scale, threshold);
+    const double w3 = KeptWeightAsDouble<kFiltered>(x.w, max, scale, threshold);
+    even = __dadd_rz(even, w0);
+    odd = __dadd_rz(odd, w1);
+    even = __dadd_rz(even, w2);
+    odd = __dadd_rz(odd, w3);
+  }
+  return IntegerOfSum(even) + IntegerOfSum(odd);
+}
+
+__device__ __forceinline__ int32_t NumPasses(const Block& block) {
+  return (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+}
+
+// group_mass[g] = sum of the weights of group g's tokens with x >= threshold, for the groups of passes
+// [begin, end); where few of a warp's groups have any, all its lanes share each of them. No barrier at the
+// end.
+template <bool kFiltered>
+__device__ __forceinline__ void SumGroups(const Block& block, float max, float scale, float threshold) {
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
-  uint64_t reaching = 0;
+  constexpr int kGroupsPerWarp = 32 / kLanesPerGroup;
+  const int32_t passes = NumPasses(block);
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     const bool inside = group < block.num_local;
     const float top = inside ? block.group_max[group] : NegativeInfinity();
     // Below z = -45 every weight is truncated to 0.
     const bool active = inside && top >= threshold && ZOf(top, max, scale) >= -45.0f;
+    const uint32_t lanes = __ballot_sync(~0u, active);
     uint64_t mass = 0;
-    if (__any_sync(~0u, active)) {
+    if (__popc(lanes) > kGroupsPerWarp / 2 * kLanesPerGroup) {
       if (active) {
-        double even = kSumBase, odd = kSumBase, high = kSumBase;
-#pragma unroll 2
-        for (int i = 0; i < kTokensPerLane / 4; ++i) {
-          const float4 x = slice[FloatFourOfLane(group, i)];
-          const double w0 = KeptWeightAsDouble(x.x, max, scale, threshold);
-          const double w1 = KeptWeightAsDouble(x.y, max, scale, threshold);
-          const double w2 = KeptWeightAsDouble(x.z, max, scale, threshold);
-          const double w3 = KeptWeightAsDouble(x.w, max, scale, threshold);
-          even = __dadd_rz(even, w0);
-          odd = __dadd_rz(odd, w1);
-          even = __dadd_rz(even, w2);
-          odd = __dadd_rz(odd, w3);
-          if (kPivot && fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)) >= pivot) {
-            if (x.x >= pivot) high = __dadd_rz(high, w0);
-            if (x.y >= pivot) high = __dadd_rz(high, w1);
-            if (x.z >= pivot) high = __dadd_rz(high, w2);
-            if (x.w >= pivot) high = __dadd_rz(high, w3);
-          }
-        }
-        mass = IntegerOfSum(even) + IntegerOfSum(odd);
-        if (kPivot) reaching += IntegerOfSum(high);
+        mass = MassOfLane<kFiltered, kTokensPerLane / 4, kLanesPerGroup>(slice + FloatFourOfLane(group, 0),
+                                                                         max, scale, threshold);
       }
       mass = SumGroupLanes(mass);
+    } else {
+      const int32_t first = GroupOfLane(pass) - LaneInWarp() / kLanesPerGroup;
+#pragma unroll 1
+      for (uint32_t left = lanes; left != 0;) {
+        const int32_t which = (__ffs(static_cast<int>(left)) - 1) / kLanesPerGroup;
+        left &= ~(0xffu << (which * kLanesPerGroup));
+        const float4* begin = slice + (first + which) * (kGroupSize / 4) + LaneInWarp();
+        const uint64_t whole =
+            SumWarp(MassOfLane<kFiltered, kGroupSize / 128, 32>(begin, max, scale, threshold));
+        if (LaneInWarp() / kLanesPerGroup == which) mass = whole;
+      }
     }
     if (inside && LaneInGroup() == 0) block.group_mass[group] = mass;
   }
-  return reaching;
+}
+
+__device__ __forceinline__ void SumGroups(const Block& block, float max, float scale, float threshold) {
+  if (threshold == NegativeInfinity()) {
+    SumGroups<false>(block, max, scale, threshold);
+  } else {
+    SumGroups<true>(block, max, scale, threshold);
+  }
 }
 
 // sums[i] += total of this lane's tokens with pivot i <= x < hi; sums[kNumPivots] of those with
 // lo <= x < hi. Totals are weights, or counts with kCount. The pivots ascend and are not below lo.
-template <bool kCount>
+// kLoads: kTokensPerLane / 4 for all tokens; 1 for a sample, one in kSampleStep.
+template <bool kCount, int kLoads>
 __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float scale, float lo,
                                             uint32_t hi_key, const Pivots& pivots,
                                             uint64_t (&sums)[kNumPivots + 1]) {
@@ -89,7 +117,7 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
 #pragma unroll
   for (int i = 0; i < kNumPivots; ++i) pivot[i] = FloatFromKey(pivots.key[i]);
   const float last = LastBelow(hi_key);  // x < hi and x <= last are the same
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  const int32_t passes = NumPasses(block);
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     const bool inside = group < block.num_local;
@@ -106,7 +134,7 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
           count_at[i] = 0;
         }
 #pragma unroll 2
-        for (int i = 0; i < kTokensPerLane / 4; ++i) {
+        for (int i = 0; i < kLoads; ++i) {
           const float4 four = slice[FloatFourOfLane(group, i)];
           const float x[4] = {four.x, four.y, four.z, four.w};
           bool in[4];
@@ -144,10 +172,70 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
   }
 }
 
+// Keeps this block's tokens lo <= x < hi in `kept`, as far as there is room. Adds the weight of those from hi
+// up to *above, and of the kept ones to *inside. *count, in shared memory and 0 before, becomes the number of
+// the latter, room or not. No barrier at the end.
+__device__ __forceinline__ void SumAndKeep(const Block& block, float max, float scale, float lo,
+                                           uint32_t hi_key, float* kept, int32_t capacity, uint32_t* count,
+                                           uint64_t* above, uint64_t* inside) {
+  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const float last = LastBelow(hi_key);
+  const int32_t passes = NumPasses(block);
+  uint64_t all_above = 0, all_inside = 0;
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const int32_t group = GroupOfLane(pass);
+    if (group >= block.num_local || !(block.group_max[group] >= lo)) continue;
+    double sum = kSumBase, middle = kSumBase;
+    uint32_t found = 0;  // bit of each of the lane's 32 tokens
+#pragma unroll 2
+    for (int i = 0; i < kTokensPerLane / 4; ++i) {
+      const float4 four = slice[FloatFourOfLane(group, i)];
+      const float x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const bool in = x[q] >= lo && x[q] <= last;
+        const double w = KeptWeightAsDouble<true>(x[q], max, scale, lo);
+        if (in) {
+          middle = __dadd_rz(middle, w);
+          found |= 1u << (4 * i + q);
+        } else {
+          sum = __dadd_rz(sum, w);
+        }
+      }
+    }
+    all_above += IntegerOfSum(sum);
+    all_inside += IntegerOfSum(middle);
+    if (found == 0) continue;
+    uint32_t place = atomicAdd(count, static_cast<uint32_t>(__popc(found)));
+    while (found != 0 && place < static_cast<uint32_t>(capacity)) {
+      const int32_t bit = __ffs(static_cast<int>(found)) - 1;
+      found &= found - 1;
+      kept[place++] = block.slice[4 * FloatFourOfLane(group, bit / 4) + bit % 4];
+    }
+  }
+  *above += all_above;
+  *inside += all_inside;
+}
+
+// SumAtPivots by weight over kept tokens instead of the slice.
+__device__ __forceinline__ void SumKeptAtPivots(const float* kept, int32_t count, float max, float scale,
+                                                const Bracket& bracket, const Pivots& pivots,
+                                                uint64_t (&sums)[kNumPivots + 1]) {
+  const float lo = FloatFromKey(bracket.lo), last = LastBelow(bracket.hi);
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += kThreads) {
+    const float x = kept[i];
+    if (!(x >= lo && x <= last)) continue;
+    const uint64_t weight = WeightOf(x, max, scale);
+    sums[kNumPivots] += weight;
+#pragma unroll
+    for (int k = 0; k < kNumPivots; ++k) sums[k] += x >= FloatFromKey(pivots.key[k]) ? weight : 0;
+  }
+}
+
 // How many of this lane's tokens have x >= value.
 __device__ __forceinline__ uint64_t CountAtLeast(const Block& block, float value) {
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  const int32_t passes = NumPasses(block);
   uint32_t count = 0;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);

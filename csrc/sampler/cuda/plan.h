@@ -2,7 +2,8 @@
 // and the shape of a launch. Plain data and plain arithmetic; compiled by both compilers.
 //
 // A row is cut into slices of whole groups (kGroupSize tokens). One block owns one slice, the blocks of
-// a cluster own a row. Where clusters do not exist, one block owns the row and keeps it in scratch memory.
+// a cluster own a row and go from row to row. Where clusters do not exist, one block owns the row and keeps
+// it in scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +13,16 @@
 
 namespace twinjet::sampler::cuda {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLanesPerGroup = 8;                            // lanes of a warp that share a group
 constexpr int kGroupsPerPass = kThreads / kLanesPerGroup;    // groups a block handles at a time
 constexpr int kTokensPerLane = kGroupSize / kLanesPerGroup;  // 32
 constexpr int kMaxCluster = 16;
-constexpr int kMailWords = 8;        // words that a block sends to each other block at a time
-constexpr int kMaxCandidates = 384;  // tokens that a threshold search settles by comparing all pairs
+constexpr int kMailWords = 8;                 // words that a block sends to each other block at a time
+constexpr int kMaxCandidates = 240;           // tokens that a threshold search settles by comparing all pairs
+constexpr int kMaxKept = 3 * kMaxCandidates;  // tokens of a block that a search keeps in their place
+constexpr int kSampleStep = kTokensPerLane / 4;  // one token of so many is in a search's sample
 constexpr int kMaxTopLogprobs = 128;
 
 // A token whose logit is changed before the maximum is taken. At most one entry per row and token.
@@ -57,7 +60,6 @@ struct SampleArgs {
   int32_t num_rows = 0;
   int32_t vocab_size = 0;
   int32_t groups_per_block = 0;  // set by the launcher
-  int32_t rows_in_flight = 0;    // set by the launcher: rows that run at once
   const DeviceRow* rows = nullptr;
   const Edit* edits = nullptr;
   const uint32_t* bitmask = nullptr;  // [*, bitmask_stride] words, bit = 1: allowed
@@ -84,7 +86,6 @@ struct LaunchShape {
   int32_t cluster = 1;
   int32_t groups_per_block = 0;
   int32_t num_blocks = 0;
-  int32_t rows_in_flight = 0;  // how many rows the device works on at once
   size_t shared_bytes = 0;
   bool on_chip = false;  // slices live in shared memory
 };
@@ -97,41 +98,69 @@ struct DeviceLimits {
 
 TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return (vocab_size + kGroupSize - 1) / kGroupSize; }
 
-// The fixed head of a block's shared memory; arrays follow, see SharedLayout.
+// The fixed head of a block's shared memory; arrays follow, see SharedLayout. What comes in two sets is used
+// in turns: a block may send into the next set while another still reads the last, but not into the one
+// after.
 struct SharedHead {
-  // Mail from block r of the cluster lies in mail[n % 2][r] in exchange n. Two sets: a block may send its
-  // next mail while another still reads this one, but not the one after.
-  uint64_t mail[2][kMaxCluster][kMailWords];
-  uint64_t mail_arrival[2];  // mbarriers that count the mail
+  DeviceRow input[2];  // of this row and of the row before, whose race may still be on
   uint64_t by_warp[kWarps][kMailWords];
   uint64_t totals[kMailWords];
-  float list[kMaxCandidates];  // this block's candidates; read by the other blocks
-  int32_t list_size;
-  uint64_t num_sent[2][kMaxCluster];  // sizes of the blocks' lists, in two sets as mail
-  int32_t num_listed[kMaxCluster];
-  uint64_t arrival;  // mbarrier of the slice's bulk copy
+  // Barriers that count arriving bytes.
+  uint64_t copy_arrival;
+  uint64_t maxima_arrival[2];
+  uint64_t mail_arrival[2];
+  uint64_t runner_arrival[2];
+  uint64_t list_arrival;
+};
+static_assert(sizeof(DeviceRow) % 16 == 0);
+
+// What a block tells the others of its list of candidates; the candidates' logits follow in its slot.
+struct ListHeader {
+  uint32_t count;  // above the capacity: the rest is missing
+  uint32_t reserved;
+  uint64_t mass;  // of the block's kept tokens, where the search sums weights
+  uint64_t reserved2[2];
 };
 
-// Byte offsets of the arrays behind the head.
+// Byte offsets of the arrays behind the head. Those with a slot for each block of the cluster are where the
+// other blocks send.
 struct SharedLayout {
+  size_t maxima;      // float [2][cluster][maxima_stride], filled up with -inf
+  size_t flags;       // uint32 [2][cluster]
+  size_t mail;        // uint64 [2][cluster][kMailWords]
+  size_t runners;     // uint64 [2][cluster][2]
+  size_t lists;       // [cluster] of a ListHeader and float [list_capacity]
+  size_t gathered;    // double weights and float logits of all candidates
   size_t group_mass;  // uint64 [groups_per_block]
-  size_t gathered;    // double weights and float logits of all candidates, or all group maxima
-  size_t group_max;   // float [groups_per_block]
   size_t slice;       // float [groups_per_block * kGroupSize], on chip only
   size_t total;
+  int32_t maxima_stride;
+  int32_t list_capacity;
 };
 
 TWINJET_HD size_t RoundUp16(size_t bytes) { return (bytes + 15) & ~static_cast<size_t>(15); }
 
-TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t num_groups, bool on_chip) {
+// Candidates that one block may list: all of them in small clusters, twice its share in large ones.
+TWINJET_HD int32_t ListCapacity(int32_t cluster) {
+  return cluster <= 2 ? kMaxCandidates : cluster <= 4 ? kMaxCandidates / 2 : 64;
+}
+
+TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, bool on_chip) {
   SharedLayout layout = {};
   const size_t groups = static_cast<size_t>(groups_per_block);
-  const size_t candidates = kMaxCandidates * (sizeof(double) + sizeof(float));
-  const size_t maxima = static_cast<size_t>(num_groups) * sizeof(float);
-  layout.group_mass = RoundUp16(sizeof(SharedHead));
-  layout.gathered = layout.group_mass + RoundUp16(groups * sizeof(uint64_t));
-  layout.group_max = layout.gathered + RoundUp16(candidates > maxima ? candidates : maxima);
-  layout.slice = layout.group_max + RoundUp16(groups * sizeof(float));
+  const size_t blocks = static_cast<size_t>(cluster);
+  layout.maxima_stride = (groups_per_block + 3) / 4 * 4;
+  layout.list_capacity = ListCapacity(cluster);
+  const size_t list_bytes = sizeof(ListHeader) + static_cast<size_t>(layout.list_capacity) * sizeof(float);
+  const size_t candidate_bytes = kMaxCandidates * (sizeof(double) + sizeof(float));
+  layout.maxima = RoundUp16(sizeof(SharedHead));
+  layout.flags = layout.maxima + 2 * blocks * static_cast<size_t>(layout.maxima_stride) * sizeof(float);
+  layout.mail = layout.flags + RoundUp16(2 * blocks * sizeof(uint32_t));
+  layout.runners = layout.mail + 2 * blocks * kMailWords * sizeof(uint64_t);
+  layout.lists = layout.runners + 2 * blocks * 2 * sizeof(uint64_t);
+  layout.gathered = layout.lists + blocks * list_bytes;
+  layout.group_mass = layout.gathered + candidate_bytes;
+  layout.slice = layout.group_mass + RoundUp16(groups * sizeof(uint64_t));
   layout.total = layout.slice + (on_chip ? groups * kGroupSize * sizeof(float) : 0);
   return layout;
 }

@@ -10,47 +10,64 @@ namespace twinjet::sampler::cuda {
 struct RowState {
   float max;  // after step 3: 0 on rows with +inf, -inf on rows without a token
   uint32_t status;
-  int32_t first_max_group;  // lowest group that holds the maximum
 };
 
-__device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args, bool on_chip) {
-  Block block;
-  block.cluster = ThisCluster();
-  block.num_groups = NumGroups(args.vocab_size);
-  block.groups_per_block = args.groups_per_block;
-  const SharedLayout layout = LayOutShared(args.groups_per_block, block.num_groups, on_chip);
+// cluster: of one block where the slice is not on chip.
+__device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args, const Cluster& cluster,
+                                           bool on_chip) {
+  Block block = {};
+  block.cluster = cluster;
+  const SharedLayout layout =
+      LayOutShared(args.groups_per_block, static_cast<int32_t>(block.cluster.size), on_chip);
   block.head = reinterpret_cast<SharedHead*>(shared);
-  block.group_mass = reinterpret_cast<uint64_t*>(shared + layout.group_mass);
+  block.maxima = reinterpret_cast<float*>(shared + layout.maxima);
+  block.flags = reinterpret_cast<uint32_t*>(shared + layout.flags);
+  block.mail = reinterpret_cast<uint64_t*>(shared + layout.mail);
+  block.runners = reinterpret_cast<uint64_t*>(shared + layout.runners);
+  block.lists = shared + layout.lists;
   block.gathered = shared + layout.gathered;
-  block.group_max = reinterpret_cast<float*>(shared + layout.group_max);
+  block.group_mass = reinterpret_cast<uint64_t*>(shared + layout.group_mass);
   block.slice = reinterpret_cast<float*>(shared + layout.slice);
+  const int32_t num_groups = NumGroups(args.vocab_size);
   block.first_group = static_cast<int32_t>(block.cluster.rank) * args.groups_per_block;
-  const int32_t left = block.num_groups - block.first_group;
+  const int32_t left = num_groups - block.first_group;
   block.num_local = left < 0 ? 0 : left < args.groups_per_block ? left : args.groups_per_block;
-  block.exchange = 0;
-  block.listing = 0;
-  block.is_arriving = false;
+  block.groups_per_block = args.groups_per_block;
+  block.maxima_stride = layout.maxima_stride;
+  block.list_capacity = layout.list_capacity;
+#if __CUDA_ARCH__ >= 900
+  block.copies = on_chip;
+#endif
+  block.num_maxima = ~0u;  // the first turn goes to 0
   return block;
 }
 
-// Before anything else is read: sets the block's copies going. A barrier of the block follows inside.
-__device__ __forceinline__ void StartRow(Block& block, const SampleArgs& args, int32_t row) {
-  const int64_t bytes = args.dtype == Dtype::kFloat32 ? 4 : 2;
-  const auto address =
-      reinterpret_cast<uintptr_t>(args.logits) + static_cast<uintptr_t>(row * args.row_stride * bytes);
-  const bool aligned = (address & 15) == 0;
-#if __CUDA_ARCH__ >= 900
-  block.is_arriving = aligned && args.dtype == Dtype::kFloat32;
-#endif
-  if (threadIdx.x == 0) {
-    InitBarrier(&block.head->arrival);
-    InitBarrier(&block.head->mail_arrival[0]);
-    InitBarrier(&block.head->mail_arrival[1]);
+// Sets up barriers and padding and, where the block copies, the first row's copies. Afterwards the other
+// blocks of the cluster may be sent to.
+__device__ __forceinline__ void StartBlock(const Block& block, const SampleArgs& args, int32_t row,
+                                           int32_t next_row) {
+  SharedHead& head = *block.head;
+  if (threadIdx.x == kCopyThread) {
+    InitBarrier(&head.copy_arrival);
+    InitBarrier(&head.list_arrival);
+    for (int set = 0; set < 2; ++set) {
+      InitBarrier(&head.maxima_arrival[set]);
+      InitBarrier(&head.mail_arrival[set]);
+      InitBarrier(&head.runner_arrival[set]);
+    }
     FenceBarrierInit();
-    StartCopies(block, args, row, aligned);
   }
-  ClusterArriveRelaxed(block.cluster);
-  __syncthreads();
+  ClusterArriveRelaxed(block.cluster);  // a release after the copies would wait for them
+  if (threadIdx.x == kCopyThread && block.copies) StartRow(block, args, row, next_row);
+  // Groups that this block does not have stay at -inf for good.
+  for (uint32_t set = 0; set < 2; ++set) {
+    float* own = MaximaSlot(block, set, block.cluster.rank);
+    for (int32_t i = block.num_local + static_cast<int32_t>(threadIdx.x); i < block.maxima_stride;
+         i += kThreads)
+      own[i] = NegativeInfinity();
+  }
+  ClusterWait(block.cluster);
+  if (block.cluster.size == 1) __syncthreads();
 }
 
 __device__ __forceinline__ LoadArgs LoadArgsOf(const SampleArgs& args, const DeviceRow& input, int32_t row,
@@ -65,49 +82,35 @@ __device__ __forceinline__ LoadArgs LoadArgsOf(const SampleArgs& args, const Dev
   if (edited && input.allowed_row >= 0) {
     load.allowed = args.allowed + static_cast<int64_t>(input.allowed_row) * ((args.vocab_size + 31) / 32);
   }
-  load.aligned = (reinterpret_cast<uintptr_t>(load.row) & 15) == 0;
+  load.aligned = IsAligned(args, row);
   return load;
 }
 
-// Exchanges maximum and NaN flags. Word 0: key of the maximum, then the lowest group that has it.
-__device__ __forceinline__ RowState ExchangeMaxima(Block& block, bool has_nan) {
-  uint64_t values[2] = {0, has_nan ? 1u : 0u};
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
-    const uint64_t key = OrderedKey(block.group_max[i]);
-    const uint64_t place = 0xffffffffu - static_cast<uint32_t>(block.first_group + i);
-    values[0] = MaxOf()(values[0], key << 32 | place);
-  }
-  AllReduce(block, values, MaxOf());
-  RowState state;
-  state.max = FloatFromKey(static_cast<uint32_t>(values[0] >> 32));
-  state.first_max_group = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(values[0]));
-  state.status = values[1] != 0 ? kStatusNan : kStatusOk;
-  return state;
-}
-
-// Steps 1 to 3. The caller has arrived at the cluster's barrier once; this waits for it.
-// edited: with masks and edits; otherwise the logits as they are.
+// Steps 1 to 3. edited: with masks and edits; otherwise the logits as they are. between: what can be done
+// while the first maxima are under way; called once.
+template <class Between>
 __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs& args, const DeviceRow& input,
-                                                 int32_t row, bool edited) {
+                                                 int32_t row, bool edited, Between between) {
   const LoadArgs load = LoadArgsOf(args, input, row, edited);
   const bool has_edits = edited && input.edit_begin < input.edit_end;
-  RowState state = {};
+  Maxima maxima = {};
+#pragma unroll 1
   for (int attempt = 0; attempt < 2; ++attempt) {
-    const bool was_arriving = block.is_arriving;
-    const bool has_nan = LoadSlice(block, load, args.dtype);
+    TurnMaxima(block);
+    const bool has_nan = LoadSlice(block, load, args.dtype, attempt == 0 && IsCopied(block, args, row));
     if (has_edits) {
       __syncthreads();
       ApplyEdits(block, input, args.edits, attempt == 0);
       __syncthreads();
       RefreshGroupMaxima(block);
     }
-    __syncthreads();
-    if (was_arriving && threadIdx.x == 0) InvalidateBarrier(&block.head->arrival);
-    if (attempt == 0) ClusterWait(block.cluster);  // all blocks of the cluster run
-    state = ExchangeMaxima(block, has_nan);
+    const bool own_flag = PostMaxima(block, has_nan);
+    if (attempt == 0) between();
+    maxima = WaitMaxima(block, own_flag);
     // Early stops are masked only while they leave a token.
-    if (!(state.max == NegativeInfinity() && has_edits && input.has_early_stops != 0)) break;
+    if (!(maxima.max == NegativeInfinity() && has_edits && input.has_early_stops != 0)) break;
   }
+  RowState state = {maxima.max, maxima.flag ? kStatusNan : kStatusOk};
   if (state.max == PositiveInfinity()) {
     // Every +inf weighs the same, the rest nothing.
     __syncthreads();
@@ -115,9 +118,9 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
       block.slice[i] = block.slice[i] == PositiveInfinity() ? 0.0f : NegativeInfinity();
     }
     __syncthreads();
+    TurnMaxima(block);
     RefreshGroupMaxima(block);
-    ClusterSync(block.cluster);  // maxima may be read by other blocks next
-    state.max = 0.0f;
+    state.max = WaitMaxima(block, PostMaxima(block, false)).max;
     state.status |= kStatusInfinite;
   }
   if (state.max == NegativeInfinity()) state.status |= kStatusNoToken;
@@ -128,15 +131,14 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
 __device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants& constants, float max,
                                                int32_t vocab_size) {
   uint32_t key = kKeyOfNegativeInfinity;
-  int32_t num_gathered = 0;
+  Candidates gathered = {0, 0, 0};
   if (constants.min_z > NegativeInfinity()) key = MinPKey(max, constants.scale, constants.min_z);
   if (constants.top_k > 0) {
-    const uint32_t kth =
-        TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size, &num_gathered);
+    const uint32_t kth = TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size, &gathered);
     key = kth > key ? kth : key;
   }
   if (constants.has_top_p != 0) {
-    key = TopPThreshold(block, max, constants.scale, key, constants.top_p_fixed, vocab_size, num_gathered);
+    key = TopPThreshold(block, max, constants.scale, key, constants.top_p_fixed, vocab_size, gathered);
   }
   return FloatFromKey(key);
 }
@@ -148,11 +150,20 @@ __device__ __forceinline__ double GroupExponential(const Block& block, const Row
                        (static_cast<uint32_t>(block.first_group) + threadIdx.x) | kGroupLevel);
 }
 
-// Step 10. Returns the token in thread 0 of the block that owns the winning group, -1 elsewhere.
-// own_exponential: GroupExponential of this thread, computed while the logits were on their way.
-__device__ __forceinline__ int32_t DrawToken(Block& block, const RowConstants& constants, float max,
-                                             float threshold, double own_exponential) {
-  SumGroups<false>(block, max, constants.scale, threshold, 0.0f);
+// A row whose groups have raced in every block, but not yet against the other blocks'.
+struct RaceUnderWay {
+  int32_t row = -1;  // none
+  const RowConstants* constants;
+  float max;
+  float threshold;
+  // Of the block's best group, tokens threadIdx.x, threadIdx.x + kThreads and so on.
+  float logits[kGroupSize / kThreads];
+};
+
+// Step 10's first race: sends the block's best group and fetches that group's logits. The slice is free after
+// the next barrier. own_exponential: GroupExponential of this thread.
+__device__ __forceinline__ void RaceGroups(Block& block, RaceUnderWay& race, double own_exponential) {
+  SumGroups(block, race.max, race.constants->scale, race.threshold);
   __syncthreads();
   Runner runner = {kNeverArrives, 0};
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
@@ -160,34 +171,54 @@ __device__ __forceinline__ int32_t DrawToken(Block& block, const RowConstants& c
     if (mass == 0) continue;
     const uint32_t group = static_cast<uint32_t>(block.first_group + i);
     const double exponential =
-        i < kThreads ? own_exponential : ExponentialOf(constants.race, group | kGroupLevel);
+        i < kThreads ? own_exponential : ExponentialOf(race.constants->race, group | kGroupLevel);
     runner = Earlier(runner, {DoubleBits(RaceTime(exponential, mass)), group});
   }
-  const Runner winner = EarliestInRow(block, runner);
-  const int32_t group = static_cast<int32_t>(winner.index) - block.first_group;
-  if (group < 0 || group >= block.num_local) return -1;
-  runner = {kNeverArrives, 0};
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kGroupSize; i += kThreads) {
-    const float x = block.slice[group * kGroupSize + i];
-    const uint64_t weight = x >= threshold ? WeightOf(x, max, constants.scale) : 0;
-    if (weight == 0) continue;
-    const uint32_t token = static_cast<uint32_t>(winner.index) * kGroupSize + static_cast<uint32_t>(i);
-    const double time = RaceTime(ExponentialOf(constants.race, token | kTokenLevel), weight);
-    runner = Earlier(runner, {DoubleBits(time), token});
-  }
-  return static_cast<int32_t>(EarliestInBlock(block, runner).index);
+  runner = EarliestInBlock(block, runner);
+  PostRunner(block, runner);
+  if (runner.time == kNeverArrives) return;
+  const int32_t begin = (static_cast<int32_t>(runner.index) - block.first_group) * kGroupSize;
+#pragma unroll
+  for (int i = 0; i < kGroupSize / kThreads; ++i)
+    race.logits[i] = block.slice[begin + static_cast<int32_t>(threadIdx.x) + i * kThreads];
 }
 
-// The lowest token of the maximum, in thread 0 of its block; -1 elsewhere.
-__device__ __forceinline__ int32_t FirstMaximum(Block& block, const RowState& state) {
-  const int32_t group = state.first_max_group - block.first_group;
-  if (group < 0 || group >= block.num_local) return -1;
+// Step 10's second race: the block whose group won draws among its tokens.
+__device__ __forceinline__ void FinishRace(Block& block, const SampleArgs& args, const RaceUnderWay& race) {
+  if (race.row < 0) return;
+  const Runner winner = WaitRunner(block);
+  const int32_t group = static_cast<int32_t>(winner.index) - block.first_group;
+  if (group < 0 || group >= block.num_local) return;
   Runner runner = {kNeverArrives, 0};
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kGroupSize; i += kThreads) {
-    if (block.slice[group * kGroupSize + i] != state.max) continue;
-    runner = Earlier(runner, {0, static_cast<uint64_t>(state.first_max_group * kGroupSize + i)});
+#pragma unroll
+  for (int i = 0; i < kGroupSize / kThreads; ++i) {
+    const float x = race.logits[i];
+    const uint64_t weight = x >= race.threshold ? WeightOf(x, race.max, race.constants->scale) : 0;
+    if (weight == 0) continue;
+    const uint32_t token =
+        static_cast<uint32_t>(winner.index) * kGroupSize + threadIdx.x + static_cast<uint32_t>(i) * kThreads;
+    const double time = RaceTime(ExponentialOf(race.constants->race, token | kTokenLevel), weight);
+    runner = Earlier(runner, {DoubleBits(time), token});
   }
-  return static_cast<int32_t>(EarliestInBlock(block, runner).index);
+  runner = EarliestInBlock(block, runner);
+  if (threadIdx.x == 0) args.token_ids[race.row] = static_cast<int32_t>(runner.index);
+}
+
+// The lowest token of the maximum, to token_ids, by the block that has it.
+__device__ __forceinline__ void WriteFirstMaximum(Block& block, const SampleArgs& args, int32_t row,
+                                                  float max) {
+  const int32_t group = FirstGroupOf(block, max) - block.first_group;
+  if (group < 0 || group >= block.num_local) return;
+  if (threadIdx.x >= 32) return;
+  uint32_t first = ~0u;
+  for (int32_t i = LaneInWarp(); i < kGroupSize; i += 32) {
+    if (block.slice[group * kGroupSize + i] == max && static_cast<uint32_t>(i) < first)
+      first = static_cast<uint32_t>(i);
+  }
+  first = __reduce_min_sync(~0u, first);
+  if (threadIdx.x == 0) {
+    args.token_ids[row] = (block.first_group + group) * kGroupSize + static_cast<int32_t>(first);
+  }
 }
 
 }  // namespace twinjet::sampler::cuda

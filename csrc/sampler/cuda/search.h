@@ -5,6 +5,8 @@
 // or sums their weights (top-p). Logits stand for themselves as ordered keys.
 #pragma once
 
+#include <cmath>
+
 #include "sampler/spec.h"
 
 // Only nvcc's device pass knows the pragma.
@@ -44,8 +46,7 @@ TWINJET_HD uint32_t ClampKey(uint32_t key, const Bracket& bracket) {
   return key >= bracket.hi ? bracket.hi - 1 : key;
 }
 
-// The one pivot of a search by mass that needs no sums but the row's total: most end within 7 log2 units of
-// the maximum.
+// Above this a search by mass first lists tokens: most thresholds lie within 7 log2 units of the maximum.
 TWINJET_HD uint32_t FirstMassPivot(float max, float scale) {
   return OrderedKey(SubRn(max, MulRn(7.0f, 1.0f / scale)));
 }
@@ -63,6 +64,25 @@ TWINJET_HD uint32_t LeastMassKey(float max, float scale, uint64_t total, uint64_
   // Far from 0 a float is too coarse to hold the place: no guarantee then.
   if (!(x < max) || ZOf(x, max, scale) > AddRn(z, 0.9f)) return kKeyOfNegativeInfinity;
   return OrderedKey(x);
+}
+
+// A key that at least k of a set of values reach, and few more than k where a dozen bisections find it.
+// least, most: of the set, k at most its size. count_at_least(x): how many values reach x.
+template <class CountAtLeast>
+TWINJET_HD uint32_t BoundFromBelow(float least, float most, int32_t k, CountAtLeast count_at_least) {
+  float lo = least, hi = most;
+  for (int round = 0; round < 12; ++round) {
+    const float middle = AddRn(lo, MulRn(SubRn(hi, lo), 0.5f));
+    if (!(middle > lo && middle < hi)) break;
+    const int32_t count = count_at_least(middle);
+    if (count < k) {
+      hi = middle;
+      continue;
+    }
+    lo = middle;
+    if (count <= k + k / 4) break;
+  }
+  return OrderedKey(lo);
 }
 
 // First pivots of a search by count below `top`, given a length typical of the row.
@@ -127,12 +147,39 @@ TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const ui
   return next;
 }
 
+// A bracket [lo, hi) that a search by mass over a sample of the tokens ends with, made as wide as the
+// sample's noise: its masses are not known yet. dropped: mass of the sample below the threshold. limits: not
+// left.
+TWINJET_HD Bracket WindowOfSample(const Bracket& sampled, uint64_t target, uint64_t dropped, float max,
+                                  float scale, const Bracket& limits) {
+  Bracket window = limits;
+  const float lo = FloatFromKey(sampled.lo);
+  const float width = SubRn(LastBelow(sampled.hi), lo);
+  if (!(width > 0.0f) || !IsFinite(width) || sampled.reached <= sampled.above) return window;
+  const float inside = static_cast<float>(sampled.reached - sampled.above);
+  const float share = static_cast<float>(sampled.reached - target) / inside;
+  const float middle = AddRn(lo, MulRn(width, share));
+  // As if all that is dropped were tokens as heavy as those at the threshold.
+  const float weight = ScaledExp2(ZOf(middle, max, scale));
+  const float noise = sqrtf(MulRn(static_cast<float>(dropped), weight)) / inside;
+  const float margin = MulRn(width, AddRn(MulRn(3.5f, noise), 0.02f));
+  const uint32_t low = OrderedKey(SubRn(middle, margin)), high = OrderedKey(AddRn(middle, margin));
+  if (low > limits.lo && low < limits.hi) window.lo = low;
+  if (high > window.lo && high < limits.hi) window.hi = high;
+  return window;
+}
+
 // The smallest key whose z is at least min_z: min-p as a threshold on the logit. max is finite.
 TWINJET_HD uint32_t MinPKey(float max, float scale, float min_z) {
   uint32_t lo = kKeyOfNegativeInfinity;
   uint32_t hi = OrderedKey(max);
   if (ZOf(FloatFromKey(lo), max, scale) >= min_z) return lo;
-  while (hi - lo > 1) {  // z(lo) < min_z <= z(hi)
+  // z(lo) < min_z <= z(hi). As a rule float arithmetic is off by a few keys only.
+  const uint32_t guess = OrderedKey(AddRn(max, MulRn(min_z, 1.0f / scale)));
+  const uint32_t below = guess - 8, above = guess + 8;
+  if (below > lo && below < hi && ZOf(FloatFromKey(below), max, scale) < min_z) lo = below;
+  if (above > lo && above < hi && ZOf(FloatFromKey(above), max, scale) >= min_z) hi = above;
+  while (hi - lo > 1) {
     const uint32_t middle = lo + (hi - lo) / 2;
     if (ZOf(FloatFromKey(middle), max, scale) >= min_z) {
       hi = middle;

@@ -5,97 +5,97 @@
 
 namespace twinjet::sampler::cuda {
 
-// Lists this block's tokens of the bracket in head.list, and tells all blocks how many each one has.
-// Returns the row's number; above kMaxCandidates it is a lower bound and the lists are of no use.
-__device__ __forceinline__ uint32_t Collect(Block& block, const Bracket& bracket) {
-  SharedHead& head = *block.head;
+// Puts this block's tokens of the bracket into its list. A barrier follows inside, before and after.
+__device__ __forceinline__ void Collect(const Block& block, const Bracket& bracket) {
+  ClearList(block);
+  ListHeader& header = HeaderOf(block, block.cluster.rank);
+  float* list = ListOf(block, block.cluster.rank);
   const auto* slice = reinterpret_cast<const float4*>(block.slice);
   const float lo = FloatFromKey(bracket.lo);
   const float last = LastBelow(bracket.hi);
-  if (threadIdx.x == 0) head.list_size = 0;
-  __syncthreads();
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  const uint32_t capacity = static_cast<uint32_t>(block.list_capacity);
+  const int32_t passes = NumPasses(block);
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
-    const bool active = group < block.num_local && block.group_max[group] >= lo;
-    if (!__any_sync(~0u, active)) continue;
+    if (group >= block.num_local || !(block.group_max[group] >= lo)) continue;
     uint32_t found = 0;  // bit of each of the lane's 32 tokens
-    if (active) {
 #pragma unroll
-      for (int i = 0; i < kTokensPerLane / 4; ++i) {
-        const float4 x = slice[FloatFourOfLane(group, i)];
-        found |= (x.x >= lo && x.x <= last ? 1u : 0u) << (4 * i);
-        found |= (x.y >= lo && x.y <= last ? 2u : 0u) << (4 * i);
-        found |= (x.z >= lo && x.z <= last ? 4u : 0u) << (4 * i);
-        found |= (x.w >= lo && x.w <= last ? 8u : 0u) << (4 * i);
-      }
+    for (int i = 0; i < kTokensPerLane / 4; ++i) {
+      const float4 x = slice[FloatFourOfLane(group, i)];
+      found |= (x.x >= lo && x.x <= last ? 1u : 0u) << (4 * i);
+      found |= (x.y >= lo && x.y <= last ? 2u : 0u) << (4 * i);
+      found |= (x.z >= lo && x.z <= last ? 4u : 0u) << (4 * i);
+      found |= (x.w >= lo && x.w <= last ? 8u : 0u) << (4 * i);
     }
     if (found == 0) continue;
-    const int32_t number = __popc(found);
-    int32_t place = atomicAdd(&head.list_size, number);
-    while (found != 0 && place < kMaxCandidates) {
+    uint32_t place = atomicAdd(&header.count, static_cast<uint32_t>(__popc(found)));
+    while (found != 0 && place < capacity) {
       const int32_t bit = __ffs(static_cast<int>(found)) - 1;
       found &= found - 1;
-      head.list[place++] = block.slice[4 * FloatFourOfLane(group, bit / 4) + bit % 4];
+      list[place++] = block.slice[4 * FloatFourOfLane(group, bit / 4) + bit % 4];
     }
   }
   __syncthreads();
-  auto* num_sent = head.num_sent[block.listing & 1];
-  ++block.listing;
-  if (threadIdx.x < block.cluster.size) {
-    StoreRemote(&num_sent[block.cluster.rank], static_cast<uint64_t>(head.list_size), threadIdx.x,
-                block.cluster);
-  }
-  ClusterSync(block.cluster);  // the lists are read by other blocks next
-  uint32_t total = 0;
-  for (uint32_t r = 0; r < block.cluster.size; ++r) total += static_cast<uint32_t>(num_sent[r]);
-  if (threadIdx.x < block.cluster.size)
-    head.num_listed[threadIdx.x] = static_cast<int32_t>(num_sent[threadIdx.x]);
-  __syncthreads();
-  return total;
 }
 
-// Copies all blocks' lists to this block, a warp to each list, and works out the weights (1 at scale 0).
-// Returns how many candidates there are.
-__device__ __forceinline__ int32_t Gather(Block& block, float max, float scale) {
-  SharedHead& head = *block.head;
-  auto* weight = reinterpret_cast<double*>(block.gathered);
-  auto* logit = reinterpret_cast<float*>(weight + kMaxCandidates);
+// The row's candidates as Gather leaves them in `gathered`.
+struct Candidates {
+  int32_t count;
+  int32_t own_begin;  // this block's lie in [own_begin, own_end)
+  int32_t own_end;
+};
+
+__device__ __forceinline__ double* GatheredWeights(const Block& block) {
+  return reinterpret_cast<double*>(block.gathered);
+}
+__device__ __forceinline__ float* GatheredLogits(const Block& block) {
+  return reinterpret_cast<float*>(GatheredWeights(block) + kMaxCandidates);
+}
+
+// Joins the exchanged lists, a warp to each, and works out the weights (1 at scale 0).
+__device__ __forceinline__ Candidates Gather(const Block& block, float max, float scale) {
+  double* weight = GatheredWeights(block);
+  float* logit = GatheredLogits(block);
   const uint32_t warp = threadIdx.x / 32;
-  int32_t begin = 0;
+  Candidates candidates = {0, 0, 0};
   for (uint32_t r = 0; r < block.cluster.size; ++r) {
-    const int32_t number = head.num_listed[r];
+    const int32_t number = static_cast<int32_t>(HeaderOf(block, r).count);
+    const float* list = ListOf(block, r);
     if (r % kWarps == warp) {
-      for (int32_t i = static_cast<int32_t>(threadIdx.x) % 32; i < number; i += 32) {
-        const float x = LoadRemote(&head.list[i], r, block.cluster);
-        logit[begin + i] = x;
-        weight[begin + i] = static_cast<double>(WeightOf(x, max, scale));
+      for (int32_t i = LaneInWarp(); i < number; i += 32) {
+        const float x = list[i];
+        logit[candidates.count + i] = x;
+        weight[candidates.count + i] = static_cast<double>(WeightOf(x, max, scale));
       }
     }
-    begin += number;
+    if (r == block.cluster.rank) candidates.own_begin = candidates.count;
+    candidates.count += number;
+    if (r == block.cluster.rank) candidates.own_end = candidates.count;
   }
   __syncthreads();
-  return begin;
+  return candidates;
 }
 
-// The threshold among `total` gathered candidates from floor_key up: each block settles its own, eight lanes
-// to a candidate. kTopP: target_or_p is p in fixed point and the total is the gathered weight; otherwise it
-// is the target, and above what lies above the candidates.
+// Few enough for every block to settle all of them; otherwise each settles its own.
+constexpr int32_t kMaxSettledByAll = 128;
+
+// The threshold among gathered candidates from floor_key up, eight lanes to a candidate. kTopP: target_or_p
+// is p in fixed point and the total is the gathered weight; otherwise it is the target, and above what lies
+// above the candidates. 0 where no candidate reaches the target.
 enum class Settling { kCount, kMass, kTopP };
 template <Settling kSettling>
-__device__ __forceinline__ uint32_t Settle(Block& block, int32_t total, uint32_t floor_key, uint64_t above,
-                                           uint64_t target_or_p) {
-  const SharedHead& head = *block.head;
-  const auto* weight = reinterpret_cast<const double*>(block.gathered);
-  const auto* logit = reinterpret_cast<const float*>(weight + kMaxCandidates);
-  const int32_t own = head.num_listed[block.cluster.rank];
+__device__ __forceinline__ uint32_t Settle(Block& block, const Candidates& candidates, uint32_t floor_key,
+                                           uint64_t above, uint64_t target_or_p, bool by_all) {
+  const double* weight = GatheredWeights(block);
+  const float* logit = GatheredLogits(block);
   const float floor = FloatFromKey(floor_key);
-  uint64_t best = 0;
-  for (int32_t base = 0; base < own; base += kGroupsPerPass) {
+  const int32_t end = by_all ? candidates.count : candidates.own_end;
+  uint32_t best = 0;
+  for (int32_t base = by_all ? 0 : candidates.own_begin; base < end; base += kGroupsPerPass) {
     const int32_t i = base + static_cast<int32_t>(threadIdx.x) / kLanesPerGroup;
-    const float x = i < own ? head.list[i] : PositiveInfinity();
-    double sum = 0.0, all = 0.0;  // at most 384 * 2^44: exact
-    for (int32_t j = LaneInGroup(); j < total; j += kLanesPerGroup) {
+    const float x = i < end ? logit[i] : PositiveInfinity();
+    double sum = 0.0, all = 0.0;  // at most kMaxCandidates * 2^44: exact
+    for (int32_t j = LaneInGroup(); j < candidates.count; j += kLanesPerGroup) {
       const double w = kSettling == Settling::kCount ? 1.0 : weight[j];
       if (logit[j] >= x) sum += w;
       if (kSettling == Settling::kTopP && logit[j] >= floor) all += w;
@@ -104,132 +104,241 @@ __device__ __forceinline__ uint32_t Settle(Block& block, int32_t total, uint32_t
     uint64_t target = target_or_p;
     if (kSettling == Settling::kTopP)
       target = TopPMass(target_or_p, SumGroupLanes(static_cast<uint64_t>(all)));
-    if (i < own && x >= floor && mass >= target) {
-      const uint64_t key = OrderedKey(x);
+    if (i < end && x >= floor && mass >= target) {
+      const uint32_t key = OrderedKey(x);
       best = key > best ? key : best;
     }
   }
-  uint64_t values[1] = {best};
-  AllReduce(block, values, MaxOf());
-  return static_cast<uint32_t>(values[0]);
+  if (!by_all) {
+    uint64_t values[1] = {best};
+    AllReduce(block, values, MaxOf());
+    return static_cast<uint32_t>(values[0]);
+  }
+  best = __reduce_max_sync(~0u, best);
+  __syncthreads();  // by_warp may be read still from the last call
+  if (LaneInWarp() == 0) block.head->by_warp[threadIdx.x / 32][0] = best;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const uint32_t other = static_cast<uint32_t>(block.head->by_warp[w][0]);
+    best = other > best ? other : best;
+  }
+  return best;
 }
 
-// Narrows the bracket until few candidates are left, or one logit. *num_gathered: how many candidates lie in
-// `gathered` at the end, if they are all tokens from the threshold up; 0 otherwise. scale: for their weights.
+// The same candidates from tokens that SumAndKeep kept.
+__device__ __forceinline__ void CollectKept(const Block& block, const float* kept, int32_t count,
+                                            const Bracket& bracket) {
+  ClearList(block);
+  ListHeader& header = HeaderOf(block, block.cluster.rank);
+  float* list = ListOf(block, block.cluster.rank);
+  const float lo = FloatFromKey(bracket.lo), last = LastBelow(bracket.hi);
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += kThreads) {
+    const float x = kept[i];
+    if (!(x >= lo && x <= last)) continue;
+    const uint32_t place = atomicAdd(&header.count, 1u);
+    if (place < static_cast<uint32_t>(block.list_capacity)) list[place] = x;
+  }
+  __syncthreads();
+}
+
+// Tokens of this block that a search works on in place of the slice; they lie where Gather will write, which
+// a search does last.
+struct Kept {
+  bool is_used;
+  int32_t count;
+};
+__device__ __forceinline__ float* KeptLogits(const Block& block) {
+  return reinterpret_cast<float*>(block.gathered);
+}
+
+// Narrows the bracket until few candidates are left, or one logit. *gathered: the candidates, if they are all
+// tokens from the threshold up; none otherwise. scale: for their weights. Where lists are exchanged more than
+// once in a row, an AllReduce lies between.
 template <bool kCount>
 __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float scale, Bracket bracket,
-                                                  uint64_t target, bool try_at_once, int32_t* num_gathered) {
-  *num_gathered = 0;
+                                                  uint64_t target, bool try_at_once, const Kept& kept,
+                                                  Candidates* gathered) {
+  *gathered = {0, 0, 0};
   for (int round = 0;; ++round) {
     if (bracket.hi - bracket.lo == 1) return bracket.lo;
-    if ((round > 0 || try_at_once) && Collect(block, bracket) <= kMaxCandidates) {
-      const int32_t total = Gather(block, max, scale);
-      if (bracket.above == 0) *num_gathered = total;
-      return Settle<kCount ? Settling::kCount : Settling::kMass>(block, total, bracket.lo, bracket.above,
-                                                                 target);
+    if (round > 0 || try_at_once) {
+      if (kept.is_used) {
+        CollectKept(block, KeptLogits(block), kept.count, bracket);
+      } else {
+        Collect(block, bracket);
+      }
+      if (ExchangeLists(block).count <= kMaxCandidates) {
+        const Candidates candidates = Gather(block, max, scale);
+        if (bracket.above == 0) *gathered = candidates;
+        const bool by_all = bracket.above == 0 && candidates.count <= kMaxSettledByAll;
+        return Settle<kCount ? Settling::kCount : Settling::kMass>(block, candidates, bracket.lo,
+                                                                   bracket.above, target, by_all);
+      }
     }
     const Pivots pivots = NextPivots(bracket, target, round);
     uint64_t sums[kNumPivots + 1] = {};
-    SumAtPivots<kCount>(block, max, scale, FloatFromKey(bracket.lo), bracket.hi, pivots, sums);
+    if (kept.is_used) {
+      SumKeptAtPivots(KeptLogits(block), kept.count, max, scale, bracket, pivots, sums);
+    } else {
+      SumAtPivots<kCount, kTokensPerLane / 4>(block, max, scale, FloatFromKey(bracket.lo), bracket.hi, pivots,
+                                              sums);
+    }
     AllReduce(block, sums, SumOf());
     bracket = Shrink(bracket, pivots, sums, target);
   }
 }
 
-// Copies all groups' maxima of the row to this block, filled up with -inf to a multiple of 4. group_max of
-// all blocks must be in place.
-__device__ __forceinline__ void GatherMaxima(const Block& block) {
-  ClusterSync(block.cluster);  // the other blocks' maxima are seen
-  auto* maxima = reinterpret_cast<float*>(block.gathered);
-  const int32_t padded = (block.num_groups + 3) / 4 * 4;
-  for (int32_t g = static_cast<int32_t>(threadIdx.x); g < padded; g += kThreads) {
-    const int32_t owner = g / block.groups_per_block;
-    maxima[g] = g < block.num_groups ? LoadRemote(&block.group_max[g - owner * block.groups_per_block],
-                                                  static_cast<uint32_t>(owner), block.cluster)
-                                     : NegativeInfinity();
-  }
-  __syncthreads();
-}
-
-// The key of the k-th largest group maximum, 1 <= k <= num_groups: at least k tokens reach it. It is the
-// smallest maximum that fewer than k others exceed.
-__device__ __forceinline__ uint32_t KthMaximum(Block& block, int32_t k) {
-  GatherMaxima(block);
-  const auto* maxima = reinterpret_cast<const float4*>(block.gathered);
-  constexpr int kLanes = 4;
-  uint64_t found = ~0ull;
-  for (int32_t base = 0; base < block.num_local; base += kThreads / kLanes) {
-    const int32_t i = base + static_cast<int32_t>(threadIdx.x) / kLanes;
-    const float x = i < block.num_local ? block.group_max[i] : 0.0f;
-    int32_t larger = 0;
-#pragma unroll 4
-    for (int32_t j = static_cast<int32_t>(threadIdx.x) % kLanes; j < (block.num_groups + 3) / 4;
-         j += kLanes) {
-      const float4 four = maxima[j];
-      larger += (four.x > x ? 1 : 0) + (four.y > x ? 1 : 0) + (four.z > x ? 1 : 0) + (four.w > x ? 1 : 0);
+// A search by mass over many tokens: a sample says about where the threshold lies, one pass keeps the tokens
+// around it, and the search goes on among those. bracket.lo may be a bound without its mass.
+__device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, float scale, Bracket bracket,
+                                                      uint64_t whole, uint64_t target) {
+  const uint64_t dropped = (whole - target) / kSampleStep;
+  Bracket sampled = {bracket.lo, bracket.hi, 0, 0};
+  uint64_t sample_target = 0;
+  for (int round = 0; round < 2; ++round) {
+    const float width = SubRn(LastBelow(sampled.hi), FloatFromKey(sampled.lo));
+    if (!(width > 0.0f) || !IsFinite(width)) break;
+    const Pivots pivots = NextPivots(sampled, sample_target, round);
+    uint64_t sums[kNumPivots + 1] = {};
+    SumAtPivots<false, 1>(block, max, scale, FloatFromKey(sampled.lo), sampled.hi, pivots, sums);
+    AllReduce(block, sums, SumOf());
+    if (round == 0) {
+      sampled.reached = sums[kNumPivots];
+      if (sums[kNumPivots] <= dropped) break;
+      sample_target = sums[kNumPivots] - dropped;
     }
-    larger += __shfl_xor_sync(~0u, larger, 1);
-    larger += __shfl_xor_sync(~0u, larger, 2);
-    if (i < block.num_local && larger < k) found = MinOf()(found, OrderedKey(x));
+    sampled = Shrink(sampled, pivots, sums, sample_target);
   }
-  uint64_t values[1] = {found};
-  AllReduce(block, values, MinOf());
-  return static_cast<uint32_t>(values[0]);
+  Kept kept = {false, 0};
+  const Bracket window = WindowOfSample(sampled, sample_target, dropped, max, scale, bracket);
+  if (sample_target != 0 && (window.lo != bracket.lo || window.hi != bracket.hi)) {
+    ListHeader& header = HeaderOf(block, block.cluster.rank);
+    ClearList(block);
+    uint64_t sums[kNumPivots + 1] = {};  // above the window, inside it; blocks without room
+    SumAndKeep(block, max, scale, FloatFromKey(window.lo), window.hi, KeptLogits(block), kMaxKept,
+               &header.count, &sums[0], &sums[1]);
+    __syncthreads();
+    kept.count = static_cast<int32_t>(header.count);
+    if (threadIdx.x == 0 && kept.count > kMaxKept) sums[2] = 1;
+    AllReduce(block, sums, SumOf());
+    const uint64_t reached = sums[0] + sums[1];
+    kept.is_used = sums[0] < target && target <= reached && sums[2] == 0;
+    if (target <= sums[0]) {
+      bracket.lo = window.hi;
+      bracket.reached = sums[0];
+    } else if (target > reached) {
+      bracket.hi = window.lo;
+      bracket.above = reached;
+    } else {
+      bracket = {window.lo, window.hi, sums[0], reached};
+    }
+  }
+  Candidates unused;
+  return FindThreshold<false>(block, max, scale, bracket, target, kept.is_used, kept, &unused);
 }
 
-// The k-th largest logit, 1 <= k < vocab_size. scale, num_gathered: see FindThreshold.
+// How many groups have a token, and the least of their maxima. All lanes of the calling warp.
+struct LeastMaximum {
+  int32_t num_groups;
+  float value;
+};
+__device__ __forceinline__ LeastMaximum FindLeastMaximum(const Block& block) {
+  const float* maxima = MaximaSlot(block, block.num_maxima & 1, 0);
+  const int32_t number = static_cast<int32_t>(block.cluster.size) * block.maxima_stride;
+  uint32_t least = ~0u;
+  int32_t found = 0;
+  for (int32_t i = LaneInWarp(); i < number; i += 32) {
+    const float x = maxima[i];
+    if (x == NegativeInfinity()) continue;
+    const uint32_t key = OrderedKey(x);
+    least = key < least ? key : least;
+    ++found;
+  }
+  return {__reduce_add_sync(~0u, found), FloatFromKey(__reduce_min_sync(~0u, least))};
+}
+
+// A key that the k-th largest group maximum reaches, k at most least.num_groups: so do k tokens.
+__device__ __forceinline__ uint32_t BoundOfMaxima(const Block& block, float max, const LeastMaximum& least,
+                                                  int32_t k) {
+  const auto* maxima = reinterpret_cast<const float4*>(MaximaSlot(block, block.num_maxima & 1, 0));
+  const int32_t fours = static_cast<int32_t>(block.cluster.size) * block.maxima_stride / 4;
+  return BoundFromBelow(least.value, max, k, [&](float x) {
+    int32_t count = 0;
+    for (int32_t i = LaneInWarp(); i < fours; i += 32) {
+      const float4 four = maxima[i];
+      count += (four.x >= x ? 1 : 0) + (four.y >= x ? 1 : 0) + (four.z >= x ? 1 : 0) + (four.w >= x ? 1 : 0);
+    }
+    return __reduce_add_sync(~0u, count);
+  });
+}
+
+// The k-th largest logit, 1 <= k < vocab_size. scale, gathered: see FindThreshold.
 __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float scale, int32_t k,
-                                                  int32_t vocab_size, int32_t* num_gathered) {
+                                                  int32_t vocab_size, Candidates* gathered) {
   const uint64_t target = static_cast<uint64_t>(k);
   Bracket bracket = {kKeyOfNegativeInfinity, OrderedKey(max) + 1, 0, static_cast<uint64_t>(vocab_size)};
-  if (k <= block.num_groups) {
-    bracket.lo = KthMaximum(block, k);
-    return FindThreshold<true>(block, max, scale, bracket, target, k <= kMaxCandidates, num_gathered);
+  const LeastMaximum least = FindLeastMaximum(block);
+  const bool is_bounded = k <= least.num_groups;
+  if (is_bounded) {
+    bracket.lo = BoundOfMaxima(block, max, least, k);
+  } else {
+    // All group maxima are above; the distance from the smallest to the largest is a scale to step down by.
+    const float length = SubRn(max, least.value);
+    const Pivots pivots =
+        length > 0.0f && IsFinite(length) ? CountPivots(bracket, least.value, length) : KeyPivots(bracket);
+    uint64_t sums[kNumPivots + 1] = {};
+    SumAtPivots<true, kTokensPerLane / 4>(block, max, 0.0f, NegativeInfinity(), bracket.hi, pivots, sums);
+    AllReduce(block, sums, SumOf());
+    bracket = Shrink(bracket, pivots, sums, target);
   }
-  // All group maxima are above; the distance from the smallest to the largest is a scale to step down by.
-  const float least = FloatFromKey(KthMaximum(block, block.num_groups));
-  const float length = SubRn(max, least);
-  const Pivots pivots =
-      length > 0.0f && IsFinite(length) ? CountPivots(bracket, least, length) : KeyPivots(bracket);
-  uint64_t sums[kNumPivots + 1] = {};
-  SumAtPivots<true>(block, max, 0.0f, NegativeInfinity(), bracket.hi, pivots, sums);
-  AllReduce(block, sums, SumOf());
-  return FindThreshold<true>(block, max, scale, Shrink(bracket, pivots, sums, target), target, false,
-                             num_gathered);
+  return FindThreshold<true>(block, max, scale, bracket, target, is_bounded && k <= kMaxCandidates,
+                             {false, 0}, gathered);
 }
 
-// Step 9 over the tokens from floor_key up. num_gathered: not 0 where `gathered` holds all of them already.
+// Step 9 over the tokens from floor_key up. gathered: not empty where it holds all of them already.
 __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float scale, uint32_t floor_key,
                                                   uint64_t top_p_fixed, int32_t vocab_size,
-                                                  int32_t num_gathered) {
+                                                  const Candidates& gathered) {
   const uint32_t top = OrderedKey(max) + 1;
   if (top - floor_key == 1) return floor_key;
-  if (num_gathered == 0 && floor_key > kKeyOfNegativeInfinity) {
-    const Bracket all = {floor_key, top, 0, 0};
-    if (Collect(block, all) <= kMaxCandidates) num_gathered = Gather(block, max, scale);
+  if (gathered.count != 0) {
+    return Settle<Settling::kTopP>(block, gathered, floor_key, 0, top_p_fixed,
+                                   gathered.count <= kMaxSettledByAll);
   }
-  if (num_gathered != 0) return Settle<Settling::kTopP>(block, num_gathered, floor_key, 0, top_p_fixed);
-
+  // The whole mass and the tokens from a pivot up, in one exchange.
   const uint32_t wanted = FirstMassPivot(max, scale);
   const uint32_t pivot = wanted > floor_key && wanted < top ? wanted : floor_key + 1;
-  uint64_t sums[2] = {0, 0};  // whole mass, mass from the pivot up
-  sums[1] = SumGroups<true>(block, max, scale, FloatFromKey(floor_key), FloatFromKey(pivot));
+  SumGroups<true>(block, max, scale, FloatFromKey(floor_key));
+  Collect(block, {pivot, top, 0, 0});
+  if (threadIdx.x < 32) {
+    uint64_t mass = 0;
+    for (int32_t i = LaneInWarp(); i < block.num_local; i += 32) mass += block.group_mass[i];
+    mass = SumWarp(mass);
+    if (threadIdx.x == 0) HeaderOf(block, block.cluster.rank).mass = mass;
+  }
   __syncthreads();
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
-    sums[0] += block.group_mass[i];
+  const bool is_listed = ExchangeLists(block).count <= kMaxCandidates;
+  uint64_t whole = 0;
+  for (uint32_t r = 0; r < block.cluster.size; ++r) whole += HeaderOf(block, r).mass;
+  const uint64_t target = TopPMass(top_p_fixed, whole);
+  Bracket bracket = {floor_key, top, 0, whole};
+  if (is_listed) {
+    const Candidates candidates = Gather(block, max, scale);
+    const bool by_all = candidates.count <= kMaxSettledByAll;
+    const uint32_t settled = Settle<Settling::kMass>(block, candidates, pivot, 0, target, by_all);
+    if (settled != 0) return settled;
+    // The threshold lies below the pivot.
+    const double* weight = GatheredWeights(block);
+    double above = 0.0;
+    for (int32_t i = LaneInWarp(); i < candidates.count; i += 32) above += weight[i];
+    bracket.hi = pivot;
+    bracket.above = SumWarp(static_cast<uint64_t>(above));
   }
-  AllReduce(block, sums, SumOf());
-  const uint64_t target = TopPMass(top_p_fixed, sums[0]);
-  Bracket bracket = {pivot, top, 0, sums[1]};
-  const bool is_high = sums[1] >= target;
-  if (!is_high) {
-    bracket = {floor_key, pivot, sums[1], sums[0]};
-    const uint32_t least = LeastMassKey(max, scale, sums[0], target, vocab_size);
-    // `reached` stays what it is: the little mass that lies below the least key only tilts a guess.
-    if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
-  }
-  int32_t unused = 0;
-  return FindThreshold<false>(block, max, scale, bracket, target, is_high, &unused);
+  const uint32_t least = LeastMassKey(max, scale, whole, target, vocab_size);
+  // `reached` stays what it is: the little mass that lies below the least key only tilts a guess.
+  if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
+  return FindDeepThreshold(block, max, scale, bracket, whole, target);
 }
 
 }  // namespace twinjet::sampler::cuda

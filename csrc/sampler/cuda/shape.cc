@@ -7,14 +7,8 @@ namespace {
 constexpr int32_t kGroupsOfThreePerMultiprocessor = 63;
 // Below this a block's fixed costs outweigh its share of the row.
 constexpr int32_t kLeastGroupsPerBlock = 8;
-// Shared memory the system takes of each block.
-constexpr size_t kReservedPerBlock = 1024;
 
 int32_t DivideUp(int32_t a, int32_t b) { return (a + b - 1) / b; }
-
-bool Fits(const DeviceLimits& limits, int32_t groups_per_block, int32_t num_groups) {
-  return LayOutShared(groups_per_block, num_groups, true).total <= limits.max_shared_bytes;
-}
 
 }  // namespace
 
@@ -36,17 +30,13 @@ LaunchShape ChooseShape(const DeviceLimits& limits, int32_t num_rows, int32_t vo
     }
   }
   shape.groups_per_block = DivideUp(num_groups, shape.cluster);
-  shape.on_chip = Fits(limits, shape.groups_per_block, num_groups);
+  shape.on_chip = LayOutShared(shape.groups_per_block, shape.cluster, true).total <= limits.max_shared_bytes;
   if (!shape.on_chip) {
     shape.cluster = 1;
     shape.groups_per_block = num_groups;
   }
-  shape.shared_bytes = LayOutShared(shape.groups_per_block, num_groups, shape.on_chip).total;
+  shape.shared_bytes = LayOutShared(shape.groups_per_block, shape.cluster, shape.on_chip).total;
   shape.num_blocks = num_rows * shape.cluster;
-  const size_t blocks_that_fit =
-      (limits.max_shared_bytes + kReservedPerBlock) / (shape.shared_bytes + kReservedPerBlock);
-  const int32_t per_multiprocessor = static_cast<int32_t>(blocks_that_fit < 3 ? blocks_that_fit : 3);
-  shape.rows_in_flight = limits.num_multiprocessors * per_multiprocessor / shape.cluster;
   if (!shape.on_chip && shape.num_blocks > 2 * limits.num_multiprocessors) {
     shape.num_blocks = 2 * limits.num_multiprocessors;  // blocks go from row to row; scratch is per block
   }
