@@ -1,6 +1,6 @@
 """TensorRT-LLM's logits processor on a GPU against the same processor on the CPU, and what a call costs.
 
-    PYTHONPATH=python python tests/gpu/test_trtllm_processor.py --build 90a-real
+    PYTHONPATH=python python tests/gpu/trtllm_processor.py --build 90a-real
 
 Needs torch with CUDA, numpy and the extension with its CUDA side; --build makes that first (see
 bench/gpu/run.py for what it needs). It calls the processor as the PyTorch backend does; TensorRT-LLM itself is
