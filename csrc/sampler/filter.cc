@@ -391,6 +391,12 @@ Draw FilterAndDraw(const Kernels& kernels, const RowView& view, const RowConstan
   const bool has_min_p = constants.min_z > NegativeInfinity();
   const float least = has_min_p ? ThresholdOfZ(view.max, constants.scale, constants.min_z) : kLowest;
   if (constants.top_k > 0) {
+    // Where k tokens reach the maximum they are all that is kept, and may be too many to list.
+    if (kernels.count_at_least(view.x, view.size, view.group_max, view.max) >= constants.top_k) {
+      kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, view.max,
+                           workspace->masses.data());
+      return DrawFromGroups(kernels, view, constants, view.max, workspace);
+    }
     List list(kernels, view, constants, workspace);
     list.TakeTop(constants.top_k, least);
     const uint64_t total = list.Weigh();
