@@ -2,7 +2,8 @@
 token changes when the logits are perturbed.
 
     python bench/sampler_bench.py --out sampler.json [--vocab 128256 ...] [--batch 1 16] [--repeats 15]
-    python bench/sampler_bench.py --tables sampler.json ...    # time nothing: print reports as Markdown
+    python bench/sampler_bench.py --vocab --draws 6000          # the seed table alone
+    python bench/sampler_bench.py --tables sampler.json ...    # print reports as Markdown
 
 Variants alternate within each repeat, so that noise meets all alike; figures are medians. vLLM is left
 out where it is not installed. After a run its tables are printed as Markdown too.
@@ -288,10 +289,12 @@ def main() -> None:
         "unit": "microseconds a row",
         "cases": [],
     }
-    print(f"target {cpu_target()}, {args.threads} threads; microseconds a row")
-    print(
-        f"{'vocab':>7} {'rows':>4} {'mode':<21} {'ours':>8} {'vllm':>9} {'ratio':>6} {'L2':>6} {'memory':>6}"
-    )
+    if args.vocab:
+        print(f"target {cpu_target()}, {args.threads} threads; microseconds a row")
+        print(
+            f"{'vocab':>7} {'rows':>4} {'mode':<21} {'ours':>8} {'vllm':>9} {'ratio':>6} {'L2':>6} "
+            f"{'memory':>6}"
+        )
     for vocab_size in args.vocab:
         for batch in args.batch:
             rows = (equal_rows if args.equal else language_rows)(batch, vocab_size)
