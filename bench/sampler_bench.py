@@ -2,9 +2,11 @@
 token changes when the logits are perturbed.
 
     python bench/sampler_bench.py --out sampler.json [--vocab 128256 ...] [--batch 1 16] [--repeats 15]
+    python bench/sampler_bench.py --vocab --draws 6000          # the seed table alone
+    python bench/sampler_bench.py --tables sampler.json ...    # print reports as Markdown
 
 Variants alternate within each repeat, so that noise meets all alike; figures are medians. vLLM is left
-out where it is not installed.
+out where it is not installed. After a run its tables are printed as Markdown too.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ def language_rows(count: int, vocab_size: int) -> np.ndarray:
     heads = rng.integers(0, vocab_size, (count, 200))
     np.put_along_axis(rows, heads, 5 + 2.5 * rng.standard_normal((count, 200)), axis=1)
     return rows.astype(np.float32)
+
+
+def equal_rows(count: int, vocab_size: int) -> np.ndarray:
+    """Rows of one value, where every token is at every boundary."""
+    return np.ones((count, vocab_size), np.float32)
 
 
 def elapsed_us(run: Callable[[], object]) -> float:
@@ -191,17 +198,80 @@ def seed_robustness(vocab_size: int, draws: int) -> list[dict[str, Any]]:
     return table
 
 
+def tables(reports: list[dict[str, Any]]) -> str:
+    """The reports as Markdown. Of a case in several reports the last counts; each table has one target."""
+    parts = []
+    for target in dict.fromkeys(report["target"] for report in reports):
+        own = [report for report in reports if report["target"] == target]
+        cases = {(c["vocab"], c["rows"], c["mode"]): c for report in own for c in report["cases"]}
+        if cases:
+            modes = [mode for mode in MODES if any(mode == key[2] for key in cases)]
+            parts.append(timing_table(target, own[-1]["threads"], cases, modes))
+    lines = [line for report in reports for line in report.get("seed_robustness", [])]
+    return "\n".join([*parts, *([robustness_table(lines)] if lines else [])])
+
+
+def timing_table(
+    target: str, threads: int, cases: dict[tuple[int, int, str], dict[str, Any]], modes: list[str]
+) -> str:
+    """A line for each vocabulary and batch; in a cell our microseconds a row and how many times vLLM's that
+    is faster. The last columns are numpy's max over one row from L2 and from memory."""
+    table = [
+        f"{target}, {threads} threads:\n",
+        f"| vocabulary x rows | {' | '.join(modes)} | read once: L2 | memory |",
+        "|---" * (len(modes) + 3) + "|",
+    ]
+    for vocab_size, rows in dict.fromkeys(key[:2] for key in cases):
+        found = [cases.get((vocab_size, rows, mode)) for mode in modes]
+        cells = []
+        for case in found:
+            if case is None:
+                cells.append("-")
+            elif "vllm" in case:
+                cells.append(f"{case['ours']:.1f} / {case['vllm'] / case['ours']:.3g}x")
+            else:
+                cells.append(f"{case['ours']:.1f}")
+        for name in ("read_l2", "read_memory"):
+            cells.append(f"{statistics.median(case[name] for case in found if case):.1f}")
+        table.append(f"| {vocab_size:,} x {rows} | {' | '.join(cells)} |")
+    return "\n".join(table) + "\n"
+
+
+def robustness_table(lines: list[dict[str, Any]]) -> str:
+    table = [
+        "| top-p | noise | total variation (TV) | bound, 1.5 x 2 TV | token changed, race "
+        "| token changed, inverse CDF |",
+        "|---" * 6 + "|",
+    ]
+    for line in lines:
+        top_p = "off" if line["top_p"] >= 1 else f"{line['top_p']:g}"
+        variation = line["total_variation"]
+        table.append(
+            f"| {top_p} | N(0, {line['noise']:g}) | {variation:.5f} | {3 * variation:.4f} "
+            f"| {line['changed_race']:.4f} | {line['changed_inverse_cdf']:.3f} |"
+        )
+    return "\n".join(table) + "\n"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("sampler_bench.json"))
     parser.add_argument("--vocab", type=int, nargs="*", default=[32000, 49152, 128256, 151936, 262144])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
+    parser.add_argument("--equal", action="store_true", help="time rows of equal logits")
     parser.add_argument("--modes", nargs="*", default=list(MODES))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--draws", type=int, default=2000, help="draws of each line of the seed table")
+    parser.add_argument("--seed-vocab", type=int, default=8000, help="vocabulary of the seed table")
     parser.add_argument("--no-vllm", action="store_true")
+    parser.add_argument("--tables", type=Path, nargs="+", help="reports to print as Markdown; times nothing")
     args = parser.parse_args()
+    if args.tables:
+        print(tables([json.loads(path.read_text()) for path in args.tables]))
+        return
     with_vllm = not args.no_vllm
     if with_vllm:
         try:
@@ -219,13 +289,15 @@ def main() -> None:
         "unit": "microseconds a row",
         "cases": [],
     }
-    print(f"target {cpu_target()}, {args.threads} threads; microseconds a row")
-    print(
-        f"{'vocab':>7} {'rows':>4} {'mode':<21} {'ours':>8} {'vllm':>9} {'ratio':>6} {'L2':>6} {'memory':>6}"
-    )
+    if args.vocab:
+        print(f"target {cpu_target()}, {args.threads} threads; microseconds a row")
+        print(
+            f"{'vocab':>7} {'rows':>4} {'mode':<21} {'ours':>8} {'vllm':>9} {'ratio':>6} {'L2':>6} "
+            f"{'memory':>6}"
+        )
     for vocab_size in args.vocab:
         for batch in args.batch:
-            rows = language_rows(batch, vocab_size)
+            rows = (equal_rows if args.equal else language_rows)(batch, vocab_size)
             for mode in args.modes:
                 times = time_case(rows, MODES[mode], args.repeats, args.threads, with_vllm)
                 ratio = times["vllm"] / times["ours"] if "vllm" in times else float("nan")
@@ -237,10 +309,9 @@ def main() -> None:
                     flush=True,
                 )
     if args.draws:
-        report["seed_robustness"] = seed_robustness(32000, args.draws)
-        for line in report["seed_robustness"]:
-            print(line)
+        report["seed_robustness"] = seed_robustness(args.seed_vocab, args.draws)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n" + tables([report]))
 
 
 if __name__ == "__main__":

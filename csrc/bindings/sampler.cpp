@@ -149,7 +149,7 @@ class PySampler {
   py::tuple Sample(const py::object& logits, const std::string& dtype, const py::sequence& requests,
                    const py::object& bitmask, const std::optional<Int32Array>& bitmask_rows,
                    const py::object& advance, int32_t num_logprobs, bool processed_logprobs,
-                   const std::optional<FloatArray>& processed_logits) {
+                   const py::object& processed_logits) {
     const TensorView view(logits, "logits");
     const Dtype type = LogitsDtype(view, dtype);
     view.RequireAdjacentColumns();
@@ -243,14 +243,22 @@ class PySampler {
     return flags;
   }
 
-  static float* ProcessedData(const std::optional<FloatArray>& array, size_t num_rows, int32_t vocab_size) {
-    if (!array) return nullptr;
-    if (array->ndim() != 2 || static_cast<size_t>(array->shape(0)) != num_rows ||
-        array->shape(1) != vocab_size) {
+  // Not converted: a converted copy would be filled in the caller's array's stead.
+  static float* ProcessedData(const py::object& object, size_t num_rows, int32_t vocab_size) {
+    if (object.is_none()) return nullptr;
+    if (!py::isinstance<py::array_t<float>>(object)) {
+      throw py::type_error("processed_logits must be a float32 numpy array");
+    }
+    auto array = py::reinterpret_borrow<py::array_t<float>>(object);
+    if (array.ndim() != 2 || static_cast<size_t>(array.shape(0)) != num_rows ||
+        array.shape(1) != vocab_size) {
       throw py::value_error("processed_logits must have the shape of the logits");
     }
-    if (!array->writeable()) throw py::value_error("processed_logits is read-only: must be writable");
-    return const_cast<float*>(array->data());
+    if ((array.flags() & py::array::c_style) == 0) {
+      throw py::value_error("processed_logits has strides: must be C-contiguous");
+    }
+    if (!array.writeable()) throw py::value_error("processed_logits is read-only: must be writable");
+    return array.mutable_data();
   }
 
   sampler::BatchSampler batch_;

@@ -391,6 +391,12 @@ Draw FilterAndDraw(const Kernels& kernels, const RowView& view, const RowConstan
   const bool has_min_p = constants.min_z > NegativeInfinity();
   const float least = has_min_p ? ThresholdOfZ(view.max, constants.scale, constants.min_z) : kLowest;
   if (constants.top_k > 0) {
+    // Where k tokens reach the maximum they are all that is kept, and may be too many to list.
+    if (kernels.count_at_least(view.x, view.size, view.group_max, view.max) >= constants.top_k) {
+      kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, view.max, nullptr,
+                           workspace->masses.data());
+      return DrawFromGroups(kernels, view, constants, view.max, workspace);
+    }
     List list(kernels, view, constants, workspace);
     list.TakeTop(constants.top_k, least);
     const uint64_t total = list.Weigh();
@@ -405,7 +411,9 @@ Draw FilterAndDraw(const Kernels& kernels, const RowView& view, const RowConstan
                          workspace->weights.data(), workspace->masses.data());
     return DrawTopP(kernels, view, constants, least, workspace);
   }
-  kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold,
+  // With min-p there is too little work to do while memory answers.
+  const float* ahead = has_min_p ? nullptr : view.ahead;
+  kernels.group_masses(view.x, view.size, view.group_max, view.max, constants.scale, threshold, ahead,
                        workspace->masses.data());
   return DrawFromGroups(kernels, view, constants, threshold, workspace);
 }

@@ -25,9 +25,10 @@ struct Kernels {
   bool (*scan)(const void* source, Dtype dtype, int32_t n, const uint32_t* mask, float* out,
                float* group_max);
 
-  // masses[g] = sum of the weights of group g's tokens with x >= threshold. max is finite.
+  // masses[g] = sum of the weights of group g's tokens with x >= threshold. max is finite. ahead is n floats
+  // that are read next, or null: they are brought into the cache meanwhile.
   void (*group_masses)(const float* x, int32_t n, const float* group_max, float max, float scale,
-                       float threshold, uint64_t* masses);
+                       float threshold, const float* ahead, uint64_t* masses);
 
   // As group_masses, and keeps weights[i] = weight of x[i] where x[i] >= threshold, else 0, exact as floats.
   // The weights of groups without mass are not written.

@@ -39,7 +39,7 @@ bool Scan(const void* source, Dtype dtype, int32_t n, const uint32_t* mask, floa
 }
 
 void GroupMasses(const float* x, int32_t n, const float* group_max, float max, float scale, float threshold,
-                 uint64_t* masses) {
+                 const float*, uint64_t* masses) {
   for (int32_t begin = 0; begin < n; begin += kGroupSize) {
     const int32_t end = std::min(n, begin + kGroupSize);
     uint64_t mass = 0;

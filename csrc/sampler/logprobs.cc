@@ -45,7 +45,7 @@ Distribution WholeRow(const Kernels& kernels, const RowView& view, float tempera
                       Workspace* workspace) {
   Distribution distribution = {&view, temperature, NegativeInfinity(), 0.0};
   if (view.max == NegativeInfinity()) return distribution;
-  kernels.group_masses(view.x, view.size, view.group_max, view.max, scale, NegativeInfinity(),
+  kernels.group_masses(view.x, view.size, view.group_max, view.max, scale, NegativeInfinity(), nullptr,
                        workspace->masses.data());
   uint64_t total = 0;
   for (int32_t g = 0; g * kGroupSize < view.size; ++g) total += workspace->masses[static_cast<size_t>(g)];

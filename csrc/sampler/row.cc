@@ -132,6 +132,7 @@ void DrawRow(const Kernels& kernels, const RowInput& input, Workspace* workspace
     infinite = FinishView(kernels, workspace->work_x.data(), &view);
   }
   output->status |= infinite;
+  view.ahead = input.ahead;
   if (output->processed_logits != nullptr) std::copy(view.x, view.x + view.size, output->processed_logits);
   if (view.max == NegativeInfinity()) {
     FillNothing(input, output);

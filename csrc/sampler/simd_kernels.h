@@ -142,6 +142,7 @@ template <int kCount>
   for (int v = 0; v < kCount; ++v) x[v] = Truncate(AddExponent(p[v], shifted[v]));
 }
 
+constexpr int32_t kFloatsPerLine = 16;  // of cache
 constexpr int kUnroll = 4;
 constexpr int32_t kRun = kUnroll * kLanes;
 
@@ -203,10 +204,13 @@ uint64_t GroupMass(const float* x, int32_t n, float max, float scale, float thre
 
 template <bool kStore>
 void MassesOfGroups(const float* x, int32_t n, const float* group_max, float max, float scale,
-                    float threshold, float* weights, uint64_t* masses) {
+                    float threshold, const float* ahead, float* weights, uint64_t* masses) {
   const bool filter = threshold > NegativeInfinity();
   for (int32_t begin = 0; begin < n; begin += kGroupSize) {
     const int32_t size = Least(n - begin, kGroupSize);
+    if (ahead != nullptr) {
+      for (int32_t i = 0; i < size; i += kFloatsPerLine) __builtin_prefetch(ahead + begin + i, 0, 2);
+    }
     const int32_t g = begin / kGroupSize;
     if (!(group_max[g] >= threshold) || ZOf(group_max[g], max, scale) < kZeroWeightZ) {
       masses[g] = 0;
@@ -221,13 +225,13 @@ void MassesOfGroups(const float* x, int32_t n, const float* group_max, float max
 }
 
 void GroupMasses(const float* x, int32_t n, const float* group_max, float max, float scale, float threshold,
-                 uint64_t* masses) {
-  MassesOfGroups<false>(x, n, group_max, max, scale, threshold, nullptr, masses);
+                 const float* ahead, uint64_t* masses) {
+  MassesOfGroups<false>(x, n, group_max, max, scale, threshold, ahead, nullptr, masses);
 }
 
 void WeighGroups(const float* x, int32_t n, const float* group_max, float max, float scale, float threshold,
                  float* weights, uint64_t* masses) {
-  MassesOfGroups<true>(x, n, group_max, max, scale, threshold, weights, masses);
+  MassesOfGroups<true>(x, n, group_max, max, scale, threshold, nullptr, weights, masses);
 }
 
 int32_t SplitMasses(const float* x, const float* weights, int32_t n, const float* group_max,

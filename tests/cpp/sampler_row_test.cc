@@ -103,15 +103,16 @@ TEST(top_k_around_every_tie) {
   std::mt19937_64 random = test::Random();
   std::vector<Workspace> workspaces(AvailableKernels().size());
   for (int round = 0; round < 1000; ++round) {
-    const int32_t size = 2 + rows::Below(random, 600);
+    const int32_t size = 2 + rows::Below(random, round % 2 == 0 ? 600 : 6000);
     rows::Row row;
-    row.logits = rows::MakeLogits(random, rows::Shape::kTies, size);
+    row.logits = rows::MakeLogits(random, round % 8 < 6 ? rows::Shape::kTies : rows::Shape::kFlat, size);
     row.input.vocab_size = size;
     row.input.logits = row.logits.data();
     row.input.num_logprobs = size;
     row.input.processed_logprobs = true;
     row.params.seed = random();
     row.params.top_k = 1 + rows::Below(random, size);
+    row.params.top_p = rows::OneOf(random, {1.0f, 0.5f, 0.0f});
     PrepareRow(row.params, size, &row.input.constants);
     CompareRow(row, rows::Shape::kTies, false, workspaces);
   }
@@ -121,8 +122,8 @@ TEST(top_k_around_every_tie) {
 TEST(top_p_when_the_sample_misleads) {
   std::mt19937_64 random = test::Random();
   std::vector<Workspace> workspaces(AvailableKernels().size());
-  for (int round = 0; round < 600; ++round) {
-    const int32_t size = 4096 + rows::Below(random, 5000);
+  for (int round = 0; round < 620; ++round) {
+    const int32_t size = (round < 600 ? 4096 : 65536) + rows::Below(random, 5000);
     rows::Row row;
     row.logits = rows::MakeLogits(random, rows::Shape::kMisleading, size);
     row.input.vocab_size = size;

@@ -100,8 +100,9 @@ inline std::vector<float> MakeLogits(Generator& random, Shape shape, int32_t siz
         value = Chance(random, 0.02) ? infinity : normal(random);
         break;
       case Shape::kMisleading:
-        // Groups are sampled at runs of 16 that move on by 80 ids from one group to the next.
-        value = spread * normal(random) + ((id % 256) / 16 == id / 256 * 5 % 16 ? seen_shift : 0.0f);
+        // Groups, from 65,536 on every second one, are sampled at runs of 16 that move on by 80 ids.
+        value = spread * normal(random);
+        if ((id % 256) / 16 == id / (size >= 65536 ? 512 : 256) * 5 % 16) value += seen_shift;
         break;
       case Shape::kNothing:
       case Shape::kCount:

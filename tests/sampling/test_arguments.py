@@ -14,6 +14,18 @@ from twinjet.sampling import STATUS_INFINITE, STATUS_NAN, STATUS_NO_TOKEN, Reque
 torch = pytest.importorskip("torch")
 
 
+class OnMetal:
+    """Logits that claim to live where neither half of the sampler can read them."""
+
+    shape = (1, 10)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 8, 0
+
+    def __dlpack__(self, **_: object) -> object:
+        raise AssertionError("must not be read")
+
+
 @pytest.fixture
 def sampler() -> Sampler:
     return Sampler(2)
@@ -75,11 +87,32 @@ def test_logits_are_not_changed(sampler: Sampler) -> None:
         (np.zeros(41, np.uint8)[1:].view(np.float32)[None], ValueError, "aligned"),
         ([[0.0] * 10], TypeError, "must be a numpy array"),
         (torch.zeros(1, 10, dtype=torch.float64), TypeError, "element type"),
+        (torch.zeros(1, 20)[:, ::2], ValueError, "stride"),
+        (torch.zeros(1, 10, device="meta"), ValueError, "meta"),
+        (OnMetal(), ValueError, "must be on the CPU"),
     ],
 )
 def test_wrong_logits_are_refused(sampler: Sampler, logits: object, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         sampler.sample(logits, requests(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        (np.zeros((1, 9), np.float32), ValueError),
+        (np.zeros((2, 10), np.float32), ValueError),
+        (np.zeros((1, 20), np.float32)[:, ::2], ValueError),
+        (np.zeros((1, 10), np.float64), TypeError),
+        (np.zeros((1, 10), np.uint32), TypeError),
+        (OnMetal(), TypeError),
+    ],
+)
+def test_wrong_outputs_are_refused(sampler: Sampler, output: object, error: type) -> None:
+    request = Request(10)
+    with pytest.raises(error, match="processed_logits"):
+        sampler.sample(np.zeros((1, 10), np.float32), [request], processed_logits=output)
+    assert request.num_output_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -90,6 +123,10 @@ def test_wrong_logits_are_refused(sampler: Sampler, logits: object, error: type,
         {"temperature": float("inf")},
         {"temperature": 1e300},
         {"top_p": float("nan")},
+        {"top_p": float("inf")},
+        {"min_p": float("nan")},
+        {"repetition_penalty": float("nan")},
+        {"frequency_penalty": float("-inf")},
         {"min_p": float("inf")},
         {"top_k": -2},
         {"repetition_penalty": 0.0},

@@ -42,17 +42,29 @@ def exact_probabilities(row: np.ndarray, temperature: float, options: dict[str, 
     return p / p.sum()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7, 4.0])
 @pytest.mark.parametrize("name", FILTERS)
 def test_draws_follow_the_softmax(name: str, temperature: float) -> None:
-    options = FILTERS[name]
     row = (2.0 * np.random.default_rng(3).standard_normal(VOCAB)).astype(np.float32)
-    batch = np.broadcast_to(row, (ROWS, VOCAB))
-    requests = [Request(VOCAB, temperature=temperature, seed=i, **options) for i in range(ROWS)]
+    check_draws(row, temperature, FILTERS[name])
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("options", [{"top_p": 0.95}, {"top_p": 0.6, "min_p": 0.02}])
+def test_long_nuclei_follow_the_softmax(options: dict[str, Any], temperature: float) -> None:
+    row = np.random.default_rng(4).standard_normal(6000).astype(np.float32)
+    assert (exact_probabilities(row, temperature, options) > 0).sum() > len(row) / 20  # too long to list
+    check_draws(row, temperature, options)
+
+
+def check_draws(row: np.ndarray, temperature: float, options: dict[str, Any]) -> None:
+    vocab_size = len(row)
+    batch = np.broadcast_to(row, (ROWS, vocab_size))
+    requests = [Request(vocab_size, temperature=temperature, seed=i, **options) for i in range(ROWS)]
     sampler = Sampler(1)
-    counts = np.zeros(VOCAB, np.int64)
+    counts = np.zeros(vocab_size, np.int64)
     for _ in range(STEPS):
-        counts += np.bincount(sampler.sample(batch, requests).token_ids, minlength=VOCAB)
+        counts += np.bincount(sampler.sample(batch, requests).token_ids, minlength=vocab_size)
     expected = exact_probabilities(row, temperature, options) * counts.sum()
     assert counts[expected == 0].sum() == 0
     order = np.argsort(expected)
@@ -93,6 +105,26 @@ def test_weights_are_within_the_derived_bound(target: str, temperature: float) -
             assert abs(weight - exact) <= exact * relative + 1
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_mass_and_distribution_of_a_row_are_within_the_derived_bound(
+    spread: float, temperature: float
+) -> None:
+    vocab_size = 128_256
+    x = (spread * np.random.default_rng(7).standard_normal(vocab_size)).astype(np.float32)
+    weights = np.array(_core.sampler_weights(x, temperature, cpu_targets()[0])).astype(np.uint64)
+    wide = x.astype(np.longdouble)
+    t = np.longdouble(np.float32(temperature))
+    exact = np.exp((wide - wide.max()) / t)
+    distance = (wide.max() - wide) / t  # ln 2 |z*|
+    bound = float((exact * (2**-23 + 3.01 * 2**-24 * distance)).sum() + vocab_size * 2**-44)
+    mass = np.longdouble(int(weights.sum())) / 2**44
+    assert abs(mass - exact.sum()) <= bound
+    # Both the weights and their sum are off by at most the bound.
+    variation = np.abs(weights / np.longdouble(2**44) / mass - exact / exact.sum()).sum() / 2
+    assert variation <= bound / exact.sum()
+
+
 def test_ln_is_within_four_units() -> None:
     rng = np.random.default_rng(6)
     for x in [*rng.random(2000), *(2.0 ** rng.uniform(-53, 63, 2000)), 1 - 2**-53, 2.0**-53]:
@@ -101,12 +133,14 @@ def test_ln_is_within_four_units() -> None:
 
 
 def test_tokens_do_not_depend_on_the_batch() -> None:
-    vocab_size = 3000
+    vocab_size = 6000  # long enough for every way to find a nucleus
     rng = np.random.default_rng(8)
-    rows = (3 * rng.standard_normal((64, vocab_size))).astype(np.float32)
+    rows = rng.standard_normal((64, vocab_size)).astype(np.float32)
+    rows[::2] *= 3
     options: list[dict[str, Any]] = [
         {"temperature": float(rng.choice([0, 0.7, 1.3])), "top_p": float(rng.choice([0.9, 1.0])), "seed": i}
         | ({"top_k": 30} if i % 3 == 0 else {})
+        | ({"min_p": 0.01} if i % 5 == 0 else {})
         | (
             {"repetition_penalty": 1.3, "prompt_token_ids": rng.integers(0, vocab_size, 50)}
             if i % 4 == 0
@@ -125,7 +159,7 @@ def test_tokens_do_not_depend_on_the_batch() -> None:
     expected = draw(everything, 1)
     assert draw(everything, 2) == expected
     assert draw(rng.permutation(64), 2) == expected
-    for i in (0, 5, 63):
+    for i in range(64):
         alone = Sampler(1)
         request = Request(vocab_size, **options[i])
         drawn = [int(alone.sample(rows[i], [request]).token_ids[0]) for _ in range(4)]
