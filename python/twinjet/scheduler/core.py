@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, NoReturn
+from typing import Final, NoReturn, get_args
 
 from twinjet._core import LengthEstimator
 from twinjet.engines.base import EngineInfo
@@ -25,7 +25,7 @@ from twinjet.errors import (
 )
 from twinjet.request import EngineRequest
 from twinjet.scheduler.entry import Entry, State, Tenant, request_bytes
-from twinjet.scheduler.events import SchedulerLoad, TenantReading
+from twinjet.scheduler.events import Refusal, SchedulerLoad, TenantReading
 from twinjet.scheduler.ledger import KvLedger
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
 from twinjet.scheduler.queue import FairQueue
@@ -76,7 +76,7 @@ class Scheduler:
         self._first_token_s = ForgetfulMean()
         self._per_token_s = ForgetfulMean()
         self._pacer = RetryPacer(settings.min_retry_s, settings.max_retry_s)
-        self._num_refused = 0
+        self._refused: dict[Refusal, int] = dict.fromkeys(get_args(Refusal), 0)
         self._num_expired = 0
 
     # The engine's life.
@@ -136,8 +136,14 @@ class Scheduler:
         entry = self._new_entry(request, now)
         try:
             self._check(entry, now)
-        except (Overloaded, DeadlinePassed, InvalidRequest):
-            self._num_refused += 1
+        except DeadlinePassed:
+            self._refused["deadline"] += 1
+            raise
+        except Overloaded as error:
+            self._refused["quota" if error.quotas else "queue_full"] += 1
+            raise
+        except InvalidRequest:
+            self._refused["too_large"] += 1
             raise
         self._enter(entry, now)
         if self._fair and self.settings.predict_deadlines and entry.deadline < math.inf:
@@ -279,7 +285,8 @@ class Scheduler:
             kv_blocks_total=ledger.num_blocks if ledger else None,
             kv_blocks_used=ledger.num_used_blocks if ledger else None,
             kv_overflows=ledger.num_overflows if ledger else 0,
-            refused=self._num_refused,
+            refused=sum(self._refused.values()),
+            refused_by_reason=dict(self._refused),
             expired=self._num_expired,
             expected_wait_s=self._wait_s(self._queue.num_waiting, now),
         )
@@ -381,7 +388,7 @@ class Scheduler:
         left = entry.deadline - now
         if needed * self.settings.deadline_confidence > left:
             self.release(entry, now)
-            self._num_refused += 1
+            self._refused["deadline"] += 1
             raise DeadlinePassed(
                 f"the request is predicted to need {needed:.2f} s, of which {wait:.2f} s in the queue; its "
                 f"deadline is in {left:.2f} s"
