@@ -10,7 +10,8 @@ class WindowRate:
 
     def __init__(self, window_s: int = 10) -> None:
         self._window = window_s
-        self._buckets = [0.0] * (window_s + 1)
+        self._size = window_s + 1
+        self._buckets = [0.0] * self._size
         self._second = 0
         self._started = False
         self._first_s = 0.0
@@ -19,7 +20,7 @@ class WindowRate:
         second = int(now)
         if second != self._second:
             self._advance(now, second)
-        self._buckets[second % len(self._buckets)] += amount
+        self._buckets[second % self._size] += amount
 
     def rate(self, now: float) -> float:
         """Amount per second; the part of the window before the first amount does not count."""
