@@ -42,6 +42,15 @@ MIN_OBSERVED: Final = 32
 class Scheduler:
     """Admission, order and accounts of one deployment. Times are seconds of one monotonic clock."""
 
+    __slots__ = (
+        "_attached", "_cached_weight", "_deadlines", "_draining", "_early_tokens", "_entries", "_fair",
+        "_first_token_s", "_idle_tenants", "_input_weight", "_is_blocked", "_ledger", "_lengths",
+        "_max_running", "_max_waiting", "_max_waiting_bytes", "_max_waiting_tokens", "_num_arrivals",
+        "_num_expired", "_num_leaving", "_num_running", "_num_running_sequences", "_output_rate",
+        "_output_weight", "_pacer", "_per_token_s", "_prompt_rate", "_queue", "_refused", "_served_work",
+        "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
+    )  # fmt: skip
+
     def __init__(self, settings: SchedulerSettings) -> None:
         # Settings that every request needs are copied: reading one from the model costs more than using it.
         self.settings = settings
@@ -467,15 +476,18 @@ class Scheduler:
         tenant = entry.tenant
         if not entry.num_output_tokens or entry.is_fixed:
             return
-        own = tenant.own_lengths
-        if own is None:
-            own = tenant.own_lengths = LengthEstimator(self.settings.default_output_tokens)
         length = entry.num_output_tokens // entry.num_sequences
         complete = finished and length < entry.max_tokens
         self._lengths.observe(length, complete)
-        own.observe(length, complete)
-        if tenant.lengths is not own and own.num_observed >= MIN_OBSERVED:
-            tenant.lengths = own
+        if tenant.own_lengths is not None:
+            tenant.own_lengths.observe(length, complete)
+            return
+        tenant.first_lengths.append((length, complete))
+        if len(tenant.first_lengths) >= MIN_OBSERVED:
+            own = tenant.own_lengths = tenant.lengths = LengthEstimator(self.settings.default_output_tokens)
+            for observed in tenant.first_lengths:
+                own.observe(*observed)
+            tenant.first_lengths.clear()
 
     def _wait_s(self, position: int, now: float) -> float | None:
         staying = self._num_running_sequences - self._num_leaving

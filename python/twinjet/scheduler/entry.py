@@ -30,12 +30,13 @@ class Tenant:
     """One tenant's account. counter: virtual tokens, weighted service divided by the tenant's weight.
 
     own_lengths: of the tenant's outputs; lengths: what to go by, of all tenants' until the own tell enough.
+    first_lengths: length and whether complete of its outputs, until there are enough for own_lengths.
     has_quota, has_limits: whether any quota, any limit of its waiting requests is set.
     """
 
     __slots__ = (
-        "bucket", "counter", "has_limits", "has_quota", "lengths", "name", "num_running", "num_waiting",
-        "own_lengths", "served", "settings", "waiting_bytes", "waiting_tokens", "weight",
+        "bucket", "counter", "first_lengths", "has_limits", "has_quota", "lengths", "name", "num_running",
+        "num_waiting", "own_lengths", "served", "settings", "waiting_bytes", "waiting_tokens", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +51,7 @@ class Tenant:
         self.counter = 0.0
         self.lengths = lengths
         self.own_lengths: LengthEstimator | None = None
+        self.first_lengths: list[tuple[int, bool]] = []
         self.served = 0.0
         self.num_waiting = 0
         self.num_running = 0

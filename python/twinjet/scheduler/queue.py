@@ -7,8 +7,8 @@ over, so that every request goes after a bounded number of dispatches (docs/sche
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
@@ -32,18 +32,19 @@ MAX_LANES_COMPARED: Final = 8
 class Lane:
     """One tenant's waiting requests of one priority, in three lists in the order they go.
 
-    prompts: hashes of the prompt's blocks and its tokens. by_age: the same entries by arrival; None where
-    that is the order they go in.
+    prompts: hashes of the prompt's blocks and its tokens. by_age: the same entries by arrival, with the first
+    of them in oldest; None where that is the order they go in.
     """
 
-    __slots__ = ("by_age", "entries", "keys", "num_bypassed", "num_overtakes", "prompts", "tenant")
+    __slots__ = ("by_age", "entries", "keys", "num_bypassed", "num_overtakes", "oldest", "prompts", "tenant")
 
     def __init__(self, tenant: Tenant, *, shortest: bool) -> None:
         self.tenant = tenant
         self.entries: list[Entry] = []
         self.keys: list[int] = []
         self.prompts: list[tuple[bytes, int]] = []
-        self.by_age: OrderedDict[int, Entry] | None = OrderedDict() if shortest else None
+        self.by_age: dict[int, Entry] | None = {} if shortest else None
+        self.oldest: Entry | None = None
         self.num_overtakes = 0
         self.num_bypassed = 0
 
@@ -53,6 +54,8 @@ class Lane:
         prompt = (entry.prefix_hashes, entry.num_prompt_tokens)
         if self.by_age is not None:
             self.by_age[entry.order] = entry
+            if not keys:
+                self.oldest = entry
         if not keys or keys[-1] < key:
             keys.append(key)
             self.entries.append(entry)
@@ -66,19 +69,20 @@ class Lane:
 
     def remove(self, place: int) -> None:
         if self.by_age is not None:
-            del self.by_age[self.entries[place].order]
+            entry = self.entries[place]
+            del self.by_age[entry.order]
+            if entry is self.oldest:
+                self.oldest = next(iter(self.by_age.values()), None)
         del self.entries[place], self.keys[place], self.prompts[place]
 
     def place(self, entry: Entry) -> int:
         return bisect_left(self.keys, entry.key)
 
     def oldest_place(self) -> int:
-        return 0 if self.by_age is None else self.place(next(iter(self.by_age.values())))
+        return 0 if self.oldest is None else self.place(self.oldest)
 
     def is_oldest(self, place: int) -> bool:
-        if self.by_age is None:
-            return place == 0
-        return next(iter(self.by_age)) == self.entries[place].order
+        return place == 0 if self.oldest is None else self.entries[place] is self.oldest
 
 
 class PriorityClass:
@@ -124,6 +128,19 @@ class PriorityClass:
 
 class FairQueue:
     """Waiting requests of one deployment."""
+
+    __slots__ = (
+        "_by_priority",
+        "_classes",
+        "_last_counter",
+        "_max_bypass",
+        "_max_overtakes",
+        "_num_lanes",
+        "_patience",
+        "_shortest",
+        "_window",
+        "num_waiting",
+    )
 
     def __init__(
         self, *, shortest: bool, prefix_window: int, max_overtakes: int, max_bypass: int, patience: int
@@ -299,7 +316,9 @@ class FairQueue:
 
     def _least_counter(self) -> float:
         """Of the tenants that have requests waiting; with none, the last one's that had."""
-        least = [
-            lane.tenant.counter for group in self._by_priority if (lane := group.next_lane()) is not None
-        ]
-        return min(least) if least else self._last_counter
+        least = math.inf
+        for group in self._by_priority:
+            lane = group.next_lane()
+            if lane is not None and lane.tenant.counter < least:
+                least = lane.tenant.counter
+        return self._last_counter if least == math.inf else least
