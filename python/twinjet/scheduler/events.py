@@ -42,9 +42,10 @@ class TenantReading:
 class SchedulerLoad:
     """Load of one deployment.
 
-    waiting, running: requests. waiting_tokens: prompt tokens. kv_blocks_*: the ledger's view, None without
-    a ledger. *_tokens_per_s: over the last ten seconds. refused, expired: requests since the dispatcher was
-    made. refused_by_reason: the same by deadline, quota, queue_full and too_large. kv_overflows: tokens since then for which the ledger had no room, each a possible preemption.
+    waiting, running: requests. waiting_tokens: prompt tokens. kv_blocks_*: the ledger's view, None without a
+    ledger. *_tokens_per_s: over the last ten seconds. refused, expired: requests since the dispatcher was
+    made. refused_by_reason: the same by deadline, quota, queue_full and too_large. kv_overflows: tokens since
+    then for which the ledger had no room, each a possible preemption.
     """
 
     waiting: int
