@@ -2,8 +2,10 @@
 
 Runs the same scene against two targets, one scheduled fairly, one first come first served (scheduler policy
 "fcfs" of the same model and engine options), in turn, round by round. Shown: the light tenant's TTFT and
-the throughput of each, and their ratios. Targets may be two servers or two deployments of one; only one has
-work at a time. The engine must have fewer slots than 50 for there to be a queue (max_num_seqs 8, say).
+the throughput of each, their ratios, and how many requests each engine has preempted since its start (to see
+some under fcfs, give the engines a KV cache too small for their slots). Targets may be two servers or two
+deployments of one; only one has work at a time. The engine must have fewer slots than requests in the burst
+for there to be a queue (max_num_seqs 8, say). AdminService must be open to the caller, as it is on loopback.
 
     PYTHONPATH=python python bench/fairness_bench.py --fair 127.0.0.1:50051 --fcfs 127.0.0.1:50052 --rounds 3
 """
@@ -20,7 +22,15 @@ import time
 import grpc
 from wire import Outcome, percentile, send
 
-from twinjet.v1 import service_pb2_grpc
+from twinjet.v1 import admin_pb2, service_pb2_grpc
+
+
+async def preemptions(address: str, model: str) -> int | None:
+    """Since the engine's start; None if it does not tell."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        request = admin_pb2.GetLoadRequest(model=model)
+        (load,) = (await service_pb2_grpc.AdminServiceStub(channel).GetLoad(request)).models
+    return load.preemptions if load.HasField("preemptions") else None
 
 
 async def scene(address: str, model: str, args: argparse.Namespace, seed: int) -> dict[str, object]:
@@ -83,6 +93,7 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
             "light_ttft_p50_s": percentile(light, 0.5),
             "light_ttft_p99_s": p99[name],
             "tokens_per_s": speed[name],
+            "preemptions": await preemptions(*targets[name]),
         }
     report["light_ttft_p99_ratio"] = p99["fcfs"] / p99["fair"]
     report["throughput_ratio"] = speed["fair"] / speed["fcfs"]

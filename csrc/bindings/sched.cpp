@@ -123,13 +123,21 @@ PyObject* CanEverHold(Ledger& self, Args args, Py_ssize_t) {
   return PyBool_FromLong(self.native.CanEverHold(num_prompt_tokens, num_outputs));
 }
 
-// Prompt tokens that are in the cache now; -1 with an error set.
-int64_t NumCached(Ledger& self, PyObject* hashes, PyObject* num_prompt_tokens) {
+// Prompt tokens that are in the cache now, if more than `least`, else anything up to it; -1 with an
+// error set.
+int64_t NumCached(Ledger& self, PyObject* hashes, PyObject* num_prompt_tokens, int64_t least = 0) {
   int64_t num_tokens = 0;
   HashSource source;
   if (!ReadCount(num_prompt_tokens, "num_prompt_tokens", 0, kMaxTokens, &num_tokens) ||
       !source.Read(hashes)) {
     return -1;
+  }
+  if (least > 0) {
+    // A longer run has the block after `least`; most others are told by this one look-up.
+    int64_t next = least >> self.block_shift;
+    if (next >= source.size()) return 0;
+    if (!source.Check(next, next + 1)) return -1;
+    if (!self.native.Caches(source.at(next))) return 0;
   }
   // In pieces, so that a miss at the start of a long prompt is cheap.
   constexpr int64_t kPiece = 32;
@@ -164,7 +172,7 @@ PyObject* FindLongest(Ledger& self, Args args, Py_ssize_t) {
     if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 2) {
       return PyErr_Format(PyExc_TypeError, "prompt %zd is not a pair of hashes and tokens", i);
     }
-    int64_t found = NumCached(self, PyTuple_GET_ITEM(item.ptr(), 0), PyTuple_GET_ITEM(item.ptr(), 1));
+    int64_t found = NumCached(self, PyTuple_GET_ITEM(item.ptr(), 0), PyTuple_GET_ITEM(item.ptr(), 1), most);
     if (found < 0) return nullptr;
     if (found > most) {
       best = i;

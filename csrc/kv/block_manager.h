@@ -224,7 +224,10 @@ Status BlockManager::PublishHashes(Sequence& sequence, int64_t num_tokens, int64
   if (num_tokens < 0 || num_full > sequence.num_blocks) return Status::kBadCount;
   if (!options_.prefix_cache || num_full <= sequence.num_published) return Status::kOk;
   if (num_full > num_hashes) return Status::kTooFewHashes;
+  constexpr int64_t kAhead = 8;
+  const BlockId* table = sequence.table.data();
   for (int64_t i = sequence.num_published; i < num_full; ++i) {
+    if (i + kAhead < num_full) cache_.PrefetchInsert(hash_of(i + kAhead), table[i + kAhead]);
     BlockHash parent = i > 0 && events_.enabled() ? hash_of(i - 1) : BlockHash{};
     *num_new += PublishBlock(sequence, i, hash_of(i), i > 0 ? &parent : nullptr, {});
   }

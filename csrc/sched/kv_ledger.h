@@ -76,6 +76,9 @@ class KvLedger {
   // Prompt tokens that are in the cache now; at least one is always left to compute.
   int64_t FindCached(std::span<const kv::BlockHash> hashes, int64_t num_prompt_tokens);
 
+  // Whether a block of this content is in the cache.
+  bool Caches(const kv::BlockHash& hash) const { return manager_.Find(hash) != kv::kNoBlock; }
+
   // Holds the prompt's blocks if the use to come stays within the cache; else false, nothing changed.
   // A request that is alone is held if its prompt fits, for it could never run otherwise.
   bool Admit(const Ask& ask, HoldingId* holding);

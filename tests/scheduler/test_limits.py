@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.scheduler.helpers import make_info, make_request
-from twinjet.errors import DeadlinePassed, Overloaded
+from twinjet.errors import DeadlinePassed, InvalidRequest, Overloaded
 from twinjet.scheduler import SchedulerSettings, orca_report
 from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
@@ -74,6 +74,26 @@ def test_stale_speeds_do_not_refuse_for_ever() -> None:
 def test_a_deadline_in_the_past_is_refused() -> None:
     with pytest.raises(DeadlinePassed):
         start().offer(make_request("late", deadline=1.0), 2.0)
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    core = start(max_waiting=2, tenants={"small": {"max_streams": 1}})
+    core.attach(make_info(max_num_seqs=1, num_blocks=64))
+    core.offer(make_request("a", tenant="small"), 0.0)
+    core.offer(make_request("b"), 0.0)
+    refused = [
+        (make_request("late", deadline=-1.0), DeadlinePassed),
+        (make_request("large", prompt=2000), InvalidRequest),
+        (make_request("second", tenant="small"), Overloaded),
+        (make_request("third"), Overloaded),
+        (make_request("fourth"), Overloaded),
+    ]
+    for request, error in refused:
+        with pytest.raises(error):
+            core.offer(request, 0.0)
+    load = core.totals(0.0)
+    assert load.refused_by_reason == {"deadline": 1, "quota": 1, "queue_full": 2, "too_large": 1}
+    assert load.refused == 5
 
 
 def test_expired_gives_each_request_once_and_next_deadline_the_first() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.harness import Serve, collect, details
 from twinjet.server.inference import InferenceServicer
@@ -84,6 +87,52 @@ async def test_metrics_count_calls_and_tokens(serve: Serve) -> None:
     assert sample("twinjet_calls_total", {"method": "Generate", "code": "INVALID_ARGUMENT"}) == 1
     assert sample("twinjet_tokens_total", {"model": "fake", "kind": "output"}) == 3
     assert sample("twinjet_first_token_seconds_count", {"model": "fake"}) == 1
+
+
+async def test_queues_refusals_and_the_engine_are_seen_over_http(serve: Serve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    small = {"max_num_seqs": 4, "num_blocks": 8, "block_size": 4}
+    h = await serve(
+        server={"metrics_port": port},
+        deployments={
+            "kept": {"engine": "fake", "options": {}, "scheduler": {"max_waiting_tokens": 8}},
+            "raw": {"engine": "fake", "options": small, "scheduler": {"policy": "fcfs"}},
+        },
+    )
+
+    async def read() -> dict[str, float]:
+        with await asyncio.to_thread(urlopen, f"http://127.0.0.1:{port}/metrics") as answer:
+            families = list(text_string_to_metric_families((await asyncio.to_thread(answer.read)).decode()))
+        return {
+            " ".join((s.name, *sorted(s.labels.values()))): s.value
+            for family in families
+            for s in family.samples
+        }
+
+    before = await read()
+    assert before["twinjet_engine_preemptions_total raw"] == 0
+    assert before["twinjet_engine_kv_blocks raw"] == 8
+    assert "twinjet_admission_kv_blocks_used raw" not in before  # fcfs admits without a ledger
+
+    def request(model: str, tokens: int, **sampling: int) -> generation_pb2.GenerateRequest:
+        params = sampling_pb2.SamplingParams(**sampling)
+        return generation_pb2.GenerateRequest(model=model, token_ids=range(tokens), sampling=params)
+
+    # Four that each fit the cache and together do not.
+    calls = [h.inference.Generate(request("raw", 4, max_tokens=20, min_tokens=20)) for _ in range(4)]
+    await asyncio.gather(*(collect(call) for call in calls))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await collect(h.inference.Generate(request("kept", 9)))
+    after = await read()
+    raw = await h.admin.GetLoad(admin_pb2.GetLoadRequest(model="raw"))
+    assert after["twinjet_engine_preemptions_total raw"] == raw.models[0].preemptions > 0
+    assert after["twinjet_engine_kv_blocks_used raw"] == 0
+    assert after["twinjet_admission_kv_blocks_used kept"] == 0
+    assert after["twinjet_admission_overflow_tokens_total kept"] == 0
+    assert after["twinjet_requests_refused_total kept queue_full"] == 1
+    assert after["twinjet_requests_refused_total deadline kept"] == 0
+    assert after["twinjet_requests_expired_total kept"] == 0
 
 
 async def test_a_finished_stream_carries_a_load_report(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

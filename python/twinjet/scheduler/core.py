@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, NoReturn
+from typing import Final, NoReturn, get_args
 
 from twinjet._core import LengthEstimator
 from twinjet.engines.base import EngineInfo
@@ -24,8 +24,8 @@ from twinjet.errors import (
     Unavailable,
 )
 from twinjet.request import EngineRequest
-from twinjet.scheduler.entry import Entry, State, Tenant, request_bytes
-from twinjet.scheduler.events import SchedulerLoad, TenantReading
+from twinjet.scheduler.entry import ENDED, RUNNING, WAITING, Entry, Tenant, request_bytes
+from twinjet.scheduler.events import Refusal, SchedulerLoad, TenantReading
 from twinjet.scheduler.ledger import KvLedger
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
 from twinjet.scheduler.queue import FairQueue
@@ -42,9 +42,26 @@ MIN_OBSERVED: Final = 32
 class Scheduler:
     """Admission, order and accounts of one deployment. Times are seconds of one monotonic clock."""
 
+    __slots__ = (
+        "_attached", "_cached_weight", "_deadlines", "_draining", "_early_tokens", "_entries", "_fair",
+        "_first_token_s", "_idle_tenants", "_input_weight", "_is_blocked", "_ledger", "_lengths",
+        "_max_running", "_max_waiting", "_max_waiting_bytes", "_max_waiting_tokens", "_num_arrivals",
+        "_num_expired", "_num_leaving", "_num_running", "_num_running_sequences", "_output_rate",
+        "_output_weight", "_pacer", "_per_token_s", "_prompt_rate", "_queue", "_refused", "_served_work",
+        "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
+    )  # fmt: skip
+
     def __init__(self, settings: SchedulerSettings) -> None:
+        # Settings that every request needs are copied: reading one from the model costs more than using it.
         self.settings = settings
         self._fair = settings.policy == "fair"
+        self._early_tokens = settings.early_tokens if self._fair else 0
+        self._input_weight = settings.input_token_weight
+        self._cached_weight = settings.cached_token_weight
+        self._output_weight = settings.output_token_weight
+        self._max_waiting = settings.max_waiting or math.inf
+        self._max_waiting_tokens = settings.max_waiting_tokens or math.inf
+        self._max_waiting_bytes = settings.max_waiting_bytes or math.inf
         self._queue = FairQueue(
             shortest=settings.tenant_order == "shortest",
             prefix_window=settings.prefix_window,
@@ -76,7 +93,7 @@ class Scheduler:
         self._first_token_s = ForgetfulMean()
         self._per_token_s = ForgetfulMean()
         self._pacer = RetryPacer(settings.min_retry_s, settings.max_retry_s)
-        self._num_refused = 0
+        self._refused: dict[Refusal, int] = dict.fromkeys(get_args(Refusal), 0)
         self._num_expired = 0
 
     # The engine's life.
@@ -136,8 +153,14 @@ class Scheduler:
         entry = self._new_entry(request, now)
         try:
             self._check(entry, now)
-        except (Overloaded, DeadlinePassed, InvalidRequest):
-            self._num_refused += 1
+        except DeadlinePassed:
+            self._refused["deadline"] += 1
+            raise
+        except Overloaded as error:
+            self._refused["quota" if error.quotas else "queue_full"] += 1
+            raise
+        except InvalidRequest:
+            self._refused["too_large"] += 1
             raise
         self._enter(entry, now)
         if self._fair and self.settings.predict_deadlines and entry.deadline < math.inf:
@@ -157,18 +180,20 @@ class Scheduler:
         if entry is None:
             return None
         self._leave_queue(entry)
-        entry.state = State.RUNNING
+        tenant, num_prompt_tokens = entry.tenant, entry.num_prompt_tokens
+        entry.state = RUNNING
         entry.dispatched_at = now
         self._num_running += 1
         self._num_running_sequences += entry.num_sequences
-        entry.tenant.num_running += 1
-        self._prompt_rate.add(now, entry.num_prompt_tokens)
+        tenant.num_running += 1
+        self._prompt_rate.add(now, num_prompt_tokens)
         cached = 0
         if ledger is not None and entry.holding is not None:
             cached = ledger.num_cached_tokens(entry.holding)
-        self._charge(entry.tenant, self._prompt_work(entry.num_prompt_tokens, cached))
-        if entry.tenant.bucket is not None:
-            entry.tenant.bucket.take(entry.num_prompt_tokens)
+        work = (num_prompt_tokens - cached) * self._input_weight + cached * self._cached_weight
+        self._charge(tenant, work)
+        if tenant.bucket is not None:
+            tenant.bucket.take(num_prompt_tokens)
         return entry
 
     def prompt_done(self, entry: Entry) -> None:
@@ -189,7 +214,7 @@ class Scheduler:
         if entry.holding is not None and self._ledger is not None:
             self._ledger.append(entry.holding, output_index, count)
         self._output_rate.add(now, count)
-        self._charge(entry.tenant, count * self.settings.output_token_weight)
+        self._charge(entry.tenant, count * self._output_weight)
         if entry.tenant.bucket is not None:
             entry.tenant.bucket.take(count)
         if entry.num_output_tokens < entry.leaves_at or entry.is_leaving:
@@ -200,16 +225,17 @@ class Scheduler:
 
     def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
-        if entry.state is State.ENDED:
+        if entry.state is ENDED:
             return
+        tenant = entry.tenant
         backlogged = self._queue.num_waiting > 0
-        if entry.state is State.WAITING:
+        if entry.state is WAITING:
             self._queue.remove(entry)
             self._leave_queue(entry)
         else:
             self._num_running -= 1
             self._num_running_sequences -= entry.num_sequences
-            entry.tenant.num_running -= 1
+            tenant.num_running -= 1
             self._num_leaving -= entry.is_leaving
             if entry.holding is not None and self._ledger is not None:
                 self._ledger.release(entry.holding)
@@ -219,12 +245,12 @@ class Scheduler:
             if entry.first_token_at is not None and per_output > 1:
                 self._per_token_s.add(now, (entry.last_token_at - entry.first_token_at) / (per_output - 1))
         self._work_rate.observe(now, self._served_work, backlogged=backlogged)
-        entry.state = State.ENDED
+        entry.state = ENDED
         del self._entries[entry.request_id]
-        if entry.tenant.is_idle:
-            self._retire(entry.tenant)
+        if tenant.num_running == 0 and tenant.num_waiting == 0:
+            self._retire(tenant)
         if len(self._deadlines) > 2 * len(self._entries) + 64:
-            self._deadlines = [item for item in self._deadlines if item[2].state is not State.ENDED]
+            self._deadlines = [item for item in self._deadlines if item[2].state is not ENDED]
             heapq.heapify(self._deadlines)
 
     def find(self, request_id: str) -> Entry:
@@ -242,7 +268,7 @@ class Scheduler:
     def next_deadline(self) -> float | None:
         """When expired() will next have something to give; None if never."""
         heap = self._deadlines
-        while heap and heap[0][2].state is State.ENDED:
+        while heap and heap[0][2].state is ENDED:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 
@@ -250,9 +276,9 @@ class Scheduler:
         """Requests whose deadline has passed, each given once. The caller ends and releases them."""
         found = []
         heap = self._deadlines
-        while heap and (heap[0][0] <= now or heap[0][2].state is State.ENDED):
+        while heap and (heap[0][0] <= now or heap[0][2].state is ENDED):
             entry = heapq.heappop(heap)[2]
-            if entry.state is not State.ENDED:
+            if entry.state is not ENDED:
                 entry.expired = True
                 self._num_expired += 1
                 found.append(entry)
@@ -261,7 +287,7 @@ class Scheduler:
     # Visibility.
 
     def position(self, entry: Entry) -> int:
-        return self._queue.position(entry) if entry.state is State.WAITING else 0
+        return self._queue.position(entry) if entry.state is WAITING else 0
 
     def expected_wait_s(self, entry: Entry, now: float) -> float | None:
         """Predicted seconds until the request goes; None before enough was measured."""
@@ -279,7 +305,8 @@ class Scheduler:
             kv_blocks_total=ledger.num_blocks if ledger else None,
             kv_blocks_used=ledger.num_used_blocks if ledger else None,
             kv_overflows=ledger.num_overflows if ledger else 0,
-            refused=self._num_refused,
+            refused=sum(self._refused.values()),
+            refused_by_reason=dict(self._refused),
             expired=self._num_expired,
             expected_wait_s=self._wait_s(self._queue.num_waiting, now),
         )
@@ -305,12 +332,13 @@ class Scheduler:
             tenant = Tenant(request.tenant, settings, bucket, self._lengths)
         self._num_arrivals += 1
         entry = Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
-        early, max_tokens = self.settings.early_tokens, entry.max_tokens
-        if early and entry.num_sequences == 1 and self._fair:
-            entry.leaves_at = max(1, max_tokens - early)
-        entry.expected_output = float(max_tokens) if entry.is_fixed else tenant.lengths.mean(max_tokens)
-        output_work = entry.expected_output * entry.num_sequences * self.settings.output_token_weight
-        entry.work = self._prompt_work(entry.num_prompt_tokens, 0) + output_work
+        max_tokens = entry.max_tokens
+        if self._early_tokens and entry.num_sequences == 1:
+            entry.leaves_at = max(1, max_tokens - self._early_tokens)
+        expected = float(max_tokens) if entry.is_fixed else tenant.lengths.mean(max_tokens)
+        entry.expected_output = expected
+        output_work = expected * entry.num_sequences * self._output_weight
+        entry.work = entry.num_prompt_tokens * self._input_weight + output_work
         return entry
 
     def _check(self, entry: Entry, now: float) -> None:
@@ -326,10 +354,15 @@ class Scheduler:
                 f"{entry.num_prompt_tokens} tokens for {entry.num_sequences} outputs exceed the model's KV "
                 f"cache of {self._ledger.num_blocks} blocks",
             )
-        limits = entry.tenant.settings
-        if limits.max_streams or entry.tenant.bucket is not None:
+        if entry.tenant.has_quota:
             self._check_quota(entry, now)
-        self._check_room(entry, now)
+        if (
+            entry.tenant.has_limits
+            or self._queue.num_waiting >= self._max_waiting
+            or self._waiting_tokens + entry.num_prompt_tokens > self._max_waiting_tokens
+            or self._waiting_bytes + entry.num_bytes > self._max_waiting_bytes
+        ):
+            self._check_room(entry, now)
 
     def _check_quota(self, entry: Entry, now: float) -> None:
         tenant, limits = entry.tenant, entry.tenant.settings
@@ -352,6 +385,7 @@ class Scheduler:
                 )
 
     def _check_room(self, entry: Entry, now: float) -> None:
+        """Refuse what a limit leaves no room for, and name the limit."""
         s, t, tenant = self.settings, entry.tenant.settings, entry.tenant
         tokens, size = entry.num_prompt_tokens, entry.num_bytes
         if 0 < s.max_waiting <= self._queue.num_waiting:
@@ -381,15 +415,15 @@ class Scheduler:
         left = entry.deadline - now
         if needed * self.settings.deadline_confidence > left:
             self.release(entry, now)
-            self._num_refused += 1
+            self._refused["deadline"] += 1
             raise DeadlinePassed(
                 f"the request is predicted to need {needed:.2f} s, of which {wait:.2f} s in the queue; its "
                 f"deadline is in {left:.2f} s"
             )
 
     def _enter(self, entry: Entry, now: float) -> None:
-        tenant = entry.tenant
-        if tenant.is_idle:
+        tenant, num_tokens, num_bytes = entry.tenant, entry.num_prompt_tokens, entry.num_bytes
+        if tenant.num_waiting == 0 and tenant.num_running == 0:
             self._idle_tenants.pop(tenant.name, None)
             self._tenants[tenant.name] = tenant
         self._entries[entry.request_id] = entry
@@ -398,22 +432,21 @@ class Scheduler:
         if not self._queue.num_waiting:
             # The time without a queue ends here; it says nothing about how fast one drains.
             self._work_rate.observe(now, self._served_work, backlogged=False)
-        self._queue.push(entry)
-        tenant.waiting_tokens += entry.num_prompt_tokens
-        tenant.waiting_bytes += entry.num_bytes
-        self._waiting_tokens += entry.num_prompt_tokens
-        self._waiting_bytes += entry.num_bytes
+        entry.position_at_arrival = self._queue.push(entry)
+        tenant.waiting_tokens += num_tokens
+        tenant.waiting_bytes += num_bytes
+        self._waiting_tokens += num_tokens
+        self._waiting_bytes += num_bytes
         self._waiting_work += entry.work
-        entry.position_at_arrival = self._queue.position(entry)
         if entry.deadline < math.inf:
             heapq.heappush(self._deadlines, (entry.deadline, entry.order, entry))
 
     def _leave_queue(self, entry: Entry) -> None:
-        tenant = entry.tenant
-        tenant.waiting_tokens -= entry.num_prompt_tokens
-        tenant.waiting_bytes -= entry.num_bytes
-        self._waiting_tokens -= entry.num_prompt_tokens
-        self._waiting_bytes -= entry.num_bytes
+        tenant, num_tokens, num_bytes = entry.tenant, entry.num_prompt_tokens, entry.num_bytes
+        tenant.waiting_tokens -= num_tokens
+        tenant.waiting_bytes -= num_bytes
+        self._waiting_tokens -= num_tokens
+        self._waiting_bytes -= num_bytes
         self._waiting_work = self._waiting_work - entry.work if self._queue.num_waiting else 0.0
 
     # Admission to the engine.
@@ -443,19 +476,18 @@ class Scheduler:
         tenant = entry.tenant
         if not entry.num_output_tokens or entry.is_fixed:
             return
-        own = tenant.own_lengths
-        if own is None:
-            own = tenant.own_lengths = LengthEstimator(self.settings.default_output_tokens)
         length = entry.num_output_tokens // entry.num_sequences
         complete = finished and length < entry.max_tokens
         self._lengths.observe(length, complete)
-        own.observe(length, complete)
-        if tenant.lengths is not own and own.num_observed >= MIN_OBSERVED:
-            tenant.lengths = own
-
-    def _prompt_work(self, num_prompt_tokens: int, num_cached: int) -> float:
-        s = self.settings
-        return (num_prompt_tokens - num_cached) * s.input_token_weight + num_cached * s.cached_token_weight
+        if tenant.own_lengths is not None:
+            tenant.own_lengths.observe(length, complete)
+            return
+        tenant.first_lengths.append((length, complete))
+        if len(tenant.first_lengths) >= MIN_OBSERVED:
+            own = tenant.own_lengths = tenant.lengths = LengthEstimator(self.settings.default_output_tokens)
+            for observed in tenant.first_lengths:
+                own.observe(*observed)
+            tenant.first_lengths.clear()
 
     def _wait_s(self, position: int, now: float) -> float | None:
         staying = self._num_running_sequences - self._num_leaving

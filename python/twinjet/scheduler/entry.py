@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from twinjet.request import EngineRequest
 
@@ -20,15 +20,23 @@ class State(Enum):
     ENDED = 2
 
 
+# An Enum class is slow to read a member from.
+WAITING: Final = State.WAITING
+RUNNING: Final = State.RUNNING
+ENDED: Final = State.ENDED
+
+
 class Tenant:
     """One tenant's account. counter: virtual tokens, weighted service divided by the tenant's weight.
 
     own_lengths: of the tenant's outputs; lengths: what to go by, of all tenants' until the own tell enough.
+    first_lengths: length and whether complete of its outputs, until there are enough for own_lengths.
+    has_quota, has_limits: whether any quota, any limit of its waiting requests is set.
     """
 
     __slots__ = (
-        "bucket", "counter", "lengths", "name", "num_running", "num_waiting", "own_lengths", "served",
-        "settings", "waiting_bytes", "waiting_tokens", "weight",
+        "bucket", "counter", "first_lengths", "has_limits", "has_quota", "lengths", "name", "num_running",
+        "num_waiting", "own_lengths", "served", "settings", "waiting_bytes", "waiting_tokens", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -38,18 +46,17 @@ class Tenant:
         self.settings = settings
         self.weight = settings.weight
         self.bucket = bucket
+        self.has_quota = bucket is not None or settings.max_streams > 0
+        self.has_limits = any((settings.max_waiting, settings.max_waiting_tokens, settings.max_waiting_bytes))
         self.counter = 0.0
         self.lengths = lengths
         self.own_lengths: LengthEstimator | None = None
+        self.first_lengths: list[tuple[int, bool]] = []
         self.served = 0.0
         self.num_waiting = 0
         self.num_running = 0
         self.waiting_tokens = 0
         self.waiting_bytes = 0
-
-    @property
-    def is_idle(self) -> bool:
-        return self.num_waiting == 0 and self.num_running == 0
 
 
 class Entry:
@@ -83,7 +90,7 @@ class Entry:
         self.is_fixed = sampling.ignore_eos and not sampling.stop
         self.request_id = request.request_id
         self.num_bytes = num_bytes
-        self.state = State.WAITING
+        self.state: State = WAITING
         self.position_at_arrival = 0
         self.expected_output = 0.0
         self.work = 0.0
@@ -106,7 +113,8 @@ def request_bytes(request: EngineRequest) -> int:
     """
     s = request.sampling
     size = 2048 + 36 * len(request.prompt_token_ids)
-    size += 100 * len(s.logit_bias) + 36 * (len(s.allowed_token_ids) + len(s.stop_token_ids))
+    if s.logit_bias or s.allowed_token_ids or s.stop_token_ids:
+        size += 100 * len(s.logit_bias) + 36 * (len(s.allowed_token_ids) + len(s.stop_token_ids))
     if s.stop or s.bad_words:
         size += sum(64 + len(text) for text in (*s.stop, *s.bad_words))
     if s.constraint is not None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Refusal = Literal["deadline", "quota", "queue_full", "too_large"]
+"""Why the queue did not take a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,10 @@ class TenantReading:
 class SchedulerLoad:
     """Load of one deployment.
 
-    waiting, running: requests. waiting_tokens: prompt tokens. kv_blocks_*: the ledger's view, None without
-    a ledger. *_tokens_per_s: over the last ten seconds. refused, expired: requests since the dispatcher was
-    made. kv_overflows: tokens since then for which the ledger had no room, each a possible preemption.
+    waiting, running: requests. waiting_tokens: prompt tokens. kv_blocks_*: the ledger's view, None without a
+    ledger. *_tokens_per_s: over the last ten seconds. refused, expired: requests since the dispatcher was
+    made. refused_by_reason: the same by deadline, quota, queue_full and too_large. kv_overflows: tokens since
+    then for which the ledger had no room, each a possible preemption.
     """
 
     waiting: int
@@ -54,5 +59,6 @@ class SchedulerLoad:
     kv_blocks_used: int | None
     kv_overflows: int
     refused: int
+    refused_by_reason: Mapping[Refusal, int]
     expired: int
     expected_wait_s: float | None

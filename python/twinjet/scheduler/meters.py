@@ -8,18 +8,21 @@ import math
 class WindowRate:
     """Amount per second over the last `window_s` seconds, in whole-second buckets."""
 
+    __slots__ = ("_buckets", "_first_s", "_index", "_second", "_size", "_started", "_window")
+
     def __init__(self, window_s: int = 10) -> None:
         self._window = window_s
-        self._buckets = [0.0] * (window_s + 1)
+        self._size = window_s + 1
+        self._buckets = [0.0] * self._size
         self._second = 0
+        self._index = 0
         self._started = False
         self._first_s = 0.0
 
     def add(self, now: float, amount: float) -> None:
-        second = int(now)
-        if second != self._second:
-            self._advance(now, second)
-        self._buckets[second % len(self._buckets)] += amount
+        if now >= self._second + 1:
+            self._advance(now, int(now))
+        self._buckets[self._index] += amount
 
     def rate(self, now: float) -> float:
         """Amount per second; the part of the window before the first amount does not count."""
@@ -35,10 +38,11 @@ class WindowRate:
         if not self._started:
             self._started = True
             self._first_s = now
-        size = len(self._buckets)
+        size = self._size
         for s in range(max(self._second + 1, second - size + 1), second + 1):
             self._buckets[s % size] = 0.0
         self._second = second
+        self._index = second % size
 
 
 class ForgetfulMean:
@@ -46,6 +50,8 @@ class ForgetfulMean:
 
     A stale speed must not decide: a deployment that refuses everything by it would never measure again.
     """
+
+    __slots__ = ("_at", "_max_age", "_mean", "_share")
 
     def __init__(self, *, share: float = 0.05, max_age_s: float = 30.0) -> None:
         self._share = share
@@ -70,6 +76,8 @@ class BackloggedRate:
     Time without a queue does not count: a quiet server is not a slow one. Older time counts less, by a
     factor e each `memory_s`.
     """
+
+    __slots__ = ("_at", "_fresh_time", "_fresh_work", "_memory", "_min", "_step", "_time", "_total", "_work")
 
     def __init__(self, *, memory_s: float = 30.0, min_s: float = 1.0, step_s: float = 0.05) -> None:
         self._memory = memory_s

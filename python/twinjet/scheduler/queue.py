@@ -7,10 +7,10 @@ over, so that every request goes after a bounded number of dispatches (docs/sche
 
 from __future__ import annotations
 
-import heapq
+import math
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
 
 from twinjet._core import RankCounts
@@ -30,43 +30,65 @@ MAX_LANES_COMPARED: Final = 8
 
 
 class Lane:
-    """One tenant's waiting requests of one priority: by age in entries, in the order they go in keys.
+    """One tenant's waiting requests of one priority, in three lists in the order they go.
 
-    prompts: beside each key, hashes of the prompt's blocks and its tokens.
+    prompts: hashes of the prompt's blocks and its tokens. by_age: the same entries by arrival, with the first
+    of them in oldest; None where that is the order they go in.
     """
 
-    __slots__ = ("entries", "keys", "num_bypassed", "num_overtakes", "prompts", "tenant")
+    __slots__ = ("by_age", "entries", "keys", "num_bypassed", "num_overtakes", "oldest", "prompts", "tenant")
 
-    def __init__(self, tenant: Tenant) -> None:
+    def __init__(self, tenant: Tenant, *, shortest: bool) -> None:
         self.tenant = tenant
-        self.entries: OrderedDict[int, Entry] = OrderedDict()
+        self.entries: list[Entry] = []
         self.keys: list[int] = []
         self.prompts: list[tuple[bytes, int]] = []
+        self.by_age: dict[int, Entry] | None = {} if shortest else None
+        self.oldest: Entry | None = None
         self.num_overtakes = 0
         self.num_bypassed = 0
 
-    def add(self, entry: Entry) -> None:
-        place = bisect_left(self.keys, entry.key)
-        self.entries[entry.key] = entry
-        self.keys.insert(place, entry.key)
-        self.prompts.insert(place, (entry.prefix_hashes, entry.num_prompt_tokens))
+    def add(self, entry: Entry) -> int:
+        """Returns the entry's place in the lists."""
+        keys, key = self.keys, entry.key
+        prompt = (entry.prefix_hashes, entry.num_prompt_tokens)
+        if self.by_age is not None:
+            self.by_age[entry.order] = entry
+            if not keys:
+                self.oldest = entry
+        if not keys or keys[-1] < key:
+            keys.append(key)
+            self.entries.append(entry)
+            self.prompts.append(prompt)
+            return len(keys) - 1
+        place = bisect_left(keys, key)
+        keys.insert(place, key)
+        self.entries.insert(place, entry)
+        self.prompts.insert(place, prompt)
+        return place
 
-    def remove(self, entry: Entry) -> None:
-        place = bisect_left(self.keys, entry.key)
-        del self.entries[entry.key], self.keys[place], self.prompts[place]
+    def remove(self, place: int) -> None:
+        if self.by_age is not None:
+            entry = self.entries[place]
+            del self.by_age[entry.order]
+            if entry is self.oldest:
+                self.oldest = next(iter(self.by_age.values()), None)
+        del self.entries[place], self.keys[place], self.prompts[place]
 
-    def rank(self, entry: Entry) -> int:
+    def place(self, entry: Entry) -> int:
         return bisect_left(self.keys, entry.key)
 
-    def oldest(self) -> Entry:
-        return self.entries[next(iter(self.entries))]
+    def oldest_place(self) -> int:
+        return 0 if self.oldest is None else self.place(self.oldest)
 
-    def first(self) -> Entry:
-        return self.entries[self.keys[0]]
+    def is_oldest(self, place: int) -> bool:
+        return place == 0 if self.oldest is None else self.entries[place] is self.oldest
 
 
 class PriorityClass:
     """The lanes of one priority, by their tenants' counters."""
+
+    __slots__ = ("at_least", "heap", "lanes", "num_bypassed", "num_waiting", "priority")
 
     def __init__(self, priority: int) -> None:
         self.priority = priority
@@ -76,28 +98,49 @@ class PriorityClass:
         self.num_waiting = 0
         self.num_bypassed = 0
 
-    def lanes_in_order(self) -> Generator[Lane, None, None]:
-        """Lanes by counter, lowest first. Counters only grow, so a stale key is too low and is put right
-        when it surfaces. The heap is whole again when the iterator is closed."""
-        taken: list[tuple[float, int, Lane]] = []
+    def next_lane(self) -> Lane | None:
+        """The lane of the least counter, left at heap[0]; None without any.
+
+        Counters only grow, so a stale key is too low and is put right when it surfaces.
+        """
         heap = self.heap
+        while heap:
+            key, order, lane = heap[0]
+            if not lane.keys:
+                heappop(heap)
+            elif lane.tenant.counter > key:
+                heapreplace(heap, (lane.tenant.counter, order, lane))
+            else:
+                return lane
+        return None
+
+    def lanes_in_order(self) -> Generator[Lane, None, None]:
+        """Lanes by counter, lowest first. The heap is whole again when the iterator is closed."""
+        taken: list[tuple[float, int, Lane]] = []
         try:
-            while heap:
-                key, order, lane = heap[0]
-                if not lane.entries:
-                    heapq.heappop(heap)
-                elif lane.tenant.counter > key:
-                    heapq.heapreplace(heap, (lane.tenant.counter, order, lane))
-                else:
-                    taken.append(heapq.heappop(heap))
-                    yield lane
+            while (lane := self.next_lane()) is not None:
+                taken.append(heappop(self.heap))
+                yield lane
         finally:
             for item in taken:
-                heapq.heappush(heap, item)
+                heappush(self.heap, item)
 
 
 class FairQueue:
     """Waiting requests of one deployment."""
+
+    __slots__ = (
+        "_by_priority",
+        "_classes",
+        "_last_counter",
+        "_max_bypass",
+        "_max_overtakes",
+        "_num_lanes",
+        "_patience",
+        "_shortest",
+        "_window",
+        "num_waiting",
+    )
 
     def __init__(
         self, *, shortest: bool, prefix_window: int, max_overtakes: int, max_bypass: int, patience: int
@@ -109,7 +152,6 @@ class FairQueue:
         self._patience = patience
         self._classes: dict[int, PriorityClass] = {}
         self._by_priority: list[PriorityClass] = []
-        self._active: list[tuple[float, int, Tenant]] = []
         self._last_counter = 0.0
         self._num_lanes = 0
         self.num_waiting = 0
@@ -121,17 +163,15 @@ class FairQueue:
         """All waiting requests, in no useful order."""
         for group in self._by_priority:
             for lane in group.lanes.values():
-                yield from lane.entries.values()
+                yield from lane.entries
 
-    def push(self, entry: Entry) -> None:
-        """Add a waiting request; its tenant's counter is lifted if the tenant had none waiting."""
+    def push(self, entry: Entry) -> int:
+        """Add a waiting request; returns its position(). Its tenant's counter is lifted if it had none waiting."""
         tenant = entry.tenant
         if self._shortest:
             entry.key = entry.num_prompt_tokens << ORDER_BITS | entry.order
         if tenant.num_waiting == 0:
             tenant.counter = max(tenant.counter, self._least_counter())
-            self._num_lanes += 1
-            heapq.heappush(self._active, (tenant.counter, self._num_lanes, tenant))
         tenant.num_waiting += 1
         group = self._classes.get(entry.priority)
         if group is None:
@@ -139,40 +179,39 @@ class FairQueue:
             self._by_priority = sorted(self._classes.values(), key=lambda g: -g.priority)
         lane = group.lanes.get(tenant.name)
         if lane is None:
-            lane = group.lanes[tenant.name] = Lane(tenant)
+            lane = group.lanes[tenant.name] = Lane(tenant, shortest=self._shortest)
             self._num_lanes += 1
-            heapq.heappush(group.heap, (tenant.counter, self._num_lanes, lane))
-        lane.add(entry)
+            heappush(group.heap, (tenant.counter, self._num_lanes, lane))
+        place = lane.add(entry)
         group.at_least.add(len(lane.keys), 1)
         group.num_waiting += 1
         self.num_waiting += 1
+        return self._position(place, lane, group)
 
     def remove(self, entry: Entry) -> None:
         """Take a waiting request out, wherever it stands."""
         group = self._classes[entry.priority]
-        self._remove(entry, group.lanes[entry.tenant.name], group)
+        lane = group.lanes[entry.tenant.name]
+        self._remove(lane.place(entry), lane, group)
 
-    def _remove(self, entry: Entry, lane: Lane, group: PriorityClass) -> None:
-        tenant = entry.tenant
+    def _remove(self, place: int, lane: Lane, group: PriorityClass) -> None:
+        tenant = lane.tenant
         group.at_least.add(len(lane.keys), -1)
-        lane.remove(entry)
+        lane.remove(place)
         group.num_waiting -= 1
         self.num_waiting -= 1
         tenant.num_waiting -= 1
-        if not lane.keys:
-            del group.lanes[tenant.name]
-            if len(group.heap) > 2 * len(group.lanes) + 16:
-                group.heap = [item for item in group.heap if item[2].keys]
-                heapq.heapify(group.heap)
+        if lane.keys:
+            return
+        del group.lanes[tenant.name]
+        if len(group.heap) > 2 * len(group.lanes) + 16:
+            group.heap = [item for item in group.heap if item[2].keys]
+            heapify(group.heap)
         if group.num_waiting == 0:
-            del self._classes[entry.priority]
+            del self._classes[group.priority]
             self._by_priority.remove(group)
         if tenant.num_waiting == 0:
             self._last_counter = tenant.counter
-            if len(self._active) > 64 and len(self._active) > 4 * self.num_waiting:
-                live = {id(item[2]): item for item in self._active if item[2].num_waiting}
-                self._active = list(live.values())
-                heapq.heapify(self._active)
 
     def take_next(self, fits: Callable[[Entry], bool], find_longest: FindLongest | None) -> Entry | None:
         """Remove and return the next request that fits; None if none does or one must not be passed over.
@@ -189,8 +228,8 @@ class FairQueue:
             lanes = group.lanes_in_order()
             try:
                 for lane in lanes:
-                    entry = self._choose(lane, find_longest)
-                    if fits(entry):
+                    place = self._choose(lane, find_longest)
+                    if fits(lane.entries[place]):
                         break
                     head = lane if head is None else head
                     scanned += 1
@@ -202,9 +241,7 @@ class FairQueue:
                 lanes.close()
             if head is not None:
                 head.num_bypassed += 1
-            self._account(entry, lane, group)
-            self._remove(entry, lane, group)
-            return entry
+            return self._take(place, lane, group)
         return None
 
     def _take_first(self, fits: Callable[[Entry], bool], find_longest: FindLongest | None) -> Entry | None:
@@ -212,21 +249,10 @@ class FairQueue:
         if len(self._by_priority) != 1:
             return None
         group = self._by_priority[0]
-        heap = group.heap
-        while True:
-            key, order, lane = heap[0]
-            if not lane.keys:
-                heapq.heappop(heap)
-            elif lane.tenant.counter > key:
-                heapq.heapreplace(heap, (lane.tenant.counter, order, lane))
-            else:
-                break
-        entry = self._choose(lane, find_longest)
-        if not fits(entry):
-            return None
-        self._account(entry, lane, group)
-        self._remove(entry, lane, group)
-        return entry
+        lane = group.next_lane()
+        assert lane is not None, "a class goes with its last request"
+        place = self._choose(lane, find_longest)
+        return self._take(place, lane, group) if fits(lane.entries[place]) else None
 
     def position(self, entry: Entry) -> int:
         """How many waiting requests are expected to go before this one, O(log n).
@@ -236,7 +262,9 @@ class FairQueue:
         """
         group = self._classes[entry.priority]
         lane = group.lanes[entry.tenant.name]
-        rank = lane.rank(entry)
+        return self._position(lane.place(entry), lane, group)
+
+    def _position(self, rank: int, lane: Lane, group: PriorityClass) -> int:
         higher = 0
         if len(self._by_priority) > 1:
             higher = sum(other.num_waiting for other in self._by_priority if other.priority > group.priority)
@@ -246,7 +274,7 @@ class FairQueue:
         if level > 0 and len(group.lanes) > MAX_LANES_COMPARED:
             level //= 2
         elif level > 0:
-            mine = entry.tenant.counter
+            mine = lane.tenant.counter
             level = sum(
                 1
                 for other_lane in group.lanes.values()
@@ -263,19 +291,19 @@ class FairQueue:
             return classes
         return [due, *(g for g in classes if g is not due)]
 
-    def _choose(self, lane: Lane, find_longest: FindLongest | None) -> Entry:
-        keys = lane.keys
-        if len(keys) == 1 or lane.num_overtakes >= self._max_overtakes:
-            return lane.oldest()
+    def _choose(self, lane: Lane, find_longest: FindLongest | None) -> int:
+        """The place of the lane's next request."""
+        if len(lane.keys) == 1:
+            return 0
+        if lane.num_overtakes >= self._max_overtakes:
+            return lane.oldest_place()
         if self._window == 1 or find_longest is None:
-            return lane.first()
-        return lane.entries[keys[find_longest(lane.prompts, self._window)]]
+            return 0
+        return find_longest(lane.prompts, self._window)
 
-    def _account(self, entry: Entry, lane: Lane, group: PriorityClass) -> None:
-        if lane.oldest() is entry:
-            lane.num_overtakes = 0
-        else:
-            lane.num_overtakes += 1
+    def _take(self, place: int, lane: Lane, group: PriorityClass) -> Entry:
+        entry = lane.entries[place]
+        lane.num_overtakes = 0 if lane.is_oldest(place) else lane.num_overtakes + 1
         lane.num_bypassed = 0
         group.num_bypassed = 0
         if len(self._by_priority) > 1:
@@ -283,15 +311,14 @@ class FairQueue:
                 if other.priority >= group.priority:
                     break
                 other.num_bypassed += 1
+        self._remove(place, lane, group)
+        return entry
 
     def _least_counter(self) -> float:
-        heap = self._active
-        while heap:
-            key, order, tenant = heap[0]
-            if tenant.num_waiting == 0:
-                heapq.heappop(heap)
-            elif tenant.counter > key:
-                heapq.heapreplace(heap, (tenant.counter, order, tenant))
-            else:
-                return tenant.counter
-        return self._last_counter
+        """Of the tenants that have requests waiting; with none, the last one's that had."""
+        least = math.inf
+        for group in self._by_priority:
+            lane = group.next_lane()
+            if lane is not None and lane.tenant.counter < least:
+                least = lane.tenant.counter
+        return self._last_counter if least == math.inf else least

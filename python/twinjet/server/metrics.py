@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
@@ -15,33 +16,82 @@ if TYPE_CHECKING:
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
+_READ_S = 5.0
+"""How long a reading may wait for the server's loop; then Prometheus gets an error."""
+
 
 class _LoadCollector(Collector):
-    """Reads queues and component counters when Prometheus asks."""
+    """Reads queues, engines and component counters when Prometheus asks.
 
-    def __init__(self, deployments: Deployments) -> None:
+    It is asked in a thread of its own, so the reading is done on the server's loop; collect() must not be
+    called there.
+    """
+
+    def __init__(self, deployments: Deployments, loop: asyncio.AbstractEventLoop) -> None:
         self._deployments = deployments
+        self._loop = loop
 
     def collect(self) -> Iterable[Metric]:
-        waiting = GaugeMetricFamily(
-            "twinjet_requests_waiting", "Requests in our queue", labels=["deployment"]
+        reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
+        try:
+            return reading.result(_READ_S)
+        except TimeoutError:
+            reading.cancel()
+            raise
+
+    async def _read(self) -> list[Metric]:
+        label = ["deployment"]
+        waiting = GaugeMetricFamily("twinjet_requests_waiting", "Requests in our queue", labels=label)
+        running = GaugeMetricFamily("twinjet_requests_running", "Requests in the engine", labels=label)
+        refused = CounterMetricFamily(
+            "twinjet_requests_refused", "Requests the queue did not take", labels=[*label, "reason"]
         )
-        running = GaugeMetricFamily(
-            "twinjet_requests_running", "Requests in the engine", labels=["deployment"]
+        expired = CounterMetricFamily(
+            "twinjet_requests_expired", "Requests ended by their deadline, waiting or running", labels=label
         )
-        restarts = GaugeMetricFamily("twinjet_engine_restarts", "Engine restarts", labels=["deployment"])
+        held = GaugeMetricFamily(
+            "twinjet_admission_kv_blocks_used", "KV blocks in use as admission counts them", labels=label
+        )
+        overflows = CounterMetricFamily(
+            "twinjet_admission_overflow_tokens",
+            "Tokens for which admission had left no KV block",
+            labels=label,
+        )
+        blocks = GaugeMetricFamily("twinjet_engine_kv_blocks", "KV blocks of the engine", labels=label)
+        used = GaugeMetricFamily(
+            "twinjet_engine_kv_blocks_used", "KV blocks in use in the engine", labels=label
+        )
+        preemptions = CounterMetricFamily(
+            "twinjet_engine_preemptions", "Requests that the engine preempted", labels=label
+        )
+        restarts = GaugeMetricFamily("twinjet_engine_restarts", "Engine restarts", labels=label)
         parts = GaugeMetricFamily(
             "twinjet_component", "Counters of sampler and block manager",
-            labels=["deployment", "component", "counter"],
+            labels=[*label, "component", "counter"],
         )  # fmt: skip
         for name, deployment in self._deployments.by_name.items():
             load = deployment.dispatcher.totals()
             waiting.add_metric([name], load.waiting)
             running.add_metric([name], load.running)
+            for reason, count in load.refused_by_reason.items():
+                refused.add_metric([name, reason], count)
+            expired.add_metric([name], load.expired)
+            overflows.add_metric([name], load.kv_overflows)
+            engine = await deployment.supervisor.engine_load()
+            for family, value in (
+                (held, load.kv_blocks_used),
+                (blocks, engine.kv_blocks_total),
+                (used, engine.kv_blocks_used),
+                (preemptions, engine.preemptions),
+            ):
+                if value is not None:
+                    family.add_metric([name], value)
             restarts.add_metric([name], deployment.supervisor.num_restarts)
             for labels, value in _counters(deployment.supervisor.info):
                 parts.add_metric([name, *labels], value)
-        return [waiting, running, restarts, parts]
+        return [
+            waiting, running, refused, expired, held, overflows, blocks, used, preemptions, restarts, parts,
+        ]  # fmt: skip
 
 
 def _counters(info: object) -> Iterator[tuple[list[str], int]]:
@@ -68,8 +118,8 @@ class Metrics:
         )
 
     def watch(self, deployments: Deployments) -> None:
-        """Report the queues and counters of the deployments, too."""
-        self.registry.register(_LoadCollector(deployments))
+        """Report queues, engines and counters of the deployments, too. Called on the loop that runs them."""
+        self.registry.register(_LoadCollector(deployments, asyncio.get_running_loop()))
 
     def listen(self, host: str, port: int) -> None:
         """Serve the metrics over HTTP, from a thread of their own."""
