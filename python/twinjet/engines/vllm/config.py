@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _CPU_MIN_KV_CACHE_BYTES = 512 << 20
-_CPU_CONTEXTS_IN_KV_CACHE = 2
+_CPU_CONTEXTS_IN_KV_CACHE = 4
 
 
 def engine_config(
