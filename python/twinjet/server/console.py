@@ -11,7 +11,11 @@ from twinjet.engines.supervisor import State
 from twinjet.progress import Progress, ProgressHandler
 from twinjet.server.main import Server, serve
 
-_QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+_QUESTION = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    # At its own temperature the small demo model may well answer something else.
+    "sampling": {"temperature": 0},
+}
 
 
 def grpcurl_command(config: Config, address: str, model: str = "") -> str:
