@@ -16,6 +16,9 @@ ready := $(MAKE) --no-print-directory native VENV=$(VENV) DEV=
 run := PYTHONPATH=python $(BIN)/python
 endif
 
+# What CMake must be told to build the extension, which pip tells it otherwise.
+extension = -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
 .PHONY: serve venv test cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan
 
@@ -55,8 +58,7 @@ $(BUF):
 # Build the extension and the stubs into the source tree, for work with PYTHONPATH=python.
 native: stubs
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_WERROR=ON -DTWINJET_CUDA=OFF \
-	  -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	  $(extension)
 	cmake --build build/dev --target _core
 	cp build/dev/csrc/bindings/_core*.so python/twinjet/
 
@@ -65,8 +67,7 @@ CUDA_ARCHITECTURES ?= 80-real;89-real;90a-real;100-real;100-virtual
 cuda: venv
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_WERROR=ON -DTWINJET_CUDA=ON \
 	  -DTWINJET_GPU_TESTS=ON -DTWINJET_PYTHON=ON "-DTWINJET_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" \
-	  -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	  $(extension)
 	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cuda --target _core sampler_gpu_test kv_gpu_test sampler_gpu_bench
 
 stubs:
@@ -91,8 +92,7 @@ CORE_ASAN := build/test-core-asan
 CORE_ASAN_TESTS ?= tests/kv tests/sampling tests/scheduler tests/engines/vllm
 test-core-asan: venv stubs
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(CORE_ASAN) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	  -DTWINJET_SANITIZE=address,undefined -DTWINJET_WERROR=ON -DTWINJET_CUDA=OFF -DSKBUILD_PROJECT_VERSION=0.1.0 \
-	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	  -DTWINJET_SANITIZE=address,undefined -DTWINJET_WERROR=ON -DTWINJET_CUDA=OFF $(extension)
 	PATH=$(abspath $(BIN)):$$PATH cmake --build $(CORE_ASAN) --target _core
 	rm -rf $(CORE_ASAN)/python && mkdir $(CORE_ASAN)/python && cp -r python/twinjet $(CORE_ASAN)/python/
 	cp $(CORE_ASAN)/csrc/bindings/_core*.so $(CORE_ASAN)/python/twinjet/
