@@ -62,7 +62,9 @@ async def tokens_per_second(
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    options = {"max_num_seqs": args.streams, "max_model_len": 2048}
+    options: dict[str, Any] = {"max_num_seqs": args.streams, "max_model_len": 2048}
+    if args.dtype:
+        options["dtype"] = args.dtype
     engines = {
         name: VllmEngine(
             name, args.model, options, native_sampler=name == "twinjet", native_block_manager=False
@@ -84,8 +86,8 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     for engine in engines.values():
         await engine.stop()
     return {
-        "model": Path(args.model).name, "cpus": os.cpu_count(), "target": target, "streams": args.streams,
-        "tokens": args.tokens, "rounds": args.rounds,
+        "model": Path(args.model).name, "dtype": args.dtype, "cpus": os.cpu_count(), "target": target,
+        "streams": args.streams, "tokens": args.tokens, "rounds": args.rounds,
         "modes": {
             mode: {
                 **{f"{name}_tokens_per_s": statistics.median(rates) for name, rates in by_name.items()},
@@ -102,6 +104,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=DEMO_MODEL, help="model folder; the demo model if absent")
+    parser.add_argument("--dtype", help="of the model's arithmetic; absent: float32 for the demo model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)

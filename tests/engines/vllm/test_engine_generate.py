@@ -51,6 +51,10 @@ def _prompt(engine: VllmEngine, text: str = "The capital of France is") -> list[
     return engine.tokenizer.encode(text, add_special_tokens=False)
 
 
+def _mapped(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
 async def _until_idle(engine: VllmEngine) -> None:
     async with asyncio.timeout(10):
         while (await engine.load()).running:
@@ -319,3 +323,11 @@ async def test_description(engine: VllmEngine) -> None:
     assert info.sampler.reason
     assert info.kv_cache is not None
     assert info.kv_cache.num_blocks == (await engine.load()).kv_blocks_total
+
+
+async def test_the_chosen_openmp_is_loaded(engine: VllmEngine) -> None:
+    assert engine._running is not None
+    (process,) = engine._running.context.processes
+    library = prestart._intel_openmp() or prestart._torch_openmp()
+    assert library is not None
+    assert str(library) in _mapped(process.pid)

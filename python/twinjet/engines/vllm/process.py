@@ -25,7 +25,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 
 # Read when a library is loaded, so they hold their forkserver's values; all others follow the front end.
-_LOADER_VARIABLES = ("LD_PRELOAD", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+_LOADER_VARIABLES = ("LD_PRELOAD", "OMP_NUM_THREADS", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def _die_with_parent() -> None:
