@@ -1,11 +1,12 @@
 """Two tenants on a real engine: one sends 50 requests at once, one a request every two seconds.
 
 Runs the same scene against two targets, one scheduled fairly, one first come first served (scheduler policy
-"fcfs" of the same model and engine options), in turn, round by round. Shown: the light tenant's TTFT and
-the throughput of each, their ratios, and how many requests each engine has preempted since its start (to see
-some under fcfs, give the engines a KV cache too small for their slots). Targets may be two servers or two
-deployments of one; only one has work at a time. The engine must have fewer slots than requests in the burst
-for there to be a queue (max_num_seqs 8, say). AdminService must be open to the caller, as it is on loopback.
+"fcfs" of the same model and engine options), in turn, round by round. Shown: the light tenant's TTFT over all
+rounds and its ratio, the median round's throughput and the median of the rounds' ratios, and how many requests
+each engine has preempted since its start (to see some under fcfs, give the engines a KV cache too small for
+their slots). Targets may be two servers or two deployments of one; only one has work at a time. The engine must
+have fewer slots than requests in the burst for there to be a queue (max_num_seqs 8, say). AdminService must be
+open to the caller, as it is on loopback.
 
     PYTHONPATH=python python bench/fairness_bench.py --fair 127.0.0.1:50051 --fcfs 127.0.0.1:50052 --rounds 3
 """
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import json
 import random
+import statistics
 import sys
 import time
 
@@ -82,21 +84,25 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
             if number >= args.warmup:
                 rounds[name].append(result)
     report: dict[str, object] = {"rounds": rounds}
-    speed, p99 = {}, {}
+    speeds, p99 = {}, {}
     for name, results in rounds.items():
         light = [float(t) for r in results for t in r["light_ttft_s"]]  # type: ignore[attr-defined]
-        tokens = sum(int(r["tokens"]) + int(r["prompt_tokens"]) for r in results)  # type: ignore[call-overload]
-        speed[name] = tokens / sum(float(r["seconds"]) for r in results)  # type: ignore[arg-type]
+        speeds[name] = [
+            (int(r["tokens"]) + int(r["prompt_tokens"])) / float(r["seconds"])  # type: ignore[call-overload, arg-type]
+            for r in results
+        ]
         p99[name] = percentile(light, 0.99)
         report[name] = {
             "light_requests": len(light),
             "light_ttft_p50_s": percentile(light, 0.5),
             "light_ttft_p99_s": p99[name],
-            "tokens_per_s": speed[name],
+            "tokens_per_s": statistics.median(speeds[name]),
             "preemptions": await preemptions(*targets[name]),
         }
     report["light_ttft_p99_ratio"] = p99["fcfs"] / p99["fair"]
-    report["throughput_ratio"] = speed["fair"] / speed["fcfs"]
+    report["throughput_ratio"] = statistics.median(
+        fair / fcfs for fair, fcfs in zip(speeds["fair"], speeds["fcfs"], strict=True)
+    )
     return report
 
 
