@@ -1,6 +1,7 @@
 """Imports vLLM once before the tests do: its imports warn, and warnings are errors here."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,7 @@ if find_spec("vllm") is not None:
 @pytest.fixture(scope="session")
 def offline(demo_model_path: Path) -> list[dict[str, Any]]:
     """What vLLM's own offline engine answers to QUESTIONS, one prompt after the other."""
+    from twinjet.engines.vllm.prestart import openmp_environment
     from twinjet.models.tokenizer import HfTokenizer
 
     tokenizer = HfTokenizer(demo_model_path)
@@ -33,6 +35,7 @@ def offline(demo_model_path: Path) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline.py"))],
         input=json.dumps(wanted), capture_output=True, text=True, timeout=500,
+        env=os.environ | openmp_environment(),
     )  # fmt: skip
     line = next((x for x in done.stdout.splitlines() if x.startswith("ANSWERS ")), None)
     assert line is not None, done.stderr[-4000:]

@@ -6,8 +6,6 @@ import sys
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_PLUGINS"] = ""
-# As in our engine: threads that spin make the start and every step many times slower on busy cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from vllm import LLM, SamplingParams
 

@@ -21,7 +21,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def chosen() -> dict[str, str]:
-    return prestart._openmp_environment()
+    return prestart.openmp_environment()
 
 
 def test_intel_openmp_comes_first(libraries: pytest.MonkeyPatch) -> None:

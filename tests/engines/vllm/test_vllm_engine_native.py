@@ -14,20 +14,19 @@ import pytest
 pytest.importorskip("vllm", reason="the vllm extra is not installed")
 
 import twinjet
+from twinjet.engines.vllm.prestart import openmp_environment
 
 SCRIPT = Path(__file__).parent / "offline_engine.py"
 
 
 def run_engine(model: Path, directory: Path, native: str, scheduling: str) -> dict[str, Any]:
     output = directory / f"{native}-{scheduling}.json"
-    environment = dict(os.environ)
+    environment = os.environ | openmp_environment()
     environment.update(
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_PLUGINS="",
         HF_HUB_OFFLINE="1",
-        # As in our engine: OpenMP threads that spin make every step many times slower on busy cores.
-        GOMP_SPINCOUNT="1000",
     )
     package = str(Path(twinjet.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))

@@ -72,10 +72,10 @@ def stop() -> None:
 
 def _loader_environment() -> dict[str, str]:
     """What only counts when a process starts: the import path, the OpenMP library and how its threads wait."""
-    return {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | _openmp_environment()
+    return {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | openmp_environment()
 
 
-def _openmp_environment() -> dict[str, str]:
+def openmp_environment() -> dict[str, str]:
     """Choose the OpenMP that torch and vLLM's CPU kernels share: each would load its own, and the two fight.
 
     What the environment already says comes first.
