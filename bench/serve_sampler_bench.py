@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from twinjet.engines.vllm import prestart
+from twinjet.engines.vllm.front import prestart
 
 prestart.prestart()
 
 from twinjet.engines.base import OutputEvent  # noqa: E402
-from twinjet.engines.vllm.engine import VllmEngine  # noqa: E402
+from twinjet.engines.vllm.front.engine import VllmEngine  # noqa: E402
 from twinjet.models.demo import DEMO_MODEL  # noqa: E402
 from twinjet.request import EngineRequest, Sampling  # noqa: E402
 

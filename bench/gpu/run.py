@@ -257,8 +257,8 @@ def flashinfer_calls(flashinfer: Any, torch: Any, logits: Any) -> dict[str, Any]
 
 
 def compare_with_torch(torch: Any, batches: list[int], vocab_size: int) -> list[dict[str, Any]]:
-    from twinjet._sampling_cuda import CudaSampler
     from twinjet.sampling import Request
+    from twinjet.sampling.cuda import CudaSampler
 
     try:
         import flashinfer.sampling as flashinfer

@@ -1,4 +1,4 @@
-// Python face of csrc/sampler; twinjet/sampling.py documents it.
+// Python face of csrc/sampler; twinjet/sampling/__init__.py documents it.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 #include <sched.h>

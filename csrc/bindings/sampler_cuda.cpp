@@ -1,4 +1,4 @@
-// Python face of csrc/sampler/cuda; twinjet/_sampling_cuda.py documents it and allocates. Without the CUDA
+// Python face of csrc/sampler/cuda; twinjet/sampling/cuda.py documents it and allocates. Without the CUDA
 // side only HAS_CUDA is bound.
 #include "bindings.h"
 

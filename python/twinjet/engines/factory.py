@@ -21,7 +21,7 @@ def prepared(names: Iterable[str]) -> Iterator[None]:
     if "vllm" not in names:
         yield
         return
-    from twinjet.engines.vllm import prestart
+    from twinjet.engines.vllm.front import prestart
 
     prestart.prestart()
     try:
@@ -38,7 +38,7 @@ def make_engine(name: str, settings: DeploymentSettings) -> Engine:
 
             return FakeEngine(name, settings.options)
         case "vllm":
-            from twinjet.engines.vllm.engine import VllmEngine
+            from twinjet.engines.vllm.front.engine import VllmEngine
 
             return VllmEngine(
                 name,

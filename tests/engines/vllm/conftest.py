@@ -26,7 +26,7 @@ if find_spec("vllm") is not None:
 @pytest.fixture(scope="session")
 def offline(demo_model_path: Path) -> list[dict[str, Any]]:
     """What vLLM's own offline engine answers to QUESTIONS, one prompt after the other."""
-    from twinjet.engines.vllm.prestart import openmp_environment
+    from twinjet.engines.vllm.front.prestart import openmp_environment
     from twinjet.models.tokenizer import HfTokenizer
 
     tokenizer = HfTokenizer(demo_model_path)

@@ -39,7 +39,7 @@ def main(model: str, output: str, native: str, scheduling: str) -> None:
         async_scheduling=scheduling == "async",
         distributed_executor_backend="uni",
         disable_log_stats=False,
-        scheduler_cls="twinjet.engines.vllm.scheduler.make_scheduler",
+        scheduler_cls="twinjet.engines.vllm.core.scheduler.make_scheduler",
         additional_config={"twinjet": {"native": native}},
     )
     params = [

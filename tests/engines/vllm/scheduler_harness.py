@@ -117,7 +117,7 @@ def make_stock(setup: Setup) -> Any:
 
 
 def make_native(setup: Setup) -> Any:
-    from twinjet.engines.vllm.scheduler import make_scheduler
+    from twinjet.engines.vllm.core.scheduler import make_scheduler
 
     return make_scheduler(**scheduler_arguments(setup))
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.support import is_alive
-from twinjet.engines.vllm import prestart
+from twinjet.engines.vllm.front import prestart
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -14,8 +14,8 @@ import pytest_asyncio
 
 from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request
 from twinjet.engines.base import LoadProgress, OutputEvent
-from twinjet.engines.vllm import prestart
-from twinjet.engines.vllm.engine import VllmEngine
+from twinjet.engines.vllm.front import prestart
+from twinjet.engines.vllm.front.engine import VllmEngine
 from twinjet.errors import AlreadyExists, InvalidRequest, NotFound, RequestAborted, Unsupported
 from twinjet.request import Constraint
 

@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request
-from twinjet.engines.vllm import prestart
-from twinjet.engines.vllm.engine import VllmEngine
+from twinjet.engines.vllm.front import prestart
+from twinjet.engines.vllm.front.engine import VllmEngine
 from twinjet.errors import RequestFailed
 from twinjet.request import Constraint
 from twinjet.sampling import SPEC_VERSION

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 def test_every_field_is_mapped() -> None:
     from vllm.sampling_params import RequestOutputKind
 
-    from twinjet.engines.vllm.params import sampling_params
+    from twinjet.engines.vllm.front.params import sampling_params
 
     sampling = replace(
         GREEDY, temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1,
@@ -41,7 +41,7 @@ def test_every_field_is_mapped() -> None:
 
 
 def test_seeds_of_outputs_differ_and_do_not_meet_a_neighbours() -> None:
-    from twinjet.engines.vllm.params import output_seed
+    from twinjet.engines.vllm.front.params import output_seed
 
     seeds = [output_seed(seed, i) for seed in (0, 1, 2, 2**64 - 1) for i in range(64)]
     assert len(set(seeds)) == len(seeds)
@@ -54,7 +54,7 @@ def test_seeds_of_outputs_differ_and_do_not_meet_a_neighbours() -> None:
     [(0.0, 0.0, 0.0), (1e-6, 0.0, 0.0), (1e-3, 0.01, 1e-3), (1.0, 1.0, 1.0), (50.0, None, 50.0)],
 )
 def test_temperatures(temperature: float, plain: float | None, native: float) -> None:
-    from twinjet.engines.vllm.params import EXTRA_KEY, sampling_params
+    from twinjet.engines.vllm.front.params import EXTRA_KEY, sampling_params
 
     sampling = replace(GREEDY, temperature=temperature)
     made = sampling_params(sampling, 3, native=True)
@@ -76,7 +76,7 @@ def test_temperatures(temperature: float, plain: float | None, native: float) ->
     ],
 )
 def test_constraints(constraint: Constraint, field: str, value: object) -> None:
-    from twinjet.engines.vllm.params import sampling_params
+    from twinjet.engines.vllm.front.params import sampling_params
 
     made = sampling_params(replace(GREEDY, constraint=constraint), 0, native=False).structured_outputs
     assert made is not None

@@ -61,7 +61,7 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> Any:
     output.SamplerOutput = Made  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.input_batch", inputs)
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.sample.output", output)
-    from twinjet.engines.vllm.sampler_v2 import NativeSamplerV2
+    from twinjet.engines.vllm.core.sampler_v2 import NativeSamplerV2
 
     return NativeSamplerV2(Stock(), VOCAB)
 
@@ -88,7 +88,7 @@ def test_it_draws_what_the_native_sampler_draws(wrapped: Any) -> None:
 
 def test_what_the_device_cannot_draw_goes_to_vllms_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     from twinjet import _core
-    from twinjet.engines.vllm import sampler
+    from twinjet.engines.vllm.core import sampler
 
     drawing = sampler.Drawing(VOCAB, "raw_logprobs")
     on_gpu: Any = Made(device=Made(type="cuda"), is_cuda=True)
@@ -120,7 +120,7 @@ def test_a_foreign_request_takes_the_batch_to_vllms_sampler(wrapped: Any) -> Non
 
 
 def test_a_row_without_a_token_is_marked_on_the_host(wrapped: Any) -> None:
-    from twinjet.engines.vllm.sampler_v2 import marked_output
+    from twinjet.engines.vllm.core.sampler_v2 import marked_output
 
     wrapped.add_request(0, native_params(allowed_token_ids=[5], bad_words_token_ids=[[5]]))
     wrapped.add_request(1, native_params())
@@ -135,7 +135,7 @@ def test_a_row_without_a_token_is_marked_on_the_host(wrapped: Any) -> None:
 
 
 def test_the_hook_leaves_models_with_their_own_sampler_alone() -> None:
-    from twinjet.engines.vllm.sampler_v2 import NativeSamplerV2, hook_custom_sampler
+    from twinjet.engines.vllm.core.sampler_v2 import NativeSamplerV2, hook_custom_sampler
 
     def made(theirs: Any, speculative: Any) -> Any:
         runner = Made(init_model_state=lambda config, *rest: Made(custom_sampler=lambda sampler: theirs))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from twinjet.engines.vllm.live import LiveRequest
+from twinjet.engines.vllm.front.live import LiveRequest
 from twinjet.errors import RequestAborted
 
 

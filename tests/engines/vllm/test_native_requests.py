@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.engines.vllm.support import native_params
+from twinjet.engines.vllm.core.requests import RequestTable, reason_for_stock
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
-from twinjet.engines.vllm.requests import RequestTable, reason_for_stock
 from twinjet.sampling import Request, Sampler
 
 VOCAB = 64

@@ -5,7 +5,7 @@ from types import SimpleNamespace as Made
 import pytest
 
 from twinjet.engines.base import Finish
-from twinjet.engines.vllm.outputs import failure, output_event, prompt_event, token_logprobs
+from twinjet.engines.vllm.front.outputs import failure, output_event, prompt_event, token_logprobs
 from twinjet.errors import InvalidRequest, RequestFailed
 from twinjet.request import Constraint
 

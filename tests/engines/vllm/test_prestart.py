@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from twinjet.engines.vllm import prestart
+from twinjet.engines.vllm.front import prestart
 
 VARIABLES = ("LD_PRELOAD", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 INTEL, TORCH = Path("/i/libiomp5.so"), Path("/t/libgomp.so.1")

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm", reason="the vllm extra is not installed")
 
 import twinjet
-from twinjet.engines.vllm.prestart import openmp_environment
+from twinjet.engines.vllm.front.prestart import openmp_environment
 
 SCRIPT = Path(__file__).parent / "offline_engine.py"
 

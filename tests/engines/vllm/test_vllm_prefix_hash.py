@@ -12,7 +12,7 @@ from scheduler_harness import Prompt, stock_hasher
 from vllm.lora.request import LoRARequest
 
 from twinjet._core import BlockHasher
-from twinjet.engines.vllm.prefix_hash import RequestHasher
+from twinjet.engines.vllm.core.prefix_hash import RequestHasher
 
 BLOCK_SIZE = 16
 HASHER = RequestHasher(BlockHasher(BLOCK_SIZE))

@@ -14,7 +14,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine import core as engine_core
 
 from twinjet.engines.vllm import compat, status
-from twinjet.engines.vllm.scheduler import make_scheduler
+from twinjet.engines.vllm.core.scheduler import make_scheduler
 
 SETUP = Setup(num_blocks=200, max_num_seqs=8)
 
@@ -200,7 +200,7 @@ def test_status_crosses_the_process_boundary_as_plain_data() -> None:
     ],
 )
 def test_what_is_left_to_vllm_says_why(attribute: str, value: Any, layer: str, reason: str) -> None:
-    from twinjet.engines.vllm import conditions
+    from twinjet.engines.vllm.core import conditions
 
     scheduler = make_stock(SETUP)
     judge = {"block_manager": conditions.judge_manager, "decode_path": conditions.judge_decode_path}[layer]

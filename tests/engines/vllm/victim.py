@@ -8,14 +8,14 @@ import sys
 import time
 from dataclasses import replace
 
-from twinjet.engines.vllm import prestart
+from twinjet.engines.vllm.front import prestart
 
 prestart.prestart()
 
 from support import GREEDY, OPTIONS, collect, descendants, request  # noqa: E402
 
 from twinjet.engines.base import OutputEvent  # noqa: E402
-from twinjet.engines.vllm.engine import VllmEngine  # noqa: E402
+from twinjet.engines.vllm.front.engine import VllmEngine  # noqa: E402
 from twinjet.errors import EngineDied  # noqa: E402
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from twinjet import _core
-from twinjet._sampling_cuda import CudaSampler, current_stream, has_cuda, unpack
 from twinjet.sampling import Logprobs, SampleResult
+from twinjet.sampling.cuda import CudaSampler, current_stream, has_cuda, unpack
 
 if TYPE_CHECKING:
     from twinjet.sampling import Request

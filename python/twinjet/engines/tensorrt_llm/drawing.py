@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from types import MappingProxyType
 
-from twinjet._sampling_cuda import has_cuda
 from twinjet.engines.base import Component
 from twinjet.engines.tensorrt_llm.channel import ReportChannel
 from twinjet.engines.tensorrt_llm.device_draw import TARGET
@@ -23,6 +22,7 @@ from twinjet.engines.tensorrt_llm.params import (
 from twinjet.engines.tensorrt_llm.run import Plan
 from twinjet.engines.tensorrt_llm.selftest import SelfTest
 from twinjet.request import EngineRequest
+from twinjet.sampling.cuda import has_cuda
 
 log = logging.getLogger(__name__)
 

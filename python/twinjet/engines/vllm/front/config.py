@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
-from twinjet.engines.vllm.environment import environment
+from twinjet.engines.vllm.front.environment import environment
 from twinjet.errors import ConfigError
 from twinjet.request import SamplingOverrides
 

@@ -1,5 +1,5 @@
 """Imported by the forkserver alone; see preload."""
 
-from twinjet.engines.vllm.preload import import_engine
+from twinjet.engines.vllm.core.preload import import_engine
 
 import_engine()

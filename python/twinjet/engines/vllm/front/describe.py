@@ -8,8 +8,8 @@ import vllm
 from vllm.platforms import current_platform
 
 from twinjet.engines.base import Capability, Component, EngineInfo, KvCache, Limits, Tokenizer
-from twinjet.engines.vllm import config as settings
-from twinjet.engines.vllm.parts import Parts
+from twinjet.engines.vllm.front import config as settings
+from twinjet.engines.vllm.front.parts import Parts
 from twinjet.request import MAX_OUTPUTS
 
 if TYPE_CHECKING:

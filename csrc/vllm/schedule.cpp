@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "vllm_decode_batch.h"
+#include "vllm/decode_batch.h"
 
 namespace py = pybind11;
 

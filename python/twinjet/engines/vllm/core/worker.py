@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from twinjet.engines.vllm.core.sampler import NativeSampler
 from twinjet.engines.vllm.fields import COUNTERS_METHOD, NO_TOKEN
-from twinjet.engines.vllm.sampler import NativeSampler
 from twinjet.sampling import SPEC_VERSION
 
 if current_platform.is_cpu():
@@ -30,7 +30,7 @@ class Worker(_StockWorker):  # type: ignore[misc]
         if self.use_v2_model_runner:
             from vllm.v1.worker.gpu import model_runner
 
-            from twinjet.engines.vllm.sampler_v2 import hook_custom_sampler
+            from twinjet.engines.vllm.core.sampler_v2 import hook_custom_sampler
 
             hook_custom_sampler(model_runner, self.model_config.get_vocab_size())
         super().load_model(*args, **kwargs)
@@ -42,7 +42,7 @@ class Worker(_StockWorker):  # type: ignore[misc]
         failed = take_failed() if take_failed is not None else []
         if not failed:
             return output
-        from twinjet.engines.vllm.sampler_v2 import mark, marked_output
+        from twinjet.engines.vllm.core.sampler_v2 import mark, marked_output
 
         if hasattr(output, "get_output"):
             return marked_output(output, failed)

@@ -209,7 +209,7 @@ def _library_of(array: Any) -> Any:
     if not names:
         raise TypeError(
             f"logits on a CUDA device are a {type(array).__name__}: must be a torch or cupy array here; "
-            "use twinjet._sampling_cuda.CudaSampler with outputs of your own for others"
+            "use twinjet.sampling.cuda.CudaSampler with outputs of your own for others"
         )
     return sys.modules[names.pop()]
 

@@ -1,7 +1,7 @@
 // DecodeBatch: Update(), and how outputs are made.
 #include <stdexcept>
 
-#include "vllm_decode_batch.h"
+#include "vllm/decode_batch.h"
 
 // Where a member descriptor keeps its offset.
 #include <structmember.h>

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from twinjet import _core, _sampling_cuda
+from twinjet import _core
 from twinjet._core import SamplerRequest as Request
+from twinjet.sampling import cuda as _cuda
 
 __all__ = [
     "SPEC_VERSION",
@@ -117,7 +118,7 @@ class Sampler:
 
     def __init__(self, num_threads: int = 0, target: str = "") -> None:
         self._core = _core.Sampler(num_threads, target)
-        self._cuda_samplers: dict[int, _sampling_cuda.CudaSampler] = {}
+        self._cuda_samplers: dict[int, _cuda.CudaSampler] = {}
 
     @property
     def num_threads(self) -> int:
@@ -177,8 +178,8 @@ class Sampler:
             raise ValueError(f"logprobs_mode is {logprobs_mode!r}: must be 'raw' or 'processed'")
         if num_logprobs is not None and num_logprobs < 0:
             raise ValueError(f"num_logprobs is {num_logprobs}: must be None or at least 0")
-        if _sampling_cuda.device_of(logits) is not None:
-            drawn, flags, tops = _sampling_cuda.sample(
+        if _cuda.device_of(logits) is not None:
+            drawn, flags, tops = _cuda.sample(
                 self._cuda_samplers,
                 logits,
                 requests,

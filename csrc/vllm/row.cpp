@@ -1,5 +1,5 @@
 // Moving a request's state between vLLM's Request and a DecodeRow.
-#include "vllm_row.h"
+#include "vllm/row.h"
 
 #include <stdexcept>
 

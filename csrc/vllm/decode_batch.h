@@ -9,7 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "vllm_row.h"
+#include "vllm/row.h"
 
 namespace twinjet::bindings {
 

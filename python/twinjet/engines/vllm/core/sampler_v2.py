@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from twinjet.engines.vllm.core.requests import native_request, reason_for_stock
+from twinjet.engines.vllm.core.sampler import Drawing
 from twinjet.engines.vllm.fields import NO_TOKEN
-from twinjet.engines.vllm.requests import native_request, reason_for_stock
-from twinjet.engines.vllm.sampler import Drawing
 from twinjet.sampling import Request
 
 

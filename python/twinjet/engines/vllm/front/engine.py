@@ -14,10 +14,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
-from twinjet.engines.vllm import startup
-from twinjet.engines.vllm.adapters import Adapters
-from twinjet.engines.vllm.live import LiveRequest
-from twinjet.engines.vllm.outputs import failure, output_event, prompt_event
+from twinjet.engines.vllm.front import startup
+from twinjet.engines.vllm.front.adapters import Adapters
+from twinjet.engines.vllm.front.live import LiveRequest
+from twinjet.engines.vllm.front.outputs import failure, output_event, prompt_event
 from twinjet.errors import (
     AlreadyExists,
     EngineDied,
@@ -128,7 +128,7 @@ class VllmEngine:
         vLLM's own n > 1 refuses greedy requests and seeds output i with seed + i, so that two requests with
         neighbouring seeds would share outputs.
         """
-        from twinjet.engines.vllm.params import sampling_params
+        from twinjet.engines.vllm.front.params import sampling_params
 
         adapter = running.adapters.request_for(request.adapter)
         prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
@@ -241,7 +241,7 @@ class VllmEngine:
         running = self._engine()
         if "embed" not in running.components.info().capabilities:
             raise Unsupported("embed")
-        from twinjet.engines.vllm.embedding import embed
+        from twinjet.engines.vllm.front.embedding import embed
 
         return await embed(running.llm, request_id, prompt_token_ids, dimensions)
 

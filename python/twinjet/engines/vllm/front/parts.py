@@ -12,8 +12,8 @@ from twinjet.engines.base import Capability, Component, EngineInfo
 from twinjet.engines.vllm.fields import COUNTERS_METHOD
 from twinjet.engines.vllm.status import STATUS_METHOD, SchedulerStatus
 
-SCHEDULER = "twinjet.engines.vllm.scheduler.make_scheduler"
-WORKER = "twinjet.engines.vllm.worker.Worker"
+SCHEDULER = "twinjet.engines.vllm.core.scheduler.make_scheduler"
+WORKER = "twinjet.engines.vllm.core.worker.Worker"
 
 _REFRESH_S = 1.0
 

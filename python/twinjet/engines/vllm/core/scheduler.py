@@ -1,6 +1,6 @@
 """vLLM's scheduler on the native block manager, with decodes scheduled in one native call a step.
 
-Given to vLLM as `scheduler_cls="twinjet.engines.vllm.scheduler.make_scheduler"`. It is vLLM's own
+Given to vLLM as `scheduler_cls="twinjet.engines.vllm.core.scheduler.make_scheduler"`. It is vLLM's own
 Scheduler or AsyncScheduler (whichever the engine's configuration asks for) with up to three layers
 replaced: the KV-cache manager, the batched decode path (decode_path.py) and the prompt hasher. A layer that
 may not be replaced here stays vLLM's, with one log line and the reason in the status.
@@ -21,11 +21,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from twinjet._core import BlockManager
+from twinjet.engines.vllm import compat
+from twinjet.engines.vllm.status import STATUS_METHOD, LayerStatus, Reason, SchedulerStatus
 
-from . import compat, conditions, prefix_hash
+from . import conditions, prefix_hash
 from .decode_path import DecodePath
 from .kv_cache_manager import NativeKVCacheManager
-from .status import STATUS_METHOD, LayerStatus, Reason, SchedulerStatus
 
 logger = init_logger(__name__)
 

@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from twinjet.engines.base import LoadProgress, Tokenizer
-from twinjet.engines.vllm import parts, prestart
-from twinjet.engines.vllm.adapters import Adapters
-from twinjet.engines.vllm.load import LoadReader
-from twinjet.engines.vllm.parts import Components
-from twinjet.engines.vllm.process import EngineContext
+from twinjet.engines.vllm.front import parts, prestart
+from twinjet.engines.vllm.front.adapters import Adapters
+from twinjet.engines.vllm.front.load import LoadReader
+from twinjet.engines.vllm.front.parts import Components
+from twinjet.engines.vllm.front.process import EngineContext
 from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
 
@@ -192,7 +192,7 @@ class _Launcher:
     """The blocking part, for a thread."""
 
     def __init__(self, plan: Plan) -> None:
-        from twinjet.engines.vllm import config
+        from twinjet.engines.vllm.front import config
         from twinjet.models.tokenizer import HfTokenizer
 
         self._plan = plan
@@ -210,7 +210,7 @@ class _Launcher:
         import vllm.v1.engine.utils as vllm_utils
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from twinjet.engines.vllm import describe
+        from twinjet.engines.vllm.front import describe
 
         # vLLM's own choice is fork or spawn (on CPU always spawn); this is where it makes it.
         with _LAUNCHING:

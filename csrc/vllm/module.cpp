@@ -1,7 +1,7 @@
 // Python face of the native decode path under vLLM's scheduler.
-#include "bindings.h"
-#include "kv_convert.h"
-#include "vllm_decode_batch.h"
+#include "bindings/bindings.h"
+#include "bindings/kv_convert.h"
+#include "vllm/decode_batch.h"
 
 namespace py = pybind11;
 

@@ -15,8 +15,8 @@ from importlib import metadata
 from multiprocessing import forkserver
 from pathlib import Path
 
-from twinjet.engines.vllm.environment import environment
-from twinjet.engines.vllm.process import EngineContext, probe
+from twinjet.engines.vllm.front.environment import environment
+from twinjet.engines.vllm.front.process import EngineContext, probe
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ the tokens a second that they reach with this, and one engine alone a third more
 
 def prestart() -> None:
     """Start the forkserver, once; returns at once. Call it before threads, gRPC or a device exist."""
-    multiprocessing.set_forkserver_preload(["twinjet.engines.vllm.preloaded"])
+    multiprocessing.set_forkserver_preload(["twinjet.engines.vllm.core.preloaded"])
     with environment(_loader_environment()):
         forkserver.ensure_running()
 

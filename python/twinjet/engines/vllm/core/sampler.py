@@ -17,9 +17,9 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.sampler import Sampler as StockSampler
 
 from twinjet import _core
-from twinjet._sampling_cuda import has_cuda
-from twinjet.engines.vllm.requests import RequestTable
+from twinjet.engines.vllm.core.requests import RequestTable
 from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN, Request, Sampler
+from twinjet.sampling.cuda import has_cuda
 
 _MODES = {"raw_logprobs": "raw", "processed_logprobs": "processed"}
 

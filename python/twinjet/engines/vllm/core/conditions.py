@@ -9,8 +9,8 @@ from typing import Any
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinatorNoPrefixCache, UnitaryKVCacheCoordinator
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from . import compat
-from .status import LayerStatus, Reason
+from twinjet.engines.vllm import compat
+from twinjet.engines.vllm.status import LayerStatus, Reason
 
 # "on" (default), "manager" (no decode path) or "off"; additional_config={"twinjet": {"native": ...}}
 # of the engine comes before it.
