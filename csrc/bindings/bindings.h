@@ -10,5 +10,6 @@ void BindSampler(pybind11::module_& module);
 void BindSamplerCuda(pybind11::module_& module);
 void BindSched(pybind11::module_& module);
 void BindVllm(pybind11::module_& module);
+void BindVllmWire(pybind11::module_& module);
 
 }  // namespace twinjet::bindings

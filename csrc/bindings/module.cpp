@@ -10,4 +10,5 @@ PYBIND11_MODULE(_core, module) {
   twinjet::bindings::BindSamplerCuda(module);
   twinjet::bindings::BindSched(module);
   twinjet::bindings::BindVllm(module);
+  twinjet::bindings::BindVllmWire(module);
 }

@@ -18,12 +18,20 @@ class StopScanner:
         self._held = ""
         self.matched: str | None = None
 
-    def feed(self, text: str) -> str:
-        """Take new text; return what is safe to show. After a match returns "" and sets matched."""
+    def feed(self, text: str, *, may_match: bool = True) -> str:
+        """Take new text; return what is safe to show. After a match returns "" and sets matched.
+
+        may_match: False for text in which no stop string may end.
+        """
         if self.matched is not None:
             return ""
+        num_held = len(self._held)
         text = self._held + text
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [
+            (at, stop)
+            for stop in self._stops
+            if may_match and (at := text.find(stop, max(0, num_held - len(stop) + 1))) >= 0
+        ]
         if found:
             # The match that is complete first; of two complete at once, the one that begins first.
             at, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))

@@ -8,9 +8,9 @@ filter tojson, {% break %} and {% generation %}.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import jinja2.parser
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.decoders import DecodeStream
 
 from twinjet.engines.base import ChatTurn
 from twinjet.errors import ConfigError, InvalidRequest, Unsupported
@@ -146,6 +147,16 @@ class HfTokenizer:
         """Give the text of token ids; incomplete characters show as U+FFFD. Unknown ids give no text."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def decode_stream(
+        self, context: Sequence[int], *, skip_special_tokens: bool
+    ) -> Callable[[int], str | None]:
+        """Make a function that takes one token id after the other and gives the text that is now certain.
+
+        context: token ids that come before the first, whose text is left out.
+        """
+        stream = DecodeStream(list(context), skip_special_tokens)
+        return partial(stream.step, self._tokenizer)
 
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
         """Render a conversation as the model's template says.
