@@ -102,7 +102,7 @@ struct CoreOutputs {
 }  // namespace
 
 void BindVllmWire(py::module_& module) {
-  static py::exception<vllm::WireError> wire_error(module, "WireError", PyExc_ValueError);
+  py::register_exception<vllm::WireError>(module, "WireError", PyExc_ValueError);
   py::class_<CoreOutputs>(module, "CoreOutputs")
       .def(py::init<>())
       .def("decode", &CoreOutputs::Decode, py::arg("frames"))

@@ -45,3 +45,14 @@ def test_after_a_match_nothing_more_is_shown() -> None:
     scanner = StopScanner(["END"])
     assert scanner.feed("the END and more") == "the "
     assert scanner.feed("again") == scanner.flush() == ""
+
+
+def test_text_in_which_no_stop_may_end_can_still_begin_one() -> None:
+    scanner = StopScanner(["ab", "abc", "x"])
+    assert scanner.feed("x.a", may_match=False) == "x."
+    assert scanner.feed("b", may_match=False) == ""
+    assert scanner.matched is None
+    assert scanner.feed("d") == "abd"
+    assert scanner.feed(".a", may_match=False) == "."
+    assert scanner.feed("b!") == ""
+    assert scanner.matched == "ab"

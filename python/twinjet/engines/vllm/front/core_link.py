@@ -219,10 +219,15 @@ class CoreLink:
                 return
             try:
                 self._outputs.decode(frames)
+                self._take(frames[0])
             except _core.WireError as error:
                 self._tell_death(f"it sent a message that cannot be read: {error}")
                 return
-            self._take(frames[0])
+            except Exception as error:
+                # Whatever it is, streams would wait for ever for what was in the message.
+                logger.exception("a message of the engine was not delivered")
+                self._tell_death(f"its message was not delivered: {error!r}")
+                return
         # The socket announces only what is new, so what is left is fetched after others had their turn.
         self._loop.call_soon(self._on_readable)
 
@@ -238,9 +243,17 @@ class CoreLink:
         stopped = []
         for key, token_ids, rest in outputs.rows():
             stream = streams.get(key)
-            if stream is not None and stream.take(token_ids, rest):
+            if stream is None:
+                continue
+            try:
+                is_ended = stream.take(token_ids, rest)
+            except Exception:
+                logger.exception("the tokens %s of %s were not delivered", token_ids, stream.request_id)
+                stream.fail()
+                is_ended = True
+            if is_ended:
                 del streams[key]
-                if stream.is_stopped:
+                if not stream.is_ended_by_engine:
                     stopped.append(stream.request_id)
         if stopped:
             self._send(wire.ABORT, wire.encode(stopped))

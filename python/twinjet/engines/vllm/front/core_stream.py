@@ -46,11 +46,15 @@ class CoreOutput:
 
 
 class CoreStream:
-    """One output of a request while it runs. key: by which the engine core's rows are told apart."""
+    """One output of a request while it runs.
+
+    key: by which the engine core's rows are told apart. is_ended_by_engine: False once it has ended by what
+    the engine does not know of, such as a stop string.
+    """
 
     __slots__ = (
-        "_num_logprobs", "_num_prompt_logprobs", "_prompt", "_text", "_tokenizer", "key", "output", "ready",
-        "request_id",
+        "_num_logprobs", "_num_prompt_logprobs", "_prompt", "_text", "_tokenizer", "is_ended_by_engine", "key",
+        "output", "ready", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +63,7 @@ class CoreStream:
         sampling = request.sampling
         self.key = key
         self.request_id = request_id
+        self.is_ended_by_engine = True
         self.output: CoreOutput | None = None
         self.ready = asyncio.Event()
         self._tokenizer = tokenizer
@@ -75,10 +80,7 @@ class CoreStream:
         return output
 
     def take(self, token_ids: Sequence[int], rest: tuple[Any, ...] | None) -> bool:
-        """Take one row of a step (see _core.CoreOutputs.rows); True if it ends the output.
-
-        If the engine does not know the end, as with a stop string, the caller aborts the rest.
-        """
+        """Take one row of a step (see _core.CoreOutputs.rows); True if it ends the output."""
         finish = cause = logprobs = None
         if rest is not None:
             number, cause, num_cached, logprobs, prompt_logprobs = rest
@@ -95,6 +97,7 @@ class CoreStream:
         text = self._text
         output.text += text.feed(token_ids, is_stop=finish == "stop", is_last=finish is not None)
         if text.stop is not None:
+            self.is_ended_by_engine = finish is not None
             finish, cause, token_ids = "stop", text.stop, token_ids[: text.num_kept]
         output.token_ids += token_ids
         if logprobs is not None and self._num_logprobs is not None:
@@ -104,10 +107,12 @@ class CoreStream:
         self.ready.set()
         return finish is not None
 
-    @property
-    def is_stopped(self) -> bool:
-        """A stop string has ended it, of which the engine does not know."""
-        return self._text.stop is not None
+    def fail(self) -> None:
+        """End the output as the engine does when it cannot go on."""
+        self.output = self.output or CoreOutput()
+        self.output.finish_reason, self.output.stop_reason = "error", None
+        self.is_ended_by_engine = False
+        self.ready.set()
 
     def _take_prompt(self, num_cached: int | None, rows: Sequence[Any] | None) -> None:
         assert self._prompt is not None

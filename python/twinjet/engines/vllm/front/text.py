@@ -61,6 +61,9 @@ class OutputText:
         return text + scanner.flush() if is_last else text
 
     def _decode(self, token: int) -> str:
+        if token < 0:
+            # The mark of a row that had no admissible token.
+            return ""
         try:
             return self._step(token) or ""
         except Exception:  # the library raises nothing narrower
