@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinjet.compare.arguments import compare_arguments
 from twinjet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -223,6 +224,13 @@ def _converse(client: Client, turns: list[Any], arguments: argparse.Namespace) -
         turns.append(Message("assistant", answer))
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    """Measure two deployments side by side and say which is faster, and whether they say the same."""
+    from twinjet.compare.command import run
+
+    return run(arguments)
+
+
 def models(arguments: argparse.Namespace) -> int:
     """List what is served."""
     from twinjet.v1 import model_pb2
@@ -378,6 +386,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling(command)
+
+    command = add_client(compare)
+    command.add_argument("a", metavar="A", help="MODEL or HOST:PORT/MODEL; or the word report")
+    command.add_argument("b", metavar="B", help="the other one; with report, the data of an earlier run")
+    compare_arguments(command)
 
     add_client(models)
     add_model(add_client(load))

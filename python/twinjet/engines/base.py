@@ -58,7 +58,10 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine is and can do, valid once start() has returned."""
+    """What an engine is and can do, valid once start() has returned.
+
+    settings: effective settings that bear on speed and results, by the engine's own names.
+    """
 
     name: Literal["vllm", "tensorrt_llm", "fake"]
     version: str
@@ -71,6 +74,7 @@ class EngineInfo:
     sampler: Component
     block_manager: Component
     kv_cache: KvCache | None
+    settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -283,6 +283,7 @@ class FakeEngine:
             sampler=self._component,
             block_manager=Component("engine", reason="the fake engine counts blocks only"),
             kv_cache=KvCache(options.num_blocks, options.block_size),
+            settings={"step_s": f"{options.step_s:g}", "output": options.output},
         )  # fmt: skip
 
     async def load(self) -> EngineLoad:
@@ -405,11 +406,15 @@ class FakeEngine:
                 self._work.clear()
                 await self._work.wait()
             prefill_tokens = self._take_up()
-            await asyncio.sleep(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
+            await self._pause(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
             if self._sampler is not None:
                 self._draw(self._sampler)
             for sequence in list(self._running):
                 self._step(sequence)
+
+    async def _pause(self, step_s: float) -> None:
+        """Let a step take its time; what simulates an unsteady machine overrides it."""
+        await asyncio.sleep(step_s)
 
     def _draw(self, sampler: Sampler) -> None:
         """Draw the next token of every running sequence in one batch, as a real engine does."""

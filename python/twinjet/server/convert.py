@@ -227,3 +227,4 @@ def fill_engine_info(model: model_pb2.Model, info: EngineInfo) -> None:
     if info.kv_cache is not None:
         model.kv_cache.num_blocks = info.kv_cache.num_blocks
         model.kv_cache.block_size = info.kv_cache.block_size
+    model.settings.update(info.settings)
