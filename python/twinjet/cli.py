@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message as ProtoMessage
 
     from twinjet.client import Client, Event, Sampling, Stream, TwinjetClientError
+    from twinjet.config import Config
+    from twinjet.v1.routing_pb2 import Route
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -124,7 +126,10 @@ def serve(arguments: argparse.Namespace) -> int:
     from twinjet.config import load
     from twinjet.server.console import run
 
-    return run(load(arguments.config, serve_overrides(arguments, os.environ)), arguments.log_level)
+    def read() -> Config:
+        return load(arguments.config, serve_overrides(arguments, os.environ))
+
+    return run(read(), arguments.log_level, read)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -229,6 +234,61 @@ def compare(arguments: argparse.Namespace) -> int:
     from twinjet.compare.command import run
 
     return run(arguments)
+
+
+def routes(arguments: argparse.Namespace) -> int:
+    """Show which deployments answer for each model, or change it."""
+    with _connect(arguments) as client:
+        if arguments.set is not None or arguments.remove is not None:
+            client.set_route(
+                _route(arguments), revision=arguments.revision, remove=arguments.remove is not None
+            )
+        listed = client.get_routes()
+    if arguments.json:
+        _print_json(_proto_dict(listed))
+        return EXIT_OK
+    from twinjet.v1 import routing_pb2
+
+    rows: list[tuple[str, ...]] = [("MODEL", "WEIGHTS", "FALLBACK", "STICKY", "MIRROR")]
+    for route in listed.routes:
+        mirror = f"{route.mirror.deployment} {route.mirror.share:.0%}" if route.HasField("mirror") else "-"
+        sticky = routing_pb2.Stickiness.Name(route.sticky).removeprefix("STICKINESS_").lower()
+        rows.append(
+            (
+                route.model,
+                " ".join(f"{name}={weight:g}" for name, weight in sorted(route.weights.items())),
+                " ".join(route.fallback) or "-",
+                "-" if sticky == "unspecified" else sticky,
+                mirror,
+            )
+        )
+    _print_table(rows)
+    print(f"revision {listed.revision}; deployments: {', '.join(listed.deployments)}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _route(arguments: argparse.Namespace) -> Route:
+    from twinjet.v1 import routing_pb2
+
+    route = routing_pb2.Route(model=arguments.set or arguments.remove or "")
+    for part in arguments.weight:
+        name, equals, text = part.rpartition("=")
+        try:
+            route.weights[name] = float(text)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ConfigError(f"--weight {part}: write DEPLOYMENT=NUMBER")
+    route.fallback.extend(arguments.fallback)
+    if arguments.sticky is not None:
+        route.sticky = routing_pb2.Stickiness.Value(f"STICKINESS_{arguments.sticky.upper()}")
+    if arguments.mirror is not None:
+        name, _, text = arguments.mirror.rpartition("=")
+        try:
+            route.mirror.CopyFrom(routing_pb2.Mirror(deployment=name, share=float(text)))
+        except ValueError:
+            raise ConfigError(f"--mirror {arguments.mirror}: write DEPLOYMENT=SHARE") from None
+    return route
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -391,6 +451,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A", help="MODEL or HOST:PORT/MODEL; or the word report")
     command.add_argument("b", metavar="B", help="the other one; with report, the data of an earlier run")
     compare_arguments(command)
+
+    command = add_client(routes)
+    change = command.add_mutually_exclusive_group()
+    change.add_argument(
+        "--set", metavar="MODEL", help="replace this model's route by what the other flags say"
+    )
+    change.add_argument("--remove", metavar="MODEL", help="take this model's route away")
+    command.add_argument(
+        "--weight", action="append", default=[], metavar="DEPLOYMENT=W", help="may be repeated"
+    )
+    command.add_argument(
+        "--fallback", action="append", default=[], metavar="DEPLOYMENT", help="may be repeated"
+    )
+    command.add_argument(
+        "--sticky", choices=("tenant", "session"), help="keep a tenant or session at one deployment"
+    )
+    command.add_argument("--mirror", metavar="DEPLOYMENT=SHARE", help="copy this share of requests there")
+    command.add_argument(
+        "--revision", type=int, metavar="N", help="refuse if the routes are at another revision"
+    )
 
     add_client(models)
     add_model(add_client(load))

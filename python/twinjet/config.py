@@ -4,6 +4,7 @@
     [admin]                        # who may use AdminService
     [deployments.NAME]             # one engine with one model
     [routes.PUBLIC_NAME]           # which deployments answer for a public model name
+    [mirror]                       # what mirrored requests may cost, and where their answers go
 
 The environment variable of a setting is its path, upper case, joined by two underscores:
 server.port is TWINJET_SERVER__PORT. Order: file, then environment, then flags; the last one wins.
@@ -29,10 +30,11 @@ from pydantic import (
     model_validator,
 )
 
-from twinjet.errors import ConfigError
+from twinjet.errors import ConfigError, InvalidRequest
+from twinjet.routing.table import Route, check_route
 from twinjet.scheduler import SchedulerSettings
 
-_SECTIONS = ("server", "admin", "deployments", "routes")
+_SECTIONS = ("server", "admin", "deployments", "routes", "mirror")
 
 
 class _Section(BaseModel):
@@ -91,8 +93,31 @@ class DeploymentSettings(_Section):
 class RouteSettings(_Section):
     """Which deployments answer for a public model name."""
 
-    weights: dict[str, PositiveFloat] = Field(min_length=1, description="share of requests by deployment")
+    weights: dict[str, float] = Field(min_length=1, description="share of requests by deployment; 0: none")
     fallback: list[str] = Field(default_factory=list, description="tried in order when none of them is ready")
+    sticky: Literal["none", "tenant", "session"] = Field(
+        "none", description="requests of one tenant or session stay at one deployment"
+    )
+    mirror: str = Field("", description="deployment that gets copies of requests; its answers are recorded")
+    mirror_share: float = Field(0.0, ge=0, le=1, description="share of requests that is copied")
+
+    def route(self) -> Route:
+        """Give the route that this section stands for."""
+        return Route(dict(self.weights), tuple(self.fallback), self.sticky, self.mirror, self.mirror_share)
+
+
+class MirrorSettings(_Section):
+    """What mirrored requests may cost and where their answers go. Sizes in bytes."""
+
+    folder: Path | None = Field(None, description="records go to files in this folder; unset: none are kept")
+    max_file_bytes: PositiveInt = Field(
+        64 << 20, description="a record file is followed by another at this size"
+    )
+    max_files: PositiveInt = Field(8, description="the oldest record file beyond these is deleted")
+    max_streams: PositiveInt = Field(16, description="copies at once; more are dropped")
+    record_prompts: bool = Field(
+        False, description="record prompts and texts too, not only token ids' digests"
+    )
 
 
 class Config(_Section):
@@ -102,16 +127,16 @@ class Config(_Section):
     admin: AdminSettings = AdminSettings()
     deployments: dict[str, DeploymentSettings] = Field(min_length=1)
     routes: dict[str, RouteSettings] = Field(default_factory=dict)
+    mirror: MirrorSettings = MirrorSettings()
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Config:
         for name, route in self.routes.items():
-            for target in [*route.weights, *route.fallback]:
-                if target not in self.deployments:
-                    raise ValueError(
-                        f"route {name!r} names deployment {target!r}, which does not exist"
-                        + _did_you_mean(target, self.deployments)
-                    )
+            try:
+                check_route(route.route(), self.deployments, "")
+            except InvalidRequest as error:
+                told = "; ".join(f"{v.field}: {v.message}" for v in error.violations)
+                raise ValueError(f"route {name!r}: {told}") from None
         return self
 
     def public_routes(self) -> dict[str, RouteSettings]:
@@ -143,6 +168,16 @@ def load(
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def deployment_settings(tree: Mapping[str, Any]) -> DeploymentSettings:
+    """Check the settings of one deployment. Raises ConfigError naming the setting."""
+    try:
+        return DeploymentSettings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        ) from None
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[list[str], Any]]:

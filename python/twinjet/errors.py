@@ -112,6 +112,14 @@ class EngineDied(Unavailable):
         super().__init__(message, reason="ENGINE_DIED", retry_after_s=retry_after_s)
 
 
+class PreconditionFailed(TwinjetError):
+    """The server is not in the state that the call needs. reason: a stable upper-case word."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
 class SlowReader(TwinjetError):
     """The client reads too slowly; what waited for it was dropped."""
 

@@ -27,6 +27,7 @@ class Options:
     cache_salt: str = ""
     adapter: str = ""
     report_queue: bool | None = None
+    session: str = ""
 
 
 Prompt = str | Sequence[int]

@@ -34,7 +34,7 @@ from twinjet.client._requests import (
 )
 from twinjet.client._retry import Attempts, RetryPolicy
 from twinjet.request import SamplingOverrides
-from twinjet.v1 import admin_pb2, model_pb2, service_pb2_grpc, tokenization_pb2
+from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc, tokenization_pb2
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
@@ -237,6 +237,28 @@ class Client:
         """Report queues, running requests, KV blocks and speeds; needs the admin token or a local server."""
         request = admin_pb2.GetLoadRequest(model=model)
         return list((self._unary(self._admin.GetLoad, request, timeout_s)).models)
+
+    def get_routes(self, *, timeout_s: float | None = None) -> routing_pb2.GetRoutesResponse:
+        """Tell which deployments answer for each model; needs the admin token or a local server."""
+        request = routing_pb2.GetRoutesRequest()
+        response: routing_pb2.GetRoutesResponse = self._unary(self._admin.GetRoutes, request, timeout_s)
+        return response
+
+    def set_route(
+        self,
+        route: routing_pb2.Route,
+        *,
+        revision: int | None = None,
+        remove: bool = False,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Replace the route of route.model, or remove it; gives the new revision of the routes.
+
+        revision: refused if the routes are at another one by now. Needs the admin token or a local server.
+        """
+        request = routing_pb2.SetRouteRequest(route=route, revision=revision, remove=remove)
+        response: routing_pb2.SetRouteResponse = self._unary(self._admin.SetRoute, request, timeout_s)
+        return response.revision
 
     def abort(self, request_id: str, *, timeout_s: float | None = None) -> None:
         """End a request, whoever sent it; needs the admin token or a local server."""

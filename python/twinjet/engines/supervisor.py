@@ -98,6 +98,7 @@ class Supervisor:
         self.state = State.LOADING
         self.progress = LoadProgress("waiting to start", 0.0)
         self.failure = ""
+        self.last_error = ""
         self.config_error: ConfigError | None = None
         self.num_restarts = 0
         self._make_engine = make_engine
@@ -159,8 +160,10 @@ class Supervisor:
                 self._fail(str(error))
                 return
             except TwinjetError as error:
+                self.last_error = str(error)
                 logger.warning("engine of %s did not start: %s", self.name, error)
             except Exception:
+                self.last_error = "its start failed; the server's log has more"
                 logger.exception("engine of %s did not start", self.name)
             failures = 1 if lived_s > HEALTHY_AFTER_S else failures + 1
             if failures > self._settings.max_restarts:

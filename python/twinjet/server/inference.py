@@ -25,6 +25,7 @@ from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
 if TYPE_CHECKING:
     from twinjet.config import ServerSettings
+    from twinjet.routing.mirror import Mirror
     from twinjet.server.deployments import Deployment, Deployments
     from twinjet.server.live import LiveRequests
     from twinjet.server.metrics import Metrics
@@ -50,12 +51,18 @@ class InferenceServicer:
     """See proto InferenceService."""
 
     def __init__(
-        self, deployments: Deployments, settings: ServerSettings, live: LiveRequests, metrics: Metrics
+        self,
+        deployments: Deployments,
+        settings: ServerSettings,
+        live: LiveRequests,
+        metrics: Metrics,
+        mirror: Mirror,
     ) -> None:
         self._deployments = deployments
         self._settings = settings
         self._live = live
         self._metrics = metrics
+        self._mirror = mirror
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrived_at = time.monotonic()
@@ -63,7 +70,7 @@ class InferenceServicer:
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         overrides = convert.sampling_overrides(request.sampling)
         options = self._options(request.options, context)
-        deployment = self._deployments.pick(model)
+        deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "generate")
         if request.token_ids:
@@ -85,7 +92,7 @@ class InferenceServicer:
         )
         overrides = convert.sampling_overrides(request.sampling)
         options = self._options(request.options, context)
-        deployment = self._deployments.pick(model)
+        deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "chat")
         text = engine.tokenizer.render_chat(turns, continue_final=request.continue_final_message)
@@ -165,8 +172,14 @@ class InferenceServicer:
             raise InvalidRequest(violations)
         return convert.Options(
             request_id or _new_request_id(), options.priority, options.tenant, options.cache_salt,
-            options.adapter, options.report_queue,
+            options.adapter, options.report_queue, options.session,
         )  # fmt: skip
+
+    def _copy(self, request: EngineRequest, model: str) -> None:
+        """Send a copy of the request to the model's mirror, if it has one that can take it."""
+        copy_to = self._deployments.mirror_of(model)
+        if copy_to is not None:
+            self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
 
     async def _embed_prompt(
         self, item: embedding_pb2.EmbedInput, prefix: str, engine: Engine, info: EngineInfo
@@ -191,6 +204,7 @@ class InferenceServicer:
         context: Context,
         arrived_at: float,
     ) -> None:
+        self._copy(request, model)
         builder = ResponseBuilder(
             request, info, model=model, deployment=deployment.name, arrived_at=arrived_at
         )

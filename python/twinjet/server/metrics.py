@@ -69,7 +69,7 @@ class _LoadCollector(Collector):
             "twinjet_component", "Counters of sampler and block manager",
             labels=[*label, "component", "counter"],
         )  # fmt: skip
-        for name, deployment in self._deployments.by_name.items():
+        for name, deployment in list(self._deployments.by_name.items()):
             load = deployment.dispatcher.totals()
             waiting.add_metric([name], load.waiting)
             running.add_metric([name], load.running)
