@@ -55,12 +55,20 @@ async def test_the_seed_that_was_used_repeats_the_answer(serve: Serve) -> None:
     h = await serve()
     request = GenerateRequest(text="tell me", sampling=Sampling(max_tokens=30))
     first = await collect(h.inference.Generate(request))
+    assert first[-1].summary.seed < 2**53
     request.sampling.seed = first[-1].summary.seed
     again = await collect(h.inference.Generate(request))
     request.sampling.seed += 1
     other = await collect(h.inference.Generate(request))
     assert text_of(again) == text_of(first)
     assert text_of(other) != text_of(first)
+
+
+async def test_a_seed_of_64_bits_comes_back_whole(serve: Serve) -> None:
+    h = await serve()
+    sampling = Sampling(max_tokens=3, seed=2**64 - 1)
+    events = await collect(h.inference.Generate(GenerateRequest(text="x", sampling=sampling)))
+    assert events[-1].summary.seed == 2**64 - 1
 
 
 async def test_a_stop_string_is_cut_and_named(serve: Serve) -> None:

@@ -14,7 +14,7 @@ import grpc
 
 from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo, OutputEvent, Tokenizer
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
-from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.scheduler import orca_report
 from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
@@ -255,7 +255,7 @@ def _accept(
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
         )
     check_constraint(overrides.constraint)
-    sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=secrets.randbits(64))
+    sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=draw_seed())
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
