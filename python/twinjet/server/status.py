@@ -60,7 +60,7 @@ def to_failure(error: errors.TwinjetError) -> Failure:
         case errors.Unavailable():
             return Failure(code.UNAVAILABLE, str(error), [_info(error.reason), _retry(error.retry_after_s)])
         case errors.DeadlinePassed():
-            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info("DEADLINE_PASSED")])
+            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info(error.reason)])
         case errors.RequestAborted():
             return Failure(code.CANCELLED, str(error), [_info("ABORTED")])
         case errors.RequestFailed():
