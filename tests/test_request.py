@@ -89,3 +89,10 @@ def test_what_is_accepted_is_in_range_and_the_rest_is_refused_with_its_name(
     else:
         assert all(valid.values())
         assert sampling.max_tokens == max_tokens
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_has_64_bits(seed: int) -> None:
+    assert _resolve(SamplingOverrides(seed=2**64 - 1)).seed == 2**64 - 1
+    with pytest.raises(InvalidRequest, match=r"sampling.seed: .* allowed: 0 to 18446744073709551615"):
+        _resolve(SamplingOverrides(seed=seed))

@@ -9,7 +9,8 @@ TwinjetError
 ├── Overloaded          the queue is full or a quota is spent; says when to come back
 ├── Unavailable         loading, draining or dead; says when to come back
 │   └── EngineDied      the engine's process or loop is gone
-├── DeadlinePassed      the request's deadline passed or cannot be met
+├── DeadlinePassed      the request's deadline passed
+│   └── DeadlineUnreachable   it is predicted to pass before the request could be served
 ├── RequestAborted      an operator ended the request
 ├── RequestFailed       the engine could not finish this one request
 └── ConfigError         the server's own settings are wrong
@@ -125,7 +126,15 @@ class SlowReader(TwinjetError):
 
 
 class DeadlinePassed(TwinjetError):
-    """The request's deadline passed, or is predicted to pass before it could be served."""
+    """The request's deadline passed. reason: a stable upper-case word."""
+
+    reason = "DEADLINE_PASSED"
+
+
+class DeadlineUnreachable(DeadlinePassed):
+    """The deadline is predicted to pass before the request could be served; nothing was begun."""
+
+    reason = "DEADLINE_UNREACHABLE"
 
 
 class RequestAborted(TwinjetError):

@@ -8,6 +8,7 @@ on every engine.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -28,6 +29,9 @@ MAX_BAD_WORDS = 256
 MAX_CHOICES = 1024
 MAX_OUTPUTS = 64
 MAX_GRAMMAR_BYTES = 256 * 1024
+MAX_SEED = 2**64 - 1
+DRAWN_SEED_BITS = 53
+"""Seeds that nobody sent are below 2^53, so that languages whose numbers are doubles read them exactly."""
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
 
@@ -125,6 +129,11 @@ class EngineRequest:
     deadline: float | None = None
 
 
+def draw_seed() -> int:
+    """Draw a seed for a request that brought none, in 0 .. 2^53 - 1."""
+    return secrets.randbits(DRAWN_SEED_BITS)
+
+
 class _Checker:
     """Collects violations, so that a client hears of all its mistakes at once."""
 
@@ -189,6 +198,8 @@ def resolve_sampling(
     check.number("repetition_penalty", sent.repetition_penalty, 0, 100, above_low=True)
     check.number("frequency_penalty", sent.frequency_penalty, -2, 2)
     check.number("presence_penalty", sent.presence_penalty, -2, 2)
+    if sent.seed is not None and not 0 <= sent.seed <= MAX_SEED:
+        check.fail("seed", f"{sent.seed} is out of range; allowed: 0 to {MAX_SEED}")
     check.number("n", sent.n, 1, min(MAX_OUTPUTS, limits.max_outputs))
     check.number("max_tokens", sent.max_tokens, 1, limits.max_context_tokens)
     check.number("min_tokens", sent.min_tokens, 0, sent.max_tokens or limits.max_context_tokens)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+import grpc
+import pytest
+
 from tests.server.harness import Serve, collect, kinds, text_of
 from twinjet.v1 import embedding_pb2, generation_pb2, sampling_pb2, tokenization_pb2
 
@@ -55,12 +58,20 @@ async def test_the_seed_that_was_used_repeats_the_answer(serve: Serve) -> None:
     h = await serve()
     request = GenerateRequest(text="tell me", sampling=Sampling(max_tokens=30))
     first = await collect(h.inference.Generate(request))
+    assert first[-1].summary.seed < 2**53
     request.sampling.seed = first[-1].summary.seed
     again = await collect(h.inference.Generate(request))
     request.sampling.seed += 1
     other = await collect(h.inference.Generate(request))
     assert text_of(again) == text_of(first)
     assert text_of(other) != text_of(first)
+
+
+async def test_a_seed_of_64_bits_comes_back_whole(serve: Serve) -> None:
+    h = await serve()
+    sampling = Sampling(max_tokens=3, seed=2**64 - 1)
+    events = await collect(h.inference.Generate(GenerateRequest(text="x", sampling=sampling)))
+    assert events[-1].summary.seed == 2**64 - 1
 
 
 async def test_a_stop_string_is_cut_and_named(serve: Serve) -> None:
@@ -130,13 +141,35 @@ async def test_the_request_id_is_the_clients_or_the_headers_or_drawn(serve: Serv
     h = await serve()
     request = GenerateRequest(text="x", sampling=Sampling(max_tokens=1))
     call = h.inference.Generate(request, metadata=(("x-request-id", "from-header"),))
-    assert dict(await call.initial_metadata())["twinjet-request-id"] == "from-header"
-    assert (await collect(call))[0].started.request_id == "from-header"
+    told = dict(await call.initial_metadata())["twinjet-request-id"]
+    assert told.startswith("from-header-")
+    assert (await collect(call))[0].started.request_id == told
     drawn = {(await collect(h.inference.Generate(request)))[0].started.request_id for _ in range(2)}
     assert len(drawn) == 2
     request.options.request_id = "mine"
     call = h.inference.Generate(request, metadata=(("x-request-id", "from-header"),))
     assert (await collect(call))[0].started.request_id == "mine"
+
+
+async def test_a_correlation_id_may_come_more_than_once(serve: Serve) -> None:
+    h = await serve()
+    request = GenerateRequest(text="!stall")
+    for header in ("one", "o" * 128, "with space", "x" * 4000):
+        calls = [h.inference.Generate(request, metadata=(("x-request-id", header),)) for _ in range(2)]
+        ids = {dict(await call.initial_metadata())["twinjet-request-id"] for call in calls}
+        assert len(ids) == 2
+        assert all(len(i) <= 128 and (i[0] == "o") == (header[0] == "o") for i in ids)
+        for call in calls:
+            call.cancel()
+    request.options.request_id = "mine"
+    first = h.inference.Generate(request)
+    await first.initial_metadata()
+    second = h.inference.Generate(request)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(second)
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    first.cancel()
+    await h.until_idle()
 
 
 async def test_a_choice_constraint_gives_one_of_the_choices(serve: Serve) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from twinjet.client._events import (
     event_of,
     usage_of,
 )
+from twinjet.client._health import wait
 from twinjet.client._requests import (
     Conversation,
     Message,
@@ -32,12 +32,13 @@ from twinjet.client._requests import (
     generate_request,
     tokenize_request,
 )
-from twinjet.client._retry import Attempts, RetryPolicy
+from twinjet.client._retry import Attempts, Pause, RetryPolicy
 from twinjet.request import SamplingOverrides
 from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc, tokenization_pb2
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
+_Wait = Callable[[Pause], None]
 
 
 class Stream:
@@ -47,8 +48,9 @@ class Stream:
     working on it. Reading raises the exceptions of this package.
     """
 
-    def __init__(self, open_stream: _OpenStream, attempts: Attempts) -> None:
+    def __init__(self, open_stream: _OpenStream, wait: _Wait, attempts: Attempts) -> None:
         self._open = open_stream
+        self._wait = wait
         self._attempts = attempts
         self._events = self._run()
 
@@ -111,7 +113,7 @@ class Stream:
                 call.cancel()
             if has_begun:
                 raise error
-            time.sleep(self._attempts.delay_after(error))
+            self._wait(self._attempts.pause_after(error))
 
 
 class Client:
@@ -270,6 +272,7 @@ class Client:
     def _stream(self, method: Any, request: Any, timeout_s: float | None) -> Stream:
         return Stream(
             lambda left_s: method(request, timeout=left_s, metadata=self._metadata),
+            lambda pause: wait(self._channel, request.model, pause),
             self._attempts(timeout_s),
         )
 
@@ -280,4 +283,4 @@ class Client:
                 return method(request, timeout=attempts.remaining_s, metadata=self._metadata)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-            time.sleep(attempts.delay_after(error))
+            wait(self._channel, getattr(request, "model", ""), attempts.pause_after(error))

@@ -7,14 +7,14 @@ import contextlib
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import grpc
 
 from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo, OutputEvent, Tokenizer
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
-from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.scheduler import orca_report
 from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
@@ -37,6 +37,23 @@ ACCEPTED_ID_KEY = "twinjet-request-id"
 INLINE_TOKENIZE_CHARS = 8192
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 MAX_EMBED_INPUTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """When a call came in and when it must have ended, in time.monotonic() seconds; deadline None is none.
+
+    Read once, before any work: the time that gRPC still gives shrinks while the request is looked at.
+    """
+
+    at: float
+    deadline: float | None
+
+    @classmethod
+    def of(cls, context: Context) -> _Arrival:
+        now = time.monotonic()
+        left_s = context.time_remaining()
+        return cls(now, None if left_s is None else now + left_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +82,7 @@ class InferenceServicer:
         self._mirror = mirror
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
-        arrived_at = time.monotonic()
+        arrival = _Arrival.of(context)
         model = self._deployments.resolve(request.model)
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         overrides = convert.sampling_overrides(request.sampling)
@@ -79,11 +96,11 @@ class InferenceServicer:
         else:
             ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
             prompt = _Prompt(ids, "text")
-        accepted = _accept(prompt, overrides, options, info, context, arrived_at)
-        await self._stream(accepted, options, deployment, info, model, context, arrived_at)
+        accepted = _accept(prompt, overrides, options, info, arrival)
+        await self._stream(accepted, options, deployment, info, model, context, arrival.at)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
-        arrived_at = time.monotonic()
+        arrival = _Arrival.of(context)
         model = self._deployments.resolve(request.model)
         turns = convert.chat_turns(
             request.messages,
@@ -97,8 +114,8 @@ class InferenceServicer:
         _need(info, "chat")
         text = engine.tokenizer.render_chat(turns, continue_final=request.continue_final_message)
         ids = await _encode(engine.tokenizer, text, add_special_tokens=False)
-        accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, context, arrived_at)
-        await self._stream(accepted, options, deployment, info, model, context, arrived_at)
+        accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, arrival)
+        await self._stream(accepted, options, deployment, info, model, context, arrival.at)
 
     async def Embed(
         self, request: embedding_pb2.EmbedRequest, context: Context
@@ -116,7 +133,7 @@ class InferenceServicer:
             for i, item in enumerate(request.inputs)
         ]
         dimensions = request.dimensions if request.HasField("dimensions") else None
-        request_id = options.request_id or _new_request_id()
+        request_id = options.request_id
         embed = cast("EmbeddingEngine", engine).embed
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -166,14 +183,7 @@ class InferenceServicer:
         options = convert.options(message)
         if options.request_id:
             return options
-        sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
-        request_id = sent if isinstance(sent, str) else sent.decode("ascii", "replace")
-        if violations := convert.request_id_violation(REQUEST_ID_KEY, request_id):
-            raise InvalidRequest(violations)
-        return convert.Options(
-            request_id or _new_request_id(), options.priority, options.tenant, options.cache_salt,
-            options.adapter, options.report_queue, options.session,
-        )  # fmt: skip
+        return replace(options, request_id=_new_request_id(context))
 
     def _copy(self, request: EngineRequest, model: str) -> None:
         """Send a copy of the request to the model's mirror, if it has one that can take it."""
@@ -258,8 +268,7 @@ def _accept(
     overrides: SamplingOverrides,
     options: convert.Options,
     info: EngineInfo,
-    context: Context,
-    arrived_at: float,
+    arrival: _Arrival,
 ) -> EngineRequest:
     """Check everything that needs no engine, and make the engine's request."""
     num_tokens, limit = len(prompt.token_ids), info.limits.max_context_tokens
@@ -269,14 +278,13 @@ def _accept(
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
         )
     check_constraint(overrides.constraint)
-    sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=secrets.randbits(64))
+    sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=draw_seed())
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
         raise NotFound("adapter", options.adapter, "this model has no adapters")
-    left_s = context.time_remaining()
-    if left_s is not None and left_s <= 0:
-        raise DeadlinePassed("the deadline had passed when the request arrived")
+    if arrival.deadline is not None and arrival.deadline <= time.monotonic():
+        raise DeadlinePassed("the deadline passed before the request was accepted")
     return EngineRequest(
         request_id=options.request_id,
         prompt_token_ids=prompt.token_ids,
@@ -285,7 +293,7 @@ def _accept(
         tenant=options.tenant,
         cache_salt=options.cache_salt,
         adapter=options.adapter,
-        deadline=None if left_s is None else arrived_at + left_s,
+        deadline=arrival.deadline,
     )
 
 
@@ -294,8 +302,14 @@ def _need(info: EngineInfo, capability: str) -> None:
         raise Unsupported(capability)
 
 
-def _new_request_id() -> str:
-    return secrets.token_hex(12)
+def _new_request_id(context: Context) -> str:
+    """Draw an id. It begins with the caller's x-request-id, which may come more than once, if that can be shown."""
+    sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
+    correlation = sent if isinstance(sent, str) else ""
+    drawn = secrets.token_hex(12)
+    if not correlation or convert.request_id_violation(REQUEST_ID_KEY, correlation):
+        return drawn
+    return f"{correlation[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"
 
 
 async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:

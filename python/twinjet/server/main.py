@@ -12,7 +12,6 @@ import uvloop
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import _async as health_aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from twinjet.config import Config, DeploymentSettings, MirrorSettings, ServerSettings
 from twinjet.engines.base import Engine
@@ -27,6 +26,7 @@ from twinjet.server.inference import InferenceServicer
 from twinjet.server.live import LiveRequests
 from twinjet.server.metrics import Metrics
 from twinjet.server.models import ModelServicer
+from twinjet.server.reflection import add_reflection
 from twinjet.v1 import service_pb2
 
 logger = logging.getLogger("twinjet.server")
@@ -152,9 +152,8 @@ class Server:
         names += [
             health.SERVICE_NAME,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
-            reflection.SERVICE_NAME,
         ]
-        reflection.enable_server_reflection(names, self._server)
+        add_reflection(self._server, names)
 
     def _bind(self) -> str:
         settings = self.config.server

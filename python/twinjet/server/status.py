@@ -66,7 +66,7 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             info = _info("REVISION_CHANGED", revision=str(error.current))
             return Failure(code.ABORTED, str(error), [info])
         case errors.DeadlinePassed():
-            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info("DEADLINE_PASSED")])
+            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info(error.reason)])
         case errors.RequestAborted():
             return Failure(code.CANCELLED, str(error), [_info("ABORTED")])
         case errors.RequestFailed():
