@@ -135,6 +135,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, Any]:
     """Give the settings that the flags of `serve` stand for. Raises ConfigError for flags that contradict."""
+    from twinjet.environment import names_section
+
     flags = {k: getattr(arguments, k) for k in ("model", "engine", "name")}
     tree: dict[str, Any] = {
         "server": {k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
@@ -142,7 +144,7 @@ def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -
     if arguments.allow_partial:
         tree["server"]["allow_partial"] = True
     named = [f"--{name}" for name, value in flags.items() if value is not None]
-    is_elsewhere = arguments.config is not None or any(n.startswith("TWINJET_DEPLOYMENTS__") for n in environ)
+    is_elsewhere = arguments.config is not None or names_section(environ, "deployments")
     if is_elsewhere:
         if named:
             raise ConfigError(
