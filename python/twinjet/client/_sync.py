@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from twinjet.client._address import check_address, check_token
 from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
 from twinjet.client._errors import IncompleteStream, from_rpc_error
 from twinjet.client._events import (
@@ -133,6 +134,8 @@ class Client:
         timeout_s: float | None = None,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
+        check_address(address)
+        check_token(token)
         options = [*CHANNEL_OPTIONS, *channel_options]
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)

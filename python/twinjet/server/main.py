@@ -20,6 +20,7 @@ from twinjet.engines.supervisor import State
 from twinjet.errors import ConfigError, TwinjetError, Unavailable
 from twinjet.routing.mirror import Mirror, RecordFiles
 from twinjet.server.admin import AdminServicer
+from twinjet.server.binding import server_credentials, why_not
 from twinjet.server.deployments import Deployments
 from twinjet.server.handlers import add_service
 from twinjet.server.inference import InferenceServicer
@@ -66,7 +67,7 @@ class Server:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Bind the port and begin to load. Raises ConfigError if the port cannot be bound."""
+        """Bind the ports and begin to load. Raises ConfigError if one cannot be bound, or for unusable TLS files."""
         self._register()
         self.address = self._bind()
         if self.config.server.metrics_port:
@@ -157,16 +158,16 @@ class Server:
 
     def _bind(self) -> str:
         settings = self.config.server
-        where = f"{settings.host}:{settings.port}"
+        where = f"{settings.literal_host}:{settings.port}"
+        credentials = server_credentials(settings)
         try:
-            credentials = _credentials(settings)
             if credentials is None:
                 port = self._server.add_insecure_port(where)
             else:
                 port = self._server.add_secure_port(where, credentials)
         except (RuntimeError, OSError) as error:
-            raise ConfigError(f"cannot listen on {where}: {error}") from None
-        return f"{settings.host}:{port}"
+            raise ConfigError(f"cannot listen on {where}: {why_not(settings) or error}") from None
+        return f"{settings.literal_host}:{port}"
 
     def _model_changed(self, model: str) -> None:
         self._health_updates.put_nowait(model)
@@ -218,14 +219,6 @@ def _mirror(settings: MirrorSettings) -> Mirror:
         except OSError as error:
             raise ConfigError(f"mirror.folder: cannot use {settings.folder}: {error.strerror}") from None
     return Mirror(settings.max_streams, files, record_prompts=settings.record_prompts)
-
-
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
-    client_ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
 
 
 async def _serve(
