@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines.tensorrt_llm.test_outputs import NEUTRAL
 from twinjet.engines.fake import FakeTokenizer
-from twinjet.engines.tensorrt_llm.params import (
+from twinjet.engines.tensorrt_llm.front.params import (
     EngineSampler,
     TokenFacts,
     bad_word_ids,

@@ -10,10 +10,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from twinjet.engines.tensorrt_llm.channel import FaultReported, ReportChannel, ReportLost
-from twinjet.engines.tensorrt_llm.grammar import GrammarCompiler, GrammarHandle
-from twinjet.engines.tensorrt_llm.logits import DrawProcessor, DrawSettings
-from twinjet.engines.tensorrt_llm.params import TokenFacts
+from twinjet.engines.tensorrt_llm.front.channel import FaultReported, ReportChannel, ReportLost
+from twinjet.engines.tensorrt_llm.front.grammar import GrammarCompiler
+from twinjet.engines.tensorrt_llm.front.params import TokenFacts
+from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
+from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
 from twinjet.request import Constraint
 
 _NUM_TOKENS = 3

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twinjet.engines.base import EngineLoad, KvCache, KvCleared, KvEvent, KvRemoved, KvStored
-from twinjet.engines.tensorrt_llm.processes import end_tasks
+from twinjet.engines.tensorrt_llm.front.processes import end_tasks
 
 log = logging.getLogger(__name__)
 

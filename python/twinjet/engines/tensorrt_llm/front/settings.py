@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from twinjet.engines.tensorrt_llm.features import Package, field_names
+from twinjet.engines.tensorrt_llm.front.features import Package, field_names
 from twinjet.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ import logging
 import threading
 from typing import Any
 
-from twinjet.engines.tensorrt_llm import features as feature_detection
-from twinjet.engines.tensorrt_llm.features import Features, Package
-from twinjet.engines.tensorrt_llm.params import EngineSampler
-from twinjet.engines.tensorrt_llm.processes import in_daemon_thread, kill_processes, worker_processes
-from twinjet.engines.tensorrt_llm.settings import EngineSettings, llm_kwargs
-from twinjet.engines.tensorrt_llm.tokenizer import is_prebuilt
+from twinjet.engines.tensorrt_llm.front import features as feature_detection
+from twinjet.engines.tensorrt_llm.front.features import Features, Package
+from twinjet.engines.tensorrt_llm.front.params import EngineSampler
+from twinjet.engines.tensorrt_llm.front.processes import in_daemon_thread, kill_processes, worker_processes
+from twinjet.engines.tensorrt_llm.front.settings import EngineSettings, llm_kwargs
+from twinjet.engines.tensorrt_llm.front.tokenizer import is_prebuilt
 from twinjet.errors import ConfigError, EngineDied
 
 log = logging.getLogger(__name__)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from twinjet.engines.base import Capability, Component, EngineInfo, KvCache, Limits
-from twinjet.engines.tensorrt_llm.drawing import Drawing
-from twinjet.engines.tensorrt_llm.handle import EngineHandle
-from twinjet.engines.tensorrt_llm.model import ModelFacts
-from twinjet.engines.tensorrt_llm.stats import EngineStats
+from twinjet.engines.tensorrt_llm.front.drawing import Drawing
+from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.model import ModelFacts
+from twinjet.engines.tensorrt_llm.front.stats import EngineStats
 from twinjet.errors import ConfigError
 from twinjet.request import MAX_OUTPUTS
 

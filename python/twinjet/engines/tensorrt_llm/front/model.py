@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twinjet.engines.tensorrt_llm.handle import EngineHandle
-from twinjet.engines.tensorrt_llm.params import TokenFacts
-from twinjet.engines.tensorrt_llm.tokenizer import HfTokenizer, ModelFiles, model_folder, unwrap_tokenizer
+from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.params import TokenFacts
+from twinjet.engines.tensorrt_llm.front.tokenizer import (
+    HfTokenizer,
+    ModelFiles,
+    model_folder,
+    unwrap_tokenizer,
+)
 from twinjet.errors import ConfigError
 
 

@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from twinjet.engines.tensorrt_llm import device_draw
-from twinjet.engines.tensorrt_llm.channel import (
+from twinjet.engines.tensorrt_llm.worker import device_draw
+from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle, Matcher
+from twinjet.engines.tensorrt_llm.worker.reports import (
     TokenReport,
     encode_fault,
     encode_target,
     encode_token,
     reporter,
 )
-from twinjet.engines.tensorrt_llm.grammar import GrammarHandle, Matcher
 
 if TYPE_CHECKING:
     from twinjet.sampling import Request, Sampler, SampleResult

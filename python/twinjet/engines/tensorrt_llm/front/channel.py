@@ -9,38 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import shutil
-import socket
-import struct
 import tempfile
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-log = logging.getLogger(__name__)
-
-_HEADER = struct.Struct("<BQIiII")  # kind, key, position, token id, rank, number of entries or bytes
-_TOKEN = 0
-_FAULT = 1
-_TARGET = 2
-_ENTRY_BYTES = 8
-_SEND_BUFFER_BYTES = 4 << 20
-_SEND_TIMEOUT_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenReport:
-    """One drawn token: its rank (1 is best), then (token id, natural-log probability) pairs.
-
-    entries[0] is the token itself, the others are the most probable ones, best first.
-    """
-
-    token_id: int
-    rank: int
-    entries: tuple[tuple[int, float], ...]
+from twinjet.engines.tensorrt_llm.worker.reports import (
+    ENTRY_BYTES,
+    FAULT,
+    HEADER,
+    TARGET,
+    TOKEN,
+    TokenReport,
+    close_reporter,
+)
 
 
 class ReportLost(Exception):
@@ -49,83 +33,6 @@ class ReportLost(Exception):
 
 class FaultReported(Exception):
     """The processor could not draw; the text says why."""
-
-
-def encode_token(key: int, position: int, report: TokenReport) -> bytes:
-    """Frame a report of the token drawn as output token number `position` of request `key`."""
-    entries = np.empty(len(report.entries), dtype=[("id", "<i4"), ("logprob", "<f4")])
-    entries["id"] = [token_id for token_id, _ in report.entries]
-    entries["logprob"] = [logprob for _, logprob in report.entries]
-    return _HEADER.pack(_TOKEN, key, position, report.token_id, report.rank, len(entries)) + entries.tobytes()
-
-
-def encode_fault(key: int, position: int, message: str) -> bytes:
-    """Frame a fault."""
-    text = message.encode()[:4096]
-    return _HEADER.pack(_FAULT, key, position, -1, 0, len(text)) + text
-
-
-def encode_target(key: int, name: str) -> bytes:
-    """Frame the name of what draws the tokens of request `key`."""
-    text = name.encode()
-    return _HEADER.pack(_TARGET, key, 0, -1, 0, len(text)) + text
-
-
-class Reporter:
-    """The worker's end: sends frames and never raises, since an exception would end the engine.
-
-    After a failed send the connection is given up for good: the server notices by its missing reports. Any
-    thread may send.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._sending = threading.Lock()
-        self._socket: socket.socket | None = None
-        try:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-            self._socket.settimeout(_SEND_TIMEOUT_S)
-            self._socket.connect(path)
-        except OSError as error:
-            self._give_up(error)
-
-    def send(self, frame: bytes) -> None:
-        with self._sending:
-            if self._socket is None:
-                return
-            try:
-                self._socket.sendall(frame)
-            except OSError as error:
-                self._give_up(error)
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-    def _give_up(self, error: OSError) -> None:
-        log.warning("cannot report to the server: %s", error)
-        self.close()
-
-
-_reporters: dict[str, Reporter] = {}
-_connecting = threading.Lock()
-
-
-def reporter(path: str) -> Reporter:
-    """Give this process's connection to the server at path."""
-    with _connecting:
-        found = _reporters.get(path)
-        if found is None:
-            found = _reporters[path] = Reporter(path)
-    return found
-
-
-def close_reporter(path: str) -> None:
-    """Close this process's connection, if it has one: workers may share the server's process."""
-    found = _reporters.pop(path, None)
-    if found is not None:
-        found.close()
 
 
 @dataclass(eq=False)
@@ -242,15 +149,15 @@ class ReportChannel:
             writer.close()
 
     async def _read_frame(self, reader: asyncio.StreamReader) -> None:
-        kind, key, position, token_id, rank, count = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-        body = await reader.readexactly(count * (_ENTRY_BYTES if kind == _TOKEN else 1))
+        kind, key, position, token_id, rank, count = HEADER.unpack(await reader.readexactly(HEADER.size))
+        body = await reader.readexactly(count * (ENTRY_BYTES if kind == TOKEN else 1))
         inbox = self._inboxes.get(key)
         if inbox is None:
             return
-        if kind == _FAULT:
+        if kind == FAULT:
             inbox.put_fault(body.decode(errors="replace"))
             return
-        if kind == _TARGET:
+        if kind == TARGET:
             inbox.target = body.decode()
             return
         entries = np.frombuffer(body, dtype=[("id", "<i4"), ("logprob", "<f4")])

@@ -12,8 +12,9 @@ from typing import Any
 
 from twinjet.engines.base import Tokenizer
 from twinjet.engines.seeds import output_seed
-from twinjet.engines.tensorrt_llm.grammar import GrammarHandle, choice_grammar
-from twinjet.engines.tensorrt_llm.logits import DrawProcessor, DrawSettings
+from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
+from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
+from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
 from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import Constraint, EngineRequest, Sampling
 
@@ -41,7 +42,7 @@ def common_kwargs(sampling: Sampling, tokens: TokenFacts) -> dict[str, Any]:
     """Give what does not depend on who draws.
 
     The engine's result keeps stop tokens and is not detokenized: text and ends are made from the tokens, by
-    the rules of twinjet.engines.tensorrt_llm.outputs. The engine knows one end token of its own; the model's
+    the rules of twinjet.engines.tensorrt_llm.front.outputs. The engine knows one end token of its own; the model's
     others go with the stop tokens.
     """
     stop = set(sampling.stop_token_ids)

@@ -8,19 +8,20 @@ from collections import Counter
 from types import MappingProxyType
 
 from twinjet.engines.base import Component
-from twinjet.engines.tensorrt_llm.channel import ReportChannel
-from twinjet.engines.tensorrt_llm.device_draw import TARGET
-from twinjet.engines.tensorrt_llm.grammar import GrammarCompiler, GrammarHandle, GrammarUnavailable
-from twinjet.engines.tensorrt_llm.handle import EngineHandle
-from twinjet.engines.tensorrt_llm.model import ModelFacts
-from twinjet.engines.tensorrt_llm.params import (
+from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
+from twinjet.engines.tensorrt_llm.front.grammar import GrammarCompiler, GrammarUnavailable
+from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.model import ModelFacts
+from twinjet.engines.tensorrt_llm.front.params import (
     bad_word_ids,
     drawn_by_engine,
     drawn_by_us,
     refuse_unsupported,
 )
-from twinjet.engines.tensorrt_llm.run import Plan
-from twinjet.engines.tensorrt_llm.selftest import SelfTest
+from twinjet.engines.tensorrt_llm.front.run import Plan
+from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
+from twinjet.engines.tensorrt_llm.worker.device_draw import TARGET
+from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.request import EngineRequest
 from twinjet.sampling.cuda import has_cuda
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from twinjet.engines.base import Finish, Logprob, OutputEvent, Tokenizer, TokenLogprobs
 from twinjet.engines.stops import StopScanner
-from twinjet.engines.tensorrt_llm.channel import TokenReport
-from twinjet.engines.tensorrt_llm.detokenize import IncrementalDecoder
-from twinjet.engines.tensorrt_llm.logits import LOGPROB_FLOOR
+from twinjet.engines.tensorrt_llm.front.detokenize import IncrementalDecoder
+from twinjet.engines.tensorrt_llm.worker.logits import LOGPROB_FLOOR
+from twinjet.engines.tensorrt_llm.worker.reports import TokenReport
 from twinjet.errors import RequestAborted, RequestFailed
 from twinjet.request import EngineRequest
 

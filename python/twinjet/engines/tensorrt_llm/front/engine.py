@@ -16,21 +16,21 @@ from contextlib import aclosing
 from typing import Any
 
 from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvEvent, LoadProgress
-from twinjet.engines.tensorrt_llm import features
-from twinjet.engines.tensorrt_llm.adapters import AdapterTable
-from twinjet.engines.tensorrt_llm.channel import ReportChannel
-from twinjet.engines.tensorrt_llm.describe import describe, has_adapters
-from twinjet.engines.tensorrt_llm.drawing import Drawing
-from twinjet.engines.tensorrt_llm.handle import EngineHandle
-from twinjet.engines.tensorrt_llm.health import Watchdog, own_verdict
-from twinjet.engines.tensorrt_llm.model import ModelFacts, learn_model
-from twinjet.engines.tensorrt_llm.outputs import LogprobFormatter
-from twinjet.engines.tensorrt_llm.params import engine_priority
-from twinjet.engines.tensorrt_llm.run import RequestRun, ResultError, RunContext
-from twinjet.engines.tensorrt_llm.selftest import SelfTest
-from twinjet.engines.tensorrt_llm.settings import parse_options
-from twinjet.engines.tensorrt_llm.stats import SILENCE_S, DestructiveReader, EngineStats, KvEventFan
-from twinjet.engines.tensorrt_llm.tokenizer import HfTokenizer
+from twinjet.engines.tensorrt_llm.front import features
+from twinjet.engines.tensorrt_llm.front.adapters import AdapterTable
+from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
+from twinjet.engines.tensorrt_llm.front.describe import describe, has_adapters
+from twinjet.engines.tensorrt_llm.front.drawing import Drawing
+from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
+from twinjet.engines.tensorrt_llm.front.model import ModelFacts, learn_model
+from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter
+from twinjet.engines.tensorrt_llm.front.params import engine_priority
+from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext
+from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
+from twinjet.engines.tensorrt_llm.front.settings import parse_options
+from twinjet.engines.tensorrt_llm.front.stats import SILENCE_S, DestructiveReader, EngineStats, KvEventFan
+from twinjet.engines.tensorrt_llm.front.tokenizer import HfTokenizer
 from twinjet.errors import (
     AlreadyExists,
     ConfigError,
@@ -54,7 +54,7 @@ class TrtLlmEngine:
     """One model on TensorRT-LLM.
 
     name: the deployment's, for messages. model: a folder or a name for the package, or a folder with a
-    prebuilt engine. options: see twinjet.engines.tensorrt_llm.settings. native_sampler: let our sampler draw
+    prebuilt engine. options: see twinjet.engines.tensorrt_llm.front.settings. native_sampler: let our sampler draw
     where it can.
     Raises ConfigError if the package is missing or an option cannot work.
     """

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from twinjet.engines.tensorrt_llm.processes import end_tasks
+from twinjet.engines.tensorrt_llm.front.processes import end_tasks
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinjet.engines.base import EngineEvent, OutputEvent, PromptEvent, Tokenizer, TokenLogprobs
-from twinjet.engines.tensorrt_llm.channel import FaultReported, Inbox, ReportChannel, ReportLost
-from twinjet.engines.tensorrt_llm.outputs import LogprobFormatter, OutputTracker
-from twinjet.engines.tensorrt_llm.processes import end_tasks
+from twinjet.engines.tensorrt_llm.front.channel import FaultReported, Inbox, ReportChannel, ReportLost
+from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.tensorrt_llm.front.processes import end_tasks
 from twinjet.errors import RequestFailed, TwinjetError
 from twinjet.request import EngineRequest
 
