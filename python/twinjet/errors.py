@@ -107,10 +107,18 @@ class Unavailable(TwinjetError):
 
 
 class EngineDied(Unavailable):
-    """The engine's process or loop is gone; every running request of it is lost."""
+    """The engine's process or loop is gone; every running request of it is lost.
 
-    def __init__(self, message: str = "the engine died", *, retry_after_s: float = 5.0) -> None:
-        super().__init__(message, reason="ENGINE_DIED", retry_after_s=retry_after_s)
+    was_running: the engine had this very request, which may be what ended it. The reason then is
+    ENGINE_DIED_RUNNING and not ENGINE_DIED, so that nobody sends such a request again as it is.
+    """
+
+    def __init__(
+        self, message: str = "the engine died", *, retry_after_s: float = 5.0, was_running: bool = False
+    ) -> None:
+        self.was_running = was_running
+        reason = "ENGINE_DIED_RUNNING" if was_running else "ENGINE_DIED"
+        super().__init__(message, reason=reason, retry_after_s=retry_after_s)
 
 
 class PreconditionFailed(TwinjetError):

@@ -254,6 +254,7 @@ async def test_tries_are_bounded(server: Scripted, run: Run) -> None:
         Fails(StatusCode.RESOURCE_EXHAUSTED),
         Fails(StatusCode.RESOURCE_EXHAUSTED, retry_after_s=60.0),
         Fails(StatusCode.UNAVAILABLE, retry_after_s=60.0),
+        Fails(StatusCode.UNAVAILABLE, reason="ENGINE_DIED_RUNNING"),
         Fails(StatusCode.INTERNAL, retry_after_s=0.01),
         Fails(StatusCode.INVALID_ARGUMENT),
         Fails(StatusCode.ALREADY_EXISTS),

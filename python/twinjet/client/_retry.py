@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from twinjet.client._errors import DeadlinePassed, Overloaded, TwinjetClientError, Unavailable
 
+ENGINE_DIED_RUNNING = "ENGINE_DIED_RUNNING"
+"""The server's word for an engine that died while it had this very request."""
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
@@ -56,11 +59,12 @@ class Attempts:
     def pause_after(self, error: TwinjetClientError) -> Pause:
         """Say how long to wait before the next try; raises the error itself if there is none.
 
+        A request that an engine had when it died is not sent again: it may be what ended the engine.
         An overload is only tried again if the server says when: without RetryInfo it is a limit, such as a
         message's size, that will hold next time too.
         """
         self._num_failed += 1
-        is_safe = isinstance(error, Unavailable) or (
+        is_safe = (isinstance(error, Unavailable) and error.reason != ENGINE_DIED_RUNNING) or (
             isinstance(error, Overloaded) and error.retry_after_s is not None
         )
         if not is_safe or self._num_failed >= self._policy.attempts:

@@ -17,7 +17,7 @@ from typing import Any
 
 from twinjet.engines.base import Engine, EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
 from twinjet.errors import ConfigError, EngineDied, TwinjetError, Unavailable
-from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.request import EngineRequest, SamplingOverrides, check_defaults, resolve_sampling
 from twinjet.scheduler import Dispatcher
 
 logger = logging.getLogger("twinjet.engine")
@@ -182,6 +182,7 @@ class Supervisor:
             await engine.start(self._report)
             self._report(LoadProgress("waiting for the first token", 0.95))
             info = engine.describe()
+            check_defaults(info)
             # Not wait_for, which before Python 3.12 can lose a cancellation.
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._probe(engine, info)

@@ -58,6 +58,9 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return Failure(code.RESOURCE_EXHAUSTED, str(error), details)
         case errors.SlowReader():
             return Failure(code.RESOURCE_EXHAUSTED, str(error), [_info("SLOW_READER")])
+        case errors.EngineDied(was_running=True):
+            # Without RetryInfo: the same request may end the next engine too.
+            return Failure(code.UNAVAILABLE, str(error), [_info(error.reason)])
         case errors.Unavailable():
             return Failure(code.UNAVAILABLE, str(error), [_info(error.reason), _retry(error.retry_after_s)])
         case errors.PreconditionFailed():
