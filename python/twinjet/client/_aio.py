@@ -181,10 +181,16 @@ class AsyncClient:
         model: str = "",
         options: Options | None = None,
         continue_final_message: bool = False,
+        parse_control_tokens: bool = False,
         timeout_s: float | None = None,
     ) -> AsyncStream:
-        """Continue a conversation; a plain string is what the user says."""
-        request = chat_request(messages, sampling, options, model, continue_final_message)
+        """Continue a conversation; a plain string is what the user says.
+
+        parse_control_tokens: control tokens in the content count as such, instead of being plain text.
+        """
+        request = chat_request(
+            messages, sampling, options, model, continue_final_message, parse_control_tokens
+        )
         return self._stream(self._inference.Chat, request, timeout_s)
 
     async def tokenize(

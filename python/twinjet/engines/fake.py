@@ -36,6 +36,7 @@ from twinjet.engines.base import (
     Logprob,
     OutputEvent,
     PromptEvent,
+    RenderedChat,
     TokenLogprobs,
 )
 from twinjet.engines.fixed_logits import fixed_logits
@@ -101,6 +102,13 @@ class FakeTokenizer:
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
         lines = [f"{turn.role}: {turn.content}" for turn in messages]
         return "\n".join(lines if continue_final else [*lines, "assistant: "])
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        # No text is read as BOS or EOS.
+        return RenderedChat(self.render_chat(messages, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        return self.encode(rendered.text, add_special_tokens=add_special_tokens)
 
 
 def mix(*parts: int) -> int:

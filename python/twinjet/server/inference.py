@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, cast
 
 import grpc
 
-from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo, OutputEvent, Tokenizer
+from twinjet.engines.base import (
+    ChatTurn,
+    EmbeddingEngine,
+    Engine,
+    EngineInfo,
+    OutputEvent,
+    RenderedChat,
+    Tokenizer,
+)
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.scheduler import orca_report
@@ -112,8 +120,9 @@ class InferenceServicer:
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "chat")
-        text = engine.tokenizer.render_chat(turns, continue_final=request.continue_final_message)
-        ids = await _encode(engine.tokenizer, text, add_special_tokens=False)
+        _, ids = await _encode_chat(
+            engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
+        )
         accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, arrival)
         await self._stream(accepted, options, deployment, info, model, context, arrival.at)
 
@@ -157,13 +166,15 @@ class InferenceServicer:
         if request.messages:
             _need(info, "chat")
             turns = convert.chat_turns(request.messages, limit)
-            text, add_special = engine.tokenizer.render_chat(turns, continue_final=False), False
+            text, ids = await _encode_chat(
+                engine.tokenizer, turns, False, parse=request.parse_control_tokens,
+                add_special_tokens=request.add_special_tokens,
+            )  # fmt: skip
         else:
             convert.one_prompt(request.text, (), limit)
-            text, add_special = request.text, True
-        if request.HasField("add_special_tokens"):
-            add_special = request.add_special_tokens
-        ids = await _encode(engine.tokenizer, text, add_special_tokens=add_special)
+            text = request.text
+            add_special = request.add_special_tokens or not request.HasField("add_special_tokens")
+            ids = await _encode(engine.tokenizer, text, add_special_tokens=add_special)
         return tokenization_pb2.TokenizeResponse(
             token_ids=ids, max_context_tokens=info.limits.max_context_tokens, text=text
         )
@@ -319,3 +330,26 @@ async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) 
     else:
         ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     return tuple(ids)
+
+
+async def _encode_chat(
+    tokenizer: Tokenizer,
+    turns: Sequence[ChatTurn],
+    continue_final: bool,
+    *,
+    parse: bool,
+    add_special_tokens: bool = False,
+) -> tuple[str, tuple[int, ...]]:
+    """Give a conversation as text and as token ids. parse: control tokens in its content count as such."""
+
+    def encode() -> tuple[str, tuple[int, ...]]:
+        if parse:
+            rendered = RenderedChat(tokenizer.render_chat(turns, continue_final=continue_final))
+        else:
+            rendered = tokenizer.render_as_data(turns, continue_final=continue_final)
+        return rendered.text, tuple(
+            tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
+        )
+
+    is_short = sum(len(turn.content) for turn in turns) <= INLINE_TOKENIZE_CHARS
+    return encode() if is_short else await asyncio.to_thread(encode)

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinjet.engines.base import ChatTurn
+from twinjet.engines.base import ChatTurn, RenderedChat
 from twinjet.errors import ConfigError, InvalidRequest
+from twinjet.models.content import ContentGuard, SlowContentGuard
 from twinjet.request import SamplingOverrides
 
 
@@ -24,6 +25,8 @@ class HfTokenizer:
         self.vocab_size = vocab_size
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         self._lock = threading.Lock()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._guard = SlowContentGuard(tokenizer) if backend is None else ContentGuard(backend)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -54,6 +57,18 @@ class HfTokenizer:
         except Exception as error:
             raise InvalidRequest.of("messages", f"the chat template refused them: {error}") from error
         return text
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        with self._lock:
+            cover = self._guard.cover()
+            covered = [ChatTurn(turn.role, cover.hide(turn.content)) for turn in messages]
+        return cover.reveal(self.render_chat(covered, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        if not rendered.plain_spans:
+            return self.encode(rendered.text, add_special_tokens=add_special_tokens)
+        with self._lock:
+            return self._guard.encode(rendered, add_special_tokens=add_special_tokens)
 
 
 def unwrap_tokenizer(tokenizer: Any) -> Any:
