@@ -77,7 +77,8 @@ async def test_greedy_equals_the_offline_engine_token_for_token(
         prompt = chat_prompt(engine.tokenizer, question)
         answer = await collect(engine, request(f"greedy-{i}", prompt, replace(GREEDY, max_tokens=24)))
         assert answer.only.token_ids == expected["token_ids"], question
-        assert answer.only.text == expected["text"]
+        # vLLM itself leaves out a character that the end cuts.
+        assert answer.only.text.removesuffix("\ufffd") == expected["text"]
         assert len(prompt) == expected["num_prompt_tokens"]
         assert answer.only.finish is not None
         assert answer.only.finish.reason == expected["finish_reason"]
