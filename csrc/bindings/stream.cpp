@@ -5,18 +5,16 @@
 #include <string>
 
 #include "bindings.h"
-#include "stream/output.h"
+#include "stream_internal.h"
 
 namespace py = pybind11;
 
 namespace twinjet::bindings {
 namespace {
 
-using stream::Ending;
 using stream::EngineFinish;
 using stream::Joining;
 using stream::Output;
-using stream::OutputRules;
 using stream::StopCause;
 using stream::StopMatcher;
 using stream::Vocabulary;
@@ -45,28 +43,6 @@ std::shared_ptr<Vocabulary> OfFunction(int32_t num_tokens, py::function decode,
                                       });
 }
 
-std::shared_ptr<const std::vector<std::string>> CheckedStops(std::vector<std::string> stops) {
-  for (const std::string& stop : stops) {
-    if (stop.empty()) throw py::value_error("a stop string is empty");
-  }
-  return std::make_shared<const std::vector<std::string>>(std::move(stops));
-}
-
-std::unique_ptr<Output> MakeOutput(std::shared_ptr<const Vocabulary> vocabulary,
-                                   std::vector<std::string> stop, std::vector<int32_t> eos_token_ids,
-                                   std::vector<int32_t> stop_token_ids, int64_t min_tokens,
-                                   int64_t max_tokens, bool include_stop, bool skip_special) {
-  OutputRules rules;
-  rules.stop = CheckedStops(std::move(stop));
-  rules.eos_token_ids = std::move(eos_token_ids);
-  rules.stop_token_ids = std::move(stop_token_ids);
-  rules.min_tokens = min_tokens;
-  rules.max_tokens = max_tokens;
-  rules.include_stop = include_stop;
-  rules.skip_special = skip_special;
-  return std::make_unique<Output>(std::move(vocabulary), std::make_shared<OutputRules>(std::move(rules)));
-}
-
 py::tuple Take(Output& self, const std::vector<int32_t>& ids, const std::optional<std::string>& finish,
                const std::variant<std::monostate, int32_t, std::string>& stopped_by) {
   EngineFinish engine_finish = EngineFinish::kNone;
@@ -89,8 +65,39 @@ py::tuple Take(Output& self, const std::vector<int32_t>& ids, const std::optiona
   return py::make_tuple(num_taken, py::str(text));
 }
 
-py::object EndingOf(const Output& self) {
-  const Ending& ending = self.ending();
+std::string Fed(StopMatcher& self, const std::string& text) {
+  std::string shown;
+  self.Feed(text, true, &shown);
+  return shown;
+}
+
+}  // namespace
+
+std::shared_ptr<const std::vector<std::string>> CheckedStops(std::vector<std::string> stops) {
+  for (const std::string& stop : stops) {
+    if (stop.empty()) throw py::value_error("a stop string is empty");
+  }
+  return std::make_shared<const std::vector<std::string>>(std::move(stops));
+}
+
+std::shared_ptr<const stream::OutputRules> MakeRules(std::vector<std::string> stop,
+                                                     std::vector<int32_t> eos_token_ids,
+                                                     std::vector<int32_t> stop_token_ids, int64_t min_tokens,
+                                                     int64_t max_tokens, bool include_stop,
+                                                     bool skip_special) {
+  stream::OutputRules rules;
+  rules.stop = CheckedStops(std::move(stop));
+  rules.eos_token_ids = std::move(eos_token_ids);
+  rules.stop_token_ids = std::move(stop_token_ids);
+  rules.min_tokens = min_tokens;
+  rules.max_tokens = max_tokens;
+  rules.include_stop = include_stop;
+  rules.skip_special = skip_special;
+  return std::make_shared<const stream::OutputRules>(std::move(rules));
+}
+
+py::object EndingOf(const stream::Ending& ending) {
+  using stream::Ending;
   if (ending.reason == Ending::Reason::kNone) return py::none();
   const char* reason = ending.reason == Ending::Reason::kLength ? "length" : "stop";
   switch (ending.cause) {
@@ -103,14 +110,6 @@ py::object EndingOf(const Output& self) {
       return py::make_tuple(reason, py::none(), false);
   }
 }
-
-std::string Fed(StopMatcher& self, const std::string& text) {
-  std::string shown;
-  self.Feed(text, true, &shown);
-  return shown;
-}
-
-}  // namespace
 
 void BindStream(py::module_& module) {
   py::class_<Vocabulary, std::shared_ptr<Vocabulary>>(module, "Vocabulary",
@@ -135,13 +134,20 @@ void BindStream(py::module_& module) {
       .def("token_text", &Vocabulary::TokenText, py::arg("token_id"));
 
   py::class_<Output>(module, "Output", "One output: tokens in, text out, and why it ended.")
-      .def(py::init(&MakeOutput), py::arg("vocabulary"), py::kw_only(),
-           py::arg("stop") = std::vector<std::string>(), py::arg("eos_token_ids") = std::vector<int32_t>(),
+      .def(py::init([](std::shared_ptr<const Vocabulary> vocabulary, std::vector<std::string> stop,
+                       std::vector<int32_t> eos, std::vector<int32_t> stop_ids, int64_t min_tokens,
+                       int64_t max_tokens, bool include_stop, bool skip_special) {
+             return std::make_unique<Output>(std::move(vocabulary),
+                                             MakeRules(std::move(stop), std::move(eos), std::move(stop_ids),
+                                                       min_tokens, max_tokens, include_stop, skip_special));
+           }),
+           py::arg("vocabulary"), py::kw_only(), py::arg("stop") = std::vector<std::string>(),
+           py::arg("eos_token_ids") = std::vector<int32_t>(),
            py::arg("stop_token_ids") = std::vector<int32_t>(), py::arg("min_tokens") = 0,
            py::arg("max_tokens") = INT64_MAX, py::arg("include_stop") = false, py::arg("skip_special") = true)
       .def("take", &Take, py::arg("token_ids"), py::arg("finish") = std::nullopt,
            py::arg("stopped_by") = std::monostate())
-      .def_property_readonly("ending", &EndingOf)
+      .def_property_readonly("ending", [](const Output& self) { return EndingOf(self.ending()); })
       .def_property_readonly("num_tokens", &Output::num_tokens);
 
   py::class_<StopMatcher>(module, "StopMatcher", "Finds stop strings in text that arrives in pieces.")
@@ -157,6 +163,7 @@ void BindStream(py::module_& module) {
              return shown;
            })
       .def_property_readonly("matched", [](const StopMatcher& self) { return self.matched(); });
+  BindPump(module);
 }
 
 }  // namespace twinjet::bindings

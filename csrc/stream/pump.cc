@@ -13,7 +13,6 @@ SequenceKey KeyOf(uint32_t generation, uint32_t slot, uint32_t output_index) {
   return SequenceKey{generation} << 32 | SequenceKey{slot} << 8 | output_index;
 }
 uint32_t GenerationOf(SequenceKey key) { return static_cast<uint32_t>(key >> 32); }
-uint32_t OutputOf(SequenceKey key) { return static_cast<uint32_t>(key & 0xFF); }
 
 void AddTo(std::vector<int64_t>* sums, int32_t index, int64_t amount) {
   if (sums->size() <= static_cast<size_t>(index)) sums->resize(static_cast<size_t>(index) + 1);
@@ -54,21 +53,24 @@ Pump::Slot* Pump::Find(SequenceKey key) {
   return slot.stream && slot.generation == GenerationOf(key) ? &slot : nullptr;
 }
 
-void Pump::Remove(SequenceKey first) {
+bool Pump::Has(SequenceKey key) {
+  std::lock_guard lock(mutex_);
+  return Find(key) != nullptr;
+}
+
+int64_t Pump::Remove(SequenceKey first) {
   std::shared_ptr<Stream> last_owner;  // destroyed without the lock
   std::lock_guard lock(mutex_);
   Slot* slot = Find(first);
-  if (!slot) return;
-  for (int64_t count : slot->fresh) {
-    if (count == 0) continue;
-    AddTo(&left_tokens_, slot->account.tenant, count);
-    num_left_tokens_ += count;
-  }
+  if (!slot) return 0;
+  int64_t num_left = 0;
+  for (int64_t count : slot->fresh) num_left += count;
   slot->fresh.clear();
   slot->happenings = 0;
   last_owner = std::move(slot->stream);
   slot->stream = nullptr;
   free_.push_back(SlotOf(first));
+  return num_left;
 }
 
 void Pump::Step(const StepOutputs& outputs, double now) {
@@ -78,7 +80,7 @@ void Pump::Step(const StepOutputs& outputs, double now) {
     Slot* slot = Find(row.key);
     if (!slot) continue;
     const uint32_t output_index = OutputOf(row.key);
-    Note(SlotOf(row.key), *slot, output_index, slot->stream->Put(outputs, row, output_index, now));
+    Note(row.key, *slot, slot->stream->Put(outputs, row, output_index, now));
   }
   Wake(&lock);
 }
@@ -88,7 +90,7 @@ void Pump::PutMade(SequenceKey first, Delta delta, double now) {
   Slot* slot = Find(first);
   if (!slot) return;
   const uint32_t output_index = delta.output_index;
-  Note(SlotOf(first), *slot, output_index, slot->stream->PutMade(std::move(delta), now));
+  Note(first + output_index, *slot, slot->stream->PutMade(std::move(delta), now));
   Wake(&lock);
 }
 
@@ -100,11 +102,11 @@ void Pump::PutPrompt(SequenceKey first, std::optional<uint32_t> num_cached_token
   Effect effect;
   effect.has_prompt = true;
   effect.is_awaited = slot->stream->PutPrompt(num_cached_tokens, logprobs);
-  Note(SlotOf(first), *slot, 0, effect);
+  Note(first, *slot, effect);
   Wake(&lock);
 }
 
-void Pump::Note(uint32_t slot_index, Slot& slot, uint32_t output_index, const Effect& effect) {
+void Pump::Note(SequenceKey key, Slot& slot, const Effect& effect) {
   uint32_t happenings = 0;
   if (effect.has_prompt) happenings |= kPromptDone;
   if (effect.is_first) happenings |= kFirstToken;
@@ -112,9 +114,9 @@ void Pump::Note(uint32_t slot_index, Slot& slot, uint32_t output_index, const Ef
   if (effect.has_failed) happenings |= kFailed;
   if (effect.has_overflowed) happenings |= kOverflowed;
   if (effect.is_awaited) happenings |= kAwaited;
-  if (effect.has_ended_early) ended_early_.push_back({slot_index, output_index});
+  if (effect.has_ended_early) ended_early_.push_back(key);
   if (effect.num_tokens > 0) {
-    slot.fresh[output_index] += effect.num_tokens;
+    slot.fresh[OutputOf(key)] += effect.num_tokens;
     slot.num_tokens += effect.num_tokens;
     if (!slot.is_leaving && slot.num_tokens >= slot.account.leaves_at) {
       slot.is_leaving = true;
@@ -124,7 +126,7 @@ void Pump::Note(uint32_t slot_index, Slot& slot, uint32_t output_index, const Ef
   slot.happenings |= happenings;
   if ((happenings || effect.num_tokens) && !slot.is_dirty) {
     slot.is_dirty = true;
-    dirty_.push_back(slot_index);
+    dirty_.push_back(SlotOf(key));
   }
 }
 
@@ -139,9 +141,8 @@ const Report& Pump::Collect(sched::KvLedger* ledger) {
   std::lock_guard lock(mutex_);
   is_told_ = false;
   report_.num_steps = std::exchange(num_steps_, 0);
-  report_.num_tokens = std::exchange(num_left_tokens_, 0);
-  report_.tenant_tokens.assign(left_tokens_.begin(), left_tokens_.end());
-  left_tokens_.clear();
+  report_.num_tokens = 0;
+  report_.tenant_tokens.clear();
   report_.requests.clear();
   for (uint32_t index : dirty_) {
     Slot& slot = slots_[index];
@@ -160,8 +161,8 @@ const Report& Pump::Collect(sched::KvLedger* ledger) {
   }
   dirty_.clear();
   report_.ended_early.clear();
-  for (const Report::Early& early : ended_early_) {
-    if (slots_[early.slot].stream) report_.ended_early.push_back(early);
+  for (SequenceKey key : ended_early_) {
+    if (Find(key)) report_.ended_early.push_back(key);
   }
   ended_early_.clear();
   return report_;

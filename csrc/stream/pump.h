@@ -7,7 +7,8 @@
 //
 // A step does everything that is per token: text, ends, merging, counting. What the scheduler must hear of
 // waits for Collect(): requests whose prompt is done, that got their first tokens, that are about to leave,
-// that are over; and sums. Thread-safe, but Collect() and what it touches belong to one thread.
+// that are over; and sums. Thread-safe, but Collect() and what it touches belong to one thread; and so does
+// everything where the vocabulary is a function (Joining::kFunction), which may take other locks than these.
 #pragma once
 
 #include <cstdint>
@@ -47,15 +48,11 @@ struct Report {
     uint32_t slot;
     uint32_t happenings;
   };
-  struct Early {
-    uint32_t slot;
-    uint32_t output_index;
-  };
   int64_t num_steps = 0;
   int64_t num_tokens = 0;
-  std::vector<Request> requests;       // only those to which something happened
-  std::vector<Early> ended_early;      // outputs that have ended, and their engine does not know
-  std::vector<int64_t> tenant_tokens;  // by tenant
+  std::vector<Request> requests;         // only those to which something happened
+  std::vector<SequenceKey> ended_early;  // outputs that have ended, and their engine does not know
+  std::vector<int64_t> tenant_tokens;    // by tenant
 };
 
 class Pump {
@@ -69,8 +66,12 @@ class Pump {
   SequenceKey Add(std::shared_ptr<Stream> stream, const Account& account);
   // What a key's request is in reports.
   static uint32_t SlotOf(SequenceKey key) { return static_cast<uint32_t>(key >> 8 & 0xFFFFFF); }
-  // Steps of these sequences pass unseen from now on, also those that no report has told of. Idempotent.
-  void Remove(SequenceKey first);
+  static uint32_t OutputOf(SequenceKey key) { return static_cast<uint32_t>(key & 0xFF); }
+  // Steps of these sequences pass unseen from now on. Returns the tokens that no report has told of and none
+  // will. Idempotent.
+  int64_t Remove(SequenceKey first);
+  // Whether a key is of a request that was added and not removed.
+  bool Has(SequenceKey key);
 
   void Step(const StepOutputs& outputs, double now);
   // For engines that make text and ends themselves.
@@ -94,7 +95,7 @@ class Pump {
   };
 
   Slot* Find(SequenceKey key);
-  void Note(uint32_t slot_index, Slot& slot, uint32_t output_index, const Effect& effect);
+  void Note(SequenceKey key, Slot& slot, const Effect& effect);
   void Wake(std::unique_lock<std::mutex>* lock);
 
   std::function<void()> notify_;
@@ -102,9 +103,7 @@ class Pump {
   std::vector<Slot> slots_;
   std::vector<uint32_t> free_;
   std::vector<uint32_t> dirty_;
-  std::vector<Report::Early> ended_early_;
-  std::vector<int64_t> left_tokens_;  // of removed requests, by tenant
-  int64_t num_left_tokens_ = 0;
+  std::vector<SequenceKey> ended_early_;
   int64_t num_steps_ = 0;
   bool is_told_ = false;
   Report report_;
