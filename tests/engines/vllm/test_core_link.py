@@ -25,7 +25,7 @@ from twinjet.models.tokenizer import HfTokenizer
 FACTS = Facts(
     version="0.32.0", device="cpu", source="m", tokenizer="", max_model_len=100, vocab_size=49152,
     max_logprobs=5, max_num_seqs=4, has_adapters=False, has_prefix_cache=True, has_priority=True,
-    default_sampling={}, eos=1, generation_eos=(),
+    default_sampling={}, eos=1, generation_eos=(), settings={},
 )  # fmt: skip
 
 
@@ -98,58 +98,27 @@ async def test_a_request_goes_out_and_its_tokens_come_back_merged(core: Core) ->
     while first.finish_reason is None:
         more = await core.delivered(stream)
         first.token_ids += more.token_ids
-        first.text += more.text
         first.finish_reason = more.finish_reason
     assert first.token_ids == words
-    assert first.text == core.tokenizer.decode(words, skip_special_tokens=True)
     assert first.num_cached_tokens == 3
     assert core.deaths == []
+
+
+async def test_an_abort_goes_out_and_what_still_comes_is_left_out(core: Core) -> None:
+    stream = await submit(core)
+    core.receive()
+    await core.link.abort([stream.request_id])
+    assert core.receive() == (b"\x01", [stream.request_id])
+    core.send([output(stream.request_id, [5])])
+    core.send([], stats={"num_running_reqs": 4})
+    await until(lambda: core.stats.read().running == 4)
+    assert stream.get_nowait() is None
 
 
 async def test_rows_of_unknown_requests_are_left_out(core: Core) -> None:
     stream = await submit(core)
     core.send([output("x-ffff", [5]), output("no key", [5]), output(stream.request_id, [7], finish=1)])
     assert (await core.delivered(stream)).token_ids == [7]
-
-
-async def test_a_stop_string_aborts_in_the_engine_and_cuts_the_tokens(core: Core) -> None:
-    words = core.tokenizer.encode("two three four", add_special_tokens=False)
-    text = core.tokenizer.decode(words[:-1], skip_special_tokens=True)
-    stream = await submit(core, stop=(text[-3:],))
-    core.receive()
-    core.send([output(stream.request_id, words)])
-    found = await core.delivered(stream)
-    assert (found.finish_reason, found.stop_reason) == ("stop", text[-3:])
-    assert found.text == text[:-3]
-    assert found.token_ids == words[: len(found.token_ids)]
-    assert len(found.token_ids) < len(words)
-    assert core.receive() == (b"\x01", [stream.request_id])
-    core.send([output(stream.request_id, words)])
-    core.send([], stats={"num_running_reqs": 4})
-    await until(lambda: core.stats.read().running == 4)
-    assert stream.get_nowait() is None
-
-
-async def test_tokens_that_cannot_be_delivered_fail_their_request_alone(
-    core: Core, caplog: pytest.LogCaptureFixture
-) -> None:
-    broken, fine = await submit(core), await submit(core)
-    core.receive()
-    core.receive()
-    broken._text = None
-    core.send([output(broken.request_id, [7]), output(fine.request_id, [8], finish=1)])
-    assert (await core.delivered(fine)).token_ids == [8]
-    assert (await core.delivered(broken)).finish_reason == "error"
-    assert core.receive() == (b"\x01", [broken.request_id])
-    assert core.deaths == []
-    assert "were not delivered" in caplog.text
-
-
-async def test_a_row_without_an_admissible_token_has_no_text(core: Core) -> None:
-    stream = await submit(core, include_stop=True)
-    core.send([output(stream.request_id, [-1], finish=0, stop=-1)])
-    found = await core.delivered(stream)
-    assert (found.text, found.token_ids, found.stop_reason) == ("", [-1], -1)
 
 
 async def until(holds: Any) -> None:

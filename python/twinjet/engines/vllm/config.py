@@ -24,6 +24,9 @@ from twinjet.request import SamplingOverrides
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+MAX_ENGINE_SEED = 2**32 - 1
+"""What NumPy, the narrowest of the generators that vLLM seeds with it, takes."""
+
 _CPU_MIN_KV_CACHE_BYTES = 512 << 20
 _CPU_CONTEXTS_IN_KV_CACHE = 4
 
@@ -58,6 +61,9 @@ def engine_config(
         if options.get("tensor_parallel_size", 1) > 1 or options.get("pipeline_parallel_size", 1) > 1:
             settings["distributed_executor_backend"] = "mp"
     settings |= options
+    seed = settings.get("seed", 0)
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_ENGINE_SEED:
+        raise ConfigError(f"options.seed is {seed!r}; allowed: 0 to {MAX_ENGINE_SEED}")
     multiprocessing = "1"
     if is_cpu and settings["distributed_executor_backend"] == "uni":
         # vLLM's CPU platform turns "uni" into "mp" (one more process, one more import) to set OpenMP's
@@ -121,6 +127,7 @@ def facts(config: VllmConfig, checking: bytes) -> Facts:
         default_sampling=default_sampling(config),
         generation_eos=generation_eos(config),
         eos=tokenizer_eos(config),
+        settings=_settings(config),
         # Block 0 is vLLM's null block and never handed out.
         num_blocks=cache.num_gpu_blocks - 1 if cache.num_gpu_blocks else None,
         block_size=cache.block_size or 0,
@@ -137,3 +144,21 @@ def tokenizer_eos(config: VllmConfig) -> int | None:
 
     found: int | None = cached_tokenizer_from_config(config.model_config).eos_token_id
     return found
+
+
+def _settings(config: VllmConfig) -> dict[str, str]:
+    """What bears on speed and results, with vLLM's defaults filled in."""
+    model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+    speculative = config.speculative_config
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization or "none"),
+        "kv_cache_dtype": str(cache.cache_dtype),
+        "prefix_cache": str(bool(cache.enable_prefix_caching)).lower(),
+        "chunked_prefill": str(bool(scheduler.enable_chunked_prefill)).lower(),
+        "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
+        "async_scheduling": str(bool(scheduler.async_scheduling)).lower(),
+        "speculative_decoding": "none" if speculative is None else str(speculative.method),
+        "tensor_parallel_size": str(config.parallel_config.tensor_parallel_size),
+        "enforce_eager": str(bool(model.enforce_eager)).lower(),
+    }

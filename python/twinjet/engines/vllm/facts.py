@@ -11,7 +11,7 @@ class Facts:
     """Read from vLLM's configuration in the process that holds it; config.facts() makes it.
 
     tokenizer: folder or name. eos: the tokenizer's end token. generation_eos: those that the model's
-    generation_config names. default_sampling: fields of SamplingOverrides. num_blocks: usable KV blocks, None
+    generation_config names. default_sampling: fields of SamplingOverrides. settings: of EngineInfo. num_blocks: usable KV blocks, None
     for a model without a KV cache; with block_size known only once the engine has started. checking: what the
     process that checks grammars is given, pickled by vLLM's process.
     """
@@ -30,6 +30,7 @@ class Facts:
     default_sampling: dict[str, Any]
     eos: int | None
     generation_eos: tuple[int, ...]
+    settings: dict[str, str]
     num_blocks: int | None = None
     block_size: int = 0
     checking: bytes = b""

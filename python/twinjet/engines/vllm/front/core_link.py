@@ -145,7 +145,7 @@ class CoreLink:
             )
         params = wire.core_params(fields, self._facts, self._tokenizer, native=native)
         key = next(self._keys)
-        stream = CoreStream(key, f"{request.request_id}-{key:x}", request, output_index, self._tokenizer)
+        stream = CoreStream(key, f"{request.request_id}-{key:x}", request.sampling, output_index)
         message = wire.add_request(
             stream.request_id, request.request_id, request.prompt_token_ids, params,
             adapter=adapter, cache_salt=request.cache_salt, priority=-request.priority,
@@ -240,23 +240,10 @@ class CoreLink:
 
     def _take(self, frame: bytes) -> None:
         outputs, streams = self._outputs, self._streams
-        stopped = []
         for key, token_ids, rest in outputs.rows():
             stream = streams.get(key)
-            if stream is None:
-                continue
-            try:
-                is_ended = stream.take(token_ids, rest)
-            except Exception:
-                logger.exception("the tokens %s of %s were not delivered", token_ids, stream.request_id)
-                stream.fail()
-                is_ended = True
-            if is_ended:
+            if stream is not None and stream.take(token_ids, rest):
                 del streams[key]
-                if not stream.is_ended_by_engine:
-                    stopped.append(stream.request_id)
-        if stopped:
-            self._send(wire.ABORT, wire.encode(stopped))
         if outputs.stats is not None:
             self._stats.update(*outputs.stats)
         self._stats.add_preemptions(outputs.num_preemptions)

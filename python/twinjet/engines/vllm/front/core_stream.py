@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from twinjet.engines.vllm.front.text import OutputText
-
-if TYPE_CHECKING:
-    from twinjet.models.tokenizer import HfTokenizer
-    from twinjet.request import EngineRequest
+from twinjet.request import Sampling
 
 FINISHES = (None, "stop", "length", "abort", "error")
 """By the decoder's number; see csrc/stream/step_outputs.h: EngineFinish."""
@@ -21,18 +17,16 @@ class Candidate(NamedTuple):
 
     logprob: float
     rank: int
-    decoded_token: str
 
 
 class CoreOutput:
     """A delta. Looks like vLLM's RequestOutput with its one CompletionOutput in the same object."""
 
     __slots__ = (
-        "finish_reason", "logprobs", "num_cached_tokens", "prompt_logprobs", "stop_reason", "text", "token_ids",
+        "finish_reason", "logprobs", "num_cached_tokens", "prompt_logprobs", "stop_reason", "token_ids",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Candidate]] = []
         self.finish_reason: str | None = None
@@ -46,28 +40,17 @@ class CoreOutput:
 
 
 class CoreStream:
-    """One output of a request while it runs.
-
-    key: by which the engine core's rows are told apart. is_ended_by_engine: False once it has ended by what
-    the engine does not know of, such as a stop string.
-    """
+    """One output of a request while it runs. key: by which the engine core's rows are told apart."""
 
     __slots__ = (
-        "_num_logprobs", "_num_prompt_logprobs", "_prompt", "_text", "_tokenizer", "is_ended_by_engine", "key",
-        "output", "ready", "request_id",
+        "_num_logprobs", "_num_prompt_logprobs", "_prompt", "key", "output", "ready", "request_id",
     )  # fmt: skip
 
-    def __init__(
-        self, key: int, request_id: str, request: EngineRequest, output_index: int, tokenizer: HfTokenizer
-    ) -> None:
-        sampling = request.sampling
+    def __init__(self, key: int, request_id: str, sampling: Sampling, output_index: int) -> None:
         self.key = key
         self.request_id = request_id
-        self.is_ended_by_engine = True
         self.output: CoreOutput | None = None
         self.ready = asyncio.Event()
-        self._tokenizer = tokenizer
-        self._text = OutputText(tokenizer, request.prompt_token_ids, sampling)
         self._num_logprobs = sampling.logprobs
         self._num_prompt_logprobs = sampling.prompt_logprobs if output_index == 0 else None
         self._prompt: CoreOutput | None = CoreOutput()
@@ -79,8 +62,12 @@ class CoreStream:
             self.ready.clear()
         return output
 
-    def take(self, token_ids: Sequence[int], rest: tuple[Any, ...] | None) -> bool:
+    def take(self, token_ids: list[int], rest: tuple[Any, ...] | None) -> bool:
         """Take one row of a step (see _core.CoreOutputs.rows); True if it ends the output."""
+        output = self.output
+        if rest is None and output is not None:
+            output.token_ids += token_ids
+            return False
         finish = cause = logprobs = None
         if rest is not None:
             number, cause, num_cached, logprobs, prompt_logprobs = rest
@@ -90,29 +77,16 @@ class CoreStream:
             if not token_ids and finish is None:
                 # Part of a long prompt's log probabilities; more follow.
                 return False
-        output = self.output
         if output is None:
             # What is known of the prompt comes with the first tokens.
-            output, self._prompt = self._prompt or CoreOutput(), None
-        text = self._text
-        output.text += text.feed(token_ids, is_stop=finish == "stop", is_last=finish is not None)
-        if text.stop is not None:
-            self.is_ended_by_engine = finish is not None
-            finish, cause, token_ids = "stop", text.stop, token_ids[: text.num_kept]
+            self.output = output = self._prompt or CoreOutput()
+            self._prompt = None
+            self.ready.set()
         output.token_ids += token_ids
         if logprobs is not None and self._num_logprobs is not None:
-            output.logprobs += self._positions(logprobs[: len(token_ids)], self._num_logprobs)
+            output.logprobs += _positions(logprobs, self._num_logprobs)
         output.finish_reason, output.stop_reason = finish, cause
-        self.output = output
-        self.ready.set()
         return finish is not None
-
-    def fail(self) -> None:
-        """End the output as the engine does when it cannot go on."""
-        self.output = self.output or CoreOutput()
-        self.output.finish_reason, self.output.stop_reason = "error", None
-        self.is_ended_by_engine = False
-        self.ready.set()
 
     def _take_prompt(self, num_cached: int | None, rows: Sequence[Any] | None) -> None:
         assert self._prompt is not None
@@ -120,15 +94,12 @@ class CoreStream:
             self._prompt.num_cached_tokens = num_cached
         if rows is not None and self._num_prompt_logprobs is not None:
             known = self._prompt.prompt_logprobs or [None]
-            self._prompt.prompt_logprobs = [*known, *self._positions(rows, self._num_prompt_logprobs)]
+            self._prompt.prompt_logprobs = [*known, *_positions(rows, self._num_prompt_logprobs)]
 
-    def _positions(self, rows: Sequence[Any], most: int) -> list[dict[int, Candidate]]:
-        """Make vLLM's mappings: the token in the sequence with its rank, then the best with theirs."""
-        return [self._position(candidates[: most + 1], rank) for candidates, rank in rows]
 
-    def _position(self, candidates: Sequence[tuple[int, float]], rank: int) -> dict[int, Candidate]:
-        found = {}
-        for i, (token_id, logprob) in enumerate(candidates):
-            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-            found[token_id] = Candidate(logprob, i or rank, text)
-        return found
+def _positions(rows: Sequence[Any], most: int) -> list[dict[int, Candidate]]:
+    """Make vLLM's mappings: the token in the sequence with its rank, then the best with theirs."""
+    return [
+        {token: Candidate(logprob, i or rank) for i, (token, logprob) in enumerate(candidates[: most + 1])}
+        for candidates, rank in rows
+    ]

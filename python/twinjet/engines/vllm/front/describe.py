@@ -38,4 +38,5 @@ def engine_info(facts: Facts, tokenizer: Tokenizer, parts: Parts) -> EngineInfo:
         sampler=stock,
         block_manager=stock,
         kv_cache=None if facts.num_blocks is None else KvCache(facts.num_blocks, facts.block_size),
+        settings=facts.settings,
     )

@@ -76,9 +76,11 @@ class StockLink:
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
-        """Do nothing: AsyncLLM puts an exception into every collector when its output loop has failed."""
+        """Leave on_death alone: AsyncLLM puts an exception into every collector when its loop has failed."""
+        self._loop = loop
 
     async def submit(
         self, request: EngineRequest, output_index: int, adapter: Adapter | None, *, native: bool
@@ -127,6 +129,9 @@ class StockLink:
         return await embed(self._llm, request_id, prompt_token_ids, dimensions)
 
     def shutdown(self) -> None:
+        # While it reads, vLLM takes the end of its engine for a failure and logs it.
+        if self._loop is not None and self._llm.output_handler is not None:
+            self._loop.call_soon_threadsafe(self._llm.output_handler.cancel)
         self._llm.shutdown(timeout=5.0)
 
 

@@ -85,8 +85,6 @@ def core_params(
     params["bad_words"] = list(dict.fromkeys(fields["bad_words"]))
     if fields["temperature"] < GREEDY_BELOW:
         params |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    if fields["stop"] and not fields["include_stop_str_in_output"]:
-        params["output_text_buffer_length"] = max(map(len, fields["stop"])) - 1
     params |= {
         "output_kind": _DELTA,
         "skip_clone": True,
