@@ -36,6 +36,7 @@ from twinjet.engines.base import (
     LoadProgress,
     LogprobRow,
     Outlet,
+    RenderedChat,
     Run,
     StepRow,
 )
@@ -108,6 +109,13 @@ class FakeTokenizer:
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
         lines = [f"{turn.role}: {turn.content}" for turn in messages]
         return "\n".join(lines if continue_final else [*lines, "assistant: "])
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        # No text is read as BOS or EOS.
+        return RenderedChat(self.render_chat(messages, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        return self.encode(rendered.text, add_special_tokens=add_special_tokens)
 
 
 def mix(*parts: int) -> int:
@@ -274,6 +282,7 @@ class FakeEngine:
             sampler=self._component,
             block_manager=Component("engine", reason="the fake engine counts blocks only"),
             kv_cache=KvCache(options.num_blocks, options.block_size),
+            settings={"step_s": f"{options.step_s:g}", "output": options.output},
         )  # fmt: skip
 
     async def load(self) -> EngineLoad:
@@ -392,7 +401,7 @@ class FakeEngine:
                 self._work.clear()
                 await self._work.wait()
             prefill_tokens = self._take_up()
-            await asyncio.sleep(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
+            await self._pause(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
             if self._sampler is not None:
                 self._draw(self._sampler)
             rows: dict[Outlet, list[StepRow]] = {}
@@ -400,6 +409,10 @@ class FakeEngine:
                 self._step(sequence, rows)
             for outlet, of_it in rows.items():
                 outlet.step(of_it)
+
+    async def _pause(self, step_s: float) -> None:
+        """Let a step take its time; what simulates an unsteady machine overrides it."""
+        await asyncio.sleep(step_s)
 
     def _draw(self, sampler: Sampler) -> None:
         """Draw the next token of every running sequence in one batch, as a real engine does."""

@@ -26,7 +26,7 @@ from twinjet.engines.base import (
     Tokenizer,
 )
 from twinjet.errors import ConfigError, EngineDied, TwinjetError, Unavailable
-from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.request import EngineRequest, SamplingOverrides, check_defaults, resolve_sampling
 from twinjet.scheduler import Dispatcher
 
 logger = logging.getLogger("twinjet.engine")
@@ -137,6 +137,7 @@ class Supervisor:
         self.state = State.LOADING
         self.progress = LoadProgress("waiting to start", 0.0)
         self.failure = ""
+        self.last_error = ""
         self.config_error: ConfigError | None = None
         self.num_restarts = 0
         self._make_engine = make_engine
@@ -198,8 +199,10 @@ class Supervisor:
                 self._fail(str(error))
                 return
             except TwinjetError as error:
+                self.last_error = str(error)
                 logger.warning("engine of %s did not start: %s", self.name, error)
             except Exception:
+                self.last_error = "its start failed; the server's log has more"
                 logger.exception("engine of %s did not start", self.name)
             failures = 1 if lived_s > HEALTHY_AFTER_S else failures + 1
             if failures > self._settings.max_restarts:
@@ -218,6 +221,7 @@ class Supervisor:
             await engine.start(self._report)
             self._report(LoadProgress("waiting for the first token", 0.95))
             info = engine.describe()
+            check_defaults(info)
             # Not wait_for, which before Python 3.12 can lose a cancellation.
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._probe(engine, info)

@@ -30,6 +30,7 @@ from twinjet.engines.base import (
 from twinjet.engines.pushed import logprob_row
 from twinjet.errors import (
     DeadlinePassed,
+    EngineDied,
     NotFound,
     RequestAborted,
     RequestFailed,
@@ -199,6 +200,8 @@ class Dispatcher:
                 while (event := await stream.read(events)) is not None:
                     self._account(entry, event)
                     yield event
+            except EngineDied as died:
+                raise EngineDied(str(died), retry_after_s=died.retry_after_s, was_running=True) from died
             finally:
                 await _close(events)
             self._release(entry, finished=True)

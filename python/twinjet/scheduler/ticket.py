@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from twinjet.errors import SlowReader
+from twinjet.errors import EngineDied, SlowReader
 
 if TYPE_CHECKING:
     from twinjet._core import Stream
@@ -89,6 +89,8 @@ class Ticket:
         """End the request with an error; the first one counts, and none once all outputs have ended."""
         if self._error is not None or self._is_over:
             return
+        if isinstance(error, EngineDied) and self.is_granted:
+            error = EngineDied(str(error), retry_after_s=error.retry_after_s, was_running=True)
         self._error = error
         if isinstance(error, SlowReader):
             self.on_overflow(error)
