@@ -260,6 +260,8 @@ class Dispatcher:
         try:
             ticket.engine.submit(entry.request, ticket)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's outcome
+            # The engine never had it, which matters if it is dead.
+            ticket.is_granted = False
             ticket.fail(error)
 
     async def _feed(self, ticket: Ticket, engine: Engine) -> None:
