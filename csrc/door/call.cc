@@ -37,8 +37,8 @@ void Call::CountUnsent(size_t message_bytes) {
 bool Call::AwaitRoom(size_t write_ahead_bytes) {
   if (unsent_bytes() <= static_cast<int64_t>(write_ahead_bytes)) return false;
   wants_room_ = true;
-  // The loop subtracts first and looks at wants_room_ then: one of the two sees the other's store. If the loop
-  // has taken the request meanwhile, its event comes.
+  // The loop subtracts first and looks at wants_room_ then: one of the two sees the other's store. If the
+  // loop has taken the request meanwhile, its event comes.
   if (unsent_bytes() > static_cast<int64_t>(write_ahead_bytes) && !is_over()) return true;
   return !wants_room_.exchange(false);
 }

@@ -29,8 +29,8 @@
 
 namespace twinjet::door {
 
-// What a handler does with its call, from any thread. In the order in which they are given; without effect once
-// the call is over or finished.
+// What a handler does with its call, from any thread. In the order in which they are given; without effect
+// once the call is over or finished.
 void SendHeaders(const CallRef& call, Metadata headers);  // the first message and Finish send them otherwise
 void Write(const CallRef& call, std::string_view message);
 void Finish(const CallRef& call, Status status);

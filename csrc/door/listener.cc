@@ -26,7 +26,7 @@ constexpr std::string_view kUnixPrefix = "unix:";
 
 // Removes the socket of a server that is no more; one that still answers stays, and bind will fail.
 void RemoveStaleSocket(const sockaddr_un& address) {
-  struct stat found {};
+  struct stat found{};
   if (lstat(address.sun_path, &found) != 0 || !S_ISSOCK(found.st_mode)) return;
   const int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (probe < 0) return;
@@ -47,7 +47,8 @@ Listener ListenOnPath(std::string_view path) {
   RemoveStaleSocket(address);
   const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (fd < 0) ThrowErrno("socket");
-  if (bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 || listen(fd, kBacklog) != 0) {
+  if (bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
+      listen(fd, kBacklog) != 0) {
     const int error = errno;
     close(fd);
     throw std::system_error(error, std::generic_category(), "bind");

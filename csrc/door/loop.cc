@@ -19,7 +19,7 @@ namespace twinjet::door {
 namespace {
 
 constexpr size_t kReadBytes = 64 << 10;
-constexpr int kReadsATurn = 4;        // of one connection, so that the others get theirs
+constexpr int kReadsATurn = 4;  // of one connection, so that the others get theirs
 constexpr size_t kSendBytes = 64 << 10;
 constexpr int kAcceptsATurn = 64;
 constexpr int64_t kCloseNs = 1'000'000'000;  // for a client to read our last words
@@ -173,11 +173,10 @@ void Loop::Run() {
   while (true) {
     Turn(TimeoutMs());
     if (!is_stopping_) continue;
-    const bool has_work =
-        std::any_of(connections_.begin(), connections_.end(), [](const auto& entry) {
-          const Connection& connection = *entry.first;
-          return connection.session || connection.out_pos < connection.out.size();
-        });
+    const bool has_work = std::any_of(connections_.begin(), connections_.end(), [](const auto& entry) {
+      const Connection& connection = *entry.first;
+      return connection.session || connection.out_pos < connection.out.size();
+    });
     if (!has_work || state_.now_ns >= stop_at_ns_) break;
   }
   while (!connections_.empty()) Kill(connections_.begin()->first);
@@ -288,7 +287,8 @@ void Loop::TakeAccepted() {
 
 void Loop::Open(Accepted accepted) {
   const int on = 1;
-  setsockopt(accepted.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);  // fails on a Unix socket, which needs none
+  setsockopt(accepted.fd, IPPROTO_TCP, TCP_NODELAY, &on,
+             sizeof on);  // fails on a Unix socket, which needs none
   setsockopt(accepted.fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kNotSentLowBytes, sizeof kNotSentLowBytes);
   auto stats = std::make_shared<ConnectionStats>(accepted.peer);
   auto connection = std::make_unique<Connection>(accepted, &state_, stats);

@@ -17,9 +17,9 @@ constexpr std::string_view kHttp1Answer =
     "Content-Type: text/plain\r\n"
     "Connection: close\r\n\r\n"
     "this port speaks gRPC over HTTP/2 only; use a gRPC client, for instance grpcurl\n";
-constexpr size_t kHeaderOverhead = 32;     // a field's, by HTTP/2's definition of a header list's size
-constexpr size_t kHeaderBombFactor = 8;    // this many times the limit ends the connection
-constexpr int64_t kLateCalls = 64;         // handlers of reset calls that may still be at work
+constexpr size_t kHeaderOverhead = 32;   // a field's, by HTTP/2's definition of a header list's size
+constexpr size_t kHeaderBombFactor = 8;  // this many times the limit ends the connection
+constexpr int64_t kLateCalls = 64;       // handlers of reset calls that may still be at work
 constexpr int kMaxPingStrikes = 2;
 constexpr double kDrainNoticeS = 1;
 constexpr size_t kMaxTrailerBytes = 32 << 10;  // beyond which trailers are left out
@@ -122,8 +122,8 @@ bool TokenBucket::Spend(int64_t now_ns) {
   return true;
 }
 
-// nghttp2's callbacks, each forwarding to a method. None may throw through nghttp2's C frames, and the methods
-// throw nothing but what running out of memory throws, which ends the connection.
+// nghttp2's callbacks, each forwarding to a method. None may throw through nghttp2's C frames, and the
+// methods throw nothing but what running out of memory throws, which ends the connection.
 struct Session::Callbacks {
   template <typename F>
   static int Guard(F&& f) {
@@ -277,8 +277,8 @@ bool Session::Feed(std::string_view bytes) {
   const ssize_t result =
       nghttp2_session_mem_recv(http2_, reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
   if (result < 0 && !is_closing_) {
-    nghttp2_session_terminate_session(http2_, result == NGHTTP2_ERR_FLOODED ? NGHTTP2_ENHANCE_YOUR_CALM
-                                                                            : NGHTTP2_PROTOCOL_ERROR);
+    nghttp2_session_terminate_session(
+        http2_, result == NGHTTP2_ERR_FLOODED ? NGHTTP2_ENHANCE_YOUR_CALM : NGHTTP2_PROTOCOL_ERROR);
     is_closing_ = true;
   }
   return !is_closing_;
@@ -424,8 +424,8 @@ bool Session::SpendIdleFrame() {
   return false;
 }
 
-// gRPC's policy: a ping that comes sooner than allowed after the last one is a strike, unless something was sent
-// to the client meanwhile.
+// gRPC's policy: a ping that comes sooner than allowed after the last one is a strike, unless something was
+// sent to the client meanwhile.
 bool Session::OnClientPing() {
   const int64_t now_ns = loop_->now_ns;
   const bool is_early =
@@ -441,8 +441,8 @@ bool Session::OnClientPing() {
 }
 
 void Session::ComplainAndClose(uint32_t error_code, std::string_view text) {
-  nghttp2_submit_goaway(http2_, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(http2_), error_code,
-                        reinterpret_cast<const uint8_t*>(text.data()), text.size());
+  nghttp2_submit_goaway(http2_, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(http2_),
+                        error_code, reinterpret_cast<const uint8_t*>(text.data()), text.size());
   is_closing_ = true;
 }
 
@@ -699,6 +699,10 @@ void Session::DropOutgoing(Stream* stream) {
 }
 
 int Session::OnFrameSent(const nghttp2_frame* frame) {
+  // nghttp2 sends a ping ahead of everything else, so this one is made when the GOAWAY is out.
+  if (frame->hd.type == NGHTTP2_GOAWAY && is_draining_ && !is_last_goaway_sent_) {
+    return nghttp2_submit_ping(http2_, NGHTTP2_FLAG_NONE, nullptr);
+  }
   if (frame->hd.type != NGHTTP2_HEADERS && frame->hd.type != NGHTTP2_DATA) return 0;
   num_ping_strikes_ = 0;
   has_client_pinged_ = false;
@@ -870,7 +874,6 @@ void Session::Drain() {
   drain_at_ns_ = loop_->now_ns + Nanoseconds(kDrainNoticeS);
   if (!is_http2_) return;
   nghttp2_submit_shutdown_notice(http2_);
-  nghttp2_submit_ping(http2_, NGHTTP2_FLAG_NONE, nullptr);
 }
 
 void Session::SendLastGoaway() {

@@ -1,7 +1,7 @@
 // One HTTP/2 connection as gRPC's server side sees it. Bytes in, bytes out: no socket, no thread, no clock.
 //
-// Whoever runs it feeds what the peer sent, applies the commands of its calls, lets it Tick, and after each of
-// these pulls what is to be sent. All on one thread.
+// Whoever runs it feeds what the peer sent, applies the commands of its calls, lets it Tick, and after each
+// of these pulls what is to be sent. All on one thread.
 #pragma once
 
 #include <nghttp2/nghttp2.h>
@@ -55,8 +55,8 @@ struct Stream {
   Status status;
   bool is_compressing = false;
   bool are_headers_sent = false;
-  bool is_finished = false;      // status is set
-  bool is_discarding = false;    // what the client still sends is of no use
+  bool is_finished = false;    // status is set
+  bool is_discarding = false;  // what the client still sends is of no use
   bool is_request_ended = false;
   bool is_handler_told = false;  // of the end
   int64_t deadline_ns = -1;
@@ -193,9 +193,9 @@ class Session {
   int64_t heard_at_ns_;
   int64_t pinged_at_ns_ = 0;  // 0: no ping of ours is unanswered
   int64_t idle_since_ns_;
-  int64_t drain_at_ns_ = 0;         // when the second GOAWAY goes out at the latest
-  int64_t header_since_ns_ = 0;     // when a header block began that has not ended
-  int64_t client_ping_at_ns_;       // when the client last pinged without having been sent anything since
+  int64_t drain_at_ns_ = 0;      // when the second GOAWAY goes out at the latest
+  int64_t header_since_ns_ = 0;  // when a header block began that has not ended
+  int64_t client_ping_at_ns_;    // when the client last pinged without having been sent anything since
   bool has_client_pinged_ = false;
   int num_ping_strikes_ = 0;
   TokenBucket idle_frames_;

@@ -39,7 +39,8 @@ void UseCertificate(SSL_CTX* context, const std::string& pem) {
   if (!own || SSL_CTX_use_certificate(context, own.get()) != 1) Fail("the TLS certificate cannot be used");
   while (CertificatePtr issuer = NextCertificate(bio.get())) {
     // add0 takes ownership.
-    if (SSL_CTX_add0_chain_cert(context, issuer.get()) != 1) Fail("the TLS certificate's chain cannot be used");
+    if (SSL_CTX_add0_chain_cert(context, issuer.get()) != 1)
+      Fail("the TLS certificate's chain cannot be used");
     static_cast<void>(issuer.release());
   }
   ERR_clear_error();  // the end of the text counts as one
@@ -58,7 +59,8 @@ void AskForClientCertificates(SSL_CTX* context, const std::string& pem) {
   X509_STORE* store = SSL_CTX_get_cert_store(context);
   int num_trusted = 0;
   while (const CertificatePtr trusted = NextCertificate(bio.get())) {
-    if (X509_STORE_add_cert(store, trusted.get()) != 1 || SSL_CTX_add_client_CA(context, trusted.get()) != 1) {
+    if (X509_STORE_add_cert(store, trusted.get()) != 1 ||
+        SSL_CTX_add_client_CA(context, trusted.get()) != 1) {
       Fail("a client CA certificate cannot be used");
     }
     ++num_trusted;

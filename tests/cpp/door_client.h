@@ -93,9 +93,8 @@ class Http2Client {
   // Begins a call; more: fields beyond those of every gRPC request.
   int32_t Begin(const std::string& path, const Fields& more = {}, Fields base = {}) {
     if (base.empty()) {
-      base = {{":method", "POST"}, {":scheme", "http"},
-              {":path", path},     {":authority", "test"},
-              {"te", "trailers"},  {"content-type", "application/grpc"}};
+      base = {{":method", "POST"},    {":scheme", "http"}, {":path", path},
+              {":authority", "test"}, {"te", "trailers"},  {"content-type", "application/grpc"}};
     }
     base.insert(base.end(), more.begin(), more.end());
     std::vector<nghttp2_nv> fields;
@@ -239,7 +238,10 @@ inline std::string RawOpening() {
 
 // A gRPC request's header block, uncompressed.
 inline std::string RawHeaderBlock(const Fields& more = {}) {
-  Fields fields = {{":method", "POST"}, {":scheme", "http"}, {":path", "/a/b"}, {":authority", "x"},
+  Fields fields = {{":method", "POST"},
+                   {":scheme", "http"},
+                   {":path", "/a/b"},
+                   {":authority", "x"},
                    {"content-type", "application/grpc"}};
   fields.insert(fields.end(), more.begin(), more.end());
   std::string out;

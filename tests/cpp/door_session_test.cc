@@ -106,7 +106,8 @@ std::string Text(const test::Http2Client::Goaway& goaway) { return goaway.text; 
 
 TEST(a_unary_call_comes_with_its_message_and_gets_its_answer) {
   Rig rig;
-  const int32_t id = rig.client.Ask("/pkg.Service/Method", "question", {{"grpc-timeout", "5S"}, {"x-a", "b"}});
+  const int32_t id =
+      rig.client.Ask("/pkg.Service/Method", "question", {{"grpc-timeout", "5S"}, {"x-a", "b"}});
   rig.Pump();
   std::vector<Event> events = rig.Take();
   CHECK_EQ(events.size(), 3u);
@@ -571,14 +572,7 @@ TEST(connections_that_do_nothing_are_closed) {
   idle.Pump();
   idle.Later(99);
   CHECK(idle.client.goaways.empty());
-  idle.Later(2);
-  printf("%zu\n", idle.client.goaways.size());
-  std::string d;
-  idle.session->Tick();
-  idle.session->Pull(&d, 1000);
-  printf("%zu %d\n", d.size(), idle.session->is_done());
-  idle.Later(2);
-  CHECK_EQ(idle.client.goaways.size(), 2u);
+  CHECK_EQ(idle.client.goaways.size(), 1u);
   CHECK(idle.session->is_done());
 }
 
@@ -673,7 +667,8 @@ TEST(floods_of_frames_that_carry_nothing_end_the_connection) {
       {"SETTINGS", "", test::RawFrame(NGHTTP2_SETTINGS, 0, 0, "")},
       {"PING", "", test::RawFrame(NGHTTP2_PING, 0, 0, "12345678")},
       {"PRIORITY", "", test::RawFrame(NGHTTP2_PRIORITY, 0, 3, std::string("\0\0\0\0\x10", 5))},
-      {"CONTINUATION", test::RawFrame(NGHTTP2_HEADERS, 0, 1, block), test::RawFrame(NGHTTP2_CONTINUATION, 0, 1, "")},
+      {"CONTINUATION", test::RawFrame(NGHTTP2_HEADERS, 0, 1, block),
+       test::RawFrame(NGHTTP2_CONTINUATION, 0, 1, "")},
   };
   for (const Case& one : cases) {
     Rig rig;
@@ -690,8 +685,8 @@ TEST(floods_of_frames_that_carry_nothing_end_the_connection) {
 
 TEST(answers_to_a_peer_that_reads_nothing_do_not_pile_up) {
   // PING and SETTINGS ask for answers, which wait in nghttp2 until they are pulled.
-  for (const std::string& frame : {test::RawFrame(NGHTTP2_PING, 0, 0, "12345678"),
-                                   test::RawFrame(NGHTTP2_SETTINGS, 0, 0, "")}) {
+  for (const std::string& frame :
+       {test::RawFrame(NGHTTP2_PING, 0, 0, "12345678"), test::RawFrame(NGHTTP2_SETTINGS, 0, 0, "")}) {
     Options options;
     options.client_ping_s = 0;
     options.idle_frame_burst = options.idle_frame_rate = 1'000'000'000;

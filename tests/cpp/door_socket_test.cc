@@ -229,12 +229,14 @@ Certificate MakeCertificate(const char* name) {
   EVP_PKEY* key = EVP_EC_gen("P-256");
   X509* certificate = X509_new();
   X509_set_version(certificate, 2);
-  ASN1_INTEGER_set(X509_get_serialNumber(certificate), static_cast<long>(std::hash<std::string>()(name) % 1000000));
+  ASN1_INTEGER_set(X509_get_serialNumber(certificate),
+                   static_cast<long>(std::hash<std::string>()(name) % 1000000));
   X509_gmtime_adj(X509_getm_notBefore(certificate), -60);
   X509_gmtime_adj(X509_getm_notAfter(certificate), 86400);
   X509_set_pubkey(certificate, key);
   X509_NAME* subject = X509_get_subject_name(certificate);
-  X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_ASC, reinterpret_cast<const unsigned char*>(name), -1, -1, 0);
+  X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_ASC, reinterpret_cast<const unsigned char*>(name), -1,
+                             -1, 0);
   X509_set_issuer_name(certificate, subject);
   X509_sign(certificate, key, EVP_sha256());
   const auto text = [](const std::function<void(BIO*)>& write) {
@@ -246,8 +248,9 @@ Certificate MakeCertificate(const char* name) {
     BIO_free(bio);
     return out;
   };
-  Certificate made{text([&](BIO* bio) { PEM_write_bio_PrivateKey(bio, key, nullptr, nullptr, 0, nullptr, nullptr); }),
-                   text([&](BIO* bio) { PEM_write_bio_X509(bio, certificate); })};
+  Certificate made{
+      text([&](BIO* bio) { PEM_write_bio_PrivateKey(bio, key, nullptr, nullptr, 0, nullptr, nullptr); }),
+      text([&](BIO* bio) { PEM_write_bio_X509(bio, certificate); })};
   X509_free(certificate);
   EVP_PKEY_free(key);
   return made;
@@ -364,7 +367,8 @@ TEST(several_threads_write_to_calls_of_several_loops) {
   }
   {
     std::unique_lock lock(mutex);
-    CHECK(came.wait_for(lock, std::chrono::milliseconds(kPatienceMs), [&] { return calls.size() == kCalls; }));
+    CHECK(
+        came.wait_for(lock, std::chrono::milliseconds(kPatienceMs), [&] { return calls.size() == kCalls; }));
   }
   // Each call belongs to one writer, so that the order of its messages is known.
   std::vector<std::thread> writers;
@@ -542,14 +546,14 @@ TEST(a_client_that_reads_nothing_holds_up_nobody) {
   });
   // A window so large that only the socket holds the door back.
   SocketClient client(ConnectTcp(server.port));
-  client.SendRaw(test::RawOpening() + test::RawFrame(NGHTTP2_SETTINGS, 0, 0, std::string("\0\x04\x7f\xff\xff\xff", 6)) +
+  client.SendRaw(test::RawOpening() +
+                 test::RawFrame(NGHTTP2_SETTINGS, 0, 0, std::string("\0\x04\x7f\xff\xff\xff", 6)) +
                  test::RawFrame(NGHTTP2_WINDOW_UPDATE, 0, 0, std::string("\x7f\xfe\0\0", 4)) +
-                 test::RawFrame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS | NGHTTP2_FLAG_END_STREAM, 1,
-                                [] {
-                                  std::string block = test::RawHeaderBlock();
-                                  block.replace(block.find("\x04/a/b"), 5, "\x08/stuck/x");
-                                  return block;
-                                }()));
+                 test::RawFrame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS | NGHTTP2_FLAG_END_STREAM, 1, [] {
+                   std::string block = test::RawHeaderBlock();
+                   block.replace(block.find("\x04/a/b"), 5, "\x08/stuck/x");
+                   return block;
+                 }()));
   WaitUntil([&] {
     const std::lock_guard lock(mutex);
     return stuck != nullptr;
