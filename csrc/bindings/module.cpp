@@ -10,4 +10,7 @@ PYBIND11_MODULE(_core, module) {
   twinjet::bindings::BindSamplerCuda(module);
   twinjet::bindings::BindSched(module);
   twinjet::bindings::BindVllm(module);
+#ifdef TWINJET_WITH_DOOR
+  twinjet::bindings::BindDoor(module);
+#endif
 }

@@ -572,7 +572,9 @@ TEST(connections_that_do_nothing_are_closed) {
   idle.Pump();
   idle.Later(99);
   CHECK(idle.client.goaways.empty());
+  idle.Later(2);
   CHECK_EQ(idle.client.goaways.size(), 1u);
+  idle.Later(2);
   CHECK(idle.session->is_done());
 }
 
