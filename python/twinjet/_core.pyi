@@ -360,6 +360,7 @@ class BlockManager:
 # ---- sampler ----
 
 SAMPLER_SPEC_VERSION: int
+SAMPLER_RANGES: dict[str, tuple[float, float]]  # by parameter, both ends allowed
 SAMPLER_STATUS_NAN: int
 SAMPLER_STATUS_INFINITE: int
 SAMPLER_STATUS_NO_TOKEN: int

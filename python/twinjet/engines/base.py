@@ -58,7 +58,10 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine is and can do, valid once start() has returned."""
+    """What an engine is and can do, valid once start() has returned.
+
+    settings: effective settings that bear on speed and results, by the engine's own names.
+    """
 
     name: Literal["vllm", "tensorrt_llm", "fake"]
     version: str
@@ -71,6 +74,7 @@ class EngineInfo:
     sampler: Component
     block_manager: Component
     kv_cache: KvCache | None
+    settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +159,18 @@ class ChatTurn:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as its template renders it.
+
+    plain_spans: from and to in characters, ascending: text that came from the conversation's content and would
+    read as a control token.
+    """
+
+    text: str
+    plain_spans: tuple[tuple[int, int], ...] = ()
+
+
 class Tokenizer(Protocol):
     """Text to tokens and back for one model. Thread-safe; calls may take milliseconds for long texts."""
 
@@ -170,6 +186,14 @@ class Tokenizer(Protocol):
 
         Raises InvalidRequest if the template refuses the conversation.
         """
+        ...
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        """Render a conversation whose content cannot steer the template; see render_chat."""
+        ...
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        """Give the token ids of a rendering, whose plain spans give no control token. Raises InvalidRequest."""
         ...
 
 

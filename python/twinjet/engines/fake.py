@@ -36,6 +36,7 @@ from twinjet.engines.base import (
     Logprob,
     OutputEvent,
     PromptEvent,
+    RenderedChat,
     TokenLogprobs,
 )
 from twinjet.engines.fixed_logits import fixed_logits
@@ -101,6 +102,13 @@ class FakeTokenizer:
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
         lines = [f"{turn.role}: {turn.content}" for turn in messages]
         return "\n".join(lines if continue_final else [*lines, "assistant: "])
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        # No text is read as BOS or EOS.
+        return RenderedChat(self.render_chat(messages, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        return self.encode(rendered.text, add_special_tokens=add_special_tokens)
 
 
 def mix(*parts: int) -> int:
@@ -283,6 +291,7 @@ class FakeEngine:
             sampler=self._component,
             block_manager=Component("engine", reason="the fake engine counts blocks only"),
             kv_cache=KvCache(options.num_blocks, options.block_size),
+            settings={"step_s": f"{options.step_s:g}", "output": options.output},
         )  # fmt: skip
 
     async def load(self) -> EngineLoad:
@@ -405,11 +414,15 @@ class FakeEngine:
                 self._work.clear()
                 await self._work.wait()
             prefill_tokens = self._take_up()
-            await asyncio.sleep(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
+            await self._pause(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
             if self._sampler is not None:
                 self._draw(self._sampler)
             for sequence in list(self._running):
                 self._step(sequence)
+
+    async def _pause(self, step_s: float) -> None:
+        """Let a step take its time; what simulates an unsteady machine overrides it."""
+        await asyncio.sleep(step_s)
 
     def _draw(self, sampler: Sampler) -> None:
         """Draw the next token of every running sequence in one batch, as a real engine does."""

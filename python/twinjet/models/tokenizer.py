@@ -21,8 +21,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
-from twinjet.engines.base import ChatTurn
+from twinjet.engines.base import ChatTurn, RenderedChat
 from twinjet.errors import ConfigError, InvalidRequest, Unsupported
+from twinjet.models.content import ContentGuard
 
 _SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -129,6 +130,7 @@ class HfTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        self._guard = ContentGuard(self._tokenizer)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.has_chat_template: bool = self._template is not None
         if self._template is not None:
@@ -168,6 +170,16 @@ class HfTokenizer:
             )
         # The mark kept the message's trailing space alive; a template that trims would have cut it.
         return head if tail.startswith(_TRIM_PROBE) else head.rstrip()
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        """Render a conversation whose content cannot steer the template; raises as render_chat does."""
+        cover = self._guard.cover()
+        covered = [ChatTurn(turn.role, cover.hide(turn.content)) for turn in messages]
+        return cover.reveal(self.render_chat(covered, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        """Give the token ids of a rendering, whose plain spans give no control token. Raises InvalidRequest."""
+        return self._guard.encode(rendered, add_special_tokens=add_special_tokens)
 
     def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         assert self._template is not None

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from twinjet.errors import ConfigError
+
 if TYPE_CHECKING:
     from twinjet.server.deployments import Deployments
     from twinjet.server.responses import ResponseBuilder
@@ -69,7 +71,7 @@ class _LoadCollector(Collector):
             "twinjet_component", "Counters of sampler and block manager",
             labels=[*label, "component", "counter"],
         )  # fmt: skip
-        for name, deployment in self._deployments.by_name.items():
+        for name, deployment in list(self._deployments.by_name.items()):
             load = deployment.dispatcher.totals()
             waiting.add_metric([name], load.waiting)
             running.add_metric([name], load.running)
@@ -122,8 +124,13 @@ class Metrics:
         self.registry.register(_LoadCollector(deployments, asyncio.get_running_loop()))
 
     def listen(self, host: str, port: int) -> None:
-        """Serve the metrics over HTTP, from a thread of their own."""
-        start_http_server(port, host, self.registry)
+        """Serve the metrics over HTTP, from a thread of their own. Raises ConfigError if the port cannot be bound."""
+        try:
+            start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise ConfigError(
+                f"server.metrics_port: cannot listen on {host} port {port}: {error.strerror or error}"
+            ) from error
 
     def count_call(self, method: str, code: str) -> None:
         self._calls.labels(method, code).inc()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from twinjet.engines.base import Finish, TokenLogprobs
 from twinjet.engines.fake import EOS, FakeTokenizer
-from twinjet.engines.tensorrt_llm.channel import TokenReport
-from twinjet.engines.tensorrt_llm.detokenize import IncrementalDecoder
-from twinjet.engines.tensorrt_llm.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.tensorrt_llm.front.detokenize import IncrementalDecoder
+from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.tensorrt_llm.worker.reports import TokenReport
 from twinjet.errors import RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, Sampling
 

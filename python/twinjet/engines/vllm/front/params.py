@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+from twinjet.engines.seeds import output_seed
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
 from twinjet.errors import InvalidRequest
 from twinjet.request import GREEDY_BELOW
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
 VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 
 
 class NativeParams(SamplingParams):  # type: ignore[misc]
@@ -30,20 +28,6 @@ class NativeParams(SamplingParams):  # type: ignore[misc]
             super()._validate_stop_token_ids(model_config)
         finally:
             self.stop_token_ids = ids
-
-
-def output_seed(seed: int, output_index: int) -> int:
-    """Derive the 64-bit seed of one output for vLLM's own sampler.
-
-    Output 0 has the request's seed itself. The others are mixed (SplitMix64), so that output 1 of seed s
-    is not output 0 of seed s + 1.
-    """
-    if output_index == 0:
-        return seed
-    z = (seed + output_index * _GOLDEN) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
 
 
 def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> SamplingParams:
