@@ -7,6 +7,7 @@ handler. Handlers must be coroutine functions or asynchronous generators.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import time
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from twinjet.errors import ConfigError
+from twinjet.server.binding import server_credentials, why_not
+from twinjet.server.native_channelz import NativeChannelz
 from twinjet.server.status import overload_details
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ def is_available() -> bool:
 
 
 class _CallDetails(grpc.HandlerCallDetails):
-    def __init__(self, method: str, invocation_metadata: Sequence[tuple[str, str | bytes]]) -> None:
+    def __init__(self, method: str, invocation_metadata: tuple[tuple[str, str | bytes], ...]) -> None:
         self.method = method
         self.invocation_metadata = invocation_metadata
 
@@ -158,9 +161,7 @@ class CallContext(_Base):
         self._call.send_headers(_pairs(initial_metadata))
         self._are_headers_sent = True
 
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()
-    ) -> NoReturn:
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
         if code is grpc.StatusCode.OK:
             logger.error("a handler aborted a call with OK")
             code = grpc.StatusCode.UNKNOWN
@@ -169,6 +170,9 @@ class CallContext(_Base):
             self._trailers = trailing_metadata
         self.finish()
         raise grpc.aio.AbortError("the handler aborted the call")
+
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
+        await self.abort(status.code, status.details, status.trailing_metadata or ())
 
     def finish(self, code: grpc.StatusCode | None = None, details: str | None = None) -> None:
         """End the call with the given status, or with the one that was set."""
@@ -194,7 +198,7 @@ class CallContext(_Base):
     def set_code(self, code: grpc.StatusCode | int) -> None:
         self._code = code.value[0] if isinstance(code, grpc.StatusCode) else code
 
-    def code(self) -> int:
+    def code(self) -> Any:
         return self._code or 0
 
     def set_details(self, details: str) -> None:
@@ -275,20 +279,21 @@ class CallContext(_Base):
     async def _serve(self) -> None:
         handler = self._handler
         if handler.request_streaming:
-            behaviour = handler.stream_stream if handler.response_streaming else handler.stream_unary
+            behaviour: Any = handler.stream_stream if handler.response_streaming else handler.stream_unary
             argument: Any = self._read_all()
         else:
             behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
             argument = self.take_request()
-        assert behaviour is not None
         answer = behaviour(argument, self)
         if not handler.response_streaming:
             response = await answer
             if not self._code:
                 await self.write(response)
         elif inspect.isasyncgen(answer):
-            async for response in answer:
-                await self.write(response)
+            # Closed here and not by the garbage collector when the call is cancelled.
+            async with contextlib.aclosing(answer):
+                async for response in answer:
+                    await self.write(response)
         else:
             await answer
 
@@ -305,8 +310,10 @@ class _BadRequest(Exception):
     """Bytes that a deserializer did not take."""
 
 
-class NativeServer:
-    """Serves generic handlers through csrc/door; the part of grpc.aio.Server that this package uses."""
+class NativeDoor:
+    """Serves handlers through csrc/door; see doors.Door."""
+
+    name = "native"
 
     def __init__(self, settings: ServerSettings) -> None:
         from twinjet import _core
@@ -324,13 +331,14 @@ class NativeServer:
             max_unsent_bytes=max(4 * settings.max_pending_bytes, 64 << 20),
             overload_details=overload_details(),
         )
-        self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
+        self._handlers: list[grpc.GenericRpcHandler] = []
         self._by_path: dict[str, _Handler] = {}
         self._calls: dict[int, CallContext] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        self._address = ""
         self._tls_files: tuple[Path, ...] = ()
-        self._tls_times: tuple[float, ...] = ()
+        self._tls_times: tuple[int, ...] = ()
         self._tls_watch: asyncio.Task[None] | None = None
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[Any]) -> None:
@@ -339,20 +347,23 @@ class NativeServer:
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         """Called by generated code, which gives the same handlers as generic ones, too."""
 
+    def channelz_servicer(self) -> NativeChannelz:
+        return NativeChannelz(lambda: self._address, self._door.totals, self._door.connections)
+
     def bind(self) -> str:
         """Listen on the settings' address and give it. Raises ConfigError."""
         settings = self._settings
-        where = f"{settings.host}:{settings.port}"
-        is_tls = settings.tls_cert is not None
+        files = (settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        self._tls_files = tuple(file for file in files if file is not None)
+        if self._tls_files:
+            self._use_tls()
         try:
-            if is_tls:
-                files = (settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-                self._tls_files = tuple(file for file in files if file is not None)
-                self._use_tls()
-            port = self._door.listen(settings.host, settings.port, is_tls)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot listen on {where}: {error}") from None
-        return settings.host if settings.host.startswith("unix:") else f"{settings.host}:{port}"
+            port = self._door.listen(settings.host, settings.port, bool(self._tls_files))
+        except OSError as error:
+            where = f"{settings.literal_host}:{settings.port}"
+            raise ConfigError(f"cannot listen on {where}: {why_not(settings) or error}") from None
+        self._address = f"{settings.literal_host}:{port}"
+        return self._address
 
     async def start(self) -> None:
         asyncio.get_running_loop().add_reader(self._door.fileno(), self._on_events)
@@ -381,18 +392,14 @@ class NativeServer:
         await asyncio.to_thread(self._door.stop, _LINGER_S)
         asyncio.get_running_loop().remove_reader(self._door.fileno())
 
-    def totals(self) -> dict[str, int]:
-        """The door's counters since it began; connections, calls and received_bytes are as of now."""
-        return self._door.totals()
-
-    def connections(self) -> list[dict[str, Any]]:
-        """The open connections and their counters."""
-        return self._door.connections()
-
     def _on_events(self) -> None:
         for kind, call_id, payload in self._door.take():
             if kind == _CALL:
-                self._begin(call_id, payload)
+                try:
+                    self._begin(call_id, payload)
+                except Exception:  # one call's fault must not lose the events of the others
+                    logger.exception("a call could not be begun")
+                    payload[0].finish(grpc.StatusCode.INTERNAL.value[0], "internal error", ())
                 continue
             context = self._calls.get(call_id)
             if context is None:
@@ -453,12 +460,16 @@ class NativeServer:
         task.add_done_callback(forget)
 
     def _use_tls(self) -> None:
+        """Raises ConfigError, or OSError for a file that vanishes meanwhile."""
+        server_credentials(self._settings)  # names what is wrong with which file
         certificate, key, *client_ca = self._tls_files
         # Times first: a file that changes while it is read is read again.
         self._tls_times = _times(self._tls_files)
-        self._door.use_tls(
-            certificate.read_bytes(), key.read_bytes(), client_ca[0].read_bytes() if client_ca else b""
-        )
+        texts = [file.read_bytes() for file in (certificate, key, *client_ca)]
+        try:
+            self._door.use_tls(*texts, *([] if client_ca else [b""]))
+        except ValueError as error:
+            raise ConfigError(f"server.tls_cert, server.tls_key: {error}") from None
 
     async def _watch_tls(self) -> None:
         """Take new TLS files into use when they have changed; keep the old ones while the new ones are unfit."""
@@ -468,11 +479,11 @@ class NativeServer:
                 if _times(self._tls_files) != self._tls_times:
                     self._use_tls()
                     logger.info("new TLS files are in use")
-            except (OSError, ValueError) as error:
+            except (OSError, ConfigError) as error:
                 logger.warning("the new TLS files are not used: %s", error)
 
 
-def _times(files: Sequence[Path]) -> tuple[float, ...]:
+def _times(files: Sequence[Path]) -> tuple[int, ...]:
     return tuple(file.stat().st_mtime_ns for file in files)
 
 
