@@ -1,6 +1,6 @@
 """Types of the extension module `twinjet._core`; twinjet.sampling documents the sampler's face."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -781,3 +781,43 @@ class DecodeBatch:
         """Changes whenever the set of scheduled rows does."""
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
+
+# Only where the door is built.
+class DoorCall:
+    """A handle to a client's call; without effect once the call is over."""
+
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def unsent_bytes(self) -> int: ...
+    def send_headers(self, metadata: Iterable[tuple[str, str | bytes]], /) -> None:
+        """Raises ValueError for metadata that gRPC does not allow."""
+    def write(self, message: bytes, /) -> bool:
+        """Send a message. True: so much is unsent that the writer should wait for the room event."""
+    def finish(self, code: int, message: str, trailers: Iterable[tuple[str, str | bytes]], /) -> None: ...
+    def reset(self) -> None: ...
+    def acknowledge(self, num_bytes: int, /) -> None:
+        """A request message of so many bytes is no longer held."""
+    def compress(self) -> None: ...
+
+class Door:
+    """A gRPC server. Options: see csrc/door/options.h."""
+
+    def __init__(self, **options: float | bytes) -> None: ...
+    def listen(self, host: str, port: int, use_tls: bool, /) -> int:
+        """Listen, and give the port. Raises OSError."""
+    def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
+        """Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit."""
+    def start(self) -> None: ...
+    def fileno(self) -> int:
+        """Readable when there are events to take."""
+    def take(self) -> list[tuple[int, int, Any]]:
+        """The events that came: (kind, call id, payload).
+
+        0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
+        2: half-closed; 3: cancelled, why; 4: room.
+        """
+    def drain(self) -> None: ...
+    def stop(self, grace_s: float, /) -> None: ...
+    def totals(self) -> dict[str, int]: ...
+    def connections(self) -> list[dict[str, Any]]: ...
