@@ -285,7 +285,7 @@ class Dispatcher:
                 async for event in events:
                     if isinstance(event, PromptEvent):
                         prompt = None if event.logprobs is None else [logprob_row(e) for e in event.logprobs]
-                        pump.put_prompt(key, event.num_cached_tokens, prompt)
+                        pump.put_prompt(key, event.num_cached_tokens, prompt, self._clock())
                     else:
                         finish = event.finish
                         pump.put_made(

@@ -259,7 +259,11 @@ class InferenceServicer:
                 on_overflow=writer.interrupt,
                 start=functools.partial(self._live.start, key),
             )
+            writer.watch_carried(stream, ticket.fail)
             self._watch.add(writer)
+            # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
+            if (carry := getattr(context, "carry", None)) is not None:
+                carry(stream)
             try:
                 while messages := await ticket.read():
                     for message in messages:
