@@ -949,6 +949,43 @@ class DecodeBatch:
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
 
+# vLLM's engine core: its messages.
+
+class WireError(ValueError):
+    """A message is not what the tested vLLM sends."""
+
+class CoreOutputs:
+    """The last message of a vLLM engine core, decoded: EngineCoreOutputs. For one thread at a time."""
+
+    def __init__(self) -> None: ...
+    def decode(self, frames: Sequence[bytes | memoryview]) -> None:
+        """Decode a message and the frames of its tensors; runs without the GIL. Raises WireError."""
+
+    def rows(self) -> list[tuple[int, list[int], tuple[Any, ...] | None]]:
+        """Give (key, token ids, rest) for each output whose request id carries a key.
+
+        rest: None for tokens alone; else (finish, cause, cached, logprobs, prompt logprobs). finish: 0 none,
+        1 stop, 2 length, 3 aborted, 4 failed. cause: stop token, stop string or None. cached: prompt tokens
+        from the prefix cache, -1 not known, None if the row does not tell of the prompt. logprobs: for each
+        token ([(token id, logprob), ...], rank of the first), or None.
+        """
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """Running and waiting requests and the share of KV blocks in use; None if the message has none."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool:
+        """The message answers a utility call."""
+
+    @property
+    def has_pooling(self) -> bool:
+        """At least one output is a vector."""
+
 # Only where the door is built.
 class DoorCall:
     """A handle to a client's call; without effect once the call is over."""
