@@ -8,6 +8,7 @@ namespace twinjet::bindings {
 void BindKv(pybind11::module_& module);
 void BindSampler(pybind11::module_& module);
 void BindSamplerCuda(pybind11::module_& module);
+void BindSamplerSeats(pybind11::module_& module);
 void BindSched(pybind11::module_& module);
 void BindVllm(pybind11::module_& module);
 
