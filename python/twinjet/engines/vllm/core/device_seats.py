@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from twinjet.engines.vllm.core.device_drawing import DeviceDrawing, Seats
@@ -20,7 +20,7 @@ class DeviceSeats:
         self._seats: dict[str, int] = {}
         self._free: list[int] = []
 
-    def find(self, request_ids: list[str], states: Mapping[str, Any]) -> Seats:
+    def find(self, request_ids: list[str], states: dict[str, Any]) -> Seats:
         """Give the batch's seats, filling those of requests that are new or were rolled back."""
         seats, rows = self._drawing.native.match(request_ids, states, self._seats)
         for row in rows:
