@@ -171,7 +171,7 @@ def test_steps_of_a_warm_up_are_no_fall_backs(wrapped: Any) -> None:
 
 
 def test_a_row_without_a_token_is_marked_on_the_host(wrapped: Any) -> None:
-    from twinjet.engines.vllm.core.device_drawing import marked_output
+    from twinjet.engines.vllm.core.device_drawing import MarkedOutput
 
     add(wrapped, 0, allowed_token_ids=[5], bad_words_token_ids=[[5]])
     add(wrapped, 1)
@@ -180,7 +180,7 @@ def test_a_row_without_a_token_is_marked_on_the_host(wrapped: Any) -> None:
     unread = wrapped.take_unread()
     assert wrapped.take_unread() is None
     output = Made(sampled_token_ids=[[0], [9]], req_id_to_index={"r0": 0, "r1": 1})
-    marked = marked_output(Made(get_output=lambda: output), unread).get_output()
+    marked = MarkedOutput(Made(get_output=lambda: output), unread).get_output()
     assert marked.sampled_token_ids == [[NO_TOKEN], [9]]
     assert wrapped.drawing.counters["rows_without_token"] == 1
 

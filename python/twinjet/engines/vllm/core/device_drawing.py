@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors
 
 from twinjet import _core
 from twinjet.engines.vllm.core.requests import native_request, reason_for_stock
@@ -220,17 +220,17 @@ def can_draw_on(device: torch.device) -> bool:
     return device.type == "cuda" and has_cuda()
 
 
-def marked_output(inner: Any, unread: Unread) -> Any:
-    """Wrap a step's output so that requests without a token end when the host reads it."""
-    from vllm.v1.outputs import AsyncModelRunnerOutput
+class MarkedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+    """A step's output whose requests without a token end when the host reads it."""
 
-    class MarkedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
-        def get_output(self) -> Any:
-            output = inner.get_output()
-            mark(output, unread.failed())
-            return output
+    def __init__(self, inner: Any, unread: Unread) -> None:
+        self._inner = inner
+        self._unread = unread
 
-    return MarkedOutput()
+    def get_output(self) -> Any:
+        output = self._inner.get_output()
+        mark(output, self._unread.failed())
+        return output
 
 
 def mark(output: Any, failed: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from twinjet.engines.vllm.core.device_drawing import mark, marked_output
+from twinjet.engines.vllm.core.device_drawing import MarkedOutput, mark
 from twinjet.engines.vllm.core.sampler import NativeSampler
 from twinjet.engines.vllm.fields import COUNTERS_METHOD, NO_TOKEN
 from twinjet.sampling import SPEC_VERSION
@@ -68,7 +68,7 @@ class Worker(_StockWorker):  # type: ignore[misc]
         if unread is None:
             return output
         if hasattr(output, "get_output"):
-            return marked_output(output, unread)
+            return MarkedOutput(output, unread)
         mark(output, unread.failed())
         return output
 
