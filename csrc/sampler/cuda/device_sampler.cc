@@ -42,8 +42,8 @@ CurrentDevice::~CurrentDevice() {
   if (changed_) cudaSetDevice(previous_);
 }
 
-DeviceSampler::DeviceSampler(int device, int num_slots)
-    : device_(device), slots_(static_cast<size_t>(std::max(1, num_slots))) {
+DeviceSampler::DeviceSampler(int device, int num_slots, bool has_one_stream)
+    : device_(device), has_one_stream_(has_one_stream), slots_(static_cast<size_t>(std::max(1, num_slots))) {
   const CurrentDevice current(device);
   CheckCuda(QueryLimits(device, &limits_), "QueryLimits");
   CheckCuda(cudaEventCreateWithFlags(&last_work_, cudaEventDisableTiming), "cudaEventCreate");
@@ -131,6 +131,12 @@ void DeviceSampler::Follow(cudaStream_t stream) {
   last_stream_ = stream;
 }
 
+void DeviceSampler::RecordWork(cudaStream_t stream) {
+  if (has_one_stream_) return;
+  CheckCuda(cudaEventRecord(last_work_, stream), "cudaEventRecord");
+  has_work_ = true;
+}
+
 void DeviceSampler::Reserve(int32_t num_rows, int32_t vocab_size, size_t num_edits, size_t num_allowed_rows) {
   const CurrentDevice current(device_);
   const size_t bytes = RoundUp16(static_cast<size_t>(num_rows) * sizeof(DeviceRow)) +
@@ -205,8 +211,7 @@ void DeviceSampler::CopySlot(void* to, size_t bytes, cudaStream_t stream) {
   CheckCuda(cudaEventRecord(slot.copied, stream), "cudaEventRecord");
   slot.in_flight = true;
   next_slot_ = (next_slot_ + 1) % slots_.size();
-  CheckCuda(cudaEventRecord(last_work_, stream), "cudaEventRecord");
-  has_work_ = true;
+  RecordWork(stream);
 }
 
 void DeviceSampler::Upload(const void* data, size_t bytes, void* to, cudaStream_t stream) {
@@ -268,8 +273,7 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
     CheckCuda(LaunchLogprobs(logprobs, shape, stream), "LaunchLogprobs");
   }
   if (capturing) return;
-  CheckCuda(cudaEventRecord(last_work_, stream), "cudaEventRecord");
-  has_work_ = true;
+  RecordWork(stream);
 }
 
 }  // namespace twinjet::sampler::cuda

@@ -87,8 +87,9 @@ struct Outputs {
 
 class DeviceSampler {
  public:
-  // num_slots: batches that may be on their way to the device at once, at least 1. Throws CudaError.
-  explicit DeviceSampler(int device, int num_slots = 4);
+  // num_slots: batches that may be on their way to the device at once, at least 1. has_one_stream: the caller
+  // orders its streams itself, which spares events. Throws CudaError.
+  explicit DeviceSampler(int device, int num_slots = 4, bool has_one_stream = false);
   ~DeviceSampler();
   DeviceSampler(const DeviceSampler&) = delete;
   DeviceSampler& operator=(const DeviceSampler&) = delete;
@@ -132,11 +133,13 @@ class DeviceSampler {
   void GrowRows(int32_t num_rows);
   void GrowScratch(size_t floats);
   void Follow(cudaStream_t stream);
+  void RecordWork(cudaStream_t stream);
   char* TakeSlot(size_t bytes);
   void CopySlot(void* to, size_t bytes, cudaStream_t stream);  // the slot taken last
   LaunchShape ShapeOf(int32_t num_rows, int32_t vocab_size);
 
   int device_;
+  bool has_one_stream_;
   DeviceLimits limits_;
   int32_t force_cluster_ = 0;
   int32_t counted_cluster_ = 0;  // the shape that num_clusters_ was counted for

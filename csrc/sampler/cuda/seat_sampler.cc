@@ -16,7 +16,7 @@ constexpr size_t kFirstPages = 4;
 }  // namespace
 
 SeatSampler::SeatSampler(int device, int32_t vocab_size, int32_t max_rows)
-    : device_(device), vocab_size_(vocab_size), table_(vocab_size), sampler_(device, kMessages) {
+    : device_(device), vocab_size_(vocab_size), table_(vocab_size), sampler_(device, kMessages, true) {
   const CurrentDevice current(device);
   const auto rows = static_cast<size_t>(std::max(max_rows, 1));
   // A fresh seat with some edits for every row.

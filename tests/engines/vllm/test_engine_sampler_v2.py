@@ -137,6 +137,14 @@ def test_an_unfinished_prefill_does_not_advance(wrapped: Any) -> None:
     assert thrown.sampled_token_ids.tolist() == kept.sampled_token_ids.tolist()
 
 
+def test_results_stay_while_a_step_may_be_in_flight(wrapped: Any) -> None:
+    add(wrapped, 1)
+    made = [wrapped(logits(1), batch([1], [3 + i])).sampled_token_ids for i in range(9)]
+    places = [tokens.data_ptr() for tokens in made]
+    assert all(len(set(places[i : i + 4])) == 4 for i in range(6))
+    assert len(set(places)) == 4
+
+
 def test_a_resumed_request_goes_on_where_it_was(wrapped: Any) -> None:
     penalties = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
     add(wrapped, 0, **penalties)
@@ -196,18 +204,22 @@ def test_the_hook_leaves_models_with_their_own_sampler_alone(monkeypatch: pytest
 
     from twinjet.engines.vllm.core import sampler_v2
 
-    monkeypatch.setattr(sampler_v2, "DeviceDrawing", lambda *args: args)
+    monkeypatch.setattr(sampler_v2, "DeviceDrawing", lambda *args, max_in_flight: (*args, max_in_flight))
     monkeypatch.setattr(sampler_v2, "can_draw_on", lambda device: device.type == "cuda")
 
     def made(theirs: Any, speculative: Any, device: str = "cuda:1") -> Any:
         runner = Made(init_model_state=lambda config, *rest: Made(custom_sampler=lambda sampler: theirs))
         sampler_v2.hook_custom_sampler(runner, VOCAB, torch.device(device))
-        config = Made(speculative_config=speculative, scheduler_config=Made(max_num_seqs=4))
+        config = Made(
+            speculative_config=speculative,
+            scheduler_config=Made(max_num_seqs=4),
+            max_concurrent_batches=2,
+        )
         return runner.init_model_state(config, 1, 2).custom_sampler(Stock())
 
     ours = made(None, None)
     assert isinstance(ours[0], sampler_v2.NativeSamplerV2)
-    assert ours[0].drawing == (VOCAB, 4, "raw_logprobs", 1)
+    assert ours[0].drawing == (VOCAB, 4, "raw_logprobs", 1, 2)
     assert ours[1] is None
     assert made(("s", "r"), None) == ("s", "r")
     assert made(None, object()) is None

@@ -8,7 +8,7 @@ the step's tokens.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,9 @@ from twinjet.sampling.cuda import has_cuda
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 LOGPROBS_MODES = {"raw_logprobs": "raw", "processed_logprobs": "processed"}
+
+# Steady decoding has one shape; more than this come and go with arrivals.
+_MAX_RINGS = 8
 
 Seats = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -46,6 +49,41 @@ class Drawn:
     num_sampled: torch.Tensor
     num_rejected: torch.Tensor
     logprobs: LogprobsTensors | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """Room for a draw's results; the native sampler's arguments for it, and the views that go out."""
+
+    addresses: dict[str, int]
+    drawn: Drawn
+
+
+def _make_results(
+    rows: int, num_logprobs: int | None, token_dtype: torch.dtype, device: torch.device
+) -> _Results:
+    width = 0 if num_logprobs is None else 1 + num_logprobs
+    # int64 tokens first, then int32 lists, then logprobs.
+    packed = torch.empty((7 + 2 * width) * rows, dtype=torch.int32, device=device)
+    base, item = packed.data_ptr(), 4 * rows
+    is_wide = token_dtype == torch.int64
+    addresses = {
+        "token_ids": base + 4 * item, "status": base + 5 * item, "tokens64": base if is_wide else 0,
+        "tokens32": 0 if is_wide else base, "num_sampled": base + 2 * item,
+        "num_rejected": base + 3 * item, "ranks": base + 6 * item, "top_ids": base + 7 * item,
+        "top_logprobs": base + (7 + width) * item,
+    }  # fmt: skip
+    tokens = packed[: 2 * rows].view(torch.int64) if is_wide else packed[:rows]
+    logprobs = None
+    if num_logprobs is not None:
+        middle = (7 + width) * rows
+        logprobs = LogprobsTensors(
+            packed[7 * rows : middle].view(rows, width),
+            packed[middle:].view(torch.float32).view(rows, width),
+            packed[6 * rows : 7 * rows],
+        )
+    lists = packed[2 * rows : 3 * rows], packed[3 * rows : 4 * rows]
+    return _Results(addresses, Drawn(tokens.view(rows, 1), *lists, logprobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +113,22 @@ class DeviceDrawing:
         counters: what GetModel shows.
         is_warming: the engine warms up; what goes to vLLM's sampler meanwhile is no fall-back.
         native: the native sampler, made with `device`; tests give another.
+
+    A draw's results are overwritten by a draw that begins max_in_flight + 2 steps later: by then the engine has
+    read them.
     """
 
     target = "cuda"
 
     def __init__(
-        self, vocab_size: int, max_rows: int, logprobs_mode: str, device: int, native: Any = None
+        self,
+        vocab_size: int,
+        max_rows: int,
+        logprobs_mode: str,
+        device: int,
+        native: Any = None,
+        *,
+        max_in_flight: int = 2,
     ) -> None:
         self.vocab_size = vocab_size
         self.logprobs_mode = logprobs_mode
@@ -89,6 +137,8 @@ class DeviceDrawing:
         self.reasons: dict[int, str] = {}
         self._counters: Counter[str] = Counter()
         self._unread: Unread | None = None
+        self._ring_size = max_in_flight + 2
+        self._rings: dict[tuple[int, int | None, torch.dtype], deque[_Results]] = {}
 
     @property
     def counters(self) -> dict[str, int]:
@@ -143,50 +193,42 @@ class DeviceDrawing:
         advances: rows whose token becomes part of the output; a row of an unfinished prefill does not.
         token_dtype: torch.int64 or torch.int32.
         """
-        rows = len(seats)
-        width = 0 if num_logprobs is None else 1 + num_logprobs
-        # One allocation: int64 tokens first, then int32 lists, then logprobs.
-        packed = torch.empty((7 + 2 * width) * rows, dtype=torch.int32, device=logits.device)
-        base, item = packed.data_ptr(), 4 * rows
-        is_wide = token_dtype == torch.int64
+        results = self._results(len(seats), num_logprobs, token_dtype, logits.device)
         receipt = self.native.draw(
             seats,
             advances,
             logits.data_ptr(),
             logits.stride(0),
             _DTYPES[logits.dtype],
-            token_ids=base + 4 * item,
-            status=base + 5 * item,
-            tokens64=base if is_wide else 0,
-            tokens32=0 if is_wide else base,
-            num_sampled=base + 2 * item,
-            num_rejected=base + 3 * item,
+            **results.addresses,
             num_logprobs=-1 if num_logprobs is None else num_logprobs,
             processed_logprobs=LOGPROBS_MODES.get(self.logprobs_mode) == "processed",
-            top_ids=base + 7 * item,
-            top_logprobs=base + (7 + width) * item,
-            ranks=base + 6 * item,
             stream=torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
         )
         self._unread = Unread(receipt, request_ids, advances, self._counters)
         self._counters["steps"] += 1
-        self._counters["rows"] += rows
-        tokens = packed[: 2 * rows].view(torch.int64) if is_wide else packed[:rows]
-        logprobs = None
-        if num_logprobs is not None:
-            middle = (7 + width) * rows
-            logprobs = LogprobsTensors(
-                # Ids are turned into text also for a row that has no token and ends.
-                packed[7 * rows : middle].view(rows, width).clamp_(min=0),
-                packed[middle:].view(torch.float32).view(rows, width),
-                packed[6 * rows : 7 * rows],
-            )
-        return Drawn(
-            tokens.view(rows, 1),
-            packed[2 * rows : 3 * rows],
-            packed[3 * rows : 4 * rows],
-            logprobs,
-        )
+        self._counters["rows"] += len(seats)
+        if results.drawn.logprobs is not None:
+            # Ids are turned into text also for a row that has no token and ends.
+            results.drawn.logprobs.logprob_token_ids.clamp_(min=0)
+        return results.drawn
+
+    def _results(
+        self, rows: int, num_logprobs: int | None, token_dtype: torch.dtype, device: torch.device
+    ) -> _Results:
+        """Give room for a draw's results: the oldest of this shape, or new."""
+        shape = (rows, num_logprobs, token_dtype)
+        ring = self._rings.pop(shape, None)
+        if ring is None:
+            ring = deque()
+            while len(self._rings) >= _MAX_RINGS:
+                self._rings.pop(next(iter(self._rings)))
+        self._rings[shape] = ring
+        if len(ring) == self._ring_size:
+            ring.rotate(-1)
+        else:
+            ring.append(_make_results(rows, num_logprobs, token_dtype, device))
+        return ring[-1]
 
     def follow(self, seats: Seats, advances: Flags, tokens: torch.Tensor) -> None:
         """Enter tokens that vLLM's sampler drew, [rows, 1] on the device, for the rows that have seats."""

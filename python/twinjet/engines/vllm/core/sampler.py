@@ -101,7 +101,13 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         self.drawing: Drawing | DeviceDrawing
         if can_draw_on(runner.device):
             max_rows = runner.scheduler_config.max_num_seqs
-            self.drawing = DeviceDrawing(vocab_size, max_rows, stock.logprobs_mode, runner.device.index or 0)
+            self.drawing = DeviceDrawing(
+                vocab_size,
+                max_rows,
+                stock.logprobs_mode,
+                runner.device.index or 0,
+                max_in_flight=runner.vllm_config.max_concurrent_batches,
+            )
             self._seats = DeviceSeats(self.drawing)
         else:
             self.drawing = Drawing(vocab_size, stock.logprobs_mode)

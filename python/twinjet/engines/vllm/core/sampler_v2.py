@@ -30,7 +30,13 @@ def hook_custom_sampler(runner_module: Any, vocab_size: int, device: torch.devic
             max_rows = vllm_config.scheduler_config.max_num_seqs
 
             def custom_sampler(sampler: Any) -> Any:
-                drawing = DeviceDrawing(vocab_size, max_rows, sampler.logprobs_mode, device.index or 0)
+                drawing = DeviceDrawing(
+                    vocab_size,
+                    max_rows,
+                    sampler.logprobs_mode,
+                    device.index or 0,
+                    max_in_flight=vllm_config.max_concurrent_batches,
+                )
                 return NativeSamplerV2(sampler, drawing), None
 
             state.custom_sampler = lambda sampler: theirs(sampler) or custom_sampler(sampler)

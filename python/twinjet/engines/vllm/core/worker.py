@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ class Worker(_StockWorker):  # type: ignore[misc]
 
     def init_device(self) -> None:
         """Make the device and the model runner, and put our sampler into it."""
+        # FlashInfer's sampler, which vLLM would compile for two minutes at the first start, would draw only
+        # what ours leaves.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner.sampler = NativeSampler(self.model_runner, self.model_runner.sampler)
