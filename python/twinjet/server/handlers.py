@@ -16,6 +16,7 @@ from twinjet.server.status import Failure, internal_failure, to_failure
 from twinjet.server.wire import Malformed, deserializer
 
 if TYPE_CHECKING:
+    from twinjet.server.doors import HandlerRegistry
     from twinjet.server.metrics import Metrics
 
 logger = logging.getLogger("twinjet.server")
@@ -24,7 +25,7 @@ Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
 
 def add_service(
-    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, metrics: Metrics
+    server: HandlerRegistry, service: ServiceDescriptor, servicer: object, metrics: Metrics
 ) -> None:
     """Register every method of a service; the servicer has a coroutine of the same name for each."""
     handlers = {
