@@ -113,7 +113,7 @@ class Bench:
                         run = engine.ask(
                             mode=mode,
                             streams=streams,
-                            tokens=options.tokens,
+                            tokens=options.tokens * (4 if streams <= 32 else 1),
                             prompt=32,
                             round=number,
                             **variant,
@@ -215,7 +215,9 @@ def main() -> int:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 32, 256, 1024])
     parser.add_argument("--modes", nargs="+", default=list(TIMED), choices=list(MODES))
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of a cell")
-    parser.add_argument("--tokens", type=int, default=64, help="output tokens of a stream")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="output tokens of a stream; of few, 4 times that"
+    )
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run begins")
     parser.add_argument("--check", type=int, metavar="ROWS", help="draw so many rows twice instead")
     parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's compilation")
