@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, module) {
   twinjet::bindings::BindKv(module);
   twinjet::bindings::BindSampler(module);
   twinjet::bindings::BindSamplerCuda(module);
+  twinjet::bindings::BindSamplerSeats(module);
   twinjet::bindings::BindSched(module);
   twinjet::bindings::BindStream(module);
   twinjet::bindings::BindVllm(module);

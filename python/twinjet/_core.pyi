@@ -444,6 +444,58 @@ class CudaSampler:  # only where HAS_CUDA
         stream: int,
     ) -> None: ...
 
+class SeatReceipt:  # only where HAS_CUDA
+    # The statuses of one draw, uint32 [rows]; once, from any thread. Waits for the draw if it is not over.
+    def read(self) -> npt.NDArray[np.uint32]: ...
+
+class SeatSampler:  # only where HAS_CUDA
+    # Draws for requests that keep their state on the device; see csrc/sampler/cuda/seat_sampler.h.
+    # Addresses are of device memory that stays until the draw is over; 0 where a result is not wanted.
+    def __init__(self, device: int, vocab_size: int, max_rows: int) -> None: ...
+    def put(self, seat: int, request: SamplerRequest) -> None: ...
+    def remove(self, seat: int) -> None: ...
+    def num_outputs(self, seat: int) -> int: ...
+    # The first row whose seat is empty, -1 if none is.
+    def first_empty(self, seats: npt.NDArray[np.int64]) -> int: ...
+    # Seats by request id (-1: none), and the rows without a seat or with another number of output tokens
+    # than the list output_token_ids of their state has.
+    def match(
+        self, request_ids: list[str], states: dict[str, object], seats: dict[str, int]
+    ) -> tuple[npt.NDArray[np.int64], list[int]]: ...
+    # advances: rows whose token becomes part of the output. dtype: 0 float32, 1 float16, 2 bfloat16.
+    def draw(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        logits: int,
+        row_stride: int,
+        dtype: int,
+        token_ids: int,
+        status: int,
+        tokens64: int,
+        tokens32: int,
+        num_sampled: int,
+        num_rejected: int,
+        num_logprobs: int,
+        processed_logprobs: bool,
+        top_ids: int,
+        top_logprobs: int,
+        ranks: int,
+        stream: int,
+    ) -> SeatReceipt: ...
+    # Enters tokens that another sampler drew; seat -1: a row without one. bits: 32 or 64.
+    def follow(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        tokens: int,
+        stride: int,
+        bits: int,
+        stream: int,
+    ) -> None: ...
+    # How often the host had to wait for the device: "buffers", "memory", "results".
+    def waits(self) -> dict[str, int]: ...
+
 class Sampler:
     def __init__(self, num_threads: int = 0, target: str = "") -> None: ...
     def sample(

@@ -43,8 +43,9 @@ _PHASES = {
     "configure": ("reading the model's configuration", 0.55),
     "process": ("starting the engine process", 0.65),
     "weights": ("loading weights", 0.7),
-    "memory": ("measuring memory", 0.8),
+    "memory": ("profiling the model and measuring memory", 0.8),
     "kv_cache": ("preparing the KV cache", 0.85),
+    "warm_up": ("compiling, capturing graphs and warming up", 0.9),
     "ready": ("the engine is ready", 1.0),
 }
 
