@@ -666,6 +666,10 @@ class Stream:
     @property
     def num_outputs(self) -> int: ...
     @property
+    def blocked_since(self) -> float | None:
+        """Since when the call that carries the stream has had no room for what waits."""
+
+    @property
     def first_token_at(self) -> float | None: ...
     @property
     def last_token_at(self) -> float: ...
@@ -736,6 +740,7 @@ class Pump:
         key: int,
         num_cached_tokens: int | None,
         logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        now: float,
     ) -> None:
         """Put what an engine that makes text itself tells of the prompt."""
 
@@ -1054,6 +1059,8 @@ class DoorCall:
     def reset(self) -> None: ...
     def acknowledge(self, num_bytes: int, /) -> None:
         """A request message of so many bytes is no longer held."""
+    def carry(self, stream: Stream) -> None:
+        """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
 class Door:
