@@ -124,7 +124,7 @@ class StockLink:
             async for event in self._events(live, request):
                 if isinstance(event, PromptEvent):
                     rows = None if event.logprobs is None else [logprob_row(e) for e in event.logprobs]
-                    pump.put_prompt(run.key, event.num_cached_tokens, rows)
+                    pump.put_prompt(run.key, event.num_cached_tokens, rows, time.monotonic())
                 else:
                     finish = event.finish
                     pump.put_made(
