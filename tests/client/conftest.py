@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.client.scripted import Scripted, running
+from tests.server.conftest import serve as serve
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ async def test_unary_calls(server: Scripted, run: Run) -> None:
     assert [m.name for m in await run(lambda c: c.models())] == ["m"]
     assert (await run(lambda c: c.get_model("other"))).name == "other"
     load = (await run(lambda c: c.get_load()))[0]
-    assert (load.waiting, load.running, load.HasField("engine_running")) == (0, 3, False)
+    assert (load.waiting, load.running, load.engine_running) == (0, 3, None)
     await run(lambda c: c.abort("r1"))
     assert server.requests[-1].request_id == "r1"
 
