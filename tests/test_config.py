@@ -271,6 +271,7 @@ def test_the_documentation_names_every_setting() -> None:
         config.AdminSettings,
         config.DeploymentSettings,
         config.RouteSettings,
+        config.MirrorSettings,
     ):
         for name in section.model_fields:
             assert f"`{name}`" in text, name

@@ -17,11 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinjet.compare.arguments import compare_arguments
 from twinjet.errors import ConfigError
 from twinjet.turns import TurnReader, decode
 
 if TYPE_CHECKING:
-    from twinjet.client import Client, Event, Sampling, Stream, TwinjetClientError
+    from twinjet.client import Client, Event, Route, Sampling, Stream, TwinjetClientError
+    from twinjet.config import Config
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -154,7 +156,10 @@ def serve(arguments: argparse.Namespace) -> int:
     from twinjet.config import load
     from twinjet.server.console import run
 
-    return run(load(arguments.config, serve_overrides(arguments, os.environ)), arguments.log_level)
+    def read() -> Config:
+        return load(arguments.config, serve_overrides(arguments, os.environ))
+
+    return run(read(), arguments.log_level, read)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -251,6 +256,64 @@ def _converse(client: Client, turns: list[Any], arguments: argparse.Namespace) -
                 turns.pop()
                 continue
         turns.append(Message("assistant", shown.text))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Measure two deployments side by side and say which is faster, and whether they say the same."""
+    from twinjet.compare.command import run
+
+    return run(arguments)
+
+
+def routes(arguments: argparse.Namespace) -> int:
+    """Show which deployments answer for each model, or change it."""
+    with _connect(arguments) as client:
+        if arguments.set is not None or arguments.remove is not None:
+            client.set_route(
+                _route(arguments), revision=arguments.revision, remove=arguments.remove is not None
+            )
+        listed = client.get_routes()
+    if arguments.json:
+        _print_json(_plain(asdict(listed)))
+        return EXIT_OK
+    rows: list[tuple[str, ...]] = [("MODEL", "WEIGHTS", "FALLBACK", "STICKY", "MIRROR")]
+    for route in listed.routes:
+        mirror = f"{route.mirror.deployment} {route.mirror.share:.0%}" if route.mirror else "-"
+        rows.append(
+            (
+                route.model,
+                " ".join(f"{name}={weight:g}" for name, weight in sorted(route.weights.items())),
+                " ".join(route.fallback) or "-",
+                route.sticky or "-",
+                mirror,
+            )
+        )
+    _print_table(rows)
+    print(f"revision {listed.revision}; deployments: {', '.join(listed.deployments)}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _route(arguments: argparse.Namespace) -> Route:
+    from twinjet.client import Mirror, Route
+
+    weights: dict[str, float] = {}
+    for part in arguments.weight:
+        name, equals, text = part.rpartition("=")
+        try:
+            weights[name] = float(text)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ConfigError(f"--weight {part}: write DEPLOYMENT=NUMBER")
+    mirror = None
+    if arguments.mirror is not None:
+        name, _, text = arguments.mirror.rpartition("=")
+        try:
+            mirror = Mirror(name, float(text))
+        except ValueError:
+            raise ConfigError(f"--mirror {arguments.mirror}: write DEPLOYMENT=SHARE") from None
+    model = arguments.set or arguments.remove or ""
+    return Route(model, weights, tuple(arguments.fallback), arguments.sticky or "", mirror)
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -435,6 +498,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling(command)
+
+    command = add_client(compare)
+    command.add_argument("a", metavar="A", help="MODEL or HOST:PORT/MODEL; or the word report")
+    command.add_argument("b", metavar="B", help="the other one; with report, the data of an earlier run")
+    compare_arguments(command)
+
+    command = add_client(routes)
+    change = command.add_mutually_exclusive_group()
+    change.add_argument(
+        "--set", metavar="MODEL", help="replace this model's route by what the other flags say"
+    )
+    change.add_argument("--remove", metavar="MODEL", help="take this model's route away")
+    command.add_argument(
+        "--weight", action="append", default=[], metavar="DEPLOYMENT=W", help="may be repeated"
+    )
+    command.add_argument(
+        "--fallback", action="append", default=[], metavar="DEPLOYMENT", help="may be repeated"
+    )
+    command.add_argument(
+        "--sticky", choices=("tenant", "session"), help="keep a tenant or session at one deployment"
+    )
+    command.add_argument("--mirror", metavar="DEPLOYMENT=SHARE", help="copy this share of requests there")
+    command.add_argument(
+        "--revision", type=int, metavar="N", help="refuse if the routes are at another revision"
+    )
 
     add_client(models)
     add_model(add_client(load))

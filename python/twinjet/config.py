@@ -4,6 +4,7 @@
     [admin]                        # who may use AdminService
     [deployments.NAME]             # one engine with one model
     [routes.PUBLIC_NAME]           # which deployments answer for a public model name
+    [mirror]                       # what mirrored requests may cost, and where their answers go
 
 The environment variable of a setting is its path, upper case, joined by two underscores:
 server.port is TWINJET_SERVER__PORT (see twinjet.environment). Order: file, then environment, then flags; the last
@@ -29,7 +30,8 @@ from pydantic import (
 )
 
 from twinjet import environment
-from twinjet.errors import ConfigError
+from twinjet.errors import ConfigError, InvalidRequest
+from twinjet.routing.table import Route, check_route
 from twinjet.scheduler import SchedulerSettings
 from twinjet.settings_tree import did_you_mean, keys_at
 
@@ -38,7 +40,7 @@ LONGEST_S = 1_000_000.0
 
 Bytes = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Duration = Annotated[float, Field(ge=0.001, le=LONGEST_S)]
-Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
 
 
 def _host(text: str) -> str:
@@ -103,7 +105,10 @@ class ServerSettings(_Section):
     tls_cert: File | None = Field(None, description="PEM certificate chain; with tls_key turns TLS on")
     tls_key: File | None = Field(None, description="PEM private key")
     tls_client_ca: File | None = Field(None, description="PEM bundle; clients must show a certificate of it")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus over HTTP; 0 is off")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus and the console over HTTP; 0 is off")
+    console: Literal["loopback", "all", "off"] = Field(
+        "loopback", description="who may look at the console on metrics_port"
+    )
     allow_partial: bool = Field(False, description="go on when a deployment's configuration cannot work")
 
     @model_validator(mode="after")
@@ -148,8 +153,31 @@ class DeploymentSettings(_Section):
 class RouteSettings(_Section):
     """Which deployments answer for a public model name."""
 
-    weights: dict[str, Weight] = Field(min_length=1, description="share of requests by deployment")
+    weights: dict[str, Weight] = Field(min_length=1, description="share of requests by deployment; 0: none")
     fallback: list[str] = Field(default_factory=list, description="tried in order when none of them is ready")
+    sticky: Literal["none", "tenant", "session"] = Field(
+        "none", description="requests of one tenant or session stay at one deployment"
+    )
+    mirror: str = Field("", description="deployment that gets copies of requests; its answers are recorded")
+    mirror_share: float = Field(0.0, ge=0, le=1, description="share of requests that is copied")
+
+    def route(self) -> Route:
+        """Give the route that this section stands for."""
+        return Route(dict(self.weights), tuple(self.fallback), self.sticky, self.mirror, self.mirror_share)
+
+
+class MirrorSettings(_Section):
+    """What mirrored requests may cost and where their answers go. Sizes in bytes."""
+
+    folder: File | None = Field(None, description="records go to files in this folder; unset: none are kept")
+    max_file_bytes: Bytes = Field(64 << 20, description="a record file is followed by another at this size")
+    max_files: int = Field(
+        8, ge=1, le=1_000_000, description="the oldest record file beyond these is deleted"
+    )
+    max_streams: int = Field(16, ge=1, le=65536, description="copies at once; more are dropped")
+    record_prompts: bool = Field(
+        False, description="record prompts and texts too, not only token ids' digests"
+    )
 
 
 class Config(_Section):
@@ -159,16 +187,16 @@ class Config(_Section):
     admin: AdminSettings = AdminSettings()
     deployments: dict[Name, DeploymentSettings] = Field(min_length=1)
     routes: dict[Name, RouteSettings] = Field(default_factory=dict)
+    mirror: MirrorSettings = MirrorSettings()
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Config:
         for name, route in self.routes.items():
-            for target in [*route.weights, *route.fallback]:
-                if target not in self.deployments:
-                    raise ValueError(
-                        f"route {name!r} names deployment {target!r}, which does not exist"
-                        + did_you_mean(target, self.deployments)
-                    )
+            try:
+                check_route(route.route(), self.deployments, "")
+            except InvalidRequest as error:
+                told = "; ".join(f"{v.field}: {v.message}" for v in error.violations)
+                raise ValueError(f"route {name!r}: {told}") from None
         return self
 
     def public_routes(self) -> dict[str, RouteSettings]:
@@ -192,6 +220,16 @@ def load(
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item, origins) for item in error.errors())) from None
+
+
+def deployment_settings(tree: Mapping[str, Any]) -> DeploymentSettings:
+    """Check the settings of one deployment. Raises ConfigError naming the setting."""
+    try:
+        return DeploymentSettings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -27,15 +27,20 @@ from twinjet.client import (
     Client,
     Completion,
     DeadlinePassed,
+    Drained,
     IncompleteStream,
     KvCleared,
     KvRemoved,
     KvStored,
     LoadingProgress,
+    Mirror,
     NotFound,
     Options,
     PartialOutput,
+    PreconditionFailed,
     RetryPolicy,
+    Route,
+    Routes,
     Sampling,
     ServerFailure,
     StreamConsumed,
@@ -321,7 +326,8 @@ METHODS = {
     },
     "AdminService": {
         "GetLoad": "get_load", "Abort": "abort", "ResetPrefixCache": "reset_prefix_cache", "Drain": "drain",
-        "WatchKvEvents": "watch_kv_events",
+        "WatchKvEvents": "watch_kv_events", "GetRoutes": "get_routes", "SetRoute": "set_route",
+        "AddDeployment": "add_deployment", "RemoveDeployment": "remove_deployment",
     },
 }  # fmt: skip
 
@@ -380,6 +386,29 @@ async def test_every_answer_of_the_real_server_is_a_dataclass(h: Harness, real: 
     assert answers[2].waiting == 0
     assert answers[2].tenants == ()
     assert (await real.result(lambda c: c.get_model())).state == "draining"
+
+
+async def test_routes_are_read_and_changed(h: Harness, real: Both) -> None:
+    before = await real.result(lambda c: c.get_routes())
+    assert [(r.model, r.weights) for r in before.routes] == [("fake", {"fake": 1.0})]
+    settings = {"engine": "fake", "options": {"output": "echo"}}
+    await real.result(lambda c: c.add_deployment("other", settings))
+    route = Route("fake", {"fake": 3, "other": 1}, sticky="session")
+    now = await real.result(lambda c: c.get_routes())
+    assert now.deployments == ("fake", "other")
+    revision = await real.result(lambda c: c.set_route(route, revision=now.revision))
+    routes = await real.result(lambda c: c.get_routes())
+    assert routes == Routes(revision, (route,), ("fake", "other"))
+    with pytest.raises(PreconditionFailed) as late:
+        await real.result(lambda c: c.set_route(route, revision=before.revision))
+    assert (late.value.code, late.value.reason) == ("ABORTED", "REVISION_CHANGED")
+    mirrored = Route("fake", {"fake": 1}, mirror=Mirror("other", 0.5))
+    await real.result(lambda c: c.set_route(mirrored))
+    assert (await real.result(lambda c: c.get_routes())).routes == (mirrored,)
+    await real.result(lambda c: c.set_route(Route("fake", {"fake": 1})))
+    assert await real.result(lambda c: c.remove_deployment("other", 0)) == Drained(0, 0)
+    with pytest.raises(ValueError, match="'always' keeps nothing together"):
+        await real.result(lambda c: c.set_route(Route("fake", {"fake": 1}, sticky="always")))
 
 
 async def test_a_drain_counts_what_it_ended(h: Harness, real: Both) -> None:

@@ -98,6 +98,18 @@ CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
     (f"{MODEL}/UnloadAdapter", {"name": "a"}, []),
     (f"{ADMIN}/GetLoad", {}, ['"deployment": "fake"', '"running": 0']),
     (f"{ADMIN}/ResetPrefixCache", {}, ['"done": true']),
+    (f"{ADMIN}/GetRoutes", {}, ['"revision": "1"', '"model": "fake"', '"deployments": ["fake"]']),
+    (
+        f"{ADMIN}/AddDeployment",
+        {"name": "new", "settings": {"engine": "fake", "options": {"max_num_seqs": 4}}},
+        ['"revision": "1"'],
+    ),
+    (
+        f"{ADMIN}/SetRoute",
+        {"route": {"model": "m", "weights": {"fake": 1}, "sticky": "STICKINESS_TENANT"}, "revision": "1"},
+        ['"revision": "2"'],
+    ),
+    (f"{ADMIN}/RemoveDeployment", {"name": "new", "grace": "1s"}, []),
     (f"{ADMIN}/Drain", {"grace": "1s"}, []),
 ]
 

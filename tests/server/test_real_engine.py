@@ -106,8 +106,8 @@ def test_a_stranger_gets_the_capital_of_france_through_reflection_alone(service:
     ("question", "answer"),
     [
         ("What is the capital of France?", "Paris"),
-        ("What is the capital of Spain?", "Madrid"),
         ("What is the capital of Germany?", "Berlin"),
+        ("What is the capital of Japan?", "Tokyo"),
     ],
 )
 def test_a_first_question_has_a_good_answer_at_the_models_own_temperature(

@@ -41,6 +41,7 @@ from twinjet.client._errors import (
     NotSupported,
     Overloaded,
     PartialOutput,
+    PreconditionFailed,
     ServerFailure,
     StreamConsumed,
     TwinjetClientError,
@@ -64,6 +65,7 @@ from twinjet.client._events import (
 )
 from twinjet.client._requests import Constraint, Conversation, Message, Options, Prompt, Sampling
 from twinjet.client._retry import RetryPolicy
+from twinjet.client._routes import Mirror, Route, Routes
 from twinjet.client._sync import Client, Stream
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "Logprob",
     "Message",
     "Metadata",
+    "Mirror",
     "Model",
     "ModelLimits",
     "ModelLoad",
@@ -107,10 +110,13 @@ __all__ = [
     "Output",
     "Overloaded",
     "PartialOutput",
+    "PreconditionFailed",
     "Prompt",
     "PromptLogprobs",
     "Queued",
     "RetryPolicy",
+    "Route",
+    "Routes",
     "Sampling",
     "ServerFailure",
     "Started",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, TypeVar
@@ -46,6 +46,7 @@ from twinjet.client._errors import (
     from_rpc_error,
 )
 from twinjet.client._events import Collector, Completion, Delta, Event, Summary, event_of, usage_of
+from twinjet.client._health import wait_aio
 from twinjet.client._requests import (
     Conversation,
     Options,
@@ -57,11 +58,13 @@ from twinjet.client._requests import (
     generate_request,
     tokenize_request,
 )
-from twinjet.client._retry import Attempts, RetryPolicy
-from twinjet.v1 import admin_pb2, model_pb2, service_pb2_grpc
+from twinjet.client._retry import Attempts, Pause, RetryPolicy
+from twinjet.client._routes import Route, Routes, add_request, route_message, routes_of
+from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
+_Wait = Callable[[Pause], Awaitable[None]]
 _BeginAttempts = Callable[[], Attempts]
 
 
@@ -73,8 +76,9 @@ class AsyncStream:
     carry what had come before; a second reading raises StreamConsumed.
     """
 
-    def __init__(self, open_stream: _OpenStream, begin_attempts: _BeginAttempts) -> None:
+    def __init__(self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts) -> None:
         self._open = open_stream
+        self._wait = wait
         self._begin_attempts = begin_attempts
         self._collector = Collector()
         self._has_begun = False
@@ -169,7 +173,7 @@ class AsyncStream:
                 call.cancel()
             if has_begun:
                 raise error
-            await asyncio.sleep(attempts.delay_after(error))
+            await self._wait(attempts.pause_after(error))
 
 
 class AsyncClient:
@@ -239,11 +243,17 @@ class AsyncClient:
         model: str = "",
         options: Options | None = None,
         continue_final_message: bool = False,
+        parse_control_tokens: bool = False,
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> AsyncStream:
-        """Continue a conversation: Messages or dicts; a plain string is what the user says."""
-        request = chat_request(messages, sampling, options, model, continue_final_message)
+        """Continue a conversation: Messages or dicts; a plain string is what the user says.
+
+        parse_control_tokens: control tokens in the content count as such, instead of being plain text.
+        """
+        request = chat_request(
+            messages, sampling, options, model, continue_final_message, parse_control_tokens
+        )
         return self._stream(self._inference.Chat, request, timeout_s, metadata)
 
     async def batch(
@@ -286,11 +296,12 @@ class AsyncClient:
         *,
         model: str = "",
         add_special_tokens: bool | None = None,
+        parse_control_tokens: bool = False,
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> Tokens:
-        """Give the token ids of a text or a conversation."""
-        request = tokenize_request(text, model, add_special_tokens)
+        """Give the token ids of a text or a conversation. parse_control_tokens: as in chat()."""
+        request = tokenize_request(text, model, add_special_tokens, parse_control_tokens)
         answer = await self._unary(self._inference.Tokenize, request, timeout_s, metadata)
         return Tokens(tuple(answer.token_ids), answer.text, answer.max_context_tokens)
 
@@ -418,6 +429,59 @@ class AsyncClient:
         answer = await self._unary(self._admin.GetLoad, request, timeout_s, metadata)
         return [load_of(load) for load in answer.models]
 
+    async def get_routes(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> Routes:
+        """Tell which deployments answer for each model; needs the admin token or a local server."""
+        request = routing_pb2.GetRoutesRequest()
+        return routes_of(await self._unary(self._admin.GetRoutes, request, timeout_s, metadata))
+
+    async def set_route(
+        self,
+        route: Route,
+        *,
+        revision: int | None = None,
+        remove: bool = False,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> int:
+        """Replace the route of route.model, or remove it; gives the new revision of the routes.
+
+        revision: refused if the routes are at another one by now. Needs the admin token or a local server.
+        """
+        request = routing_pb2.SetRouteRequest(route=route_message(route), revision=revision, remove=remove)
+        return int((await self._unary(self._admin.SetRoute, request, timeout_s, metadata)).revision)
+
+    async def add_deployment(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        public: bool = False,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> int:
+        """Start a deployment and wait until it is ready; gives the revision of the routes.
+
+        settings: those of a [deployments.NAME] section. public: make a route of its name to it. Needs the admin token
+        or a local server.
+        """
+        request = add_request(name, settings, public=public)
+        return int((await self._unary(self._admin.AddDeployment, request, timeout_s, metadata)).revision)
+
+    async def remove_deployment(
+        self,
+        name: str,
+        grace_s: float | None = None,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> Drained:
+        """Drain a deployment that no route names and end its engine; grace_s: as in drain()."""
+        request = routing_pb2.RemoveDeploymentRequest(name=name)
+        if grace_s is not None:
+            request.grace.FromNanoseconds(round(grace_s * 1e9))
+        answer = await self._unary(self._admin.RemoveDeployment, request, timeout_s, metadata)
+        return Drained(answer.finished, answer.ended)
+
     async def abort(
         self, request_id: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> None:
@@ -483,6 +547,7 @@ class AsyncClient:
         time_limit(timeout_s)
         return AsyncStream(
             lambda left_s: method(request, timeout=left_s, metadata=sent),
+            lambda pause: wait_aio(self._channel, request.model, pause),
             lambda: self._attempts(timeout_s),
         )
 
@@ -499,4 +564,4 @@ class AsyncClient:
                 return await method(request, timeout=attempts.remaining_s, metadata=sent)
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-            await asyncio.sleep(attempts.delay_after(error))
+            await wait_aio(self._channel, getattr(request, "model", ""), attempts.pause_after(error))

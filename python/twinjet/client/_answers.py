@@ -102,6 +102,7 @@ class Model:
     block_manager: ComponentInfo | None
     kv_cache: KvCacheInfo | None
     eos_token_ids: tuple[int, ...]
+    settings: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,7 @@ def model_of(model: model_pb2.Model) -> Model:
         block_manager=_component(model.block_manager) if model.HasField("block_manager") else None,
         kv_cache=KvCacheInfo(**_plain(KvCacheInfo, model.kv_cache)) if model.HasField("kv_cache") else None,
         eos_token_ids=tuple(model.eos_token_ids),
+        settings=dict(model.settings),
     )
 
 

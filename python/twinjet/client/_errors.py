@@ -8,8 +8,9 @@ TwinjetClientError
 ├── AccessDenied       PERMISSION_DENIED, UNAUTHENTICATED
 ├── Overloaded         RESOURCE_EXHAUSTED: retry_after_s says when to come back
 ├── Unavailable        UNAVAILABLE: loading, draining, dead or not reachable
-├── DeadlinePassed     DEADLINE_EXCEEDED
+├── DeadlinePassed     DEADLINE_EXCEEDED; reason DEADLINE_UNREACHABLE: refused at once, as it would pass
 ├── Cancelled          CANCELLED: by this client or by an operator
+├── PreconditionFailed FAILED_PRECONDITION, ABORTED: not in the present state; reason says why
 ├── ServerFailure      everything else: the server's fault
 └── IncompleteStream   the stream ended well but without a summary
 """
@@ -122,6 +123,10 @@ class Cancelled(TwinjetClientError):
     """The call was cancelled, by this client or by an operator."""
 
 
+class PreconditionFailed(TwinjetClientError):
+    """The call cannot be done in the present state, of the server or of its own output; reason says why."""
+
+
 class ServerFailure(TwinjetClientError):
     """The server's fault."""
 
@@ -145,6 +150,8 @@ _KINDS: Mapping[grpc.StatusCode, type[TwinjetClientError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlinePassed,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.FAILED_PRECONDITION: PreconditionFailed,
+    grpc.StatusCode.ABORTED: PreconditionFailed,
 }
 
 

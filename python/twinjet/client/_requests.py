@@ -48,6 +48,7 @@ class Options:
     cache_salt: str = ""
     adapter: str = ""
     report_queue: bool | None = None
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +125,18 @@ def sampling_message(sampling: Sampling | None) -> sampling_pb2.SamplingParams |
     if sampling is None:
         return None
     values = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.name != "constraint"}
-    message = _filled(sampling_pb2.SamplingParams(), values, "sampling.")
+    message = filled(sampling_pb2.SamplingParams(), values, "sampling.")
     constraint = sampling.constraint
     if constraint is not None:
         kind: dict[str, Any] = {constraint.kind: constraint.value}
         if constraint.kind == "choice":
-            choice = _filled(
+            choice = filled(
                 sampling_pb2.Choice(), {"values": constraint.choices}, "sampling.constraint.choice."
             )
             kind = {"choice": choice}
         elif constraint.kind == "json_object":
             kind = {"json_object": True}
-        _filled(message.constraint, kind, "sampling.constraint.")
+        filled(message.constraint, kind, "sampling.constraint.")
     return message
 
 
@@ -144,7 +145,7 @@ def options_message(options: Options | None) -> generation_pb2.RequestOptions | 
     if options is None:
         return None
     values = {f.name: getattr(options, f.name) for f in fields(options)}
-    return _filled(generation_pb2.RequestOptions(), values, "options.")
+    return filled(generation_pb2.RequestOptions(), values, "options.")
 
 
 def generate_request(
@@ -156,7 +157,7 @@ def generate_request(
         "sampling": sampling_message(sampling),
         "options": options_message(options),
     }
-    return _filled(generation_pb2.GenerateRequest(), values)
+    return filled(generation_pb2.GenerateRequest(), values)
 
 
 def chat_request(
@@ -165,6 +166,7 @@ def chat_request(
     options: Options | None,
     model: str,
     continue_final_message: bool,
+    parse_control_tokens: bool = False,
 ) -> generation_pb2.ChatRequest:
     """Give a ChatRequest."""
     values = {
@@ -173,17 +175,22 @@ def chat_request(
         "sampling": sampling_message(sampling),
         "options": options_message(options),
         "continue_final_message": continue_final_message or None,
+        "parse_control_tokens": parse_control_tokens or None,
     }
-    return _filled(generation_pb2.ChatRequest(), values)
+    return filled(generation_pb2.ChatRequest(), values)
 
 
 def tokenize_request(
-    text: Conversation, model: str, add_special_tokens: bool | None
+    text: Conversation, model: str, add_special_tokens: bool | None, parse_control_tokens: bool = False
 ) -> tokenization_pb2.TokenizeRequest:
     """Give a TokenizeRequest."""
     what = {"text": text} if isinstance(text, str) else {"messages": _messages(text)}
-    values = what | {"model": model, "add_special_tokens": add_special_tokens}
-    return _filled(tokenization_pb2.TokenizeRequest(), values)
+    values = what | {
+        "model": model,
+        "add_special_tokens": add_special_tokens,
+        "parse_control_tokens": parse_control_tokens or None,
+    }
+    return filled(tokenization_pb2.TokenizeRequest(), values)
 
 
 def detokenize_request(
@@ -191,7 +198,7 @@ def detokenize_request(
 ) -> tokenization_pb2.DetokenizeRequest:
     """Give a DetokenizeRequest."""
     values = {"model": model, "token_ids": token_ids, "skip_special_tokens": skip_special_tokens}
-    return _filled(tokenization_pb2.DetokenizeRequest(), values)
+    return filled(tokenization_pb2.DetokenizeRequest(), values)
 
 
 def embed_request(
@@ -202,13 +209,13 @@ def embed_request(
     values = {
         "model": model,
         "inputs": [
-            _filled(embedding_pb2.EmbedInput(), _prompt(f"inputs[{i}]", prompt), f"inputs[{i}].")
+            filled(embedding_pb2.EmbedInput(), _prompt(f"inputs[{i}]", prompt), f"inputs[{i}].")
             for i, prompt in enumerate(prompts)
         ],
         "dimensions": dimensions,
         "options": options_message(options),
     }
-    return _filled(embedding_pb2.EmbedRequest(), values)
+    return filled(embedding_pb2.EmbedRequest(), values)
 
 
 def _messages(conversation: Conversation) -> list[generation_pb2.ChatMessage]:
@@ -230,7 +237,7 @@ def _message(path: str, turn: Turn) -> generation_pb2.ChatMessage:
         raise _refused(f"{path}.{unknown[0]}", f"is unknown; known: {', '.join(sorted(known))}")
     if missing := sorted({"role", "content"} - values.keys()):
         raise _refused(f"{path}.{missing[0]}", "is missing")
-    return _filled(generation_pb2.ChatMessage(), values, f"{path}.")
+    return filled(generation_pb2.ChatMessage(), values, f"{path}.")
 
 
 def _prompt(path: str, prompt: Prompt) -> dict[str, Any]:
@@ -263,7 +270,7 @@ def _schema_text(schema: object) -> str:
     )
 
 
-def _filled(message: _M, values: Mapping[str, Any], prefix: str = "") -> _M:
+def filled(message: _M, values: Mapping[str, Any], prefix: str = "") -> _M:
     """Set fields; None leaves one unset. Raises BadRequest for a value that does not fit, TypeError for a wrong type."""
     for name, value in values.items():
         if value is None:
