@@ -206,7 +206,7 @@ def _numbers(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[st
 
 
 NUMBERS = [
-    *_numbers(config.ServerSettings, ("server",)),
+    *_numbers(config.Config, ()),
     *_numbers(config.DeploymentSettings, ("deployments", "a")),
 ]
 EXTREMES = [

@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from twinjet.client import BadRequest, Client, Constraint, Message, Options, Sampling
+from twinjet.client import BadRequest, Client, Constraint, Message, Options, Route, Sampling
 from twinjet.client._calls import merged_metadata, time_limit
 from twinjet.client._requests import (
     chat_request,
@@ -184,6 +184,34 @@ def test_other_requests_name_their_fields_too() -> None:
     assert refused(lambda: embed_request(["x", [2**31]], None, None, "")) == "inputs[1].token_ids"
     assert refused(lambda: detokenize_request([2**31], "", None)) == "token_ids"
     assert refused(lambda: tokenize_request("\ud800", "", None)) == "text"
+
+
+@pytest.mark.parametrize(
+    ("use", "field"),
+    [
+        (lambda c: c.get_model("\ud800"), "model"),
+        (lambda c: c.wait_ready("\ud800"), "model"),
+        (lambda c: c.get_load("\ud800"), "model"),
+        (lambda c: c.adapters("\ud800"), "model"),
+        (lambda c: c.load_adapter("a", "\ud800"), "path"),
+        (lambda c: c.unload_adapter("\ud800"), "name"),
+        (lambda c: c.abort("\ud800"), "request_id"),
+        (lambda c: c.reset_prefix_cache("\ud800"), "model"),
+        (lambda c: list(c.watch_kv_events("\ud800")), "model"),
+        (lambda c: c.drain(float("inf")), "grace"),
+        (lambda c: c.drain(float("nan")), "grace"),
+        (lambda c: c.remove_deployment("a", 1e300), "grace"),
+        (lambda c: c.remove_deployment("\ud800"), "name"),
+        (lambda c: c.add_deployment("\ud800", {}), "name"),
+        (lambda c: c.set_route(Route("\ud800")), "route.model"),
+        (lambda c: c.set_route(Route("m", {"\ud800": 1})), "route.weights"),
+        (lambda c: c.set_route(Route("m"), revision=-1), "revision"),
+    ],
+)
+def test_calls_of_every_kind_name_their_fields(use: Any, field: str) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(BadRequest) as caught:
+        use(client)
+    assert caught.value.violations[0].field == field
 
 
 @pytest.mark.parametrize("prompt", [b"text", None, 5, {"a": 1}])

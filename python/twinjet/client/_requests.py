@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 
 from twinjet.client._errors import BadRequest, Violation
@@ -24,6 +25,9 @@ _BOUNDS = {
     FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
     FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
 }
+
+_LONGEST_S = 315_576_000_000
+"""Longest google.protobuf.Duration: ten thousand years."""
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
 
@@ -268,6 +272,17 @@ def _schema_text(schema: object) -> str:
         "a JSON schema must be JSON text, a dict, or a pydantic model or TypeAdapter, "
         f"not {type(schema).__name__}"
     )
+
+
+def duration(path: str, seconds: float | None) -> Duration | None:
+    """Give a duration, None for None. Raises BadRequest for one that the message cannot carry."""
+    if seconds is None:
+        return None
+    if not abs(seconds) <= _LONGEST_S:
+        raise _refused(path, f"{seconds:g} s is out of range; allowed: up to {_LONGEST_S:g} s")
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
 
 
 def filled(message: _M, values: Mapping[str, Any], prefix: str = "") -> _M:

@@ -57,7 +57,9 @@ from twinjet.client._requests import (
     Sampling,
     chat_request,
     detokenize_request,
+    duration,
     embed_request,
+    filled,
     generate_request,
     tokenize_request,
 )
@@ -376,7 +378,7 @@ class Client:
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> Model:
         """Describe one model; answers while it loads."""
-        request = model_pb2.GetModelRequest(model=model)
+        request = filled(model_pb2.GetModelRequest(), {"model": model})
         return model_of((self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
 
     def wait_ready(
@@ -394,7 +396,7 @@ class Client:
         """
         limit_s = self._timeout_s if timeout_s is None else time_limit(timeout_s)
         attempts = Attempts(RetryPolicy(attempts=1), limit_s)
-        sent, request = self._call_metadata(metadata), model_pb2.GetModelRequest(model=model)
+        sent, request = self._call_metadata(metadata), filled(model_pb2.GetModelRequest(), {"model": model})
         last: LoadingProgress | None = None
         while True:
             try:
@@ -427,7 +429,7 @@ class Client:
         metadata: Metadata | None = None,
     ) -> bool:
         """Load a LoRA adapter from a folder on the server; True if it was loaded before."""
-        request = model_pb2.LoadAdapterRequest(model=model, name=name, path=path)
+        request = filled(model_pb2.LoadAdapterRequest(), {"model": model, "name": name, "path": path})
         answer = self._unary(self._models.LoadAdapter, request, timeout_s, metadata)
         return bool(answer.already_loaded)
 
@@ -440,14 +442,14 @@ class Client:
         metadata: Metadata | None = None,
     ) -> None:
         """Remove a LoRA adapter."""
-        request = model_pb2.UnloadAdapterRequest(model=model, name=name)
+        request = filled(model_pb2.UnloadAdapterRequest(), {"model": model, "name": name})
         self._unary(self._models.UnloadAdapter, request, timeout_s, metadata)
 
     def adapters(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[Adapter]:
         """List the LoRA adapters of a model, by name."""
-        request = model_pb2.ListAdaptersRequest(model=model)
+        request = filled(model_pb2.ListAdaptersRequest(), {"model": model})
         answer = self._unary(self._models.ListAdapters, request, timeout_s, metadata)
         return [adapter_of(adapter) for adapter in answer.adapters]
 
@@ -455,7 +457,7 @@ class Client:
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[ModelLoad]:
         """Report queues, running requests, KV blocks and speeds; needs the admin token or a local server."""
-        request = admin_pb2.GetLoadRequest(model=model)
+        request = filled(admin_pb2.GetLoadRequest(), {"model": model})
         answer = self._unary(self._admin.GetLoad, request, timeout_s, metadata)
         return [load_of(load) for load in answer.models]
 
@@ -477,7 +479,8 @@ class Client:
 
         revision: refused if the routes are at another one by now. Needs the admin token or a local server.
         """
-        request = routing_pb2.SetRouteRequest(route=route_message(route), revision=revision, remove=remove)
+        values = {"route": route_message(route), "revision": revision, "remove": remove}
+        request = filled(routing_pb2.SetRouteRequest(), values)
         return int((self._unary(self._admin.SetRoute, request, timeout_s, metadata)).revision)
 
     def add_deployment(
@@ -506,9 +509,8 @@ class Client:
         metadata: Metadata | None = None,
     ) -> Drained:
         """Drain a deployment that no route names and end its engine; grace_s: as in drain()."""
-        request = routing_pb2.RemoveDeploymentRequest(name=name)
-        if grace_s is not None:
-            request.grace.FromNanoseconds(round(grace_s * 1e9))
+        values = {"name": name, "grace": duration("grace", grace_s)}
+        request = filled(routing_pb2.RemoveDeploymentRequest(), values)
         answer = self._unary(self._admin.RemoveDeployment, request, timeout_s, metadata)
         return Drained(answer.finished, answer.ended)
 
@@ -516,14 +518,14 @@ class Client:
         self, request_id: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> None:
         """End a request, whoever sent it; needs the admin token or a local server."""
-        request = admin_pb2.AbortRequest(request_id=request_id)
+        request = filled(admin_pb2.AbortRequest(), {"request_id": request_id})
         self._unary(self._admin.Abort, request, timeout_s, metadata)
 
     def reset_prefix_cache(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> bool:
         """Forget cached prefixes; False if running requests hold some. Needs the admin token or a local server."""
-        request = admin_pb2.ResetPrefixCacheRequest(model=model)
+        request = filled(admin_pb2.ResetPrefixCacheRequest(), {"model": model})
         return bool((self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata)).done)
 
     def drain(
@@ -537,9 +539,7 @@ class Client:
 
         grace_s: how long they may go on, None is the server's own time.
         """
-        request = admin_pb2.DrainRequest()
-        if grace_s is not None:
-            request.grace.FromNanoseconds(round(grace_s * 1e9))
+        request = filled(admin_pb2.DrainRequest(), {"grace": duration("grace", grace_s)})
         answer = self._unary(self._admin.Drain, request, timeout_s, metadata)
         return Drained(answer.finished, answer.ended)
 
@@ -550,7 +550,7 @@ class Client:
 
         Raises IncompleteStream when a batch was missed: forget what you know and watch again.
         """
-        request, expected = admin_pb2.WatchKvEventsRequest(model=model), 1
+        request, expected = filled(admin_pb2.WatchKvEventsRequest(), {"model": model}), 1
         left_s = self._attempts(timeout_s).remaining_s
         call: Any = self._admin.WatchKvEvents(request, timeout=left_s, metadata=self._call_metadata(metadata))
         try:
