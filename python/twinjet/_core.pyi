@@ -444,6 +444,58 @@ class CudaSampler:  # only where HAS_CUDA
         stream: int,
     ) -> None: ...
 
+class SeatReceipt:  # only where HAS_CUDA
+    # The statuses of one draw, uint32 [rows]; once, from any thread. Waits for the draw if it is not over.
+    def read(self) -> npt.NDArray[np.uint32]: ...
+
+class SeatSampler:  # only where HAS_CUDA
+    # Draws for requests that keep their state on the device; see csrc/sampler/cuda/seat_sampler.h.
+    # Addresses are of device memory that stays until the draw is over; 0 where a result is not wanted.
+    def __init__(self, device: int, vocab_size: int, max_rows: int) -> None: ...
+    def put(self, seat: int, request: SamplerRequest) -> None: ...
+    def remove(self, seat: int) -> None: ...
+    def num_outputs(self, seat: int) -> int: ...
+    # The first row whose seat is empty, -1 if none is.
+    def first_empty(self, seats: npt.NDArray[np.int64]) -> int: ...
+    # Seats by request id (-1: none), and the rows without a seat or with another number of output tokens
+    # than the list output_token_ids of their state has.
+    def match(
+        self, request_ids: list[str], states: dict[str, object], seats: dict[str, int]
+    ) -> tuple[npt.NDArray[np.int64], list[int]]: ...
+    # advances: rows whose token becomes part of the output. dtype: 0 float32, 1 float16, 2 bfloat16.
+    def draw(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        logits: int,
+        row_stride: int,
+        dtype: int,
+        token_ids: int,
+        status: int,
+        tokens64: int,
+        tokens32: int,
+        num_sampled: int,
+        num_rejected: int,
+        num_logprobs: int,
+        processed_logprobs: bool,
+        top_ids: int,
+        top_logprobs: int,
+        ranks: int,
+        stream: int,
+    ) -> SeatReceipt: ...
+    # Enters tokens that another sampler drew; seat -1: a row without one. bits: 32 or 64.
+    def follow(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        tokens: int,
+        stride: int,
+        bits: int,
+        stream: int,
+    ) -> None: ...
+    # How often the host had to wait for the device: "buffers", "memory", "results".
+    def waits(self) -> dict[str, int]: ...
+
 class Sampler:
     def __init__(self, num_threads: int = 0, target: str = "") -> None: ...
     def sample(
@@ -614,6 +666,10 @@ class Stream:
     @property
     def num_outputs(self) -> int: ...
     @property
+    def blocked_since(self) -> float | None:
+        """Since when the call that carries the stream has had no room for what waits."""
+
+    @property
     def first_token_at(self) -> float | None: ...
     @property
     def last_token_at(self) -> float: ...
@@ -684,6 +740,7 @@ class Pump:
         key: int,
         num_cached_tokens: int | None,
         logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        now: float,
     ) -> None:
         """Put what an engine that makes text itself tells of the prompt."""
 
@@ -949,6 +1006,43 @@ class DecodeBatch:
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
 
+# vLLM's engine core: its messages.
+
+class WireError(ValueError):
+    """A message is not what the tested vLLM sends."""
+
+class CoreOutputs:
+    """The last message of a vLLM engine core, decoded: EngineCoreOutputs. For one thread at a time."""
+
+    def __init__(self) -> None: ...
+    def decode(self, frames: Sequence[bytes | memoryview]) -> None:
+        """Decode a message and the frames of its tensors; runs without the GIL. Raises WireError."""
+
+    def rows(self) -> list[tuple[int, list[int], tuple[Any, ...] | None]]:
+        """Give (key, token ids, rest) for each output whose request id carries a key.
+
+        rest: None for tokens alone; else (finish, cause, cached, logprobs, prompt logprobs). finish: 0 none,
+        1 stop, 2 length, 3 aborted, 4 failed. cause: stop token, stop string or None. cached: prompt tokens
+        from the prefix cache, -1 not known, None if the row does not tell of the prompt. logprobs: for each
+        token ([(token id, logprob), ...], rank of the first), or None.
+        """
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """Running and waiting requests and the share of KV blocks in use; None if the message has none."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool:
+        """The message answers a utility call."""
+
+    @property
+    def has_pooling(self) -> bool:
+        """At least one output is a vector."""
+
 # Only where the door is built.
 class DoorCall:
     """A handle to a client's call; without effect once the call is over."""
@@ -965,6 +1059,8 @@ class DoorCall:
     def reset(self) -> None: ...
     def acknowledge(self, num_bytes: int, /) -> None:
         """A request message of so many bytes is no longer held."""
+    def carry(self, stream: Stream) -> None:
+        """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
 class Door:
