@@ -111,7 +111,10 @@ def handlers() -> grpc.GenericRpcHandler:
         behaviour = getattr(servicer, method.name, None)
         if behaviour is None:
             continue
-        kinds = ("stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary")
+        kinds = (
+            "stream" if method.client_streaming else "unary",
+            "stream" if method.server_streaming else "unary",
+        )
         make = getattr(grpc, f"{kinds[0]}_{kinds[1]}_rpc_method_handler")
         made[method.name] = make(
             behaviour,

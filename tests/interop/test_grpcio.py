@@ -98,9 +98,7 @@ async def test_client_streaming(client: Client) -> None:
 
 
 async def test_server_streaming(client: Client) -> None:
-    request = message("StreamingOutputCallRequest")(
-        response_parameters=[{"size": size} for size, _ in SIZES]
-    )
+    request = message("StreamingOutputCallRequest")(response_parameters=[{"size": size} for size, _ in SIZES])
     assert [len(r.payload.body) async for r in client.output(request)] == [size for size, _ in SIZES]
 
 
