@@ -67,17 +67,16 @@ int Serve(size_t num_streams, int num_tokens, size_t num_bytes) {
   std::printf("%d\n", port);
   std::fflush(stdout);
   const std::string message(num_bytes, 'm');
-  while (true) {
-    const std::vector<CallRef> calls = streams.Take();
-    std::vector<Outgoing> step;
-    for (const CallRef& call : calls) step.push_back({call, message});
-    for (int i = 0; i < num_tokens; ++i) {
-      door.WriteAll(step);
-      char done = 0;
-      if (read(STDIN_FILENO, &done, 1) != 1) return 0;
-    }
-    for (const CallRef& call : calls) Finish(call, {});
+  const std::vector<CallRef> calls = streams.Take();
+  std::vector<Outgoing> step;
+  for (const CallRef& call : calls) step.push_back({call, message});
+  char done = 0;
+  for (int i = 0; i < num_tokens; ++i) {
+    door.WriteAll(step);
+    if (read(STDIN_FILENO, &done, 1) != 1) return 1;
   }
+  for (const CallRef& call : calls) Finish(call, {});
+  return read(STDIN_FILENO, &done, 1) == 0 ? 0 : 1;
 }
 
 // Seconds of CPU that a process's threads have used. Threads must not end between two readings.

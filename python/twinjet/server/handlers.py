@@ -45,8 +45,13 @@ def _handler(
     return make(
         _guarded(method.name, behaviour, metrics),
         request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
-        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        response_serializer=_serialize,
     )
+
+
+def _serialize(message: Any) -> bytes:
+    """Streams write ready bytes; everything else is a message."""
+    return message if type(message) is bytes else message.SerializeToString()
 
 
 def _guarded(name: str, behaviour: Behaviour, metrics: Metrics) -> Behaviour:

@@ -27,6 +27,7 @@ from twinjet.server.live import LiveRequests
 from twinjet.server.metrics import Metrics
 from twinjet.server.models import ModelServicer
 from twinjet.server.reflection import add_reflection
+from twinjet.server.web import Web
 from twinjet.v1 import service_pb2
 
 logger = logging.getLogger("twinjet.server")
@@ -58,6 +59,7 @@ class Server:
         self.live = LiveRequests()
         self.metrics = Metrics()
         self.mirror = _mirror(config.mirror)
+        self._web: Web | None = None
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
         self._health = health_aio.HealthServicer()
@@ -71,7 +73,7 @@ class Server:
         self.address = self._door.bind()
         if self.config.server.metrics_port:
             self.metrics.watch(self.deployments)
-            self.metrics.listen(self.config.server.host, self.config.server.metrics_port)
+            self._web = self._listen_http()
         for name in ["", *self.deployments.models, *(s.full_name for s in _SERVICES)]:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._door.start()
@@ -125,6 +127,8 @@ class Server:
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
             await deployment.supervisor.stop()
+        if self._web is not None:
+            await asyncio.to_thread(self._web.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -166,6 +170,18 @@ class Server:
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
         ]
         add_reflection(self._door, names)
+
+    def _listen_http(self) -> Web:
+        settings = self.config.server
+        web = Web(self.deployments, self.metrics, settings.console)
+        try:
+            web.listen(settings.host, settings.metrics_port)
+        except OSError as error:
+            raise ConfigError(
+                f"server.metrics_port: cannot listen on {settings.host} port {settings.metrics_port}: "
+                f"{error.strerror or error}"
+            ) from error
+        return web
 
     def _model_changed(self, model: str) -> None:
         self._health_updates.put_nowait(model)

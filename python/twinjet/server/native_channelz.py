@@ -49,6 +49,7 @@ class NativeChannelz(channelz.aio.ChannelzServicer):  # type: ignore[misc]
         found: Any = next((c for c in self._connections() if c["id"] == request.socket_id), None)
         if found is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no socket {request.socket_id}")
+        assert found is not None, "abort raises"
         return channelz_pb2.GetSocketResponse(socket=_socket(found))
 
     def _server(self) -> Any:
