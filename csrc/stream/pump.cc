@@ -113,7 +113,13 @@ void Pump::Note(SequenceKey key, Slot& slot, const Effect& effect) {
   if (effect.is_over) happenings |= kOver;
   if (effect.has_failed) happenings |= kFailed;
   if (effect.has_overflowed) happenings |= kOverflowed;
-  if (effect.is_awaited) happenings |= kAwaited;
+  if (effect.is_awaited) {
+    if (Sender* sender = slot.stream->Forward()) {
+      to_flush_.push_back(sender);
+    } else {
+      happenings |= kAwaited;
+    }
+  }
   if (effect.has_ended_early) ended_early_.push_back(key);
   if (effect.num_tokens > 0) {
     slot.fresh[OutputOf(key)] += effect.num_tokens;
@@ -131,6 +137,9 @@ void Pump::Note(SequenceKey key, Slot& slot, const Effect& effect) {
 }
 
 void Pump::Wake(std::unique_lock<std::mutex>* lock) {
+  // After all streams of the step, so that those of one connection leave together.
+  for (Sender* sender : to_flush_) sender->Flush();
+  to_flush_.clear();
   if (is_told_ || !notify_ || (dirty_.empty() && ended_early_.empty())) return;
   is_told_ = true;
   lock->unlock();

@@ -40,7 +40,7 @@ enum Happening : uint32_t {
   kOver = 8,         // every output has ended
   kFailed = 16,      // the engine ended an output irregularly
   kOverflowed = 32,  // the client reads too slowly
-  kAwaited = 64,     // messages are ready that somebody waits for
+  kAwaited = 64,     // messages are ready that somebody waits for, and their stream could not send them
 };
 
 struct Report {
@@ -104,6 +104,7 @@ class Pump {
   std::vector<uint32_t> free_;
   std::vector<uint32_t> dirty_;
   std::vector<SequenceKey> ended_early_;
+  std::vector<Sender*> to_flush_;  // of this step; alive because their streams are
   int64_t num_steps_ = 0;
   bool is_told_ = false;
   Report report_;

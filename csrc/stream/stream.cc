@@ -185,6 +185,11 @@ bool Stream::Take(std::vector<std::string>* messages) {
     is_awaited_ = true;
     return false;
   }
+  TakeLocked(messages);
+  return true;
+}
+
+void Stream::TakeLocked(std::vector<std::string>* messages) {
   for (Item& item : items_) {
     if (item.kind != Item::Kind::kDelta) {
       messages->push_back(std::move(item.message));
@@ -203,7 +208,22 @@ bool Stream::Take(std::vector<std::string>* messages) {
   }
   items_.clear();
   num_pending_bytes_ = 0;
-  return true;
+}
+
+void Stream::SendThrough(std::shared_ptr<Sender> sender) {
+  std::lock_guard lock(mutex_);
+  sender_ = std::move(sender);
+}
+
+Sender* Stream::Forward() {
+  std::lock_guard lock(mutex_);
+  if (!sender_ || items_.empty() || !sender_->HasRoom()) return nullptr;
+  std::vector<std::string> messages;
+  TakeLocked(&messages);
+  // Sent under the lock: a Take() that came between would be overtaken.
+  sender_->Send(messages);
+  is_awaited_ = true;
+  return sender_.get();
 }
 
 std::optional<PromptNews> Stream::TakePrompt() {

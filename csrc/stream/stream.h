@@ -47,6 +47,17 @@ struct Effect {
   bool is_awaited = false;       // a Take() came back empty and there is something now
 };
 
+// Where a stream's messages can go in the thread of the step that made them, for a client that keeps up.
+class Sender {
+ public:
+  virtual ~Sender() = default;
+  // Whether the client has taken enough of what was sent before.
+  virtual bool HasRoom() const = 0;
+  // Takes messages on; they may lie until Flush(). Called with the stream's lock held, so it must be quick.
+  virtual void Send(const std::vector<std::string>& messages) = 0;
+  virtual void Flush() = 0;
+};
+
 class Stream {
  public:
   // arrived_at: seconds of the clock that all times here are of. max_pending_bytes: of unsent tokens.
@@ -70,6 +81,12 @@ class Stream {
   // Takes.
   // Appends the messages that are ready; false, and the next put is told to be awaited, if there are none.
   bool Take(std::vector<std::string>* messages);
+  // From now on messages that a Take() waits for go to `sender` if it has room, and the Take() goes on
+  // waiting. Whoever takes must have passed on what it took before it takes again.
+  void SendThrough(std::shared_ptr<Sender> sender);
+  // Sends what is ready, after a put that was awaited. Gives the sender, to be flushed; null: it has no room
+  // or there is none, and the taker must be woken.
+  Sender* Forward();
   // The same, not encoded. What the engine told of the prompt is given once.
   std::optional<PromptNews> TakePrompt();
   void TakeDeltas(std::vector<Delta>* deltas);
@@ -99,6 +116,7 @@ class Stream {
   };
 
   bool Awaken();
+  void TakeLocked(std::vector<std::string>* messages);
   void PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
   Delta& PendingOf(uint32_t output_index);
   void NoteTokens(double now, Effect* effect);
@@ -123,6 +141,7 @@ class Stream {
   int64_t num_pending_bytes_ = 0;
   bool reads_deltas_ = false;
   std::optional<PromptNews> prompt_news_;  // with reads_deltas_
+  std::shared_ptr<Sender> sender_;
   bool is_awaited_ = false;
   bool is_dropped_ = false;
   double dispatched_at_;

@@ -965,6 +965,8 @@ class DoorCall:
     def reset(self) -> None: ...
     def acknowledge(self, num_bytes: int, /) -> None:
         """A request message of so many bytes is no longer held."""
+    def carry(self, stream: Stream, /) -> None:
+        """Send the stream's messages as they come up, whenever take() waits for them and there is room."""
     def compress(self) -> None: ...
 
 class Door:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import grpc
 from grpc_channelz.v1 import channelz
@@ -13,6 +13,7 @@ from twinjet.errors import ConfigError
 from twinjet.server.binding import server_credentials, why_not
 
 if TYPE_CHECKING:
+    from twinjet import _core
     from twinjet.config import ServerSettings
 
 logger = logging.getLogger("twinjet.server")
@@ -47,6 +48,13 @@ class Door(HandlerRegistry, Protocol):
 
     async def stop(self, grace_s: float) -> None:
         """Let running calls go on for grace_s, end the rest and close everything."""
+
+
+@runtime_checkable
+class Carrier(Protocol):
+    """A call's context that can send a stream's messages without Python; see native_door.CallContext."""
+
+    def carry(self, stream: _core.Stream) -> None: ...
 
 
 class GrpcDoor:

@@ -19,6 +19,7 @@ from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve
 from twinjet.scheduler import orca_report
 from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
+from twinjet.server.doors import Carrier
 from twinjet.server.grammar import check_constraint
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
@@ -238,6 +239,8 @@ class InferenceServicer:
         key = object()
         with self._live.hold(key):
             await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
+            if isinstance(context, Carrier):
+                context.carry(stream)
             ticket = deployment.dispatcher.open(
                 request,
                 stream,

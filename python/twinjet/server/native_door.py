@@ -154,6 +154,14 @@ class CallContext(_Base):
         if self._num_writes % _WRITES_A_TURN == 0:
             await asyncio.sleep(0)
 
+    def carry(self, stream: _core.Stream) -> None:
+        """Let the stream's messages go to the client in the thread of the engine's step, while it keeps up.
+
+        To be called after send_initial_metadata(). Messages that the handler takes from the stream are for it
+        to write, before it takes again.
+        """
+        self._call.carry(stream)
+
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
         self._must_be_open()
         if self._are_headers_sent:
