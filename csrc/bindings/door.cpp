@@ -7,10 +7,12 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <map>
 #include <mutex>
 #include <system_error>
 
 #include "bindings.h"
+#include "door/carrier.h"
 #include "stream/stream.h"
 
 namespace py = pybind11;
@@ -55,23 +57,6 @@ py::tuple ShowMetadata(const Metadata& metadata) {
 struct PyCall {
   CallRef call;
   size_t write_ahead_bytes;
-};
-
-// Sends a stream's messages to its call in the thread of the engine's step.
-class CallSender final : public stream::Sender {
- public:
-  explicit CallSender(const PyCall& call) : call_(call) {}
-  bool HasRoom() const override {
-    return !call_.call->is_over() &&
-           call_.call->unsent_bytes() <= static_cast<int64_t>(call_.write_ahead_bytes);
-  }
-  void Send(const std::vector<std::string>& messages) override {
-    for (const std::string& message : messages) call_.call->mailbox()->PostQuietly(call_.call, message);
-  }
-  void Flush() override { call_.call->mailbox()->Flush(); }
-
- private:
-  const PyCall call_;
 };
 
 class PyDoor final : private door::EventSink {
@@ -220,13 +205,18 @@ void BindDoor(py::module_& module) {
              door::Finish(self.call, {code, message, ReadMetadata(metadata)});
            })
       .def("reset", [](const PyCall& self) { door::Reset(self.call); })
-      .def("acknowledge", [](const PyCall& self, size_t bytes) { door::Acknowledge(self.call, bytes); })
       .def(
           "carry",
           [](const PyCall& self, stream::Stream& stream) {
-            stream.SendThrough(std::make_shared<CallSender>(self));
+            static std::mutex mutex;
+            static std::map<size_t, std::shared_ptr<door::StreamCarrier>> carriers;
+            const std::lock_guard lock(mutex);
+            std::shared_ptr<door::StreamCarrier>& carrier = carriers[self.write_ahead_bytes];
+            if (!carrier) carrier = std::make_shared<door::StreamCarrier>(self.write_ahead_bytes);
+            stream.Attach(carrier, self.call);
           },
-          "Send the stream's messages as they come up, whenever take() waits for them and there is room.")
+          py::arg("stream"), "Send what steps put into the stream, whenever it is awaited; see Stream.")
+      .def("acknowledge", [](const PyCall& self, size_t bytes) { door::Acknowledge(self.call, bytes); })
       .def("compress", [](const PyCall& self) { door::CompressAnswers(self.call); });
 
   py::class_<PyDoor>(module, "Door", "A gRPC server; keyword arguments as csrc/door/options.h has them.")

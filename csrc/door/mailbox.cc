@@ -66,22 +66,6 @@ void Mailbox::PostMessage(const CallRef& call, std::string_view bytes) {
   if (was_empty) Wake();
 }
 
-void Mailbox::PostQuietly(const CallRef& call, std::string_view bytes) {
-  const std::lock_guard lock(mutex_);
-  if (is_closed_) return;
-  // Where mail lay already, whoever put it there wakes the loop.
-  needs_wake_ |= mail_.commands.empty();
-  Add(call, bytes);
-}
-
-void Mailbox::Flush() {
-  {
-    const std::lock_guard lock(mutex_);
-    if (!std::exchange(needs_wake_, false)) return;
-  }
-  Wake();
-}
-
 void Mailbox::PostMessages(std::span<const Outgoing> messages) {
   bool is_first = false;
   {

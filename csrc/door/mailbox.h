@@ -53,9 +53,6 @@ class Mailbox {
   void PostMessage(const CallRef& call, std::string_view bytes);
   // Posts those messages whose calls belong to this mailbox.
   void PostMessages(std::span<const Outgoing> messages);
-  // As PostMessage, but the loop may not look before Flush.
-  void PostQuietly(const CallRef& call, std::string_view bytes);
-  void Flush();
   void Wake();
   // Drops what lies here and whatever comes later.
   void Close();
@@ -70,7 +67,6 @@ class Mailbox {
   std::mutex mutex_;
   // Guarded by mutex_.
   Mail mail_;
-  bool needs_wake_ = false;
   bool is_closed_ = false;
 };
 

@@ -5,10 +5,11 @@
 //   Report& report = pump.Collect(ledger);            // the thread of the scheduler, when it gets to it
 //   pump.Remove(first);
 //
-// A step does everything that is per token: text, ends, merging, counting. What the scheduler must hear of
-// waits for Collect(): requests whose prompt is done, that got their first tokens, that are about to leave,
-// that are over; and sums. Thread-safe, but Collect() and what it touches belong to one thread; and so does
-// everything where the vocabulary is a function (Joining::kFunction), which may take other locks than these.
+// A step does everything that is per token: text, ends, merging, counting, and, for streams with a carrier,
+// sending. What the scheduler must hear of waits for Collect(): requests whose prompt is done, that got their
+// first tokens, that are about to leave, that are over; and sums. Thread-safe, but Collect() and what it
+// touches belong to one thread; and so does everything where the vocabulary is a function
+// (Joining::kFunction), which may take other locks than these.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,7 @@ enum Happening : uint32_t {
   kOver = 8,         // every output has ended
   kFailed = 16,      // the engine ended an output irregularly
   kOverflowed = 32,  // the client reads too slowly
-  kAwaited = 64,     // messages are ready that somebody waits for, and their stream could not send them
+  kAwaited = 64,     // messages are ready that somebody waits for
 };
 
 struct Report {
@@ -76,7 +77,8 @@ class Pump {
   void Step(const StepOutputs& outputs, double now);
   // For engines that make text and ends themselves.
   void PutMade(SequenceKey first, Delta delta, double now);
-  void PutPrompt(SequenceKey first, std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
+  void PutPrompt(SequenceKey first, std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs,
+                 double now);
 
   // Books tokens into the ledger, if any, and gives what there is to tell; valid until the next call.
   const Report& Collect(sched::KvLedger* ledger);
@@ -95,7 +97,8 @@ class Pump {
   };
 
   Slot* Find(SequenceKey key);
-  void Note(SequenceKey key, Slot& slot, const Effect& effect);
+  void Note(SequenceKey key, Slot& slot, Effect effect, double now);
+  void CarryParcels();
   void Wake(std::unique_lock<std::mutex>* lock);
 
   std::function<void()> notify_;
@@ -104,9 +107,10 @@ class Pump {
   std::vector<uint32_t> free_;
   std::vector<uint32_t> dirty_;
   std::vector<SequenceKey> ended_early_;
-  std::vector<Sender*> to_flush_;  // of this step; alive because their streams are
   int64_t num_steps_ = 0;
   bool is_told_ = false;
+  std::shared_ptr<Carrier> carrier_;      // of parcels_
+  std::vector<Carrier::Parcel> parcels_;  // of one call
   Report report_;
 };
 

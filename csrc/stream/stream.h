@@ -8,12 +8,14 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "stream/carrier.h"
 #include "stream/output.h"
 #include "stream/responses.h"
 #include "stream/step_outputs.h"
@@ -47,17 +49,6 @@ struct Effect {
   bool is_awaited = false;       // a Take() came back empty and there is something now
 };
 
-// Where a stream's messages can go in the thread of the step that made them, for a client that keeps up.
-class Sender {
- public:
-  virtual ~Sender() = default;
-  // Whether the client has taken enough of what was sent before.
-  virtual bool HasRoom() const = 0;
-  // Takes messages on; they may lie until Flush(). Called with the stream's lock held, so it must be quick.
-  virtual void Send(const std::vector<std::string>& messages) = 0;
-  virtual void Flush() = 0;
-};
-
 class Stream {
  public:
   // arrived_at: seconds of the clock that all times here are of. max_pending_bytes: of unsent tokens.
@@ -78,15 +69,19 @@ class Stream {
   // The same for an engine that makes text and ends itself. ending.text is copied.
   Effect PutMade(Delta delta, double now);
 
+  // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
+  // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.
+  void Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call);
+  // For the pump, after an Effect with is_awaited: appends what is to be carried. False: nobody carries, so
+  // whoever waits must be woken.
+  bool TakeParcels(double now, std::vector<Carrier::Parcel>* parcels);
+  std::shared_ptr<Carrier> carrier() const;
+  // Since when the carrier has had no room for what waits; unset if nothing does.
+  std::optional<double> blocked_since() const;
+
   // Takes.
   // Appends the messages that are ready; false, and the next put is told to be awaited, if there are none.
   bool Take(std::vector<std::string>* messages);
-  // From now on messages that a Take() waits for go to `sender` if it has room, and the Take() goes on
-  // waiting. Whoever takes must have passed on what it took before it takes again.
-  void SendThrough(std::shared_ptr<Sender> sender);
-  // Sends what is ready, after a put that was awaited. Gives the sender, to be flushed; null: it has no room
-  // or there is none, and the taker must be woken.
-  Sender* Forward();
   // The same, not encoded. What the engine told of the prompt is given once.
   std::optional<PromptNews> TakePrompt();
   void TakeDeltas(std::vector<Delta>* deltas);
@@ -115,8 +110,8 @@ class Stream {
     uint32_t output_index = 0;
   };
 
+  void EncodeItems(const std::function<void(std::string)>& add);
   bool Awaken();
-  void TakeLocked(std::vector<std::string>* messages);
   void PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
   Delta& PendingOf(uint32_t output_index);
   void NoteTokens(double now, Effect* effect);
@@ -139,9 +134,11 @@ class Stream {
   std::deque<Item> items_;
   uint32_t num_open_;
   int64_t num_pending_bytes_ = 0;
+  std::shared_ptr<Carrier> carrier_;
+  std::shared_ptr<void> call_;
+  std::optional<double> blocked_since_;
   bool reads_deltas_ = false;
   std::optional<PromptNews> prompt_news_;  // with reads_deltas_
-  std::shared_ptr<Sender> sender_;
   bool is_awaited_ = false;
   bool is_dropped_ = false;
   double dispatched_at_;

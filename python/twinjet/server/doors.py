@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from grpc_channelz.v1 import channelz
@@ -13,7 +13,6 @@ from twinjet.errors import ConfigError
 from twinjet.server.binding import server_credentials, why_not
 
 if TYPE_CHECKING:
-    from twinjet import _core
     from twinjet.config import ServerSettings
 
 logger = logging.getLogger("twinjet.server")
@@ -48,13 +47,6 @@ class Door(HandlerRegistry, Protocol):
 
     async def stop(self, grace_s: float) -> None:
         """Let running calls go on for grace_s, end the rest and close everything."""
-
-
-@runtime_checkable
-class Carrier(Protocol):
-    """A call's context that can send a stream's messages without Python; see native_door.CallContext."""
-
-    def carry(self, stream: _core.Stream) -> None: ...
 
 
 class GrpcDoor:
@@ -119,6 +111,11 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", settings.max_request_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
+        # Else the core drops calls by itself, without details, when many come at once: those that were not taken
+        # up within 30 s, and some of those beyond 1,000. The gate and the scheduler refuse what is too much.
+        ("grpc.server_max_unrequested_time_in_server", 2**31 - 1),
+        ("grpc.server.max_pending_requests", 2**31 - 1),
+        ("grpc.server.max_pending_requests_hard_limit", 2**31 - 1),
         ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
         # The core counts an unanswered ping against its own limit, which keepalive_timeout does not change.
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),

@@ -157,11 +157,8 @@ class CallContext(_Base):
             await asyncio.sleep(0)
 
     def carry(self, stream: _core.Stream) -> None:
-        """Let the stream's messages go to the client in the thread of the engine's step, while it keeps up.
-
-        To be called after send_initial_metadata(). Messages that the handler takes from the stream are for it
-        to write, before it takes again.
-        """
+        """Send what steps put into the stream without waking its handler; headers must have been sent."""
+        assert self._are_headers_sent, "the initial metadata comes first"
         self._call.carry(stream)
 
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
