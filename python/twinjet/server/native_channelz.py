@@ -46,7 +46,7 @@ class NativeChannelz(channelz.aio.ChannelzServicer):  # type: ignore[misc]
         return channelz_pb2.GetServerSocketsResponse(socket_ref=refs, end=len(found) <= limit)
 
     async def GetSocket(self, request: Any, context: Any) -> Any:
-        found: Any = next((c for c in self._connections() if c["id"] == request.socket_id), None)
+        found = next((c for c in self._connections() if c["id"] == request.socket_id), None)
         if found is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no socket {request.socket_id}")
         assert found is not None, "abort raises"
