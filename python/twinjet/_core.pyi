@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from twinjet.engines.base import Outlet
+
 __version__: str
 
 # --- KV cache: block manager ---------------------------------------------------------------------
@@ -1084,3 +1086,50 @@ class Door:
     def stop(self, grace_s: float, /) -> None: ...
     def totals(self) -> dict[str, int]: ...
     def connections(self) -> list[dict[str, Any]]: ...
+
+class StepRouter:
+    """Puts messages of a vLLM engine core into the pumps of the requests that they concern. For one thread."""
+
+    def __init__(self) -> None: ...
+    def open(
+        self,
+        key: int,
+        outlet: Outlet,
+        pump_key: int,
+        *,
+        num_logprobs: int,
+        num_prompt_logprobs: int,
+        is_native: bool,
+    ) -> None:
+        """Expect an output whose request id in the engine core ends in "-" and `key`, in hexadecimal.
+
+        key: at least 1, never used twice. pump_key: the output's in outlet.pump. is_native: its vocabulary is.
+        """
+
+    def close(self, key: int) -> bool:
+        """Forget an output; whether the engine had not ended it."""
+
+    def take(self, frames: Sequence[bytes | memoryview], now: float) -> list[Outlet]:
+        """Decode a message and put it into pumps, without the GIL; gives the outlets of those that got rows.
+
+        now: seconds of time.monotonic(). Raises WireError, and then has put nothing.
+        """
+
+    @property
+    def irregular(self) -> list[tuple[int, int, int, bool]]:
+        """Outputs of the last message that ended with an error, not put into their pumps.
+
+        (key, finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before); finish 1: no
+        token was admissible.
+        """
+
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """As CoreOutputs.stats, of the last message; so are the next two."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool: ...
+    @property
+    def num_open(self) -> int: ...

@@ -240,12 +240,12 @@ class _Launcher:
         from twinjet.engines.vllm.front import stock
 
         stats = LoadReader(None)
-        link, facts = stock.launch(
+        link, facts, tokenizer = stock.launch(
             self._plan.model, self._plan.options, self._parts.scheduler_cls, self._parts.worker_cls, context,
             stats,
         )  # fmt: skip
         stats.num_blocks = facts.num_blocks
-        return self._running(link, context, facts, HfTokenizer(facts.tokenizer), stats)
+        return self._running(link, context, facts, tokenizer, stats)
 
     def _running(
         self, link: Link, context: EngineContext, facts: Facts, tokenizer: Tokenizer, stats: LoadReader
