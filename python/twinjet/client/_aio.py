@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import grpc
 
 from twinjet.client._address import check_address, check_token
-from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
+from twinjet.client._channel import call_metadata
+from twinjet.client._channel import channel_options as all_options
 from twinjet.client._errors import IncompleteStream, from_rpc_error
 from twinjet.client._events import (
     Collector,
@@ -120,8 +121,9 @@ class AsyncStream:
 class AsyncClient:
     """A connection to a Twinjet server, for one event loop. Close it, or use `async with`.
 
-    address: host:port. credentials: for TLS, None is plain text. token: the admin token. retry: when to try again.
-    timeout_s: deadline of calls that name none; None is no deadline.
+    address: host:port, or several servers, among which calls are spread by their load: "dns:///HOST:PORT" for all
+    addresses of a name, "ipv4:IP:PORT,IP:PORT" for a list. credentials: for TLS, None is plain text. token: the admin
+    token. retry: when to try again. timeout_s: deadline of calls that name none; None is no deadline.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class AsyncClient:
     ) -> None:
         check_address(address)
         check_token(token)
-        options = [*CHANNEL_OPTIONS, *channel_options]
+        options = all_options(address, channel_options)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=options)
         else:

@@ -23,8 +23,6 @@ from twinjet.engines.base import (
 )
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
-from twinjet.scheduler import orca_report
-from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
 from twinjet.server.grammar import check_constraint
 from twinjet.server.responses import ResponseBuilder
@@ -243,8 +241,6 @@ class InferenceServicer:
                         await writer.write(message)
                 await writer.write(builder.summary())
                 self._metrics.observe_finished(model, builder)
-                report = orca_report(deployment.dispatcher.totals(), max_running=info.limits.max_num_seqs)
-                context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
                 # write, by GeneratorExit, which allows no await: the producer cleans up by itself.

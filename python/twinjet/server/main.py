@@ -10,8 +10,6 @@ from collections.abc import Callable
 import grpc
 import uvloop
 from grpc_channelz.v1 import channelz, channelz_pb2
-from grpc_health.v1 import _async as health_aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from twinjet.config import Config, DeploymentSettings, MirrorSettings, ServerSettings
 from twinjet.engines.base import Engine
@@ -23,8 +21,11 @@ from twinjet.server.admin import AdminServicer
 from twinjet.server.binding import server_credentials, why_not
 from twinjet.server.deployments import Deployments
 from twinjet.server.handlers import add_service
+from twinjet.server.health import SERVICE_NAME as HEALTH_SERVICE
+from twinjet.server.health import Health
 from twinjet.server.inference import InferenceServicer
 from twinjet.server.live import LiveRequests
+from twinjet.server.load_reports import LoadReports
 from twinjet.server.metrics import Metrics
 from twinjet.server.models import ModelServicer
 from twinjet.server.reflection import add_reflection
@@ -61,7 +62,8 @@ class Server:
         self.mirror = _mirror(config.mirror)
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
-        self._health = health_aio.HealthServicer()
+        self.load_reports = LoadReports(self.deployments)
+        self._health = Health()
         self._health_updates: asyncio.Queue[str] = asyncio.Queue()
         self._server = grpc.aio.server(options=_channel_options(config.server))
         self._tasks: list[asyncio.Task[None]] = []
@@ -74,9 +76,10 @@ class Server:
             self.metrics.watch(self.deployments)
             self.metrics.listen(self.config.server.host, self.config.server.metrics_port)
         for name in ["", *self.deployments.models, *(s.full_name for s in _SERVICES)]:
-            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+            self._health.set(name, False)
         await self._server.start()
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
+        self._tasks.append(asyncio.create_task(self.load_reports.run(), name="load reports"))
         for deployment in list(self.deployments.by_name.values()):
             deployment.supervisor.start()
 
@@ -146,12 +149,13 @@ class Server:
             AdminServicer(self.deployments, self.config.admin.token, self.drain, self.config.server.grace_s),
         ]
         for service, servicer in zip(_SERVICES, servicers, strict=True):
-            add_service(self._server, service, servicer, self.metrics)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            add_service(self._server, service, servicer, self.metrics, self.load_reports)
+        self._health.add_to(self._server)
+        self.load_reports.add_to(self._server)
         channelz.add_channelz_servicer(self._server)
         names = [s.full_name for s in _SERVICES]
         names += [
-            health.SERVICE_NAME,
+            HEALTH_SERVICE,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
         ]
         add_reflection(self._server, names)
@@ -181,7 +185,6 @@ class Server:
 
     async def _publish_health(self) -> None:
         """Write health in one place and in order: each model, each service, and the server as a whole."""
-        status = health_pb2.HealthCheckResponse
         # Names that were taken away are told as not serving, since somebody may watch them.
         known: set[str] = set()
         while True:
@@ -190,9 +193,9 @@ class Server:
             known.update(serving)
             whole = any(serving.values())
             for name in ["", *(s.full_name for s in _SERVICES)]:
-                await self._health.set(name, status.SERVING if whole else status.NOT_SERVING)
+                self._health.set(name, whole)
             for model, is_serving in serving.items():
-                await self._health.set(model, status.SERVING if is_serving else status.NOT_SERVING)
+                self._health.set(model, is_serving)
 
 
 def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
