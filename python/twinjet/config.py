@@ -105,7 +105,10 @@ class ServerSettings(_Section):
     tls_cert: File | None = Field(None, description="PEM certificate chain; with tls_key turns TLS on")
     tls_key: File | None = Field(None, description="PEM private key")
     tls_client_ca: File | None = Field(None, description="PEM bundle; clients must show a certificate of it")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus over HTTP; 0 is off")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus and the console over HTTP; 0 is off")
+    console: Literal["loopback", "all", "off"] = Field(
+        "loopback", description="who may look at the console on metrics_port"
+    )
     allow_partial: bool = Field(False, description="go on when a deployment's configuration cannot work")
 
     @model_validator(mode="after")

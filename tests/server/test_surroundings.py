@@ -110,7 +110,7 @@ async def test_metrics_count_calls_and_tokens(serve: Serve) -> None:
     assert sample("twinjet_calls_total", {"method": "Generate", "code": "OK"}) == 1
     assert sample("twinjet_calls_total", {"method": "Generate", "code": "INVALID_ARGUMENT"}) == 1
     assert sample("twinjet_tokens_total", {"model": "fake", "kind": "output"}) == 3
-    assert sample("twinjet_first_token_seconds_count", {"model": "fake"}) == 1
+    assert sample("twinjet_first_token_seconds_count", {"model": "fake", "deployment": "fake"}) == 1
 
 
 async def test_queues_refusals_and_the_engine_are_seen_over_http(serve: Serve) -> None:

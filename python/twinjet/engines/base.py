@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from twinjet.request import EngineRequest, SamplingOverrides
+
+if TYPE_CHECKING:
+    from twinjet._core import Vocabulary
 
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
@@ -176,6 +179,11 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     has_chat_template: bool
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What each token says; joins tokens as decode() does."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from twinjet._core import Vocabulary
 from twinjet.engines.base import (
     Capability,
     ChatTurn,
@@ -29,7 +30,6 @@ from twinjet.engines.base import (
     EngineEvent,
     EngineInfo,
     EngineLoad,
-    Finish,
     KvCache,
     Limits,
     LoadProgress,
@@ -40,7 +40,7 @@ from twinjet.engines.base import (
     TokenLogprobs,
 )
 from twinjet.engines.fixed_logits import fixed_logits
-from twinjet.engines.stops import StopScanner
+from twinjet.engines.text import finish_of, make_output
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, SamplingOverrides
 
@@ -82,11 +82,18 @@ class FakeOptions(BaseModel):
     die_at_start: int = Field(0, ge=0, description="so many starts in this process die first")
 
 
+def _spell(byte: int) -> str:
+    """Spell a byte as byte-level BPE does: itself if printable, else a character from U+0100 on, in order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte if byte in plain else 256 + byte - sum(p < byte for p in plain))
+
+
 class FakeTokenizer:
     """Bytes as tokens, BOS in front; a chat is role and content a line."""
 
     vocab_size = VOCAB_SIZE
     has_chat_template = True
+    vocabulary = Vocabulary("byte_level", [*map(_spell, range(256)), "<eos>", "<bos>"], special=[EOS, BOS])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -130,7 +137,7 @@ class _Sequence:
         self.index = index
         self.num_generated = 0
         self.num_blocks = 0
-        self.stops = StopScanner(request.sampling.stop, include=request.sampling.include_stop)
+        self._output = make_output(FakeTokenizer.vocabulary, request.sampling, (EOS,))
         # Where output is logits: our sampler's side of this output, and the token of the present step.
         self.row: SamplerRequest | None = None
         self.drawn: int | None = None
@@ -187,31 +194,18 @@ class _Sequence:
 
     def step(self) -> OutputEvent:
         """Give one token and, with the last one, why the output ends."""
-        sampling = self.request.sampling
         token = next(self._script, EOS)
         self.num_generated += 1
-        text = self.stops.feed(chr(token) if token < 128 else "\ufffd" if token < 256 else "")
-        finish: Finish | None = None
-        may_stop = self.num_generated > sampling.min_tokens
-        if self.stops.matched is not None:
-            finish = Finish("stop", self.stops.matched)
-        elif token == EOS and not sampling.ignore_eos:
-            finish = Finish("stop", EOS, is_eos=True)
-        elif token in sampling.stop_token_ids and may_stop:
-            text = text if sampling.include_stop else ""
-            finish = Finish("stop", token)
-        elif self.num_generated >= sampling.max_tokens:
-            finish = Finish("length")
-        if finish is not None:
-            text += self.stops.flush()
-        logprobs = [] if sampling.logprobs is None else [_logprobs(token, sampling.logprobs)]
-        return OutputEvent(self.index, text, (token,), logprobs, finish)
+        _, text = self._output.take((token,))
+        num_top = self.request.sampling.logprobs
+        logprobs = [] if num_top is None else [_logprobs(token, num_top)]
+        return OutputEvent(self.index, text, (token,), logprobs, finish_of(self._output))
 
 
 def _logprobs(token: int, num_top: int) -> TokenLogprobs:
     def entry(rank: int) -> Logprob:
         rival = (token + rank - 1) % 256
-        return Logprob(rival, -0.5 * rank, rank, chr(rival) if rival < 128 else "\ufffd")
+        return Logprob(rival, -0.5 * rank, rank, FakeTokenizer.vocabulary.token_text(rival))
 
     return TokenLogprobs(entry(1), tuple(entry(rank) for rank in range(1, num_top + 1)))
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.nodes
@@ -24,6 +24,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from twinjet.engines.base import ChatTurn, RenderedChat
 from twinjet.errors import ConfigError, InvalidRequest, Unsupported
 from twinjet.models.content import ContentGuard
+
+if TYPE_CHECKING:
+    from twinjet._core import Vocabulary
 
 _SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -138,6 +141,13 @@ class HfTokenizer:
                 _compile(self._template)
             except jinja2.TemplateError as error:
                 raise ConfigError(f"the chat template of {folder} does not compile: {error}") from error
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What each token says; read once, some tenths of a second for a large vocabulary."""
+        from twinjet.models.vocabulary import read_vocabulary
+
+        return read_vocabulary(self._tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Give the token ids of a text; add_special_tokens adds those that tokenizer.json says."""

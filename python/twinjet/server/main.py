@@ -29,6 +29,7 @@ from twinjet.server.load_reports import LoadReports
 from twinjet.server.metrics import Metrics
 from twinjet.server.models import ModelServicer
 from twinjet.server.reflection import add_reflection
+from twinjet.server.web import Web
 from twinjet.v1 import service_pb2
 
 logger = logging.getLogger("twinjet.server")
@@ -60,6 +61,7 @@ class Server:
         self.live = LiveRequests()
         self.metrics = Metrics()
         self.mirror = _mirror(config.mirror)
+        self._web: Web | None = None
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
         self.load_reports = LoadReports(self.deployments)
@@ -74,7 +76,7 @@ class Server:
         self.address = self._bind()
         if self.config.server.metrics_port:
             self.metrics.watch(self.deployments)
-            self.metrics.listen(self.config.server.host, self.config.server.metrics_port)
+            self._web = self._listen_http()
         for name in ["", *self.deployments.models, *(s.full_name for s in _SERVICES)]:
             self._health.set(name, False)
         await self._server.start()
@@ -123,6 +125,8 @@ class Server:
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
             await deployment.supervisor.stop()
+        if self._web is not None:
+            await asyncio.to_thread(self._web.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -159,6 +163,18 @@ class Server:
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
         ]
         add_reflection(self._server, names)
+
+    def _listen_http(self) -> Web:
+        settings = self.config.server
+        web = Web(self.deployments, self.metrics, settings.console)
+        try:
+            web.listen(settings.host, settings.metrics_port)
+        except OSError as error:
+            raise ConfigError(
+                f"server.metrics_port: cannot listen on {settings.host} port {settings.metrics_port}: "
+                f"{error.strerror or error}"
+            ) from error
+        return web
 
     def _bind(self) -> str:
         settings = self.config.server

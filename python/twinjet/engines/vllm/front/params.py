@@ -61,9 +61,9 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         presence_penalty=sampling.presence_penalty,
         logit_bias=dict(sampling.logit_bias) or None,
         seed=output_seed(sampling.seed, output_index),
-        stop=list(sampling.stop),
+        # Text, and what it ends, is made of the tokens by us: vLLM would let the prompt's end into it.
+        detokenize=False,
         stop_token_ids=list(sampling.stop_token_ids),
-        include_stop_str_in_output=sampling.include_stop,
         ignore_eos=sampling.ignore_eos,
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -72,7 +72,6 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         logprobs=sampling.logprobs,
         # Every output has the same prompt, so its logprobs are asked for once.
         prompt_logprobs=sampling.prompt_logprobs if output_index == 0 else None,
-        skip_special_tokens=sampling.skip_special_tokens,
         structured_outputs=_structured(sampling.constraint),
         output_kind=RequestOutputKind.DELTA,
         extra_args=extra,
