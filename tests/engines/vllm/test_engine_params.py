@@ -29,11 +29,11 @@ def test_every_field_is_mapped() -> None:
     found = (
         made.temperature, made.top_p, made.top_k, made.min_p, made.repetition_penalty, made.frequency_penalty,
         made.presence_penalty, made.logit_bias, made.seed, made.n, made.max_tokens, made.min_tokens, made.stop,
-        made.stop_token_ids, made.detokenize, made.ignore_eos, made.bad_words, made.allowed_token_ids,
+        made.stop_token_ids, made.detokenize, made.ignore_eos, made.allowed_token_ids,
         made.logprobs, made.prompt_logprobs,
     )  # fmt: skip
     assert found == (
-        0.7, 0.9, 40, 0.05, 1.1, 0.2, -0.3, {3: -5.0}, 7, 1, 9, 2, [], [4], False, True, ["w"], [3, 4], 2, 1,
+        0.7, 0.9, 40, 0.05, 1.1, 0.2, -0.3, {3: -5.0}, 7, 1, 9, 2, [], [4], False, True, [3, 4], 2, 1,
     )  # fmt: skip
     assert made.structured_outputs is not None
     assert made.structured_outputs.regex == "x+"

@@ -146,11 +146,15 @@ class VllmEngine:
         if request.sampling.constraint is None:
             # Without a type, vLLM processes the prompt in a thread, which a grammar's check needs.
             prompt["type"] = "token"
+        sampling, native = request.sampling, running.components.has_native_sampler
+        bad_text = await running.token_texts.settings(
+            sampling.bad_words, skips_special=sampling.skip_special_tokens
+        )
         for index in range(request.sampling.n):
             add = running.llm.add_request(
                 request.request_id if request.sampling.n == 1 else f"{request.request_id}-{index}",
                 prompt,
-                sampling_params(request.sampling, index, native=running.components.has_native_sampler),
+                sampling_params(sampling, index, native=native, bad_text=bad_text),
                 lora_request=adapter,
                 priority=-request.priority,
             )

@@ -13,6 +13,7 @@ from twinjet.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
     from twinjet.request import Constraint, Sampling
+    from twinjet.sampling.bad_text import BadTextSettings
 
 VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
@@ -30,16 +31,21 @@ class NativeParams(SamplingParams):  # type: ignore[misc]
             self.stop_token_ids = ids
 
 
-def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> SamplingParams:
+def sampling_params(
+    sampling: Sampling, output_index: int, *, native: bool, bad_text: BadTextSettings | None = None
+) -> SamplingParams:
     """Make the parameters of one output of a request; n is always 1.
 
-    native: our own sampler draws, so it gets the exact temperature, the seed and the output index.
+    native: our own sampler draws, so it gets the exact temperature, the seed and the output index, and the
+    strings that must not be produced (bad_text); vLLM's own knows no such strings, only tokens.
     Raises InvalidRequest for a temperature that vLLM's own sampler does not take.
     """
     temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     extra: dict[str, Any] | None = None
     if native:
         extra = {EXTRA_KEY: {"temperature": temperature, "seed": sampling.seed, "output_index": output_index}}
+        if bad_text is not None:
+            extra[EXTRA_KEY]["bad_text"] = list(bad_text)
         # vLLM checks its own range even where it does not sample.
         temperature = min(temperature, VLLM_MAX_TEMPERATURE)
     elif temperature > VLLM_MAX_TEMPERATURE:
@@ -67,7 +73,6 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         ignore_eos=sampling.ignore_eos,
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
-        bad_words=list(sampling.bad_words),
         allowed_token_ids=list(sampling.allowed_token_ids) or None,
         logprobs=sampling.logprobs,
         # Every output has the same prompt, so its logprobs are asked for once.

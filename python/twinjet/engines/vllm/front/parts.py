@@ -65,6 +65,9 @@ class Components:
         capabilities = set(self._info.capabilities)
         if "generate" in tasks:
             capabilities |= _GENERATION
+            if self._parts.worker_cls is None:
+                # vLLM's own sampler bans token sequences, which are some of the ways to make a string.
+                capabilities -= {"bad_words"}
         else:
             capabilities -= {"chat", "priority"}
         if "embed" in tasks:
@@ -83,6 +86,9 @@ class Components:
         if self._parts.worker_cls is not None:
             # Every worker draws the same tokens; the first one speaks for all.
             sampler = _sampler((await self._llm.collective_rpc(COUNTERS_METHOD))[0], self._info.version)
+            if sampler.implementation != "twinjet":
+                kept = self._info.capabilities - {"bad_words"}
+                self._info = replace(self._info, capabilities=kept)
         if self._parts.scheduler_cls is not None:
             raw = await self._llm.engine_core.call_utility_async(STATUS_METHOD)
             manager = _block_manager(SchedulerStatus.from_dict(raw), self._info.version)

@@ -22,6 +22,7 @@ from twinjet.engines.vllm.front.parts import Components
 from twinjet.engines.vllm.front.process import EngineContext
 from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
+from twinjet.models.token_texts import TokenTextsFile
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Running:
     components: Components
     adapters: Adapters
     stats: LoadReader
+    token_texts: TokenTextsFile
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
     _ending: asyncio.Task[None] | None = None
@@ -94,6 +96,7 @@ class Running:
                 self._loop.call_soon_threadsafe(self.llm.output_handler.cancel)
         self.llm.shutdown(timeout=5.0)
         end_processes(self.context)
+        self.token_texts.remove()
 
 
 async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
@@ -229,5 +232,6 @@ class _Launcher:
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats
         return Running(
-            llm, context, self._tokenizer, Components(llm, info, self._parts), Adapters(llm), stats
-        )
+            llm, context, self._tokenizer, Components(llm, info, self._parts), Adapters(llm), stats,
+            TokenTextsFile(self._tokenizer.vocabulary),
+        )  # fmt: skip
