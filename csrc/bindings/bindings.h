@@ -5,6 +5,7 @@
 
 namespace twinjet::bindings {
 
+void BindDoor(pybind11::module_& module);  // only where the door is built
 void BindKv(pybind11::module_& module);
 void BindSampler(pybind11::module_& module);
 void BindSamplerCuda(pybind11::module_& module);

@@ -12,4 +12,7 @@ PYBIND11_MODULE(_core, module) {
   twinjet::bindings::BindSched(module);
   twinjet::bindings::BindStream(module);
   twinjet::bindings::BindVllm(module);
+#ifdef TWINJET_WITH_DOOR
+  twinjet::bindings::BindDoor(module);
+#endif
 }

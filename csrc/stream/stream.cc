@@ -64,6 +64,11 @@ bool Stream::PutPrompt(std::optional<uint32_t> num_cached_tokens, const LogprobL
 
 void Stream::PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs) {
   num_cached_tokens_ = num_cached_tokens;
+  if (reads_deltas_) {
+    prompt_news_.emplace().num_cached_tokens = num_cached_tokens;
+    if (logprobs) prompt_news_->logprobs = *logprobs;
+    return;
+  }
   items_.push_back({Item::Kind::kMessage, EncodeStarted(facts_, num_cached_tokens, queue_position_)});
   if (logprobs) items_.push_back({Item::Kind::kMessage, EncodePromptLogprobs(*logprobs, *vocabulary_)});
 }
@@ -113,7 +118,7 @@ Effect Stream::Put(const StepOutputs& step, const SequenceStep& row, uint32_t ou
     }
     Account(pending, num_bytes, &effect);
   }
-  if (!items_.empty()) effect.is_awaited = Awaken();
+  if (!items_.empty() || prompt_news_) effect.is_awaited = Awaken();
   return effect;
 }
 
@@ -141,7 +146,7 @@ Effect Stream::PutMade(Delta delta, double now) {
     effect.is_over = --num_open_ == 0;
   }
   Account(pending, num_bytes, &effect);
-  if (!items_.empty()) effect.is_awaited = Awaken();
+  if (!items_.empty() || prompt_news_) effect.is_awaited = Awaken();
   return effect;
 }
 
@@ -199,6 +204,11 @@ bool Stream::Take(std::vector<std::string>* messages) {
   items_.clear();
   num_pending_bytes_ = 0;
   return true;
+}
+
+std::optional<PromptNews> Stream::TakePrompt() {
+  std::lock_guard lock(mutex_);
+  return std::exchange(prompt_news_, std::nullopt);
 }
 
 void Stream::TakeDeltas(std::vector<Delta>* deltas) {

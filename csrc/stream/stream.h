@@ -29,6 +29,12 @@ struct Delta {
   std::optional<Ending> ending;
 };
 
+// What an engine told of the prompt.
+struct PromptNews {
+  std::optional<uint32_t> num_cached_tokens;
+  std::optional<LogprobList> logprobs;
+};
+
 // What a step did to a stream, for those who keep accounts.
 struct Effect {
   uint32_t num_tokens = 0;
@@ -49,6 +55,9 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
+  // For one that is read by TakePrompt() and TakeDeltas(), not by Take(). Call before the first put.
+  void ReadDeltas() { reads_deltas_ = true; }
+
   // Puts. Each returns whether an empty Take() had been waiting for it.
   bool PutQueued(uint32_t position, std::optional<double> expected_wait_s);
   void SetDispatched(uint32_t queue_position, double at);
@@ -61,7 +70,8 @@ class Stream {
   // Takes.
   // Appends the messages that are ready; false, and the next put is told to be awaited, if there are none.
   bool Take(std::vector<std::string>* messages);
-  // The same, not encoded, for those who read tokens; deltas only.
+  // The same, not encoded. What the engine told of the prompt is given once.
+  std::optional<PromptNews> TakePrompt();
   void TakeDeltas(std::vector<Delta>* deltas);
   // Forgets what is not taken, and keeps nothing any more.
   void Drop();
@@ -72,6 +82,7 @@ class Stream {
   const Vocabulary& vocabulary() const { return *vocabulary_; }
   uint32_t num_prompt_tokens() const { return facts_.num_prompt_tokens; }
   int64_t num_output_tokens() const;
+  int64_t max_pending_bytes() const { return max_pending_bytes_; }
   int64_t num_pending_bytes() const;
   std::optional<double> first_token_at() const;
   double last_token_at() const;
@@ -110,6 +121,8 @@ class Stream {
   std::deque<Item> items_;
   uint32_t num_open_;
   int64_t num_pending_bytes_ = 0;
+  bool reads_deltas_ = false;
+  std::optional<PromptNews> prompt_news_;  // with reads_deltas_
   bool is_awaited_ = false;
   bool is_dropped_ = false;
   double dispatched_at_;

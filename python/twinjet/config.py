@@ -102,6 +102,14 @@ class ServerSettings(_Section):
     keepalive_s: Duration = Field(60.0, description="time between our pings on a silent connection")
     keepalive_timeout_s: Duration = Field(20.0, description="no answer to a ping: the client is gone")
     client_ping_s: Duration = Field(10.0, description="clients may ping as often as this")
+    door: Literal["auto", "native", "grpc"] = Field(
+        "grpc", description="gRPC's own library, ours on nghttp2, or ours where it is built"
+    )
+    door_threads: int = Field(1, ge=1, le=64, description="of the native door")
+    max_connections: int = Field(16384, ge=1, le=2**20, description="through the native door")
+    max_connection_calls: int = Field(
+        4096, ge=1, le=2**20, description="open at once on one connection of the native door"
+    )
     tls_cert: File | None = Field(None, description="PEM certificate chain; with tls_key turns TLS on")
     tls_key: File | None = Field(None, description="PEM private key")
     tls_client_ca: File | None = Field(None, description="PEM bundle; clients must show a certificate of it")

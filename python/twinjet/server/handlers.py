@@ -16,6 +16,7 @@ from twinjet.server.status import Failure, internal_failure, to_failure
 from twinjet.server.wire import Malformed, deserializer
 
 if TYPE_CHECKING:
+    from twinjet.server.doors import HandlerRegistry
     from twinjet.server.load_reports import LoadReports
     from twinjet.server.metrics import Metrics
 
@@ -28,7 +29,7 @@ Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
 
 def add_service(
-    server: grpc.aio.Server,
+    server: HandlerRegistry,
     service: ServiceDescriptor,
     servicer: object,
     metrics: Metrics,
@@ -53,8 +54,13 @@ def _handler(
     return make(
         _guarded(method.name, behaviour, metrics, load_reports),
         request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
-        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        response_serializer=_serialize,
     )
+
+
+def _serialize(message: Any) -> bytes:
+    """Streams write ready bytes; everything else is a message."""
+    return message if type(message) is bytes else message.SerializeToString()
 
 
 def _guarded(name: str, behaviour: Behaviour, metrics: Metrics, load_reports: LoadReports) -> Behaviour:

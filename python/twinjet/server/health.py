@@ -7,10 +7,13 @@ and forgets the others when one leaves. Here every watcher gets the latest state
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2
+
+if TYPE_CHECKING:
+    from twinjet.server.doors import HandlerRegistry
 
 SERVICE_NAME: Final = "grpc.health.v1.Health"
 
@@ -31,7 +34,7 @@ class Health:
             self._changed.set()
             self._changed = asyncio.Event()
 
-    def add_to(self, server: grpc.aio.Server) -> None:
+    def add_to(self, server: HandlerRegistry) -> None:
         """Answer Check, List and Watch."""
         request = health_pb2.HealthCheckRequest.FromString
         response = _Response.SerializeToString

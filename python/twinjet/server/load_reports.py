@@ -19,6 +19,7 @@ from twinjet.scheduler.orca import TRAILER, DeploymentLoad, ServedLoad
 
 if TYPE_CHECKING:
     from twinjet.server.deployments import Deployments
+    from twinjet.server.doors import HandlerRegistry
 
 SERVICE_NAME: Final = "xds.service.orca.v3.OpenRcaService"
 SAMPLE_S: Final = 0.1
@@ -57,7 +58,7 @@ class LoadReports:
             self._made_at = now
         return self._trailer
 
-    def add_to(self, server: grpc.aio.Server) -> None:
+    def add_to(self, server: HandlerRegistry) -> None:
         """Answer OpenRcaService."""
         handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(self._stream)
         methods = {"StreamCoreMetrics": handler}
