@@ -8,7 +8,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 
 from twinjet.engines.seeds import output_seed
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
-from twinjet.errors import InvalidRequest
+from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ def sampling_params(
 
     native: our own sampler draws, so it gets the exact temperature, the seed and the output index, and the
     strings that must not be produced (bad_text); vLLM's own knows no such strings, only tokens.
-    Raises InvalidRequest for a temperature that vLLM's own sampler does not take.
+    Raises InvalidRequest for a temperature that vLLM's own sampler does not take, Unsupported for bad words there.
     """
+    if sampling.bad_words and not native:
+        raise Unsupported("bad_words", "vLLM's own sampler bans token sequences, not strings")
     temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     extra: dict[str, Any] | None = None
     if native:
