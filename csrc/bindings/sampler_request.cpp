@@ -114,7 +114,7 @@ void BindBadText(py::module_& module) {
   py::class_<sampler::TokenTexts, std::shared_ptr<sampler::TokenTexts>>(
       module, "TokenTexts",
       "What each token of a model adds to a text, in the form that BadText needs; immutable.")
-      .def(py::init(&TextsOf), py::arg("vocabulary"))
+      .def(py::init(&TextsOf), py::call_guard<py::gil_scoped_release>(), py::arg("vocabulary"))
       .def_static(
           "load",
           [](const py::bytes& saved) {

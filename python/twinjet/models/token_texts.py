@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import tempfile
-import weakref
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from twinjet._core import TokenTexts, Vocabulary
@@ -13,28 +13,28 @@ from twinjet.sampling.bad_text import BadTextSettings
 
 
 class TokenTextsFile:
-    """A model's token texts as a file that lives as long as this object, or until it is removed."""
+    """A model's token texts as a file, which a thread begins to make at once and which lives until it is removed."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._path = ""
-        self._lock = asyncio.Lock()
-        self._remove: weakref.finalize[[str], TokenTextsFile] | None = None
+        self._path: Future[str] = Future()
+        self._thread = threading.Thread(target=self._make, args=(vocabulary,), name="token texts")
+        self._thread.start()
 
-    async def settings(self, words: tuple[str, ...], *, skips_special: bool) -> BadTextSettings | None:
-        """Give the settings for a request's strings; None if it has none. Makes the file for the first ones."""
-        if not words:
-            return None
-        async with self._lock:
-            if not self._path:
-                self._path = await asyncio.to_thread(_write, self._vocabulary)
-                self._remove = weakref.finalize(self, _remove, self._path)
-        return BadTextSettings(self._path, words, skips_special)
+    def settings(self, words: tuple[str, ...], *, skips_special: bool) -> BadTextSettings:
+        """Give the settings for a request's strings. Raises OSError if the file cannot be written."""
+        return BadTextSettings(self._path.result(), words, skips_special)
 
     def remove(self) -> None:
         """Remove the file; idempotent."""
-        if self._remove is not None:
-            self._remove()
+        self._thread.join()
+        if self._path.exception() is None:
+            Path(self._path.result()).unlink(missing_ok=True)
+
+    def _make(self, vocabulary: Vocabulary) -> None:
+        try:
+            self._path.set_result(_write(vocabulary))
+        except OSError as error:
+            self._path.set_exception(error)
 
 
 def _write(vocabulary: Vocabulary) -> str:
@@ -42,7 +42,3 @@ def _write(vocabulary: Vocabulary) -> str:
     with os.fdopen(handle, "wb") as file:
         file.write(TokenTexts(vocabulary).save())
     return path
-
-
-def _remove(path: str) -> None:
-    Path(path).unlink(missing_ok=True)

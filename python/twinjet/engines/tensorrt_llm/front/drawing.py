@@ -113,9 +113,11 @@ class Drawing:
             assert self._grammars is not None, "no reason not to, so there is one"
             grammar = await asyncio.to_thread(self._grammars.compile, constraint)
         sampling = request.sampling
-        bad_text = await self._token_texts.settings(
-            sampling.bad_words, skips_special=sampling.skip_special_tokens
-        )
+        bad_text = None
+        if sampling.bad_words:
+            bad_text = self._token_texts.settings(
+                sampling.bad_words, skips_special=sampling.skip_special_tokens
+            )
         self.counters["requests_twinjet"] += 1
         return Plan(
             True,
