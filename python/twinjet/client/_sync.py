@@ -38,7 +38,8 @@ from twinjet.client._calls import (
     ready_or_loading,
     time_limit,
 )
-from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
+from twinjet.client._channel import call_metadata
+from twinjet.client._channel import channel_options as all_options
 from twinjet.client._errors import (
     Cancelled,
     DeadlinePassed,
@@ -201,9 +202,11 @@ class Stream:
 class Client:
     """A connection to a Twinjet server, for code without an event loop; thread-safe. Close it, or use `with`.
 
-    address: host:port. credentials: for TLS, None is plain text. token: the admin token. retry: when to try again.
-    timeout_s: deadline of calls that name none; None is no deadline. metadata: sent with every call; a call's own
-    comes before it. Raises ValueError for an address, token, time or metadata that cannot be used.
+    address: host:port, or several servers, among which calls are spread by their load: "dns:///HOST:PORT" for all
+    addresses of a name, "ipv4:IP:PORT,IP:PORT" for a list. credentials: for TLS, None is plain text. token: the admin
+    token. retry: when to try again. timeout_s: deadline of calls that name none; None is no deadline. metadata: sent
+    with every call; a call's own comes before it. Raises ValueError for an address, token, time or metadata that
+    cannot be used.
     """
 
     def __init__(
@@ -222,7 +225,7 @@ class Client:
         self._metadata = merged_metadata(call_metadata(token), metadata)
         self._retry = retry or RetryPolicy()
         self._timeout_s = time_limit(timeout_s)
-        options = [*CHANNEL_OPTIONS, *channel_options]
+        options = all_options(address, channel_options)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:

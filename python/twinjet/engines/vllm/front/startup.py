@@ -25,6 +25,7 @@ from twinjet.engines.vllm.front.parts import Components
 from twinjet.engines.vllm.front.process import EngineContext, end_processes
 from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
+from twinjet.models.token_texts import TokenTextsFile
 from twinjet.models.tokenizer import HfTokenizer
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Running:
     components: Components
     adapters: Adapters
     stats: LoadReader
+    token_texts: TokenTextsFile
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
     _ending: asyncio.Task[None] | None = None
@@ -99,6 +101,7 @@ class Running:
             self._death_fds.clear()
         self.link.shutdown()
         end_processes(self.context, grace_s=_SHUTDOWN_S)
+        self.token_texts.remove()
 
 
 async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
@@ -252,4 +255,5 @@ class _Launcher:
     ) -> Running:
         info = describe.engine_info(facts, tokenizer, self._parts)
         components = Components(link, info, self._parts)
-        return Running(link, context, tokenizer, components, Adapters(link), stats)
+        texts = TokenTextsFile(tokenizer.vocabulary)
+        return Running(link, context, tokenizer, components, Adapters(link), stats, texts)
