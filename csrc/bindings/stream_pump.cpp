@@ -301,6 +301,7 @@ void BindPump(py::module_& module) {
       .def_property_readonly("max_pending_bytes", &Stream::max_pending_bytes)
       .def_property_readonly("num_pending_bytes", &Stream::num_pending_bytes)
       .def_property_readonly("num_outputs", &Stream::num_outputs)
+      .def_property_readonly("blocked_since", &Stream::blocked_since)
       .def_property_readonly("first_token_at", &Stream::first_token_at)
       .def_property_readonly("last_token_at", &Stream::last_token_at)
       .def_property_readonly("first_token_s", &Stream::first_token_s)
@@ -316,12 +317,13 @@ void BindPump(py::module_& module) {
       .def("collect", &Collect, py::arg("ledger"))
       .def(
           "put_prompt",
-          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs) {
+          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs,
+             double now) {
             LogprobList list;
             if (!logprobs.is_none()) list = ReadLogprobs(logprobs);
-            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list);
+            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list, now);
           },
-          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"))
+          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"), py::arg("now"))
       .def(
           "put_made",
           [](PyPump& self, SequenceKey key, uint32_t output_index, std::string text, std::vector<int32_t> ids,

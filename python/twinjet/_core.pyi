@@ -1,6 +1,6 @@
 """Types of the extension module `twinjet._core`; twinjet.sampling documents the sampler's face."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -375,6 +375,16 @@ def sampler_weights(
 def sampler_exponential(seed: int, position: int, output_index: int, index: int) -> float: ...
 def sampler_ln(x: float) -> float: ...
 
+class TokenTexts:
+    def __init__(self, vocabulary: Vocabulary) -> None: ...
+    @staticmethod
+    def load(saved: bytes) -> TokenTexts: ...
+    def save(self) -> bytes: ...
+    def __len__(self) -> int: ...
+
+class BadText:
+    def __init__(self, texts: TokenTexts, words: Sequence[str], *, skips_special: bool = True) -> None: ...
+
 class SamplerRequest:
     def __init__(
         self,
@@ -395,11 +405,15 @@ class SamplerRequest:
         logit_bias: Mapping[int, float] | None = None,
         allowed_token_ids: Sequence[int] | npt.NDArray[Any] | None = None,
         bad_words: Sequence[Sequence[int]] | None = None,
+        bad_text: BadText | None = None,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] | npt.NDArray[Any] = (),
     ) -> None: ...
     def append(self, token_id: int) -> None: ...
     def truncate(self, num_output_tokens: int) -> None: ...
+    def banned_token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def has_bad_text(self) -> bool: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -445,6 +459,58 @@ class CudaSampler:  # only where HAS_CUDA
         ranks: object | None,
         stream: int,
     ) -> None: ...
+
+class SeatReceipt:  # only where HAS_CUDA
+    # The statuses of one draw, uint32 [rows]; once, from any thread. Waits for the draw if it is not over.
+    def read(self) -> npt.NDArray[np.uint32]: ...
+
+class SeatSampler:  # only where HAS_CUDA
+    # Draws for requests that keep their state on the device; see csrc/sampler/cuda/seat_sampler.h.
+    # Addresses are of device memory that stays until the draw is over; 0 where a result is not wanted.
+    def __init__(self, device: int, vocab_size: int, max_rows: int) -> None: ...
+    def put(self, seat: int, request: SamplerRequest) -> None: ...
+    def remove(self, seat: int) -> None: ...
+    def num_outputs(self, seat: int) -> int: ...
+    # The first row whose seat is empty, -1 if none is.
+    def first_empty(self, seats: npt.NDArray[np.int64]) -> int: ...
+    # Seats by request id (-1: none), and the rows without a seat or with another number of output tokens
+    # than the list output_token_ids of their state has.
+    def match(
+        self, request_ids: list[str], states: dict[str, object], seats: dict[str, int]
+    ) -> tuple[npt.NDArray[np.int64], list[int]]: ...
+    # advances: rows whose token becomes part of the output. dtype: 0 float32, 1 float16, 2 bfloat16.
+    def draw(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        logits: int,
+        row_stride: int,
+        dtype: int,
+        token_ids: int,
+        status: int,
+        tokens64: int,
+        tokens32: int,
+        num_sampled: int,
+        num_rejected: int,
+        num_logprobs: int,
+        processed_logprobs: bool,
+        top_ids: int,
+        top_logprobs: int,
+        ranks: int,
+        stream: int,
+    ) -> SeatReceipt: ...
+    # Enters tokens that another sampler drew; seat -1: a row without one. bits: 32 or 64.
+    def follow(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        tokens: int,
+        stride: int,
+        bits: int,
+        stream: int,
+    ) -> None: ...
+    # How often the host had to wait for the device: "buffers", "memory", "results".
+    def waits(self) -> dict[str, int]: ...
 
 class Sampler:
     def __init__(self, num_threads: int = 0, target: str = "") -> None: ...
@@ -616,6 +682,10 @@ class Stream:
     @property
     def num_outputs(self) -> int: ...
     @property
+    def blocked_since(self) -> float | None:
+        """Since when the call that carries the stream has had no room for what waits."""
+
+    @property
     def first_token_at(self) -> float | None: ...
     @property
     def last_token_at(self) -> float: ...
@@ -686,6 +756,7 @@ class Pump:
         key: int,
         num_cached_tokens: int | None,
         logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        now: float,
     ) -> None:
         """Put what an engine that makes text itself tells of the prompt."""
 
@@ -951,7 +1022,7 @@ class DecodeBatch:
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
 
-# --- vLLM's engine core: its messages --------------------------------------------------------------
+# vLLM's engine core: its messages.
 
 class WireError(ValueError):
     """A message is not what the tested vLLM sends."""
@@ -987,6 +1058,48 @@ class CoreOutputs:
     @property
     def has_pooling(self) -> bool:
         """At least one output is a vector."""
+
+# Only where the door is built.
+class DoorCall:
+    """A handle to a client's call; without effect once the call is over."""
+
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def unsent_bytes(self) -> int: ...
+    def send_headers(self, metadata: Iterable[tuple[str, str | bytes]], /) -> None:
+        """Raises ValueError for metadata that gRPC does not allow."""
+    def write(self, message: bytes, /) -> bool:
+        """Send a message. True: so much is unsent that the writer should wait for the room event."""
+    def finish(self, code: int, message: str, trailers: Iterable[tuple[str, str | bytes]], /) -> None: ...
+    def reset(self) -> None: ...
+    def acknowledge(self, num_bytes: int, /) -> None:
+        """A request message of so many bytes is no longer held."""
+    def carry(self, stream: Stream) -> None:
+        """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
+    def compress(self) -> None: ...
+
+class Door:
+    """A gRPC server. Options: see csrc/door/options.h."""
+
+    def __init__(self, **options: float | bytes) -> None: ...
+    def listen(self, host: str, port: int, use_tls: bool, /) -> int:
+        """Listen, and give the port. Raises OSError."""
+    def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
+        """Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit."""
+    def start(self) -> None: ...
+    def fileno(self) -> int:
+        """Readable when there are events to take."""
+    def take(self) -> list[tuple[int, int, Any]]:
+        """The events that came: (kind, call id, payload).
+
+        0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
+        2: half-closed; 3: cancelled, why; 4: room.
+        """
+    def drain(self) -> None: ...
+    def stop(self, grace_s: float, /) -> None: ...
+    def totals(self) -> dict[str, int]: ...
+    def connections(self) -> list[dict[str, Any]]: ...
 
 class StepRouter:
     """Puts messages of a vLLM engine core into the pumps of the requests that they concern. For one thread."""

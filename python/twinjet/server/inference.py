@@ -16,9 +16,8 @@ from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, 
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
-from twinjet.scheduler import orca_report
-from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
+from twinjet.server.gate import Gate
 from twinjet.server.grammar import check_constraint
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 REQUEST_ID_KEY = "x-request-id"
 ACCEPTED_ID_KEY = "twinjet-request-id"
-INLINE_TOKENIZE_CHARS = 8192
+INLINE_TOKENIZE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 MAX_EMBED_INPUTS = 256
 
@@ -81,9 +80,16 @@ class InferenceServicer:
         self._metrics = metrics
         self._mirror = mirror
         self._watch = WriterWatch(settings.stalled_reader_s)
+        self._gate = Gate(settings)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
+        with self._gate.enter(context.peer()):
+            await self._generate(request, context, arrival)
+
+    async def _generate(
+        self, request: generation_pb2.GenerateRequest, context: Context, arrival: _Arrival
+    ) -> None:
         model = self._deployments.resolve(request.model)
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         overrides = convert.sampling_overrides(request.sampling)
@@ -91,6 +97,7 @@ class InferenceServicer:
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "generate")
+        deployment.dispatcher.check(options.request_id, options.tenant)
         if request.token_ids:
             ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
             prompt = _Prompt(ids, "token_ids")
@@ -102,6 +109,10 @@ class InferenceServicer:
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
+        with self._gate.enter(context.peer()):
+            await self._chat(request, context, arrival)
+
+    async def _chat(self, request: generation_pb2.ChatRequest, context: Context, arrival: _Arrival) -> None:
         model = self._deployments.resolve(request.model)
         turns = convert.chat_turns(
             request.messages,
@@ -113,6 +124,7 @@ class InferenceServicer:
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "chat")
+        deployment.dispatcher.check(options.request_id, options.tenant)
         _, ids = await _encode_chat(
             engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
         )
@@ -245,15 +257,17 @@ class InferenceServicer:
                 on_overflow=writer.interrupt,
                 start=functools.partial(self._live.start, key),
             )
+            writer.watch_carried(stream, ticket.fail)
             self._watch.add(writer)
+            # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
+            if (carry := getattr(context, "carry", None)) is not None:
+                carry(stream)
             try:
                 while messages := await ticket.read():
                     for message in messages:
                         await writer.write(message)
                 await writer.write(stream.summary())
                 self._metrics.observe_finished(model, deployment.name, stream)
-                report = orca_report(deployment.dispatcher.totals(), max_running=info.limits.max_num_seqs)
-                context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
                 # write, by GeneratorExit, which allows no await.

@@ -118,6 +118,10 @@ def _reporting(executor_class: type[Any], report: Callable[[str], None]) -> type
             report("kv_cache")
             return super().initialize_from_config(*args, **kwargs)
 
+        def compile_or_warm_up_model(self) -> Any:
+            report("warm_up")
+            return super().compile_or_warm_up_model()
+
     Reporting.__name__ = executor_class.__name__
     Reporting.__qualname__ = executor_class.__qualname__
     return Reporting

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -147,18 +148,41 @@ def end_processes(context: EngineContext, *, grace_s: float = 0.0) -> None:
 def probe(answer: Connection) -> None:
     """In a child of the forkserver: say what is wrong with forking from it, "" if nothing is."""
     _die_with_parent()
-    parent = os.getppid()
-    try:
-        threads = len(os.listdir(f"/proc/{parent}/task"))
-    except FileNotFoundError:
-        threads = 1
-    torch = sys.modules.get("torch")
-    if "vllm" not in sys.modules:
-        answer.send("it could not import vllm")
-    elif threads != 1:
-        answer.send(f"it has {threads} threads")
-    elif torch is not None and torch.cuda.is_initialized():
-        answer.send("it has a CUDA context")
-    else:
-        answer.send("")
+    answer.send(_problem(f"/proc/{os.getppid()}/task"))
     answer.close()
+
+
+# Threads that libraries keep for themselves, idle and safe to fork beside: the CUDA driver's, which NVML starts
+# (`_is_driver_usable` tries whether more than that happened), and the one of pyarrow's allocator, which stops
+# it for a fork.
+_HELPER_THREADS = ("cuda", "jemalloc_bg_thd")
+
+
+def _problem(tasks: str) -> str:
+    """tasks: the folder of the parent's threads."""
+    if "vllm" not in sys.modules:
+        return "it could not import vllm"
+    names = []
+    with contextlib.suppress(FileNotFoundError):
+        names = [Path(tasks, task, "comm").read_text().strip() for task in os.listdir(tasks)]
+    others = [name for name in names if not name.startswith(_HELPER_THREADS)]
+    if len(others) > 1:
+        return f"it has {len(others)} threads: {', '.join(sorted(others))}"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "it has a CUDA context"
+    return "" if _is_driver_usable() else "the CUDA driver cannot be used in its children"
+
+
+def _is_driver_usable() -> bool:
+    """Say whether CUDA can be initialised in this process; also where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    not_initialized, no_device = 3, 100
+    code: int = driver.cuInit(0)
+    count = ctypes.c_int()
+    return code == no_device or (
+        code == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) != not_initialized
+    )

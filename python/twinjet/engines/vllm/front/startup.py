@@ -25,6 +25,7 @@ from twinjet.engines.vllm.front.parts import Components
 from twinjet.engines.vllm.front.process import EngineContext, end_processes
 from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
+from twinjet.models.token_texts import TokenTextsFile
 from twinjet.models.tokenizer import HfTokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ _PHASES = {
     "import": ("importing vLLM", 0.02),
     "configure": ("reading the model's configuration", 0.75),
     "weights": ("loading weights", 0.8),
-    "memory": ("measuring memory", 0.9),
+    "memory": ("profiling the model and measuring memory", 0.9),
     "kv_cache": ("preparing the KV cache", 0.92),
+    "warm_up": ("compiling, capturing graphs and warming up", 0.95),
     "ready": ("the engine is ready", 1.0),
 }
 
@@ -69,6 +71,7 @@ class Running:
     components: Components
     adapters: Adapters
     stats: LoadReader
+    token_texts: TokenTextsFile
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
     _ending: asyncio.Task[None] | None = None
@@ -97,6 +100,7 @@ class Running:
             self._death_fds.clear()
         self.link.shutdown()
         end_processes(self.context, grace_s=_SHUTDOWN_S)
+        self.token_texts.remove()
 
 
 async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
@@ -252,4 +256,5 @@ class _Launcher:
     ) -> Running:
         info = describe.engine_info(facts, tokenizer, self._parts)
         components = Components(link, info, self._parts)
-        return Running(link, context, tokenizer, components, Adapters(link), stats)
+        texts = TokenTextsFile(tokenizer.vocabulary)
+        return Running(link, context, tokenizer, components, Adapters(link), stats, texts)
