@@ -259,6 +259,7 @@ def _check_capabilities(sampling: Sampling, info: EngineInfo) -> None:
         "bad_words": bool(sampling.bad_words),
         "allowed_token_ids": bool(sampling.allowed_token_ids),
         "min_p": sampling.min_p > 0,
+        "min_tokens": sampling.min_tokens > 0,
         "multiple_outputs": sampling.n > 1,
         "logprobs": sampling.logprobs is not None,
         "prompt_logprobs": sampling.prompt_logprobs is not None,

@@ -52,11 +52,11 @@ async def test_get_model_says_what_is_in_use(serve: Serve, version: str) -> None
 async def test_what_is_not_possible_is_refused_by_name(serve: Serve, version: str) -> None:
     deployments = {"trt": TRT["trt"] | {"native_sampler": False}}
     h = await serve(deployments=deployments)
-    request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(repetition_penalty=1.5))
+    request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(allowed_token_ids=[97]))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await h.inference.Generate(request).read()
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert details(caught.value)["ErrorInfo"].metadata["capability"].lower().endswith("penalties")
+    assert details(caught.value)["ErrorInfo"].metadata["capability"].lower().endswith("allowed_token_ids")
 
 
 async def test_a_death_is_told_and_the_engine_comes_back(serve: Serve, version: str) -> None:

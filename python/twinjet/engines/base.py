@@ -16,7 +16,7 @@ from twinjet.request import EngineRequest, SamplingOverrides
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
     "penalties", "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
-    "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input",
+    "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input", "min_tokens",
 ]  # fmt: skip
 """Names of proto Capability, lower case, without the prefix."""
 

@@ -2,7 +2,8 @@
 
 The version comes from the environment variable TENSORRT_LLM_DOUBLE, "1.2" or "1.3", when the package is
 imported. TENSORRT_LLM_DOUBLE_PLANT names differences to plant, for tests of `twinjet doctor`: "-Class.field"
-takes a field or parameter away, "+Class.field" adds one, "~Class.field" changes its default.
+takes a field or parameter away, "+Class.field" adds one, "~Class.field" changes its default, "behaviour=on" and
+"behaviour=off" turn a recorded behaviour on or off.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ if VERSION not in CONTRACT["versions"]:
     raise ImportError(f"TENSORRT_LLM_DOUBLE is {VERSION!r}; known: {CONTRACT['versions']}")
 
 _PLANTED = os.environ.get("TENSORRT_LLM_DOUBLE_PLANT", "").split()
-_SIMPLE: dict[str, Any] = {
-    "int": int,
-    "float": (int, float),
-    "bool": bool,
-    "str": str,
-    "dict": dict,
-    "list": list,
-    "Path": Path,
+
+BEHAVIOURS: dict[str, bool] = {
+    name: f"{name}=on" in _PLANTED or (entry[VERSION] and f"{name}=off" not in _PLANTED)
+    for name, entry in CONTRACT["behaviours"].items()
 }
+
+
+def has(behaviour: str) -> bool:
+    """Say whether the stand-in has a recorded behaviour; tests may change BEHAVIOURS at any time."""
+    return BEHAVIOURS[behaviour]
 
 
 def _plant(owner: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,7 +163,7 @@ def make_model(
 def signature(function: str) -> tuple[inspect.Signature, dict[str, str]]:
     """Give a method's recorded signature, self included, and its parameters' types."""
     is_init = function == "LLM.__init__"
-    entries = CONTRACT["llm"]["init"] if is_init else CONTRACT["functions"][function][VERSION]
+    entries = CONTRACT["llm"]["init"] if is_init else CONTRACT["functions"][function].get(VERSION, [])
     entries = _plant(function, entries)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("self", kind)]

@@ -48,7 +48,7 @@ def test_missing_parts_keep_what_was_known(row: dict[str, Any]) -> None:
 
 
 async def test_a_reader_opens_the_iterator_again_after_the_next_request() -> None:
-    batches = [[{"n": 1}, {"n": 2}], [{"n": 3}]]
+    batches: list[list[dict[str, int]]] = [[{"n": 1}, {"n": 2}], [], [{"n": 3}], []]
     taken: list[int] = []
     opened = 0
 
@@ -65,7 +65,10 @@ async def test_a_reader_opens_the_iterator_again_after_the_next_request() -> Non
         async with asyncio.timeout(5):
             while taken != want:
                 await asyncio.sleep(0.001)
-    assert opened == 2
+    async with asyncio.timeout(5):
+        while opened < 4:
+            await asyncio.sleep(0.001)
+    assert not batches, "each time until nothing more came"
     await reader.stop()
 
 

@@ -94,9 +94,11 @@ def differences(contract: Mapping[str, Any], version: str) -> list[Difference]:
     if llm is not None:
         found += _compare_methods(llm, contract, version)
     for name, recorded in contract["enums"].items():
-        found += _compare_enum(name, recorded)
+        if _in_version(recorded, version):
+            found += _compare_enum(name, recorded)
     for name, recorded in contract["errors"].items():
-        found += _compare_error(name, recorded)
+        if _in_version(recorded, version):
+            found += _compare_error(name, recorded)
     order: list[Severity] = ["breaks", "limits", "differs"]
     return sorted(found, key=lambda d: (order.index(d.severity), d.where))
 
@@ -245,7 +247,7 @@ def _compare_methods(llm: Any, contract: Mapping[str, Any], version: str) -> lis
     found: list[Difference] = []
     for function, versions in contract["functions"].items():
         owner, _, name = function.partition(".")
-        if owner != "LLM":
+        if owner != "LLM" or version not in versions:
             continue
         method = getattr(llm, name, None)
         if method is None:

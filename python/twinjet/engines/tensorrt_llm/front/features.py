@@ -55,6 +55,7 @@ class Features:
     generate_keywords: frozenset[str]
     sampling_fields: frozenset[str]
     has_check_health: bool
+    has_capacity_call: bool
 
     @property
     def has_cache_salt(self) -> bool:
@@ -112,11 +113,15 @@ def load_package() -> Package:
                 ),
                 ("capacity_scheduler_policy", find(["tensorrt_llm.llmapi:CapacitySchedulerPolicy"])),
                 ("context_chunking_policy", find(["tensorrt_llm.llmapi:ContextChunkingPolicy"])),
+                ("waiting_queue_policy", find(["tensorrt_llm.llmapi.llm_args:WaitingQueuePolicy"])),
             )
             if cls is not None
         },
         request_errors=_errors(["tensorrt_llm.executor.utils:RequestError"]),
-        fatal_errors=_errors(["tensorrt_llm.executor.executor:CppExecutorError"]),
+        fatal_errors=(
+            *_errors(["tensorrt_llm.executor.utils:EngineDeadError"]),
+            *_errors(["tensorrt_llm.executor.executor:CppExecutorError"]),
+        ),
     )
 
 
@@ -134,6 +139,7 @@ def detect(package: Package, llm_class: Any) -> Features:
         generate_keywords=keywords,
         sampling_fields=sampling_fields,
         has_check_health=callable(getattr(llm_class, "_check_health", None)),
+        has_capacity_call=callable(getattr(llm_class, "get_kv_cache_capacity", None)),
     )
 
 

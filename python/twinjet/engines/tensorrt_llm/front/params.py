@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twinjet.engines.base import Tokenizer
+from twinjet.engines.base import Capability, Tokenizer
 from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
@@ -23,12 +23,21 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSampler:
-    """What the engine's own sampler honours on this installation."""
+    """What the engine's own sampler honours on this installation, as far as it was tried or is known."""
 
-    penalties: bool
-    min_p: bool
-    guided_backend: str | None
-    guided_decoding: Any | None
+    penalties: bool = False
+    min_p: bool = False
+    logit_bias: bool = False
+    bad_words: bool = False
+    min_tokens: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    guided_backend: str | None = None
+    guided_decoding: Any | None = None
+
+    @property
+    def has_guides(self) -> bool:
+        return self.guided_backend is not None and self.guided_decoding is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +60,10 @@ def common_kwargs(sampling: Sampling, tokens: TokenFacts) -> dict[str, Any]:
     if not sampling.ignore_eos:
         stop |= set(tokens.eos_token_ids) - {tokens.first_eos_token_id}
     kwargs: dict[str, Any] = {
+        # Both given, the engine adds nothing of its own: else the model's end tokens would stop an output that
+        # is to ignore them.
+        "end_id": tokens.first_eos_token_id,
+        "pad_id": tokens.first_eos_token_id,
         "n": 1,
         "best_of": 1,
         "max_tokens": sampling.max_tokens,
@@ -117,15 +130,20 @@ def drawn_by_us(
 
 
 def drawn_by_engine(
-    request: EngineRequest, output_index: int, tokens: TokenFacts, can: EngineSampler
+    request: EngineRequest,
+    output_index: int,
+    tokens: TokenFacts,
+    can: EngineSampler,
+    *,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that the engine's sampler draws.
 
-    Raises Unsupported for what it would ignore.
+    bad_words: the tokens of sampling.bad_words, see bad_word_ids. Raises Unsupported for what it would ignore.
     """
     s = request.sampling
-    refuse_unsupported(s, can)
-    kwargs = common_kwargs(s, tokens)
+    refuse_unsupported(s, tokens, can)
+    kwargs = common_kwargs(s, tokens) | _bans(s, bad_words)
     if s.is_greedy:
         kwargs |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
     else:
@@ -139,12 +157,10 @@ def drawn_by_engine(
         kwargs["frequency_penalty"] = s.frequency_penalty
     if s.presence_penalty != 0:
         kwargs["presence_penalty"] = s.presence_penalty
-    if s.min_tokens > 0:
+    if s.min_tokens > 0 and not s.ignore_eos:
         kwargs["min_tokens"] = s.min_tokens
-    if s.bad_words:
-        kwargs["bad"] = list(s.bad_words)
     if s.logit_bias:
-        kwargs["embedding_bias"] = _bias_vector(s.logit_bias, tokens.vocab_size)
+        kwargs["embedding_bias"] = bias_vector(s.logit_bias, tokens.vocab_size)
     if s.logprobs is not None:
         kwargs["logprobs"] = max(1, s.logprobs)
     if s.constraint is not None:
@@ -152,8 +168,36 @@ def drawn_by_engine(
     return kwargs
 
 
-def refuse_unsupported(s: Sampling, can: EngineSampler) -> None:
-    """Raise Unsupported for what the engine's own sampler would ignore in silence."""
+def _bans(s: Sampling, bad_words: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
+    """Ban bad words: as token ids where they are one token each, else as text, for which the engine must tokenize.
+
+    It does that only where it may add end tokens of its own, too.
+    """
+    if all(len(word) == 1 for word in bad_words):
+        return {"bad_token_ids": sorted(word[0] for word in bad_words)} if bad_words else {}
+    if s.ignore_eos:
+        raise Unsupported(
+            "bad_words", "TensorRT-LLM's own sampler has none of several tokens with ignore_eos"
+        )
+    forms = [form for word in s.bad_words for form in (word.lstrip(), " " + word.lstrip())]
+    return {"bad": forms, "end_id": None, "pad_id": None}
+
+
+def refuse_unsupported(s: Sampling, tokens: TokenFacts, can: EngineSampler) -> None:
+    """Raise Unsupported for what the engine's own sampler would ignore or get wrong in silence."""
+    asked: dict[Capability, tuple[bool, bool]] = {
+        "logit_bias": (bool(s.logit_bias), can.logit_bias),
+        "bad_words": (bool(s.bad_words), can.bad_words),
+        "min_tokens": (s.min_tokens > 0, can.min_tokens),
+        "logprobs": (s.logprobs is not None, can.logprobs),
+        "prompt_logprobs": (s.prompt_logprobs is not None, can.prompt_logprobs),
+    }
+    for capability, (is_asked, is_honoured) in asked.items():
+        if is_asked and not is_honoured:
+            raise Unsupported(capability, "TensorRT-LLM's own sampler was seen not to honour it here")
+    ends = set(s.stop_token_ids) | (set() if s.ignore_eos else set(tokens.eos_token_ids))
+    if s.min_tokens > 0 and ends - {tokens.first_eos_token_id}:
+        raise Unsupported("min_tokens", "TensorRT-LLM's own sampler holds back one end token, not several")
     penalties = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
     if penalties and not can.penalties:
         raise Unsupported("penalties", "TensorRT-LLM's own sampler ignores them")
@@ -161,7 +205,7 @@ def refuse_unsupported(s: Sampling, can: EngineSampler) -> None:
         raise Unsupported("min_p", "TensorRT-LLM's own sampler may ignore it")
     if s.allowed_token_ids:
         raise Unsupported("allowed_token_ids", "TensorRT-LLM's own sampler has no such setting")
-    if s.constraint is not None and (can.guided_backend is None or can.guided_decoding is None):
+    if s.constraint is not None and not can.has_guides:
         kind = s.constraint.kind
         raise Unsupported(
             "json_schema" if kind == "json_object" else kind,
@@ -206,7 +250,8 @@ def _guide(constraint: Constraint) -> dict[str, Any]:
             return {"grammar": choice_grammar(constraint.choices)}
 
 
-def _bias_vector(biases: Mapping[int, float], vocab_size: int) -> Any:
+def bias_vector(biases: Mapping[int, float], vocab_size: int) -> Any:
+    """Make the engine's embedding_bias: a float32 tensor [vocab_size]."""
     import torch
 
     vector = torch.zeros(vocab_size, dtype=torch.float32)
