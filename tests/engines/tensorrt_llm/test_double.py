@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.engines.factories import MODEL
-from twinjet.engines.tensorrt_llm import doctor
+from twinjet.engines.tensorrt_llm import surface
 
-CONTRACT = doctor.load_contract()
+CONTRACT = surface.load_contract()
 
 
 def make_llm(**kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def prompt(text: str = "Hello") -> dict[str, list[int]]:
 
 
 def test_surface_has_not_drifted_from_the_contract(version: str) -> None:
-    assert doctor.differences(CONTRACT, version) == []
+    assert surface.differences(CONTRACT, version) == []
 
 
 def test_fields_and_parameters_are_those_recorded(version: str) -> None:

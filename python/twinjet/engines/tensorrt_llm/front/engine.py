@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, KvEvent, LoadProgress
@@ -31,7 +32,7 @@ from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
 from twinjet.engines.tensorrt_llm.front.settings import parse_options
 from twinjet.engines.tensorrt_llm.front.stats import SILENCE_S, DestructiveReader, EngineStats, KvEventFan
 from twinjet.engines.tensorrt_llm.front.tokenizer import HfTokenizer, check_prebuilt
-from twinjet.engines.tensorrt_llm.front.trials import EngineTrials
+from twinjet.engines.tensorrt_llm.front.trials import EngineTrials, Submit
 from twinjet.errors import (
     AlreadyExists,
     ConfigError,
@@ -52,6 +53,23 @@ _SUSPICIOUS_FAILURES = 3
 """Failures without a step between them after which the engine has to show that it lives: on a dead device each
 request fails as if it were that request's own fault."""
 _GUIDED_ERROR = "Guided decoding error:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """A started engine's parts. submit: SamplingParams arguments, prompt and keywords to a result object.
+
+    timeout_s: the time that a short request may take.
+    """
+
+    handle: EngineHandle
+    model: ModelFacts
+    drawing: Drawing
+    stats: EngineStats
+    kv_events: KvEventFan
+    self_test: SelfTest
+    submit: Submit
+    timeout_s: float
 
 
 class TrtLlmEngine:
@@ -93,6 +111,7 @@ class TrtLlmEngine:
         self._watchdog: Watchdog | None = None
         self._model: ModelFacts
         self._context: RunContext
+        self._self_test: SelfTest
 
     @property
     def tokenizer(self) -> HfTokenizer:
@@ -115,7 +134,7 @@ class TrtLlmEngine:
         except Exception as error:
             raise EngineDied(f"the engine gave no first token: {error}") from error
         report(LoadProgress("trying the sampler", 0.92))
-        await self._drawing.choose(test, self._make_trials(), self._model)
+        await self._drawing.choose(test, self.make_trials(), self._model)
         await self._learn_capacity()
         # Once now, so that what cannot be described fails the start and not a caller.
         self.describe()
@@ -198,7 +217,7 @@ class TrtLlmEngine:
         self._stats.counts_host_blocks = bool(self._handle.kv_arg("host_cache_size", 0))
         self._kv_events.on_created = self._learn_blocks
         self._handle.on_lost = self._on_lost
-        test = SelfTest(
+        test = self._self_test = SelfTest(
             submit=self._submit_test,
             channel=self._channel,
             tokens=tokens,
@@ -268,7 +287,22 @@ class TrtLlmEngine:
         for reader in self._readers:
             reader.start()
 
-    def _make_trials(self) -> EngineTrials:
+    @property
+    def parts(self) -> EngineParts:
+        """What the engine is made of, once it has started; for the doctor."""
+        return EngineParts(
+            handle=self._handle,
+            model=self._model,
+            drawing=self._drawing,
+            stats=self._stats,
+            kv_events=self._kv_events,
+            self_test=self._self_test,
+            submit=self._submit_raw,
+            timeout_s=self._own.probe_timeout_s,
+        )
+
+    def make_trials(self) -> EngineTrials:
+        """Make the trials of what the engine's own sampler and cache honour."""
         return EngineTrials(
             submit=self._submit_raw,
             tokens=self._model.tokens,

@@ -76,7 +76,7 @@ def _carried_over(call: Callable[[], T]) -> tuple[asyncio.Future[T], Callable[[]
     return future, body
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+async def end_tasks(tasks: Iterable[asyncio.Future[Any] | None]) -> None:
     """Cancel tasks until they end.
 
     Once is not enough: Python 3.11's wait_for, which engines use, loses a cancellation that meets a result.

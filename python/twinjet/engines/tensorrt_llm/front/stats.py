@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +153,10 @@ class KvEventFan:
     def __init__(self) -> None:
         self.on_created: Callable[[int], None] = lambda num_blocks: None
         """Told the GPU's number of blocks when the engine tells its pools."""
+        self.hash_kinds: set[str] = set()
+        """Kinds of block hashes seen: "numbers", "strings"."""
+        self.windows: set[int] = set()
+        self.ranks: set[int] = set()
         self._queues: set[asyncio.Queue[Sequence[KvEvent] | None]] = set()
         self._is_closed = False
         self._widest = 0
@@ -162,7 +166,11 @@ class KvEventFan:
         """Take one event of the engine's."""
         data = row.get("data") or {}
         events: list[KvEvent] = []
-        window = int(row.get("window_size") or 0)
+        window, rank = int(row.get("window_size") or 0), int(row.get("attention_dp_rank") or 0)
+        self.windows.add(window)
+        self.ranks.add(rank)
+        for block in data.get("blocks", ()):
+            self.hash_kinds.add("strings" if isinstance(block["block_hash"], str) else "numbers")
         if window > self._widest:
             if self._holders:
                 self._holders.clear()
@@ -171,7 +179,6 @@ class KvEventFan:
         if window == self._widest:
             if data.get("type") == "created" and data.get("num_blocks_per_cache_level"):
                 self.on_created(int(data["num_blocks_per_cache_level"][0]))
-            rank = int(row.get("attention_dp_rank") or 0)
             events += [seen for event in convert_kv_event(data) if (seen := self._merge(event, rank))]
         if events:
             self._publish(events)
@@ -202,7 +209,7 @@ class KvEventFan:
         for queue in self._queues:
             queue.put_nowait(None)
 
-    async def subscribe(self) -> AsyncIterator[Sequence[KvEvent]]:
+    async def subscribe(self) -> AsyncGenerator[Sequence[KvEvent], None]:
         """Give batches until close(). A reader that falls far behind is told KvCleared instead of the gap."""
         if self._is_closed:
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -182,8 +183,9 @@ class EngineTrials:
             result = await self._finish(self._request(max_tokens=1, prompt=prompt, salt=salt))
             return int(getattr(result, "cached_tokens", None) or 0)
 
-        await cached("twinjet-trial-1")
-        found = await cached("twinjet-trial-2")
+        one, other = uuid.uuid4().hex, uuid.uuid4().hex
+        await cached(one)
+        found = await cached(other)
         return f"{found} tokens were found under another salt" if found else ""
 
     def _other_token(self, number: int = 0) -> int:
