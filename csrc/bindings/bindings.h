@@ -9,6 +9,7 @@ void BindKv(pybind11::module_& module);
 void BindSampler(pybind11::module_& module);
 void BindSamplerCuda(pybind11::module_& module);
 void BindSched(pybind11::module_& module);
+void BindStream(pybind11::module_& module);
 void BindVllm(pybind11::module_& module);
 
 }  // namespace twinjet::bindings

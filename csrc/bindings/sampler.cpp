@@ -295,6 +295,11 @@ void BindSampler(py::module_& module) {
     }
   });
   module.attr("SAMPLER_SPEC_VERSION") = sampler::kSpecVersion;
+  py::dict ranges;
+  for (const sampler::ParamRange& range : sampler::kParamRanges) {
+    ranges[range.name] = py::make_tuple(range.low, range.high);
+  }
+  module.attr("SAMPLER_RANGES") = ranges;
   module.attr("SAMPLER_STATUS_NAN") = sampler::kStatusNan;
   module.attr("SAMPLER_STATUS_INFINITE") = sampler::kStatusInfinite;
   module.attr("SAMPLER_STATUS_NO_TOKEN") = sampler::kStatusNoToken;

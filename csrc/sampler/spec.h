@@ -19,6 +19,28 @@ constexpr uint32_t kStatusNan = 1;       // NaN logits were met and counted as -
 constexpr uint32_t kStatusInfinite = 2;  // the largest logit is +inf: the +inf tokens share the row
 constexpr uint32_t kStatusNoToken = 4;   // every token is masked, -inf or NaN; the token is -1
 
+// The smallest and the largest value of a parameter, both allowed.
+struct ParamRange {
+  const char* name;
+  double low;
+  double high;
+};
+
+constexpr double kFloatMax = 0x1.fffffep+127;  // the largest finite float32
+
+// What the sampler can compute with. Every API in front of it allows a part of this and no more.
+// repetition_penalty: with the smallest one the float32 inverse is still finite.
+constexpr ParamRange kParamRanges[] = {
+    {"temperature", 0.0, kFloatMax},
+    {"top_p", -kFloatMax, kFloatMax},
+    {"min_p", -kFloatMax, kFloatMax},
+    {"top_k", -1.0, 2147483647.0},
+    {"repetition_penalty", 0x1p-128 + 0x1p-149, kFloatMax},
+    {"frequency_penalty", -kFloatMax, kFloatMax},
+    {"presence_penalty", -kFloatMax, kFloatMax},
+    {"logit_bias", -kFloatMax, kFloatMax},
+};
+
 // What a caller asks for. Every float is a float32 already.
 struct RowParams {
   float temperature = 1.0f;         // finite, >= 0; below 1e-5 is greedy

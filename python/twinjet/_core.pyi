@@ -1,6 +1,6 @@
 """Types of the extension module `twinjet._core`; twinjet.sampling documents the sampler's face."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -360,6 +360,7 @@ class BlockManager:
 # ---- sampler ----
 
 SAMPLER_SPEC_VERSION: int
+SAMPLER_RANGES: dict[str, tuple[float, float]]  # by parameter, both ends allowed
 SAMPLER_STATUS_NAN: int
 SAMPLER_STATUS_INFINITE: int
 SAMPLER_STATUS_NO_TOKEN: int
@@ -467,6 +468,94 @@ class Sampler:
     def num_threads(self) -> int: ...
     @property
     def target(self) -> str: ...
+
+# --- Streams: tokens to text ------------------------------------------------------------------------
+
+class Vocabulary:
+    """What each token of a model says, and how tokens join to text. Immutable, thread-safe.
+
+    Unknown ids give no text.
+    """
+
+    def __init__(
+        self,
+        joining: Literal["byte_level", "byte_fallback", "metaspace"],
+        tokens: Sequence[str | None],
+        *,
+        special: Sequence[int],
+        mark: str = "",
+        strip_left: int = 0,
+    ) -> None:
+        """tokens: by id, as the tokenizer spells them. special: ids of tokens left out of text unless asked
+        for. mark: what stands for a space. strip_left: spaces cut from a text's beginning. Raises ValueError."""
+
+    @staticmethod
+    def of_function(
+        num_tokens: int, decode: Callable[[list[int], bool], str], *, special: Sequence[int]
+    ) -> Vocabulary:
+        """Ask decode(token ids, skip special tokens) for every text; what it raises comes through."""
+
+    @property
+    def is_native(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
+        """Text of all ids at once; parts of characters show as U+FFFD."""
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a token alone, special or not; a part of a character shows as U+FFFD."""
+
+class Output:
+    """One output of a request: tokens in, text out, and why it ended."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        stop: Sequence[str] = (),
+        eos_token_ids: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+        max_tokens: int = ...,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> None:
+        """min_tokens: up to so many, neither a token nor a stop string ends the output. include_stop: keep the
+        text of what ended it. Raises ValueError for an empty stop string."""
+
+    def take(
+        self,
+        token_ids: Sequence[int],
+        finish: Literal["stop", "length"] | str | None = None,
+        stopped_by: int | str | None = None,
+    ) -> tuple[int, str]:
+        """Take tokens up to the one that ends the output; give how many those are, and what text is certain.
+
+        finish, stopped_by: the engine's word, which counts where the output has not ended earlier.
+        Raises ValueError for another finish.
+        """
+
+    @property
+    def ending(self) -> tuple[Literal["stop", "length"], int | str | None, bool] | None:
+        """Reason, token or string that ended the output, and whether it is an end token; None: not ended."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+class StopMatcher:
+    """Finds stop strings in text that arrives in pieces; holds back what may still become one."""
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """Raises ValueError for an empty stop string."""
+
+    def feed(self, text: str) -> str:
+        """Take new text; give what may be shown, nothing after a match."""
+
+    def flush(self) -> str:
+        """Give what is held back; the output has ended otherwise."""
+
+    @property
+    def matched(self) -> int:
+        """Index of the stop string that was found, else -1."""
 
 # --- Scheduler: output lengths, KV ledger, places --------------------------------------------------
 

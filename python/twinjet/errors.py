@@ -9,7 +9,8 @@ TwinjetError
 ├── Overloaded          the queue is full or a quota is spent; says when to come back
 ├── Unavailable         loading, draining or dead; says when to come back
 │   └── EngineDied      the engine's process or loop is gone
-├── DeadlinePassed      the request's deadline passed or cannot be met
+├── DeadlinePassed      the request's deadline passed
+│   └── DeadlineUnreachable   it is predicted to pass before the request could be served
 ├── RequestAborted      an operator ended the request
 ├── RequestFailed       the engine could not finish this one request
 └── ConfigError         the server's own settings are wrong
@@ -106,10 +107,26 @@ class Unavailable(TwinjetError):
 
 
 class EngineDied(Unavailable):
-    """The engine's process or loop is gone; every running request of it is lost."""
+    """The engine's process or loop is gone; every running request of it is lost.
 
-    def __init__(self, message: str = "the engine died", *, retry_after_s: float = 5.0) -> None:
-        super().__init__(message, reason="ENGINE_DIED", retry_after_s=retry_after_s)
+    was_running: the engine had this very request, which may be what ended it. The reason then is
+    ENGINE_DIED_RUNNING and not ENGINE_DIED, so that nobody sends such a request again as it is.
+    """
+
+    def __init__(
+        self, message: str = "the engine died", *, retry_after_s: float = 5.0, was_running: bool = False
+    ) -> None:
+        self.was_running = was_running
+        reason = "ENGINE_DIED_RUNNING" if was_running else "ENGINE_DIED"
+        super().__init__(message, reason=reason, retry_after_s=retry_after_s)
+
+
+class PreconditionFailed(TwinjetError):
+    """The server is not in the state that the call needs. reason: a stable upper-case word."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class SlowReader(TwinjetError):
@@ -117,7 +134,15 @@ class SlowReader(TwinjetError):
 
 
 class DeadlinePassed(TwinjetError):
-    """The request's deadline passed, or is predicted to pass before it could be served."""
+    """The request's deadline passed. reason: a stable upper-case word."""
+
+    reason = "DEADLINE_PASSED"
+
+
+class DeadlineUnreachable(DeadlinePassed):
+    """The deadline is predicted to pass before the request could be served; nothing was begun."""
+
+    reason = "DEADLINE_UNREACHABLE"
 
 
 class RequestAborted(TwinjetError):

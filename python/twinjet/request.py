@@ -7,13 +7,14 @@ on every engine.
 
 from __future__ import annotations
 
-import math
+import ctypes
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from twinjet.errors import InvalidRequest, Unsupported, Violation
+from twinjet.errors import ConfigError, InvalidRequest, Unsupported, Violation
 
 if TYPE_CHECKING:
     from twinjet.engines.base import EngineInfo
@@ -28,6 +29,44 @@ MAX_BAD_WORDS = 256
 MAX_CHOICES = 1024
 MAX_OUTPUTS = 64
 MAX_GRAMMAR_BYTES = 256 * 1024
+MAX_SEED = 2**64 - 1
+DRAWN_SEED_BITS = 53
+"""Seeds that nobody sent are below 2^53, so that languages whose numbers are doubles read them exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a number may be; low and high are allowed themselves, unless is_open excludes low."""
+
+    low: float
+    high: float
+    is_open: bool = False
+
+    def __str__(self) -> str:
+        return f"{'above ' if self.is_open else ''}{self.low:g} to {self.high:g}"
+
+    def allows(self, value: float) -> bool:
+        """Compare as float32, which is what clients send and what the sampler computes with."""
+        single, low = ctypes.c_float(value).value, ctypes.c_float(self.low).value
+        is_in = low < single if self.is_open else low <= single
+        return is_in and single <= ctypes.c_float(self.high).value
+
+
+NUMBER_BOUNDS: Mapping[str, Bound] = MappingProxyType(
+    {
+        "temperature": Bound(0, 100),
+        "top_p": Bound(0, 1, is_open=True),
+        "top_k": Bound(-1, 2**31 - 1),
+        "min_p": Bound(0, 1),
+        "repetition_penalty": Bound(0.01, 100),
+        "frequency_penalty": Bound(-2, 2),
+        "presence_penalty": Bound(-2, 2),
+        "logit_bias": Bound(-100, 100),
+    }
+)
+"""The contract's range of every number that reaches the sampler. The sampler's own, `_core.SAMPLER_RANGES`, must
+hold each of them: it runs inside the engine's process, where a value that it refuses would end the engine."""
+_SCALARS = tuple(name for name in NUMBER_BOUNDS if name != "logit_bias")
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
 
@@ -125,6 +164,11 @@ class EngineRequest:
     deadline: float | None = None
 
 
+def draw_seed() -> int:
+    """Draw a seed for a request that brought none, in 0 .. 2^53 - 1."""
+    return secrets.randbits(DRAWN_SEED_BITS)
+
+
 class _Checker:
     """Collects violations, so that a client hears of all its mistakes at once."""
 
@@ -135,15 +179,22 @@ class _Checker:
     def fail(self, name: str, message: str) -> None:
         self.violations.append(Violation(self.prefix + name, message))
 
-    def number(
-        self, name: str, value: float | None, low: float, high: float, *, above_low: bool = False
-    ) -> None:
-        if value is None:
+    def number(self, name: str, value: float | None) -> None:
+        bound = NUMBER_BOUNDS[name]
+        if value is not None and not bound.allows(value):
+            self.fail(name, f"{value:g} is out of range; allowed: {bound}")
+
+    def count(self, name: str, value: int | None, low: int, high: int) -> None:
+        if value is not None and not low <= value <= high:
+            self.fail(name, f"{value} is out of range; allowed: {low} to {high}")
+
+    def logit_bias(self, biases: Mapping[int, float], vocab_size: int) -> None:
+        if len(biases) > MAX_LOGIT_BIASES:
+            self.fail("logit_bias", f"{len(biases)} entries; at most {MAX_LOGIT_BIASES} are allowed")
             return
-        bounds = f"{'above ' if above_low else ''}{low:g} to {high:g}"
-        too_low = value <= low if above_low else value < low
-        if not math.isfinite(value) or too_low or value > high:
-            self.fail(name, f"{value:g} is out of range; allowed: {bounds}")
+        self.token_ids("logit_bias", tuple(biases), vocab_size)
+        for bias in biases.values():
+            self.number("logit_bias", bias)
 
     def token_ids(self, name: str, ids: tuple[int, ...], vocab_size: int) -> None:
         bad = next((t for t in ids if not 0 <= t < vocab_size), None)
@@ -182,24 +233,15 @@ def resolve_sampling(
     """
     limits = info.limits
     check = _Checker(prefix)
-    check.number("temperature", sent.temperature, 0, 100)
-    check.number("top_p", sent.top_p, 0, 1, above_low=True)
-    check.number("top_k", sent.top_k, -1, 2**31 - 1)
-    check.number("min_p", sent.min_p, 0, 1)
-    check.number("repetition_penalty", sent.repetition_penalty, 0, 100, above_low=True)
-    check.number("frequency_penalty", sent.frequency_penalty, -2, 2)
-    check.number("presence_penalty", sent.presence_penalty, -2, 2)
-    check.number("n", sent.n, 1, min(MAX_OUTPUTS, limits.max_outputs))
-    check.number("max_tokens", sent.max_tokens, 1, limits.max_context_tokens)
-    check.number("min_tokens", sent.min_tokens, 0, sent.max_tokens or limits.max_context_tokens)
-    check.number("logprobs", sent.logprobs, 0, limits.max_logprobs)
-    check.number("prompt_logprobs", sent.prompt_logprobs, 0, limits.max_logprobs)
-    if len(sent.logit_bias) > MAX_LOGIT_BIASES:
-        check.fail("logit_bias", f"{len(sent.logit_bias)} entries; at most {MAX_LOGIT_BIASES} are allowed")
-    else:
-        check.token_ids("logit_bias", tuple(sent.logit_bias), limits.vocab_size)
-        for bias in sent.logit_bias.values():
-            check.number("logit_bias", bias, -100, 100)
+    for name in _SCALARS:
+        check.number(name, getattr(sent, name))
+    check.count("n", sent.n, 1, min(MAX_OUTPUTS, limits.max_outputs))
+    check.count("max_tokens", sent.max_tokens, 1, limits.max_context_tokens)
+    check.count("min_tokens", sent.min_tokens, 0, sent.max_tokens or limits.max_context_tokens)
+    check.count("logprobs", sent.logprobs, 0, limits.max_logprobs)
+    check.count("prompt_logprobs", sent.prompt_logprobs, 0, limits.max_logprobs)
+    check.count("seed", sent.seed, 0, MAX_SEED)
+    check.logit_bias(sent.logit_bias, limits.vocab_size)
     check.strings("stop", sent.stop, MAX_STOPS, MAX_STOP_BYTES)
     if len(sent.stop_token_ids) > MAX_STOPS:
         check.fail("stop_token_ids", f"{len(sent.stop_token_ids)} entries; at most {MAX_STOPS} are allowed")
@@ -228,6 +270,17 @@ def resolve_sampling(
         )
     _check_capabilities(sampling, info)
     return sampling
+
+
+def check_defaults(info: EngineInfo) -> None:
+    """Check a model's own sampling defaults by the bounds that hold for requests. Raises ConfigError."""
+    defaults, check = info.default_sampling, _Checker("")
+    for name in _SCALARS:
+        check.number(name, getattr(defaults, name))
+    check.logit_bias(defaults.logit_bias, info.limits.vocab_size)
+    if check.violations:
+        found = "; ".join(f"{v.field} {v.message}" for v in check.violations)
+        raise ConfigError(f"the model's default sampling (generation_config.json) is unusable: {found}")
 
 
 def _fill(sent: SamplingOverrides, defaults: SamplingOverrides, *, room: int, seed: int) -> Sampling:

@@ -1,5 +1,8 @@
 // A request's history against a recount from scratch.
+#include <cmath>
+#include <limits>
 #include <map>
+#include <string>
 
 #include "check.h"
 #include "sampler/request.h"
@@ -19,6 +22,36 @@ bool Refused(F make) {
 }
 
 }  // namespace
+
+TEST(ranges_are_exactly_what_is_refused_outside_of) {
+  const auto refused = [](const std::string& name, double value) {
+    RequestOptions options;
+    RowParams& params = options.params;
+    const float x = static_cast<float>(value);
+    if (name == "temperature") params.temperature = x;
+    if (name == "top_p") params.top_p = x;
+    if (name == "min_p") params.min_p = x;
+    if (name == "top_k") params.top_k = static_cast<int32_t>(value);
+    if (name == "repetition_penalty") params.repetition_penalty = x;
+    if (name == "frequency_penalty") params.frequency_penalty = x;
+    if (name == "presence_penalty") params.presence_penalty = x;
+    if (name == "logit_bias") options.biases = {{1, x}};
+    return Refused([&] { Request(30, options); });
+  };
+  for (const ParamRange& range : kParamRanges) {
+    const std::string name = range.name;
+    CHECK(!refused(name, range.low));
+    CHECK(!refused(name, range.high));
+    if (name == "top_k") {
+      CHECK(refused(name, range.low - 1));
+      continue;
+    }
+    const float infinity = std::numeric_limits<float>::infinity();
+    CHECK(refused(name, std::nextafter(static_cast<float>(range.low), -infinity)));
+    CHECK(refused(name, infinity));
+    CHECK(refused(name, std::numeric_limits<float>::quiet_NaN()));
+  }
+}
 
 TEST(counts_follow_append_and_truncate) {
   std::mt19937_64 random = test::Random();

@@ -256,9 +256,15 @@ async def test_detach_ends_everything_with_its_error_and_the_next_engine_serves(
     await settle()
     await engine.step()
     error = EngineDied()
+    running, waiting = dispatcher.load().running, dispatcher.load().waiting
     dispatcher.detach(error)
     await asyncio.wait_for(asyncio.gather(*(c.task for c in clients)), 5)
-    assert [c.error for c in clients] == [error] * 3
+    assert running > 0
+    assert waiting > 0
+    for client in clients[:running]:
+        assert isinstance(client.error, EngineDied)
+        assert client.error.was_running
+    assert [c.error for c in clients[running:]] == [error] * waiting
     with pytest.raises(Unavailable) as refused:
         await anext(dispatcher.run(make_request("r0")))
     assert refused.value.reason == "LOADING"

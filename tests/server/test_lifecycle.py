@@ -9,6 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.harness import Harness, Serve, collect, details, kinds
+from twinjet.client import AsyncClient, RetryPolicy, Unavailable
 from twinjet.engines.supervisor import State
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2
 
@@ -73,14 +74,42 @@ async def test_a_death_ends_every_stream_at_once_and_the_engine_restarts(serve: 
             await asyncio.wait_for(collect(call), 2)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         found = details(caught.value)
-        assert found["ErrorInfo"].reason == "ENGINE_DIED"
-        assert "RetryInfo" in found
+        assert found["ErrorInfo"].reason == "ENGINE_DIED_RUNNING"
+        assert "RetryInfo" not in found, "nobody shall send as it is what may have ended the engine"
     await h.until(lambda: len(h.engines) == 2)
     await h.until_ready()
     assert kinds(await collect(h.inference.Generate(Request(text="x", sampling=Sampling(max_tokens=1)))))
     load = await h.admin.GetLoad(admin_pb2.GetLoadRequest())
     assert load.models[0].restarts == 1
     await h.until_idle()
+
+
+async def test_a_death_tells_the_requests_that_only_waited_that_they_may_come_again(serve: Serve) -> None:
+    h = await serve({"step_s": 0.01, "max_num_seqs": 1})
+    calls = [h.inference.Generate(Request(text="x", options={"report_queue": True})) for _ in range(12)]
+    dispatcher = h.server.deployments.by_name["fake"].dispatcher
+    await h.until(lambda: dispatcher.load().waiting + dispatcher.load().running == len(calls))
+    h.engine.die()
+    told = []
+    for call in calls:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(collect(call), 2)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        found = details(caught.value)
+        told.append((found["ErrorInfo"].reason, "RetryInfo" in found))
+    assert set(told) == {("ENGINE_DIED_RUNNING", False), ("ENGINE_DIED", True)}
+
+
+async def test_our_client_does_not_send_a_deadly_request_to_the_next_engine(serve: Serve) -> None:
+    h = await serve(deployments={"fake": {"engine": "fake", "max_restarts": 3}})
+    async with AsyncClient(h.server.address, retry=RetryPolicy(attempts=4, first_delay_s=0.01)) as client:
+        for num_deaths in (1, 2):
+            with pytest.raises(Unavailable) as caught:
+                await client.generate("!die").text()
+            assert caught.value.reason == "ENGINE_DIED_RUNNING"
+            await h.until(lambda n=num_deaths: len(h.engines) > n)  # type: ignore[misc]
+            await h.until_ready()
+        assert len(h.engines) == 3, "one death for each call"
 
 
 async def test_one_deployments_death_leaves_the_other_serving(serve: Serve) -> None:

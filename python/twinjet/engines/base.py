@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from twinjet.request import EngineRequest, SamplingOverrides
+
+if TYPE_CHECKING:
+    from twinjet._core import Vocabulary
 
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
@@ -58,7 +61,10 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine is and can do, valid once start() has returned."""
+    """What an engine is and can do, valid once start() has returned.
+
+    settings: effective settings that bear on speed and results, by the engine's own names.
+    """
 
     name: Literal["vllm", "tensorrt_llm", "fake"]
     version: str
@@ -71,6 +77,7 @@ class EngineInfo:
     sampler: Component
     block_manager: Component
     kv_cache: KvCache | None
+    settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +162,28 @@ class ChatTurn:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as its template renders it.
+
+    plain_spans: from and to in characters, ascending: text that came from the conversation's content and would
+    read as a control token.
+    """
+
+    text: str
+    plain_spans: tuple[tuple[int, int], ...] = ()
+
+
 class Tokenizer(Protocol):
     """Text to tokens and back for one model. Thread-safe; calls may take milliseconds for long texts."""
 
     vocab_size: int
     has_chat_template: bool
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What each token says; joins tokens as decode() does."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -170,6 +194,14 @@ class Tokenizer(Protocol):
 
         Raises InvalidRequest if the template refuses the conversation.
         """
+        ...
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        """Render a conversation whose content cannot steer the template; see render_chat."""
+        ...
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        """Give the token ids of a rendering, whose plain spans give no control token. Raises InvalidRequest."""
         ...
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from twinjet._core import Vocabulary
 from twinjet.engines.base import (
     Capability,
     ChatTurn,
@@ -29,17 +30,17 @@ from twinjet.engines.base import (
     EngineEvent,
     EngineInfo,
     EngineLoad,
-    Finish,
     KvCache,
     Limits,
     LoadProgress,
     Logprob,
     OutputEvent,
     PromptEvent,
+    RenderedChat,
     TokenLogprobs,
 )
 from twinjet.engines.fixed_logits import fixed_logits
-from twinjet.engines.stops import StopScanner
+from twinjet.engines.text import finish_of, make_output
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, SamplingOverrides
 
@@ -81,11 +82,18 @@ class FakeOptions(BaseModel):
     die_at_start: int = Field(0, ge=0, description="so many starts in this process die first")
 
 
+def _spell(byte: int) -> str:
+    """Spell a byte as byte-level BPE does: itself if printable, else a character from U+0100 on, in order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte if byte in plain else 256 + byte - sum(p < byte for p in plain))
+
+
 class FakeTokenizer:
     """Bytes as tokens, BOS in front; a chat is role and content a line."""
 
     vocab_size = VOCAB_SIZE
     has_chat_template = True
+    vocabulary = Vocabulary("byte_level", [*map(_spell, range(256)), "<eos>", "<bos>"], special=[EOS, BOS])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -101,6 +109,13 @@ class FakeTokenizer:
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
         lines = [f"{turn.role}: {turn.content}" for turn in messages]
         return "\n".join(lines if continue_final else [*lines, "assistant: "])
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        # No text is read as BOS or EOS.
+        return RenderedChat(self.render_chat(messages, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        return self.encode(rendered.text, add_special_tokens=add_special_tokens)
 
 
 def mix(*parts: int) -> int:
@@ -122,7 +137,7 @@ class _Sequence:
         self.index = index
         self.num_generated = 0
         self.num_blocks = 0
-        self.stops = StopScanner(request.sampling.stop, include=request.sampling.include_stop)
+        self._output = make_output(FakeTokenizer.vocabulary, request.sampling, (EOS,))
         # Where output is logits: our sampler's side of this output, and the token of the present step.
         self.row: SamplerRequest | None = None
         self.drawn: int | None = None
@@ -179,31 +194,18 @@ class _Sequence:
 
     def step(self) -> OutputEvent:
         """Give one token and, with the last one, why the output ends."""
-        sampling = self.request.sampling
         token = next(self._script, EOS)
         self.num_generated += 1
-        text = self.stops.feed(chr(token) if token < 128 else "\ufffd" if token < 256 else "")
-        finish: Finish | None = None
-        may_stop = self.num_generated > sampling.min_tokens
-        if self.stops.matched is not None:
-            finish = Finish("stop", self.stops.matched)
-        elif token == EOS and not sampling.ignore_eos:
-            finish = Finish("stop", EOS, is_eos=True)
-        elif token in sampling.stop_token_ids and may_stop:
-            text = text if sampling.include_stop else ""
-            finish = Finish("stop", token)
-        elif self.num_generated >= sampling.max_tokens:
-            finish = Finish("length")
-        if finish is not None:
-            text += self.stops.flush()
-        logprobs = [] if sampling.logprobs is None else [_logprobs(token, sampling.logprobs)]
-        return OutputEvent(self.index, text, (token,), logprobs, finish)
+        _, text = self._output.take((token,))
+        num_top = self.request.sampling.logprobs
+        logprobs = [] if num_top is None else [_logprobs(token, num_top)]
+        return OutputEvent(self.index, text, (token,), logprobs, finish_of(self._output))
 
 
 def _logprobs(token: int, num_top: int) -> TokenLogprobs:
     def entry(rank: int) -> Logprob:
         rival = (token + rank - 1) % 256
-        return Logprob(rival, -0.5 * rank, rank, chr(rival) if rival < 128 else "\ufffd")
+        return Logprob(rival, -0.5 * rank, rank, FakeTokenizer.vocabulary.token_text(rival))
 
     return TokenLogprobs(entry(1), tuple(entry(rank) for rank in range(1, num_top + 1)))
 
@@ -283,6 +285,7 @@ class FakeEngine:
             sampler=self._component,
             block_manager=Component("engine", reason="the fake engine counts blocks only"),
             kv_cache=KvCache(options.num_blocks, options.block_size),
+            settings={"step_s": f"{options.step_s:g}", "output": options.output},
         )  # fmt: skip
 
     async def load(self) -> EngineLoad:
@@ -405,11 +408,15 @@ class FakeEngine:
                 self._work.clear()
                 await self._work.wait()
             prefill_tokens = self._take_up()
-            await asyncio.sleep(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
+            await self._pause(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
             if self._sampler is not None:
                 self._draw(self._sampler)
             for sequence in list(self._running):
                 self._step(sequence)
+
+    async def _pause(self, step_s: float) -> None:
+        """Let a step take its time; what simulates an unsteady machine overrides it."""
+        await asyncio.sleep(step_s)
 
     def _draw(self, sampler: Sampler) -> None:
         """Draw the next token of every running sequence in one batch, as a real engine does."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from twinjet.engines.base import Engine, EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
 from twinjet.errors import ConfigError, EngineDied, TwinjetError, Unavailable
-from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.request import EngineRequest, SamplingOverrides, check_defaults, resolve_sampling
 from twinjet.scheduler import Dispatcher
 
 logger = logging.getLogger("twinjet.engine")
@@ -98,6 +98,7 @@ class Supervisor:
         self.state = State.LOADING
         self.progress = LoadProgress("waiting to start", 0.0)
         self.failure = ""
+        self.last_error = ""
         self.config_error: ConfigError | None = None
         self.num_restarts = 0
         self._make_engine = make_engine
@@ -159,8 +160,10 @@ class Supervisor:
                 self._fail(str(error))
                 return
             except TwinjetError as error:
+                self.last_error = str(error)
                 logger.warning("engine of %s did not start: %s", self.name, error)
             except Exception:
+                self.last_error = "its start failed; the server's log has more"
                 logger.exception("engine of %s did not start", self.name)
             failures = 1 if lived_s > HEALTHY_AFTER_S else failures + 1
             if failures > self._settings.max_restarts:
@@ -179,6 +182,7 @@ class Supervisor:
             await engine.start(self._report)
             self._report(LoadProgress("waiting for the first token", 0.95))
             info = engine.describe()
+            check_defaults(info)
             # Not wait_for, which before Python 3.12 can lose a cancellation.
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._probe(engine, info)

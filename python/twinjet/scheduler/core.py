@@ -17,6 +17,7 @@ from twinjet.engines.base import EngineInfo
 from twinjet.errors import (
     AlreadyExists,
     DeadlinePassed,
+    DeadlineUnreachable,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -416,7 +417,7 @@ class Scheduler:
         if needed * self.settings.deadline_confidence > left:
             self.release(entry, now)
             self._refused["deadline"] += 1
-            raise DeadlinePassed(
+            raise DeadlineUnreachable(
                 f"the request is predicted to need {needed:.2f} s, of which {wait:.2f} s in the queue; its "
                 f"deadline is in {left:.2f} s"
             )

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from twinjet.engines.base import Engine, EngineEvent, EngineInfo, OutputEvent
 from twinjet.errors import (
     DeadlinePassed,
+    EngineDied,
     NotFound,
     RequestAborted,
     TwinjetError,
@@ -171,6 +172,8 @@ class Dispatcher:
                 while (event := await stream.read(events)) is not None:
                     self._account(entry, event)
                     yield event
+            except EngineDied as died:
+                raise EngineDied(str(died), retry_after_s=died.retry_after_s, was_running=True) from died
             finally:
                 await _close(events)
             self._release(entry, finished=True)

@@ -17,6 +17,7 @@ from twinjet.engines.base import (
     PrefixCacheEngine,
 )
 from twinjet.errors import InvalidRequest, NotFound, PermissionRefused, Unsupported
+from twinjet.server.routes import RouteServicer
 from twinjet.v1 import admin_pb2 as pb
 
 if TYPE_CHECKING:
@@ -27,18 +28,23 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 
-class AdminServicer:
-    """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended)."""
+class AdminServicer(RouteServicer):
+    """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended).
+
+    grace_s: of RemoveDeployment where the caller names none.
+    """
 
     def __init__(
         self,
         deployments: Deployments,
         token: str,
         drain: Callable[[float | None], Awaitable[tuple[int, int]]],
+        grace_s: float,
     ) -> None:
         self._deployments = deployments
         self._token = token
         self._drain = drain
+        self._grace_s = grace_s
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         self._authorise(context)

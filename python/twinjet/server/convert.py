@@ -34,6 +34,7 @@ class Options:
     cache_salt: str = ""
     adapter: str = ""
     report_queue: bool = False
+    session: str = ""
 
 
 def request_id_violation(field: str, request_id: str) -> list[Violation]:
@@ -50,7 +51,7 @@ def options(message: generation_pb2.RequestOptions) -> Options:
         violations.append(
             Violation("options.priority", f"{message.priority} is out of range; allowed: -100 to 100")
         )
-    for name in ("tenant", "cache_salt", "adapter"):
+    for name in ("tenant", "cache_salt", "adapter", "session"):
         if len(getattr(message, name).encode()) > MAX_LABEL_BYTES:
             violations.append(Violation(f"options.{name}", f"is longer than {MAX_LABEL_BYTES} bytes"))
     if violations:
@@ -62,6 +63,7 @@ def options(message: generation_pb2.RequestOptions) -> Options:
         message.cache_salt,
         message.adapter,
         message.report_queue,
+        message.session,
     )
 
 
@@ -227,3 +229,4 @@ def fill_engine_info(model: model_pb2.Model, info: EngineInfo) -> None:
     if info.kv_cache is not None:
         model.kv_cache.num_blocks = info.kv_cache.num_blocks
         model.kv_cache.block_size = info.kv_cache.block_size
+    model.settings.update(info.settings)

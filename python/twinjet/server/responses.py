@@ -45,6 +45,10 @@ class ResponseBuilder:
         return (self._last_token_at - self._first_token_at) / (self.num_output_tokens - 1)
 
     @property
+    def deployment(self) -> str:
+        return self._deployment
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self._request.prompt_token_ids)
 

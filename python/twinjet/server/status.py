@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from twinjet import errors
+from twinjet.routing import RevisionChanged
 
 DOMAIN = "twinjet"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -57,10 +58,18 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return Failure(code.RESOURCE_EXHAUSTED, str(error), details)
         case errors.SlowReader():
             return Failure(code.RESOURCE_EXHAUSTED, str(error), [_info("SLOW_READER")])
+        case errors.EngineDied(was_running=True):
+            # Without RetryInfo: the same request may end the next engine too.
+            return Failure(code.UNAVAILABLE, str(error), [_info(error.reason)])
         case errors.Unavailable():
             return Failure(code.UNAVAILABLE, str(error), [_info(error.reason), _retry(error.retry_after_s)])
+        case errors.PreconditionFailed():
+            return Failure(code.FAILED_PRECONDITION, str(error), [_info(error.reason)])
+        case RevisionChanged():
+            info = _info("REVISION_CHANGED", revision=str(error.current))
+            return Failure(code.ABORTED, str(error), [info])
         case errors.DeadlinePassed():
-            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info("DEADLINE_PASSED")])
+            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info(error.reason)])
         case errors.RequestAborted():
             return Failure(code.CANCELLED, str(error), [_info("ABORTED")])
         case errors.RequestFailed():

@@ -73,4 +73,4 @@ class GrammarCompiler:
 
 def choice_grammar(choices: tuple[str, ...]) -> str:
     """Write alternatives as a GBNF grammar; JSON's escapes are a subset of GBNF's."""
-    return "root ::= " + " | ".join(json.dumps(choice) for choice in choices)
+    return "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twinjet.engines.base import Finish, Logprob, OutputEvent, Tokenizer, TokenLogprobs
-from twinjet.engines.stops import StopScanner
-from twinjet.engines.tensorrt_llm.front.detokenize import IncrementalDecoder
 from twinjet.engines.tensorrt_llm.worker.logits import LOGPROB_FLOOR
 from twinjet.engines.tensorrt_llm.worker.reports import TokenReport
+from twinjet.engines.text import finish_of, make_output
 from twinjet.errors import RequestAborted, RequestFailed
 from twinjet.request import EngineRequest
 
@@ -25,17 +24,10 @@ class OutputTracker:
     def __init__(
         self, request: EngineRequest, index: int, tokenizer: Tokenizer, eos_token_ids: frozenset[int]
     ) -> None:
-        sampling = request.sampling
         self.index = index
         self.finish: Finish | None = None
         self.num_tokens = 0
-        self._sampling = sampling
-        self._eos = frozenset() if sampling.ignore_eos else eos_token_ids
-        self._stop_token_ids = frozenset(sampling.stop_token_ids)
-        self._stops = StopScanner(sampling.stop, include=sampling.include_stop)
-        self._decoder = IncrementalDecoder(
-            tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
-        )
+        self._output = make_output(tokenizer.vocabulary, request.sampling, eos_token_ids)
         self._text = ""
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -54,15 +46,8 @@ class OutputTracker:
         self.num_tokens += 1
         if logprobs is not None:
             self._logprobs.append(logprobs)
-        if token_id in self._eos or token_id in self._stop_token_ids:
-            last = self._decoder.feed(token_id) if self._sampling.include_stop else ""
-            self._show(last + self._decoder.flush())
-            self._end(Finish("stop", token_id, is_eos=token_id in self._eos))
-            return
-        self._show(self._decoder.feed(token_id))
-        if self.finish is None and self.num_tokens >= self._sampling.max_tokens:
-            self._show(self._decoder.flush())
-            self._end(Finish("length"))
+        self._text += self._output.take((token_id,))[1]
+        self.finish = finish_of(self._output)
 
     def engine_ended(self, finish_reason: str | None, stop_reason: int | str | None) -> None:
         """Take the engine's word that the output is over; does nothing if that is known already.
@@ -78,11 +63,8 @@ class OutputTracker:
                 f"the engine ended the output with {finish_reason!r}",
                 reason="ENGINE_TIMEOUT" if finish_reason == "timeout" else "ENGINE_ENDED_EARLY",
             )
-        self._show(self._decoder.flush())
-        if finish_reason == "length":
-            self._end(Finish("length"))
-        else:
-            self._end(Finish("stop", stop_reason, is_eos=stop_reason in self._eos))
+        self._text += self._output.take((), finish_reason, stop_reason)[1]
+        self.finish = finish_of(self._output)
 
     def settle(self) -> None:
         """Let the finish be told: nothing can go wrong with this output any more."""
@@ -102,25 +84,12 @@ class OutputTracker:
         self._text, self._tokens, self._logprobs = "", [], []
         return event
 
-    def _show(self, text: str) -> None:
-        self._text += self._stops.feed(text)
-        if self._stops.matched is not None and self.finish is None:
-            self.finish = Finish("stop", self._stops.matched)
-
-    def _end(self, finish: Finish) -> None:
-        if self.finish is None:
-            self._text += self._stops.flush()
-            self.finish = finish
-
 
 class LogprobFormatter:
-    """Makes contract logprobs from ours and from the engine's; caches the tokens' texts."""
-
-    _MAX_TEXTS = 65_536
+    """Makes contract logprobs from ours and from the engine's."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
+        self._token_text = tokenizer.vocabulary.token_text
 
     def from_report(self, report: TokenReport) -> TokenLogprobs:
         """Convert a report of our sampler."""
@@ -151,12 +120,4 @@ class LogprobFormatter:
         )
 
     def _entry(self, token_id: int, logprob: float, rank: int | None) -> Logprob:
-        return Logprob(token_id, max(LOGPROB_FLOOR, logprob), rank, self._text(token_id))
-
-    def _text(self, token_id: int) -> str:
-        text = self._texts.get(token_id)
-        if text is None:
-            if len(self._texts) >= self._MAX_TEXTS:
-                self._texts.clear()
-            text = self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
+        return Logprob(token_id, max(LOGPROB_FLOOR, logprob), rank, self._token_text(token_id))

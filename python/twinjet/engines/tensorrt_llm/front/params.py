@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinjet.engines.base import Capability, Tokenizer
+from twinjet.engines.seeds import output_seed
 from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
 from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import Constraint, EngineRequest, Sampling
-
-SEED_MASK = 2**63 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +146,7 @@ def drawn_by_engine(
         kwargs |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
     else:
         kwargs |= {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
-        kwargs["seed"] = (s.seed + output_index * _GOLDEN) & SEED_MASK
+        kwargs["seed"] = output_seed(s.seed, output_index)
         if s.min_p > 0:
             kwargs["min_p"] = s.min_p
     if s.repetition_penalty != 1:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twinjet.engines.base import ChatTurn
+from twinjet.engines.base import ChatTurn, RenderedChat
 from twinjet.errors import ConfigError, InvalidRequest
+from twinjet.models.content import ContentGuard, SlowContentGuard
 from twinjet.request import SamplingOverrides
+
+if TYPE_CHECKING:
+    from twinjet._core import Vocabulary
 
 
 class HfTokenizer:
@@ -24,6 +29,8 @@ class HfTokenizer:
         self.vocab_size = vocab_size
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         self._lock = threading.Lock()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._guard = SlowContentGuard(tokenizer) if backend is None else ContentGuard(backend)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -33,12 +40,30 @@ class HfTokenizer:
     def bos_token_id(self) -> int | None:
         return getattr(self.hf, "bos_token_id", None)
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What each token says; of a tokenizer that is not a fast one, it asks decode()."""
+        from twinjet.models.vocabulary import function_vocabulary, read_vocabulary
+
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is not None:
+            return read_vocabulary(backend)
+        special = sorted(set(getattr(self.hf, "all_special_ids", ())))
+        return function_vocabulary(
+            lambda ids, skip_special: self.decode(ids, skip_special_tokens=skip_special),
+            len(self.hf),
+            special,
+        )
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with self._lock:
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text: str = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        # Cleaning up would change text that was shown already, so that no stream could equal it.
+        text: str = self.hf.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
@@ -54,6 +79,18 @@ class HfTokenizer:
         except Exception as error:
             raise InvalidRequest.of("messages", f"the chat template refused them: {error}") from error
         return text
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        with self._lock:
+            cover = self._guard.cover()
+            covered = [ChatTurn(turn.role, cover.hide(turn.content)) for turn in messages]
+        return cover.reveal(self.render_chat(covered, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        if not rendered.plain_spans:
+            return self.encode(rendered.text, add_special_tokens=add_special_tokens)
+        with self._lock:
+            return self._guard.encode(rendered, add_special_tokens=add_special_tokens)
 
 
 def unwrap_tokenizer(tokenizer: Any) -> Any:

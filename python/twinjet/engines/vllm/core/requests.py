@@ -71,7 +71,12 @@ class RequestTable:
         entry = self._entries.get(request_id)
         if entry is None:
             reason = reason_for_stock(params, prompt_token_ids)
-            entry = reason or native_request(params, self._vocab_size, prompt_token_ids or ())
+            try:
+                entry = reason or native_request(params, self._vocab_size, prompt_token_ids or ())
+            except ValueError:
+                # The front end checks by the same bounds. Should it miss a value, one request is drawn by
+                # vLLM's sampler; raised here, it would end the engine with all its requests.
+                entry = "refused_parameters"
             self._entries[request_id] = entry
         if isinstance(entry, str):
             return entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinjet.engines.stops import StopScanner
+from twinjet._core import StopMatcher
 
 _alphabet = st.text("ab", max_size=6)
 
@@ -26,22 +26,22 @@ def _reference(text: str, stops: list[str], include: bool) -> tuple[str, str | N
     st.booleans(),
 )
 def test_pieces_give_what_the_whole_text_gives(pieces: list[str], stops: list[str], include: bool) -> None:
-    scanner = StopScanner(stops, include=include)
+    scanner = StopMatcher(stops, include=include)
     shown = ""
     whole = ""
     for piece in pieces:
         whole += piece
         shown += scanner.feed(piece)
-        if scanner.matched is not None:
+        if scanner.matched >= 0:
             break
         held = len(whole) - len(shown)
         assert held < max((len(s) for s in stops), default=1), "held back more than a stop could need"
     expected, matched = _reference(whole, stops, include)
-    assert scanner.matched == matched
+    assert (stops[scanner.matched] if scanner.matched >= 0 else None) == matched
     assert shown + scanner.flush() == expected
 
 
 def test_after_a_match_nothing_more_is_shown() -> None:
-    scanner = StopScanner(["END"])
+    scanner = StopMatcher(["END"])
     assert scanner.feed("the END and more") == "the "
     assert scanner.feed("again") == scanner.flush() == ""
