@@ -71,6 +71,22 @@ async def test_a_death_is_told_and_the_engine_comes_back(serve: Serve, version: 
     assert messages[-1].HasField("summary")
 
 
+async def test_the_metadatas_trace_context_reaches_the_engine(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with double_installed("1.3"):
+        h = await serve(deployments=TRT)
+        llm = h.engines[0]._handle.llm
+        seen, real = [], llm.generate_async
+        monkeypatch.setattr(llm, "generate_async", lambda *a, **k: seen.append(k) or real(*a, **k))
+        for sent in (trace, "00-nonsense"):
+            metadata = (("traceparent", sent), ("tracestate", "a=1"))
+            request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(max_tokens=1))
+            assert [m async for m in h.inference.Generate(request, metadata=metadata)]
+    assert [k.get("trace_headers") for k in seen] == [{"traceparent": trace, "tracestate": "a=1"}, None]
+
+
 CONFIG = """
 [server]
 port = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from twinjet.request import SamplingOverrides
+from twinjet.request import KvRetention, SamplingOverrides
 from twinjet.v1 import embedding_pb2, generation_pb2, sampling_pb2, tokenization_pb2
 
 
@@ -28,6 +28,8 @@ class Options:
     adapter: str = ""
     report_queue: bool | None = None
     session: str = ""
+    data_parallel_rank: int | None = None
+    kv_retention: KvRetention | None = None
 
 
 Prompt = str | Sequence[int]
@@ -68,7 +70,18 @@ def options_message(options: Options | None) -> generation_pb2.RequestOptions | 
     if options is None:
         return None
     values = {f.name: getattr(options, f.name) for f in fields(options)}
+    if options.kv_retention is not None:
+        values["kv_retention"] = _retention_message(options.kv_retention)
     return generation_pb2.RequestOptions(**{k: v for k, v in values.items() if v is not None})
+
+
+def _retention_message(retention: KvRetention) -> generation_pb2.KvRetention:
+    message = generation_pb2.KvRetention(
+        prompt_priority=retention.prompt_priority, output_priority=retention.output_priority
+    )
+    if retention.duration_s is not None:
+        message.duration.FromNanoseconds(int(retention.duration_s * 1e9))
+    return message
 
 
 def generate_request(

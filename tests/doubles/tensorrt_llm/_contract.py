@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def fits(value: Any, type_text: str) -> bool:
         if base == "Any" or base in names:
             if base != "int" or not isinstance(value, bool):
                 return True
-        elif (base == "float" and isinstance(value, int) and not isinstance(value, bool)) or (
-            base == "LogitsProcessor" and callable(value)
+        elif (
+            (base == "float" and isinstance(value, int) and not isinstance(value, bool))
+            or (base == "LogitsProcessor" and callable(value))
+            or (base == "Mapping" and isinstance(value, Mapping))
         ):
             return True
         elif base in ("TextPrompt", "TokensPrompt", "PromptInputs") and isinstance(value, dict):

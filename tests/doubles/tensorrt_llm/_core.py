@@ -61,6 +61,8 @@ class _Request:
     end_id: int
     is_cpp: bool
     priority: float
+    rank: int | None
+    retention: Any
     sequences: list[_Sequence] = field(default_factory=list)
     reasons: dict[int, str | None] = field(default_factory=dict)
     cached_tokens: int = 0
@@ -162,6 +164,8 @@ class LLM:
             end_id=-1 if params.ignore_eos else params.end_id,
             is_cpp=self.is_prebuilt or self.args.sampler_type == "TRTLLMSampler",
             priority=arguments.get("priority") or 0.5,
+            rank=self._rank(arguments["scheduling_params"]),
+            retention=arguments["kv_cache_retention_config"],
         )
         request.sequences = [_Sequence(i, _shipped(params)) for i in range(params.best_of)]
         request.guide_error = self._begin_guides(request)
@@ -203,6 +207,15 @@ class LLM:
             self._executor.shutdown()
 
     # ---- inside ----
+
+    def _rank(self, params: Any) -> int | None:
+        """Check where a request is to run: an engine without such a rank would not answer."""
+        if params is None or params.attention_dp_rank is None:
+            return None
+        ranks = self.args.tensor_parallel_size if self.args.enable_attention_dp else 0
+        assert 0 <= params.attention_dp_rank < ranks, "a request for this rank would wait for ever"
+        assert params.attention_dp_relax is not None
+        return int(params.attention_dp_rank)
 
     def _begin_guides(self, request: _Request) -> str | None:
         """Compile the guide; the text of its error is told with the first step."""
@@ -434,7 +447,8 @@ class LLM:
             if key not in self._prefixes:
                 self._prefixes[key] = len(self._prefixes)
                 assert self._event_log is not None
-                self._event_log.stored(parent, key, block, request.id)
+                rank = request.id if request.rank is None else request.rank
+                self._event_log.stored(parent, key, block, rank, priority=_retained(request, start))
             parent = key
         return hits
 
@@ -495,3 +509,11 @@ def _trouble_in(prompt: list[int]) -> tuple[str, int] | None:
 def _eos_ids(generation: dict[str, Any]) -> list[int]:
     found = generation.get("eos_token_id", [])
     return [found] if isinstance(found, int) else list(found)
+
+
+def _retained(request: _Request, start: int) -> int:
+    """Give the priority of the block that begins at a prompt token."""
+    for each in [] if request.retention is None else request.retention.token_range_retention_configs:
+        if each.token_start <= start and (each.token_end is None or start < each.token_end):
+            return int(each.priority)
+    return 35

@@ -118,14 +118,16 @@ class EventLog:
             for rank in self._ranks:
                 self._emit(data, window, rank)
 
-    def stored(self, parent: Any, key: Any, tokens: tuple[int, ...], rank: int) -> None:
+    def stored(
+        self, parent: Any, key: Any, tokens: tuple[int, ...], rank: int, *, priority: int = 35
+    ) -> None:
         for window in self._windows:
             block = {
                 "type": "stored_block",
                 "block_hash": block_hash(key),
                 "tokens": [{"type": "unique_token", "token_id": t, "token_extra_id": 0} for t in tokens],
                 "cache_level": 0,
-                "priority": 35,
+                "priority": priority,
             }
             parent_hash = None if parent is None else block_hash(parent)
             self._emit(

@@ -85,6 +85,14 @@ def _capabilities(handle: EngineHandle, model: ModelFacts, drawing: Drawing) -> 
         found |= {capability for capability, is_honoured in honoured.items() if is_honoured}
     if drawing.has_grammars:
         found |= {"json_schema", "regex", "ebnf", "choice"}
+    if drawing.has_structural_tags:
+        found.add("structural_tag")
+    if handle.num_dp_ranks:
+        found.add("data_parallel_rank")
+    if handle.has_retention:
+        found.add("kv_retention")
+    if handle.features.has_trace_headers:
+        found.add("trace_context")
     if has_adapters(handle):
         found.add("adapters")
     if drawing.has_salt:

@@ -61,6 +61,11 @@ class Drawing:
         """Whether constraints can be kept, by our sampler or by the engine's."""
         return self._grammars is not None or self.can.has_guides
 
+    @property
+    def has_structural_tags(self) -> bool:
+        """Whether structural tags can be kept; of the engine's backends xgrammar alone knows them."""
+        return self._grammars is not None or (self.can.has_guides and self.can.guided_backend == "xgrammar")
+
     async def choose(self, test: SelfTest, trials: EngineTrials, model: ModelFacts) -> None:
         """Find out what works here."""
         self._model = model

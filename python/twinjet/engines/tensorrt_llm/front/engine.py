@@ -26,7 +26,7 @@ from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts, learn_model
 from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter
-from twinjet.engines.tensorrt_llm.front.params import engine_priority
+from twinjet.engines.tensorrt_llm.front.params import engine_priority, retention_config
 from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext
 from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
 from twinjet.engines.tensorrt_llm.front.settings import parse_options
@@ -337,6 +337,17 @@ class TrtLlmEngine:
             self._adapters.check(request.adapter)
         if request.cache_salt and self._handle.has_block_reuse and not self._drawing.has_salt:
             raise Unsupported("prefix_cache", "this TensorRT-LLM has no cache salt or does not heed it")
+        ranks = self._handle.num_dp_ranks
+        if request.data_parallel_rank is not None:
+            if not ranks:
+                raise Unsupported("data_parallel_rank", "the deployment has no attention data parallelism")
+            if request.data_parallel_rank >= ranks:
+                raise InvalidRequest.of(
+                    "options.data_parallel_rank",
+                    f"{request.data_parallel_rank} is out of range; allowed: 0 to {ranks - 1}",
+                )
+        if request.kv_retention is not None and not self._handle.has_retention:
+            raise Unsupported("kv_retention", "blocks are not reused, or this version knows no retention")
         if self._handle.arg("enable_chunked_prefill", False):
             return
         most = self._handle.arg("max_num_tokens", None) or _DEFAULT_MAX_NUM_TOKENS
@@ -353,6 +364,15 @@ class TrtLlmEngine:
         if request.adapter:
             kind = self._handle.package.lora_request
             keywords["lora_request"] = self._adapters.request(request.adapter, kind)
+        if request.trace_headers and has.has_trace_headers:
+            keywords["trace_headers"] = dict(request.trace_headers)
+        if request.data_parallel_rank is not None:
+            keywords["scheduling_params"] = self._handle.package.scheduling_params(  # type: ignore[misc]
+                attention_dp_rank=request.data_parallel_rank, attention_dp_relax=True
+            )
+        if request.kv_retention is not None:
+            kind = self._handle.package.retention_config
+            keywords["kv_cache_retention_config"] = retention_config(request.kv_retention, kind)
         if self._handle.queues_by_priority:
             keywords["priority"] = engine_priority(request.priority)
         if (salt := self._salt(request)) is not None and has.has_cache_salt:

@@ -43,6 +43,8 @@ class Package:
     sampling_params: Any
     guided_decoding: Any | None
     lora_request: Any | None
+    scheduling_params: Any | None
+    retention_config: Any | None
     config_types: dict[str, Any]
     request_errors: tuple[type[BaseException], ...]
     fatal_errors: tuple[type[BaseException], ...]
@@ -64,6 +66,10 @@ class Features:
     @property
     def has_priority(self) -> bool:
         return "priority" in self.generate_keywords
+
+    @property
+    def has_trace_headers(self) -> bool:
+        return "trace_headers" in self.generate_keywords
 
     @property
     def has_lora(self) -> bool:
@@ -101,6 +107,8 @@ def load_package() -> Package:
             ]
         ),
         lora_request=find(["tensorrt_llm.executor:LoRARequest", "tensorrt_llm.executor.request:LoRARequest"]),
+        scheduling_params=find(["tensorrt_llm.scheduling_params:SchedulingParams"]),
+        retention_config=find(["tensorrt_llm.llmapi:KvCacheRetentionConfig"]),
         config_types={
             name: cls
             for name, cls in (

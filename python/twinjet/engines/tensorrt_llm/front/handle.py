@@ -110,6 +110,26 @@ class EngineHandle:
         return getattr(self.arg("kv_cache_config", None), name, default)
 
     @property
+    def num_dp_ranks(self) -> int:
+        """Ranks of attention data parallelism that a request can be sent to; 0 without it."""
+        can = (
+            self.package.scheduling_params is not None
+            and "scheduling_params" in self.features.generate_keywords
+        )
+        return (
+            int(self.arg("tensor_parallel_size", 1)) if can and self.arg("enable_attention_dp", False) else 0
+        )
+
+    @property
+    def has_retention(self) -> bool:
+        """Whether blocks of finished requests are kept by priority."""
+        return (
+            self.has_block_reuse
+            and self.package.retention_config is not None
+            and "kv_cache_retention_config" in self.features.generate_keywords
+        )
+
+    @property
     def max_lora_rank(self) -> int | None:
         """The largest rank of an adapter, None if the engine does not say."""
         return getattr(self.arg("lora_config", None), "max_lora_rank", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from twinjet.engines.base import Capability, Tokenizer
@@ -16,7 +17,10 @@ from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
 from twinjet.errors import InvalidRequest, Unsupported
-from twinjet.request import Constraint, EngineRequest, Sampling
+from twinjet.request import Constraint, EngineRequest, KvRetention, Sampling
+
+DEFAULT_RETENTION = 35
+"""TensorRT-LLM's own priority of a block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +233,18 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int,
     return tuple(found)
 
 
+def retention_config(retention: KvRetention, config_type: Any) -> Any:
+    """Make the engine's retention settings: one range over the whole prompt, and the output."""
+    lasts = None if retention.duration_s is None else timedelta(seconds=retention.duration_s)
+    prompt = DEFAULT_RETENTION if retention.prompt_priority is None else retention.prompt_priority
+    output = DEFAULT_RETENTION if retention.output_priority is None else retention.output_priority
+    return config_type(
+        [config_type.TokenRangeRetentionConfig(0, None, prompt, lasts)],
+        decode_retention_priority=output,
+        decode_duration_ms=lasts,
+    )
+
+
 def engine_priority(priority: int) -> float:
     """Map -100 .. 100 to the engine's 0 .. 1; 0 is its default, 0.5."""
     return min(1.0, max(0.0, (priority + 100) / 200))
@@ -246,6 +262,8 @@ def _guide(constraint: Constraint) -> dict[str, Any]:
             return {"grammar": constraint.value}
         case "choice":
             return {"grammar": choice_grammar(constraint.choices)}
+        case "structural_tag":
+            return {"structural_tag": constraint.value}
 
 
 def bias_vector(biases: Mapping[int, float], vocab_size: int) -> Any:

@@ -8,7 +8,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 
 from twinjet.engines.seeds import output_seed
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
-from twinjet.errors import InvalidRequest
+from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
@@ -98,3 +98,5 @@ def _structured(constraint: Constraint | None) -> StructuredOutputsParams | None
             return StructuredOutputsParams(grammar=constraint.value)
         case "choice":
             return StructuredOutputsParams(choice=list(constraint.choices))
+        case "structural_tag":
+            raise Unsupported("structural_tag")
