@@ -23,14 +23,18 @@ def test_says_nothing_of_a_faithful_package(version: str, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert f"recorded contract of {version}" in out
     assert "as recorded names and signatures: no differences" in out
-    assert out.endswith("1 as recorded, 0 differ, 0 fail\n")
+    assert "as recorded defaults: sampler_type 'auto', enable_iter_perf_stats False" in out
+    assert ("no use_kv_cache_manager_v2" in out) == (version == "1.2")
+    assert out.endswith("2 as recorded, 0 differ, 0 fail\n")
 
 
 @pytest.mark.parametrize("recorded", ["1.2", "1.3"])
 def test_reports_three_planted_differences(recorded: str, capsys: pytest.CaptureFixture[str]) -> None:
     with double_installed(recorded, PLANTED):
         assert doctor.run_doctor(["--json"]) == 1
-    assert lines(capsys) == {
+    found = lines(capsys)
+    assert found.pop("defaults")[0] == "as recorded"
+    assert found == {
         "LLM.generate_async(streaming)": ("fails", "is missing"),
         "KvCacheConfig.tokens_per_block": ("differs", "has the default 'planted'; recorded: 32"),
         "SamplingParams.novel": ("differs", "is not recorded"),

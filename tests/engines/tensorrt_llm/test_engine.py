@@ -193,6 +193,10 @@ async def test_without_ours_what_the_engine_would_ignore_is_refused(version: str
         ):
             with pytest.raises(Unsupported):
                 make_request(engine, **wrong)
+        reason = engine.describe().sampler.reason
+        assert ("it does not honour bad_words, logprobs, min_tokens, penalties" in reason) == (
+            version == "1.2"
+        )
         asked = {"logprobs": 2} if version == "1.3" else {}
         outcome = await collect(engine, make_request(engine, n=2, max_tokens=8, ignore_eos=True, **asked))
         assert [len(entry) for entry in outcome.tokens.values()] == [8, 8]

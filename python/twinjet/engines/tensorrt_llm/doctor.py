@@ -49,7 +49,7 @@ def examine(
         return _refuse(str(error))
     installed = str(getattr(module, "__version__", "unknown"))
     version = version or recorded_version(installed, contract)
-    lines = _surface_lines(differences(contract, version))
+    lines = [*_surface_lines(differences(contract, version)), _defaults()]
     if model is not None and not any(line.verdict == "fails" for line in lines):
         lines += asyncio.run(_try(model, settings, contract, version))
     report = Report(installed, version, _environment(), lines)
@@ -110,6 +110,22 @@ def _surface_lines(found: Sequence[Difference]) -> list[Line]:
         Line(d.where, "fails" if d.severity == "breaks" else "differs", d.what, effects[d.severity])
         for d in found
     ]
+
+
+def _defaults() -> Line:
+    """Name what this version takes where nothing is set, of what matters here."""
+    fields = getattr(features.find(["tensorrt_llm.llmapi.llm_args:TorchLlmArgs"]), "model_fields", {})
+    cache = getattr(features.find(["tensorrt_llm.llmapi:KvCacheConfig"]), "model_fields", {})
+    seen = [
+        f"{name} {fields[name].default!r}" if name in fields else f"no {name}"
+        for name in ("sampler_type", "enable_iter_perf_stats", "enable_chunked_prefill")
+    ]
+    manager = "use_kv_cache_manager_v2"
+    seen.append(f"{manager} {cache[manager].default!r}" if manager in cache else f"no {manager}")
+    hook = "logits_processor" in features.field_names(features.find(["tensorrt_llm:SamplingParams"]))
+    return Line(
+        "defaults", "as recorded" if hook else "fails", ", ".join([*seen, "hook" if hook else "no hook"])
+    )
 
 
 async def _try(model: str, options: dict[str, Any], contract: Mapping[str, Any], version: str) -> list[Line]:

@@ -21,7 +21,7 @@ from twinjet.engines.tensorrt_llm.front.params import (
 )
 from twinjet.engines.tensorrt_llm.front.run import Plan
 from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
-from twinjet.engines.tensorrt_llm.front.trials import EngineTrials
+from twinjet.engines.tensorrt_llm.front.trials import SETTINGS, EngineTrials, Setting
 from twinjet.engines.tensorrt_llm.worker.device_draw import TARGET
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.errors import Unsupported
@@ -50,6 +50,7 @@ class Drawing:
         self._target = ""
         self._grammars: GrammarCompiler | None = None
         self._checker: GrammarCompiler | None = None
+        self._unhonoured: list[Setting] = []
         self._model: ModelFacts
 
     @property
@@ -129,6 +130,7 @@ class Drawing:
             return
         found = await trials.sampler(has_logprobs=not self._handle.is_prebuilt)
         honoured = {setting for setting, finding in found.items() if finding.is_honoured}
+        self._unhonoured = sorted(set(SETTINGS) - honoured)
         for finding in found.values():
             if not finding.is_honoured:
                 log.info("%s: the engine's sampler: %s: %s", self._handle.name, finding.setting, finding.seen)
@@ -193,7 +195,9 @@ class Drawing:
         """Describe the sampler in use."""
         counters = MappingProxyType(dict(self.counters))
         if self._reason:
-            return Component("engine", self._handle.package.version, "cuda", self._reason, counters)
+            lacks = f"; it does not honour {', '.join(self._unhonoured)} here" if self._unhonoured else ""
+            reason = f"{self._reason}{lacks}"
+            return Component("engine", self._handle.package.version, "cuda", reason, counters)
         from twinjet.sampling import SPEC_VERSION
 
         reasons = []

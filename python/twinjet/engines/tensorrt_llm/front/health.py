@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -24,8 +25,12 @@ def background_error(llm: Any, request_errors: tuple[type[BaseException], ...]) 
 
     request_errors: types that concern one request, which are no reason.
     """
-    waiting = getattr(getattr(getattr(llm, "_executor", None), "_error_queue", None), "queue", ())
-    for error in list(waiting):
+    errors = getattr(getattr(llm, "_executor", None), "_error_queue", None)
+    if not isinstance(errors, queue.Queue):
+        return None
+    with errors.mutex:
+        waiting = list(errors.queue)
+    for error in waiting:
         if not isinstance(error, (str, *request_errors)):
             return f"a worker of the engine failed: {error}"
     return None
