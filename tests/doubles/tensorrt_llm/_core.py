@@ -36,6 +36,7 @@ from tensorrt_llm.llmapi import llm_args
 
 _IS_13 = _contract.VERSION >= "1.3"
 _HOST_BYTES_PER_TOKEN = 1024
+_IDLE_STEP_S = 0.005
 _CUDA_ERROR = "CUDA error: an illegal memory access was encountered"
 
 
@@ -270,10 +271,10 @@ class LLM:
             if not self._active:
                 self._work.clear()
                 await self._work.wait()
-            self._step()
+            has_worked = self._step()
             self._num_steps += 1
             self._put_stats()
-            await asyncio.sleep(0)
+            await asyncio.sleep(0 if has_worked else _IDLE_STEP_S)
 
     def _schedule(self) -> list[_Request]:
         """Choose the step's requests, prefills first."""
@@ -297,7 +298,8 @@ class LLM:
             return []
         return sorted((r for r in ready if r in self._active), key=lambda r: r.has_prefilled)
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Advance every scheduled request; say whether there was one."""
         batch = self._schedule()
         wants_all_rows = any(not r.has_prefilled and r.params.prompt_logprobs for r in batch)
         rows: list[torch.Tensor] = []
@@ -329,6 +331,7 @@ class LLM:
             self._process_after_the_end(request)
             if not request.open and request in self._active:
                 self._active.remove(request)
+        return bool(batch)
 
     def _prefill(self, request: _Request) -> None:
         request.has_prefilled = True

@@ -27,6 +27,8 @@ class Executor:
         self.workers_gone.set()
         self.joined_in: list[int] = []
         self.doing_shutdown = False
+        if _contract.has("iterators_block"):
+            self.rpc_client = object()
         if _contract.has("engine_dead_error"):
             self._engine_dead = False
         if _IS_13:

@@ -48,8 +48,11 @@ class IterationResult:
             self._has_some.wait_for(lambda: self._waiting, timeout)
             rows, self._waiting = list(self._waiting), deque()
         self._is_armed = True
+        self._loop.call_soon_threadsafe(self._fill, rows)
+
+    def _fill(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            self._loop.call_soon_threadsafe(self.queue.put_nowait, row)
+            self.queue.put_nowait(row)
 
     def __aiter__(self) -> IterationResult:
         if self._has_consumer:

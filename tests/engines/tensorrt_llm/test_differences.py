@@ -263,6 +263,7 @@ async def test_d9_a_lost_worker_is_seen_before_a_submission(
         executor._error_queue.put(RuntimeError("rank 1 is gone"))
         with pytest.raises(EngineDied, match="rank 1 is gone"):
             await collect(engine, make_request(engine))
+        assert "rank 1 is gone" in await engine.wait_dead()
         assert threading.get_ident() not in executor.joined_in
         executor.workers_gone.set()
 

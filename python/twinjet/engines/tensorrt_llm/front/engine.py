@@ -30,7 +30,7 @@ from twinjet.engines.tensorrt_llm.front.params import engine_priority, retention
 from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext
 from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
 from twinjet.engines.tensorrt_llm.front.settings import parse_options
-from twinjet.engines.tensorrt_llm.front.stats import SILENCE_S, DestructiveReader, EngineStats, KvEventFan
+from twinjet.engines.tensorrt_llm.front.stats import DestructiveReader, EngineStats, KvEventFan
 from twinjet.engines.tensorrt_llm.front.tokenizer import HfTokenizer, check_prebuilt
 from twinjet.engines.tensorrt_llm.front.trials import EngineTrials, Submit
 from twinjet.errors import (
@@ -270,18 +270,20 @@ class TrtLlmEngine:
         self._readers = [
             DestructiveReader(
                 "statistics",
-                lambda: self._handle.llm.get_stats_async(timeout=SILENCE_S),
+                lambda: self._handle.llm.get_stats_async(timeout=self._handle.silence_s),
                 self._stats.take,
                 is_busy,
+                self._handle.silence_s,
             )
         ]
         if self._handle.has_kv_events:
             self._readers.append(
                 DestructiveReader(
                     "KV events",
-                    lambda: self._handle.llm.get_kv_cache_events_async(timeout=SILENCE_S),
+                    lambda: self._handle.llm.get_kv_cache_events_async(timeout=self._handle.silence_s),
                     self._kv_events.take,
                     is_busy,
+                    self._handle.silence_s,
                 )
             )
         for reader in self._readers:

@@ -19,6 +19,9 @@ from twinjet.errors import ConfigError, EngineDied
 
 log = logging.getLogger(__name__)
 
+CALL_SILENCE_S = 0.5
+STREAM_SILENCE_S = 2.0
+
 # One engine is built at a time: its workers are told from another's by when they appear.
 _build_lock = threading.Lock()
 
@@ -60,6 +63,7 @@ class EngineHandle:
         Raises EngineDied if a worker's error is waiting, which the engine would meet now and shut down for.
         """
         if (reason := background_error(self.llm, self.package.request_errors)) is not None:
+            self.on_lost(reason)
             raise EngineDied(reason)
         params = self.package.sampling_params(**arguments)
         return self.llm.generate_async({"prompt_token_ids": prompt}, sampling_params=params, **keywords)
@@ -128,6 +132,16 @@ class EngineHandle:
             and self.package.retention_config is not None
             and "kv_cache_retention_config" in self.features.generate_keywords
         )
+
+    @property
+    def silence_s(self) -> float:
+        """How long the iterators of statistics and events should wait for more.
+
+        Where they are filled by a call when they are opened, what they give is as old as this. Where they are not, one
+        that has ended gives nothing before the next submission, so a long step must not end it.
+        """
+        is_filled_by_call = hasattr(getattr(self.llm, "_executor", None), "rpc_client")
+        return CALL_SILENCE_S if is_filled_by_call else STREAM_SILENCE_S
 
     @property
     def max_lora_rank(self) -> int | None:

@@ -17,9 +17,9 @@ from twinjet.engines.tensorrt_llm.front.processes import DaemonWorker, end_tasks
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 0.5
-"""Where the iterators are filled when they are opened, this is how old what they give may be."""
 _MAX_PENDING_BATCHES = 1024
+_MAX_BLOCKS = 1 << 20
+"""Blocks remembered at most; the engine drops events when its buffer is full, so some are never removed."""
 _HASH_MASK = 2**64 - 1
 
 
@@ -83,7 +83,7 @@ class DestructiveReader:
 
     open_iterator: makes it, in a thread, since versions wait in it until the engine has something; may raise before
     the first request. take: gets each element. An iterator that ends is opened again after the next request has been
-    submitted (`poke`), or at once while requests run.
+    submitted (`poke`), or at once while requests run. silence_s: time without an element after which it ends.
     """
 
     def __init__(
@@ -92,11 +92,13 @@ class DestructiveReader:
         open_iterator: Callable[[], Any],
         take: Callable[[Mapping[str, Any]], None],
         is_busy: Callable[[], bool],
+        silence_s: float,
     ) -> None:
         self._name = name
         self._open = open_iterator
         self._take = take
         self._is_busy = is_busy
+        self._silence_s = silence_s
         self._poked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._worker: DaemonWorker
@@ -139,7 +141,7 @@ class DestructiveReader:
             self._take(row)
             num_read += 1
         # One that ends at once without an element is not armed; opening it in a loop would burn the CPU.
-        return num_read > 0 or (self._is_busy() and loop.time() - began >= SILENCE_S / 2)
+        return num_read > 0 or (self._is_busy() and loop.time() - began >= self._silence_s / 2)
 
 
 class KvEventFan:
@@ -166,6 +168,9 @@ class KvEventFan:
         """Take one event of the engine's."""
         data = row.get("data") or {}
         events: list[KvEvent] = []
+        if len(self._holders) > _MAX_BLOCKS:
+            self._holders.clear()
+            events.append(KvCleared())
         window, rank = int(row.get("window_size") or 0), int(row.get("attention_dp_rank") or 0)
         self.windows.add(window)
         self.ranks.add(rank)
