@@ -260,6 +260,13 @@ py::list TakeDeltas(Stream& self) {
   return list;
 }
 
+py::object TakePrompt(Stream& self) {
+  std::optional<stream::PromptNews> news = self.TakePrompt();
+  if (!news) return py::none();
+  return py::make_tuple(news->num_cached_tokens,
+                        news->logprobs ? py::object(WriteLogprobs(*news->logprobs)) : py::none());
+}
+
 std::shared_ptr<Stream> MakeStream(std::shared_ptr<const Vocabulary> vocabulary, uint32_t num_outputs,
                                    std::vector<std::string> stop, std::vector<int32_t> eos_token_ids,
                                    std::vector<int32_t> stop_token_ids, int64_t min_tokens,
@@ -293,13 +300,17 @@ void BindPump(py::module_& module) {
            py::arg("max_pending_bytes") = std::numeric_limits<int64_t>::max())
       .def("put_queued", &Stream::PutQueued, py::arg("position"), py::arg("expected_wait_s"))
       .def("set_dispatched", &Stream::SetDispatched, py::arg("queue_position"), py::arg("at"))
+      .def("read_deltas", &Stream::ReadDeltas)
+      .def("take_prompt", &TakePrompt)
       .def("take_deltas", &TakeDeltas)
       .def("drop", &Stream::Drop)
       .def("summary", [](const Stream& self) { return py::bytes(self.Summary()); })
       .def_property_readonly("num_prompt_tokens", &Stream::num_prompt_tokens)
       .def_property_readonly("num_output_tokens", &Stream::num_output_tokens)
+      .def_property_readonly("max_pending_bytes", &Stream::max_pending_bytes)
       .def_property_readonly("num_pending_bytes", &Stream::num_pending_bytes)
       .def_property_readonly("num_outputs", &Stream::num_outputs)
+      .def_property_readonly("blocked_since", &Stream::blocked_since)
       .def_property_readonly("first_token_at", &Stream::first_token_at)
       .def_property_readonly("last_token_at", &Stream::last_token_at)
       .def_property_readonly("first_token_s", &Stream::first_token_s)
@@ -315,12 +326,13 @@ void BindPump(py::module_& module) {
       .def("collect", &Collect, py::arg("ledger"))
       .def(
           "put_prompt",
-          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs) {
+          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs,
+             double now) {
             LogprobList list;
             if (!logprobs.is_none()) list = ReadLogprobs(logprobs);
-            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list);
+            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list, now);
           },
-          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"))
+          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"), py::arg("now"))
       .def(
           "put_made",
           [](PyPump& self, SequenceKey key, uint32_t output_index, std::string text, std::vector<int32_t> ids,

@@ -1,6 +1,6 @@
 """Types of the extension module `twinjet._core`; twinjet.sampling documents the sampler's face."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -444,6 +444,58 @@ class CudaSampler:  # only where HAS_CUDA
         stream: int,
     ) -> None: ...
 
+class SeatReceipt:  # only where HAS_CUDA
+    # The statuses of one draw, uint32 [rows]; once, from any thread. Waits for the draw if it is not over.
+    def read(self) -> npt.NDArray[np.uint32]: ...
+
+class SeatSampler:  # only where HAS_CUDA
+    # Draws for requests that keep their state on the device; see csrc/sampler/cuda/seat_sampler.h.
+    # Addresses are of device memory that stays until the draw is over; 0 where a result is not wanted.
+    def __init__(self, device: int, vocab_size: int, max_rows: int) -> None: ...
+    def put(self, seat: int, request: SamplerRequest) -> None: ...
+    def remove(self, seat: int) -> None: ...
+    def num_outputs(self, seat: int) -> int: ...
+    # The first row whose seat is empty, -1 if none is.
+    def first_empty(self, seats: npt.NDArray[np.int64]) -> int: ...
+    # Seats by request id (-1: none), and the rows without a seat or with another number of output tokens
+    # than the list output_token_ids of their state has.
+    def match(
+        self, request_ids: list[str], states: dict[str, object], seats: dict[str, int]
+    ) -> tuple[npt.NDArray[np.int64], list[int]]: ...
+    # advances: rows whose token becomes part of the output. dtype: 0 float32, 1 float16, 2 bfloat16.
+    def draw(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        logits: int,
+        row_stride: int,
+        dtype: int,
+        token_ids: int,
+        status: int,
+        tokens64: int,
+        tokens32: int,
+        num_sampled: int,
+        num_rejected: int,
+        num_logprobs: int,
+        processed_logprobs: bool,
+        top_ids: int,
+        top_logprobs: int,
+        ranks: int,
+        stream: int,
+    ) -> SeatReceipt: ...
+    # Enters tokens that another sampler drew; seat -1: a row without one. bits: 32 or 64.
+    def follow(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        tokens: int,
+        stride: int,
+        bits: int,
+        stream: int,
+    ) -> None: ...
+    # How often the host had to wait for the device: "buffers", "memory", "results".
+    def waits(self) -> dict[str, int]: ...
+
 class Sampler:
     def __init__(self, num_threads: int = 0, target: str = "") -> None: ...
     def sample(
@@ -540,6 +592,178 @@ class Output:
 
     @property
     def num_tokens(self) -> int: ...
+
+class Stream:
+    """One request on its way to its client: tokens go in through a Pump, GenerateResponse bytes come out.
+
+    What is not taken is merged, one unsent delta an output. Times are seconds of the caller's clock.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        num_outputs: int,
+        stop: Sequence[str],
+        eos_token_ids: Sequence[int],
+        stop_token_ids: Sequence[int],
+        min_tokens: int,
+        max_tokens: int,
+        include_stop: bool,
+        skip_special: bool,
+        request_id: str = "",
+        model: str = "",
+        engine: str = "",
+        deployment: str = "",
+        sampler: str = "",
+        num_prompt_tokens: int = 0,
+        seed: int = 0,
+        arrived_at: float = 0.0,
+        max_pending_bytes: int = ...,
+    ) -> None:
+        """The first arguments as Output's. max_pending_bytes: of unsent tokens. Raises ValueError."""
+
+    def put_queued(self, position: int, expected_wait_s: float | None) -> bool:
+        """Tell the place in the queue; replaces one that is not taken. True if an empty take() waits for it."""
+
+    def set_dispatched(self, queue_position: int, at: float) -> None: ...
+    def take(self) -> list[bytes]:
+        """Give the messages that are ready; after an empty answer the next step reports AWAITED."""
+
+    def read_deltas(self) -> None:
+        """Be read by take_prompt() and take_deltas(), not by take(). Call before the first step."""
+
+    def take_prompt(self) -> tuple[int | None, list[tuple[list[int], list[float], int]] | None] | None:
+        """Give, once, what the engine told of the prompt: cached tokens, and log probabilities if asked for."""
+
+    def take_deltas(
+        self,
+    ) -> list[
+        tuple[
+            int,
+            str,
+            list[int],
+            list[tuple[list[int], list[float], int]],
+            tuple[Literal["stop", "length"], int | str | None, bool] | None,
+        ]
+    ]:
+        """Give output index, text, token ids, log probabilities and ending of what is not taken yet."""
+
+    def drop(self) -> None:
+        """Forget what is not taken, and keep nothing any more."""
+
+    def summary(self) -> bytes:
+        """The stream's last message."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def max_pending_bytes(self) -> int: ...
+    @property
+    def num_pending_bytes(self) -> int: ...
+    @property
+    def num_outputs(self) -> int: ...
+    @property
+    def blocked_since(self) -> float | None:
+        """Since when the call that carries the stream has had no room for what waits."""
+
+    @property
+    def first_token_at(self) -> float | None: ...
+    @property
+    def last_token_at(self) -> float: ...
+    @property
+    def first_token_s(self) -> float | None:
+        """TTFT: seconds from arrival to the first token."""
+
+    @property
+    def per_token_s(self) -> float | None:
+        """TPOT: mean seconds for each output token after the first."""
+
+    @property
+    def is_over(self) -> bool:
+        """Every output has ended."""
+
+class Pump:
+    """Puts an engine's steps into all streams that they concern; see csrc/stream/pump.h.
+
+    The constants are bits of what happened to a request. wake_fd: an eventfd that is written to when a native
+    thread's step has left something to collect.
+    """
+
+    PROMPT_DONE: int
+    FIRST_TOKEN: int
+    LEAVING: int
+    OVER: int
+    FAILED: int
+    OVERFLOWED: int
+    AWAITED: int
+
+    def __init__(self, wake_fd: int = -1) -> None: ...
+    def add(
+        self,
+        stream: Stream,
+        owner: Any,
+        *,
+        tenant: int = 0,
+        holding: int | None = None,
+        leaves_at: float = ...,
+    ) -> int:
+        """Give the key of output 0; output i has key + i. owner comes back from collect(); remove() drops it.
+
+        tenant: a small index. holding: in the ledger. leaves_at: tokens at which LEAVING happens.
+        """
+
+    def remove(self, key: int) -> int:
+        """Let no step reach the request any more; give its tokens that collect() has not told of."""
+
+    def step(
+        self,
+        rows: list[
+            tuple[
+                int,
+                Sequence[int],
+                Literal["stop", "length", "aborted", "failed"] | None,
+                int | str | None,
+                tuple[int | None, Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None] | None,
+                Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+            ]
+        ],
+        now: float,
+        /,
+    ) -> None:
+        """Put one step; rows as engines.base.StepRow. Nothing is put if a row is wrong: TypeError, ValueError."""
+
+    def put_prompt(
+        self,
+        key: int,
+        num_cached_tokens: int | None,
+        logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        now: float,
+    ) -> None:
+        """Put what an engine that makes text itself tells of the prompt."""
+
+    def put_made(
+        self,
+        key: int,
+        output_index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        ending: tuple[Literal["stop", "length"], int | str | None, bool] | None,
+        now: float,
+    ) -> None:
+        """Put a delta of such an engine."""
+
+    def collect(
+        self, ledger: KvLedger | None
+    ) -> tuple[int, list[tuple[int, int]], list[tuple[Any, int]], list[tuple[Any, int]]]:
+        """Append to the ledger what steps brought since the last call, and tell of it.
+
+        Gives the number of tokens; tenant and tokens; owner and what happened; owner and output index of outputs
+        that ended by the rules while their engine goes on.
+        """
 
 class StopMatcher:
     """Finds stop strings in text that arrives in pieces; holds back what may still become one."""
@@ -781,3 +1005,82 @@ class DecodeBatch:
         """Changes whenever the set of scheduled rows does."""
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
+
+# vLLM's engine core: its messages.
+
+class WireError(ValueError):
+    """A message is not what the tested vLLM sends."""
+
+class CoreOutputs:
+    """The last message of a vLLM engine core, decoded: EngineCoreOutputs. For one thread at a time."""
+
+    def __init__(self) -> None: ...
+    def decode(self, frames: Sequence[bytes | memoryview]) -> None:
+        """Decode a message and the frames of its tensors; runs without the GIL. Raises WireError."""
+
+    def rows(self) -> list[tuple[int, list[int], tuple[Any, ...] | None]]:
+        """Give (key, token ids, rest) for each output whose request id carries a key.
+
+        rest: None for tokens alone; else (finish, cause, cached, logprobs, prompt logprobs). finish: 0 none,
+        1 stop, 2 length, 3 aborted, 4 failed. cause: stop token, stop string or None. cached: prompt tokens
+        from the prefix cache, -1 not known, None if the row does not tell of the prompt. logprobs: for each
+        token ([(token id, logprob), ...], rank of the first), or None.
+        """
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """Running and waiting requests and the share of KV blocks in use; None if the message has none."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool:
+        """The message answers a utility call."""
+
+    @property
+    def has_pooling(self) -> bool:
+        """At least one output is a vector."""
+
+# Only where the door is built.
+class DoorCall:
+    """A handle to a client's call; without effect once the call is over."""
+
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def unsent_bytes(self) -> int: ...
+    def send_headers(self, metadata: Iterable[tuple[str, str | bytes]], /) -> None:
+        """Raises ValueError for metadata that gRPC does not allow."""
+    def write(self, message: bytes, /) -> bool:
+        """Send a message. True: so much is unsent that the writer should wait for the room event."""
+    def finish(self, code: int, message: str, trailers: Iterable[tuple[str, str | bytes]], /) -> None: ...
+    def reset(self) -> None: ...
+    def acknowledge(self, num_bytes: int, /) -> None:
+        """A request message of so many bytes is no longer held."""
+    def carry(self, stream: Stream) -> None:
+        """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
+    def compress(self) -> None: ...
+
+class Door:
+    """A gRPC server. Options: see csrc/door/options.h."""
+
+    def __init__(self, **options: float | bytes) -> None: ...
+    def listen(self, host: str, port: int, use_tls: bool, /) -> int:
+        """Listen, and give the port. Raises OSError."""
+    def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
+        """Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit."""
+    def start(self) -> None: ...
+    def fileno(self) -> int:
+        """Readable when there are events to take."""
+    def take(self) -> list[tuple[int, int, Any]]:
+        """The events that came: (kind, call id, payload).
+
+        0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
+        2: half-closed; 3: cancelled, why; 4: room.
+        """
+    def drain(self) -> None: ...
+    def stop(self, grace_s: float, /) -> None: ...
+    def totals(self) -> dict[str, int]: ...
+    def connections(self) -> list[dict[str, Any]]: ...

@@ -61,10 +61,24 @@ def test_every_file_of_the_contract_names_its_package_in_each_language() -> None
         assert found == ("twinjet/v1;twinjetv1", "com.twinjet.v1", True, "Twinjet.V1"), name
 
 
-async def test_channelz_answers(serve: Serve) -> None:
+async def test_channelz_answers(serve: Serve, door: str) -> None:
     h = await serve()
     stub = channelz_pb2_grpc.ChannelzStub(h.channel)
-    assert (await stub.GetServers(channelz_pb2.GetServersRequest())).server
+    servers = (await stub.GetServers(channelz_pb2.GetServersRequest())).server
+    assert servers
+    sockets = []
+    for server in servers:
+        request = channelz_pb2.GetServerSocketsRequest(server_id=server.ref.server_id)
+        sockets += (await stub.GetServerSockets(request)).socket_ref
+    assert sockets
+    if door == "grpc":
+        # gRPC's core tells more of a socket than the stubs of its own channelz package know.
+        return
+    found = await stub.GetSocket(channelz_pb2.GetSocketRequest(socket_id=sockets[-1].socket_id))
+    assert found.socket.data.streams_started > 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetSocket(channelz_pb2.GetSocketRequest(socket_id=1 << 40))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_an_admin_token_is_asked_for_once_set(serve: Serve) -> None:
@@ -174,6 +188,11 @@ async def test_a_finished_stream_carries_a_load_report(serve: Serve, monkeypatch
     h = await serve({"max_num_seqs": 4})
     await collect(h.inference.Generate(SHORT))
     assert b"output_tokens_per_second" in dict(sent)["endpoint-load-metrics-bin"]
+
+
+async def test_get_load_tells_the_door(serve: Serve, door: str) -> None:
+    h = await serve()
+    assert (await h.admin.GetLoad(admin_pb2.GetLoadRequest())).door == door
 
 
 async def test_get_load_shows_what_waits_and_runs(serve: Serve) -> None:

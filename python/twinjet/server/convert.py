@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from twinjet.engines.base import ChatTurn, Component, EngineInfo, TokenLogprobs
+from twinjet.engines.base import ChatTurn, Component, EngineInfo
 from twinjet.errors import InvalidRequest, Unsupported, Violation
 from twinjet.request import Constraint, KvRetention, SamplingOverrides
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
@@ -21,8 +21,6 @@ MAX_RETENTION_PRIORITY = 100
 MAX_RETENTION_S = 7 * 24 * 3600
 MAX_TRACE_BYTES = 512
 ROLES = ("system", "user", "assistant", "tool")
-MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, which many clients cannot read from JSON."""
 
 _PRINTABLE = re.compile(r"[\x21-\x7e]*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
@@ -232,17 +230,6 @@ def duration(seconds: float) -> Duration:
     message = Duration()
     message.FromNanoseconds(max(0, int(seconds * 1e9)))
     return message
-
-
-def token_logprobs(entry: TokenLogprobs) -> generation_pb2.TokenLogprobs:
-    """Convert the log probabilities of one token."""
-    chosen, *top = [
-        generation_pb2.Logprob(
-            token_id=item.token_id, logprob=max(item.logprob, MIN_LOGPROB), rank=item.rank, text=item.text
-        )
-        for item in (entry.chosen, *entry.top)
-    ]
-    return generation_pb2.TokenLogprobs(chosen=chosen, top=top)
 
 
 def component(part: Component) -> model_pb2.ComponentInfo:

@@ -7,21 +7,20 @@ import logging
 import signal
 from collections.abc import Callable
 
-import grpc
 import uvloop
-from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import _async as health_aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from twinjet.config import Config, DeploymentSettings, MirrorSettings, ServerSettings
+from twinjet.config import Config, DeploymentSettings, MirrorSettings
 from twinjet.engines.base import Engine
 from twinjet.engines.factory import make_engine, prepared
 from twinjet.engines.supervisor import State
 from twinjet.errors import ConfigError, TwinjetError, Unavailable
 from twinjet.routing.mirror import Mirror, RecordFiles
 from twinjet.server.admin import AdminServicer
-from twinjet.server.binding import server_credentials, why_not
 from twinjet.server.deployments import Deployments
+from twinjet.server.doors import make_door
 from twinjet.server.handlers import add_service
 from twinjet.server.inference import InferenceServicer
 from twinjet.server.live import LiveRequests
@@ -65,19 +64,19 @@ class Server:
         self._stop_asked = asyncio.Event()
         self._health = health_aio.HealthServicer()
         self._health_updates: asyncio.Queue[str] = asyncio.Queue()
-        self._server = grpc.aio.server(options=_channel_options(config.server))
+        self._door = make_door(config.server)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Bind the ports and begin to load. Raises ConfigError if one cannot be bound, or for unusable TLS files."""
         self._register()
-        self.address = self._bind()
+        self.address = self._door.bind()
         if self.config.server.metrics_port:
             self.metrics.watch(self.deployments)
             self._web = self._listen_http()
         for name in ["", *self.deployments.models, *(s.full_name for s in _SERVICES)]:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.start()
+        await self._door.start()
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
         for deployment in list(self.deployments.by_name.values()):
             deployment.supervisor.start()
@@ -100,6 +99,11 @@ class Server:
         for line in done or ["nothing to change"]:
             logger.info("configuration reloaded: %s", line)
 
+    @property
+    def door_name(self) -> str:
+        """How gRPC comes in: "grpc" or "native"."""
+        return self._door.name
+
     def ask_to_stop(self) -> None:
         """Make run() drain and return."""
         self._stop_asked.set()
@@ -116,8 +120,9 @@ class Server:
 
     async def stop(self) -> None:
         """Drain within the grace period, end what is left, then stop the engines."""
+        self._door.send_away()
         await self.drain(None)
-        await self._server.stop(0)
+        await self._door.stop(0)
         await self.live.wait(CLEANUP_S)
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
@@ -147,18 +152,24 @@ class Server:
         servicers = [
             InferenceServicer(self.deployments, self.config.server, self.live, self.metrics, self.mirror),
             ModelServicer(self.deployments),
-            AdminServicer(self.deployments, self.config.admin.token, self.drain, self.config.server.grace_s),
+            AdminServicer(
+                self.deployments,
+                self.config.admin.token,
+                self.drain,
+                self.config.server.grace_s,
+                door=self._door.name,
+            ),
         ]
         for service, servicer in zip(_SERVICES, servicers, strict=True):
-            add_service(self._server, service, servicer, self.metrics)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        channelz.add_channelz_servicer(self._server)
+            add_service(self._door, service, servicer, self.metrics)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._door)
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)
         names = [s.full_name for s in _SERVICES]
         names += [
             health.SERVICE_NAME,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
         ]
-        add_reflection(self._server, names)
+        add_reflection(self._door, names)
 
     def _listen_http(self) -> Web:
         settings = self.config.server
@@ -171,19 +182,6 @@ class Server:
                 f"{error.strerror or error}"
             ) from error
         return web
-
-    def _bind(self) -> str:
-        settings = self.config.server
-        where = f"{settings.literal_host}:{settings.port}"
-        credentials = server_credentials(settings)
-        try:
-            if credentials is None:
-                port = self._server.add_insecure_port(where)
-            else:
-                port = self._server.add_secure_port(where, credentials)
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(f"cannot listen on {where}: {why_not(settings) or error}") from None
-        return f"{settings.literal_host}:{port}"
 
     def _model_changed(self, model: str) -> None:
         self._health_updates.put_nowait(model)
@@ -209,22 +207,6 @@ class Server:
                 await self._health.set(name, status.SERVING if whole else status.NOT_SERVING)
             for model, is_serving in serving.items():
                 await self._health.set(model, status.SERVING if is_serving else status.NOT_SERVING)
-
-
-def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
-    # gRPC ignores a misspelt option in silence; tests/server/test_keepalive.py shows that these act.
-    return [
-        ("grpc.max_receive_message_length", settings.max_request_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
-        # The core counts an unanswered ping against its own limit, which keepalive_timeout does not change.
-        ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", int(settings.client_ping_s * 1000)),
-        ("grpc.http2.max_pings_without_data", 0),
-    ]
 
 
 def _mirror(settings: MirrorSettings) -> Mirror:
@@ -265,6 +247,7 @@ async def _serve(
         logger.error("%s", error)
         return EXIT_CONFIG
     logger.info("listening on %s", server.address)
+    logger.info("gRPC comes in through the %s door", server.door_name)
     code = await server.run()
     for task in reloads:
         task.cancel()

@@ -7,16 +7,20 @@ and v1's descriptors are made from v1alpha's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+if TYPE_CHECKING:
+    from twinjet.server.doors import HandlerRegistry
+
 _V1ALPHA = "grpc.reflection.v1alpha"
 _V1 = "grpc.reflection.v1"
 
 
-def add_reflection(server: grpc.aio.Server, service_names: Sequence[str]) -> None:
+def add_reflection(server: HandlerRegistry, service_names: Sequence[str]) -> None:
     """Answer reflection for these services and for reflection itself."""
     _know_v1()
     names = [*service_names, f"{_V1}.ServerReflection", reflection.SERVICE_NAME]

@@ -78,6 +78,12 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return internal_failure()
 
 
+def overload_details() -> bytes:
+    """Give the details that a call refused for load carries before any handler sees it."""
+    error = errors.Overloaded("the server has more to do than it can bear", retry_after_s=1)
+    return bytes(to_failure(error).trailing_metadata[0][1])
+
+
 def internal_failure() -> Failure:
     """Give the status for what should not have happened; it tells the client nothing of our insides."""
     return Failure(grpc.StatusCode.INTERNAL, "internal error; the server's log has more", [_info("INTERNAL")])

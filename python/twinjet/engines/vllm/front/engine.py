@@ -1,7 +1,7 @@
-"""The vLLM engine: AsyncLLM behind the Engine protocol.
+"""The vLLM engine behind the Engine protocol.
 
-Importing this module does not import vLLM; `VllmEngine.start` does, in a thread, while the forkserver does
-the same in parallel (see prestart). AsyncLLM lives in this process, vLLM's engine core in its own.
+vLLM lives in the engine's process, which comes from a forkserver that has imported it (see prestart); this one
+speaks to it through a Link and imports vLLM only where AsyncLLM must be that link.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from twinjet.engines.vllm.front.outputs import failure, output_event, prompt_eve
 from twinjet.errors import (
     AlreadyExists,
     EngineDied,
-    InvalidRequest,
     RequestAborted,
-    RequestFailed,
-    TwinjetError,
     Unsupported,
 )
 
 if TYPE_CHECKING:
-    from twinjet.request import EngineRequest, Sampling
+    from twinjet.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +122,7 @@ class VllmEngine:
                 event = output_event(completion, outputs[index], index, sampling.logprobs, token_text)
                 if event.finish is not None and completion.finish_reason is None:
                     # A stop string, of which vLLM knows nothing.
-                    self._spawn(running.llm.abort([live.engine_id(index)], internal=True))
+                    self._spawn(running.link.abort([live.engine_id(index)]))
                     live.finish(index)
                 yield event
                 if live.failure is not None:
@@ -137,45 +134,14 @@ class VllmEngine:
         vLLM's own n > 1 refuses greedy requests and seeds output i with seed + i, so that two requests with
         neighbouring seeds would share outputs.
         """
-        from twinjet.engines.vllm.front.params import sampling_params
-
-        adapter = running.adapters.request_for(request.adapter)
-        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
-        if request.cache_salt:
-            prompt["cache_salt"] = request.cache_salt
-        if request.sampling.constraint is None:
-            # Without a type, vLLM processes the prompt in a thread, which a grammar's check needs.
-            prompt["type"] = "token"
+        adapter = running.adapters.find(request.adapter)
         for index in range(request.sampling.n):
-            add = running.llm.add_request(
-                request.request_id if request.sampling.n == 1 else f"{request.request_id}-{index}",
-                prompt,
-                sampling_params(request.sampling, index, native=running.components.has_native_sampler),
-                lora_request=adapter,
-                priority=-request.priority,
+            submission = running.link.submit(
+                request, index, adapter, native=running.components.has_native_sampler
             )
-            try:
-                await live.submit(index, asyncio.ensure_future(add))
-            except Exception as error:
-                raise self._translated(error, request.sampling) from error
+            await live.submit(index, asyncio.ensure_future(submission))
             if live.failure is not None:
                 raise live.failure
-
-    def _translated(self, error: Exception, sampling: Sampling) -> Exception:
-        """Make one of our errors of what vLLM raised on submission."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        if isinstance(error, TwinjetError):
-            return error
-        if isinstance(error, EngineDeadError):
-            return EngineDied()
-        if isinstance(error, VLLMClientError | ValueError):
-            field = "sampling"
-            if sampling.constraint is not None:
-                field = f"sampling.constraint.{sampling.constraint.kind}"
-            return InvalidRequest.of(getattr(error, "parameter", None) or field, str(error.args[0]))
-        return RequestFailed("the engine did not take the request", reason="ENGINE_ERROR")
 
     async def _settle(self, running: startup.Running, live: LiveRequest) -> None:
         """Abort what still runs of a request, also if we are cancelled meanwhile."""
@@ -186,7 +152,7 @@ class VllmEngine:
     async def _abort_unfinished(self, running: startup.Running, live: LiveRequest) -> None:
         ids = await live.unfinished_ids()
         if ids:
-            await running.llm.abort(ids, internal=True)
+            await running.link.abort(ids)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -250,9 +216,7 @@ class VllmEngine:
         running = self._engine()
         if "embed" not in running.components.info().capabilities:
             raise Unsupported("embed")
-        from twinjet.engines.vllm.front.embedding import embed
-
-        return await embed(running.llm, request_id, prompt_token_ids, dimensions)
+        return await running.link.embed(request_id, prompt_token_ids, dimensions)
 
     async def load_adapter(self, name: str, path: str) -> bool:
         """Load a LoRA adapter; see AdapterEngine.load_adapter."""
@@ -273,5 +237,4 @@ class VllmEngine:
 
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False if running requests hold some."""
-        done: bool = await self._engine().llm.reset_prefix_cache()
-        return done
+        return await self._engine().link.reset_prefix_cache()
