@@ -20,17 +20,17 @@ from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, K
 from twinjet.engines.tensorrt_llm.front import features
 from twinjet.engines.tensorrt_llm.front.adapters import AdapterTable
 from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
-from twinjet.engines.tensorrt_llm.front.describe import DEFAULT_BLOCK_SIZE, describe, has_adapters
+from twinjet.engines.tensorrt_llm.front.describe import DEFAULT_BLOCK_SIZE, describe
 from twinjet.engines.tensorrt_llm.front.drawing import Drawing
 from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts, learn_model
 from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter
-from twinjet.engines.tensorrt_llm.front.params import engine_priority, retention_config
 from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext
 from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
 from twinjet.engines.tensorrt_llm.front.settings import parse_options
 from twinjet.engines.tensorrt_llm.front.stats import DestructiveReader, EngineStats, KvEventFan
+from twinjet.engines.tensorrt_llm.front.submission import Submission
 from twinjet.engines.tensorrt_llm.front.tokenizer import HfTokenizer, check_prebuilt
 from twinjet.engines.tensorrt_llm.front.trials import EngineTrials, Submit
 from twinjet.errors import (
@@ -41,14 +41,12 @@ from twinjet.errors import (
     RequestAborted,
     RequestFailed,
     TwinjetError,
-    Unsupported,
 )
 from twinjet.request import EngineRequest
 
 log = logging.getLogger(__name__)
 
 _FIRST_STATS_S = 5.0
-_DEFAULT_MAX_NUM_TOKENS = 8192
 _SUSPICIOUS_FAILURES = 3
 """Failures without a step between them after which the engine has to show that it lives: on a dead device each
 request fails as if it were that request's own fault."""
@@ -104,7 +102,7 @@ class TrtLlmEngine:
         self._kv_events = KvEventFan()
         self._readers: list[DestructiveReader] = []
         self._adapters = AdapterTable()
-        self._salt_epoch = 0
+        self._submission = Submission(self._handle, self._drawing, self._adapters)
         self._failures_in_a_row = 0
         self._death: asyncio.Future[str] | None = None
         self._is_stopped = False
@@ -147,7 +145,7 @@ class TrtLlmEngine:
         self._check_alive()
         if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)
-        self._check_request(request)
+        self._submission.check(request)
         run = RequestRun(self._context, request, self._drawing.plan)
         self._runs[request.request_id] = run
         try:
@@ -188,12 +186,12 @@ class TrtLlmEngine:
 
     async def load_adapter(self, name: str, path: str) -> bool:
         """See AdapterEngine.load_adapter; the engine reads the weights with the first request."""
-        self._check_adapters()
+        self._submission.check_adapters()
         return self._adapters.load(name, path, max_rank=self._handle.max_lora_rank)
 
     async def unload_adapter(self, name: str) -> None:
         """See AdapterEngine.unload_adapter; its weights leave the engine's cache when room is needed."""
-        self._check_adapters()
+        self._submission.check_adapters()
         self._adapters.unload(name)
 
     def adapters(self) -> Mapping[str, str]:
@@ -204,7 +202,7 @@ class TrtLlmEngine:
 
         The engine cannot forget; later requests get another salt, and the old blocks age out.
         """
-        self._salt_epoch += 1
+        self._submission.forget_prefixes()
         return True
 
     def kv_events(self) -> AsyncIterator[Sequence[KvEvent]]:
@@ -329,56 +327,9 @@ class TrtLlmEngine:
         if self._death.done():
             raise EngineDied(self._death.result())
 
-    def _check_adapters(self) -> None:
-        if not has_adapters(self._handle):
-            raise Unsupported("adapters", "set enable_lora = true in the deployment's options")
-
-    def _check_request(self, request: EngineRequest) -> None:
-        if request.adapter:
-            self._check_adapters()
-            self._adapters.check(request.adapter)
-        if request.cache_salt and self._handle.has_block_reuse and not self._drawing.has_salt:
-            raise Unsupported("prefix_cache", "this TensorRT-LLM has no cache salt or does not heed it")
-        ranks = self._handle.num_dp_ranks
-        if request.data_parallel_rank is not None:
-            if not ranks:
-                raise Unsupported("data_parallel_rank", "the deployment has no attention data parallelism")
-            if request.data_parallel_rank >= ranks:
-                raise InvalidRequest.of(
-                    "options.data_parallel_rank",
-                    f"{request.data_parallel_rank} is out of range; allowed: 0 to {ranks - 1}",
-                )
-        if request.kv_retention is not None and not self._handle.has_retention:
-            raise Unsupported("kv_retention", "blocks are not reused, or this version knows no retention")
-        if self._handle.arg("enable_chunked_prefill", False):
-            return
-        most = self._handle.arg("max_num_tokens", None) or _DEFAULT_MAX_NUM_TOKENS
-        if len(request.prompt_token_ids) > most:
-            raise InvalidRequest.of(
-                "prompt",
-                f"{len(request.prompt_token_ids)} tokens; at most {most} are possible without chunked prefill",
-            )
-
     def _submit(self, request: EngineRequest, arguments: dict[str, Any]) -> Any:
         """Hand one output to the engine."""
-        has = self._handle.features
-        keywords: dict[str, Any] = {"streaming": True}
-        if request.adapter:
-            kind = self._handle.package.lora_request
-            keywords["lora_request"] = self._adapters.request(request.adapter, kind)
-        if request.trace_headers and has.has_trace_headers:
-            keywords["trace_headers"] = dict(request.trace_headers)
-        if request.data_parallel_rank is not None:
-            keywords["scheduling_params"] = self._handle.package.scheduling_params(  # type: ignore[misc]
-                attention_dp_rank=request.data_parallel_rank, attention_dp_relax=True
-            )
-        if request.kv_retention is not None:
-            kind = self._handle.package.retention_config
-            keywords["kv_cache_retention_config"] = retention_config(request.kv_retention, kind)
-        if self._handle.queues_by_priority:
-            keywords["priority"] = engine_priority(request.priority)
-        if (salt := self._salt(request)) is not None and has.has_cache_salt:
-            keywords["cache_salt"] = salt
+        keywords = self._submission.keywords(request)
         return self._submit_raw(arguments, list(request.prompt_token_ids), keywords)
 
     def _submit_test(self, arguments: dict[str, Any], prompt: list[int]) -> Any:
@@ -393,17 +344,6 @@ class TrtLlmEngine:
         for reader in self._readers:
             reader.poke()
         return result
-
-    def _salt(self, request: EngineRequest) -> str | None:
-        """Salt the prefix cache: the caller's, our epoch, and none shared where every logit is needed."""
-        parts = []
-        if self._salt_epoch:
-            parts.append(f"epoch-{self._salt_epoch}")
-        if request.sampling.prompt_logprobs is not None:
-            parts.append(f"alone-{request.request_id}")
-        if request.cache_salt:
-            parts.append(f"salt-{request.cache_salt}")
-        return "/".join(parts) or None
 
     async def _explain(self, error: Exception) -> TwinjetError:
         """Turn what the engine raised into our error; finds out whether the engine still lives."""
