@@ -6,7 +6,7 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -47,12 +47,14 @@ class _Arrival:
 
     at: float
     deadline: float | None
+    trace_headers: Mapping[str, str]
 
     @classmethod
     def of(cls, context: Context) -> _Arrival:
         now = time.monotonic()
         left_s = context.time_remaining()
-        return cls(now, None if left_s is None else now + left_s)
+        trace = convert.trace_headers(context.invocation_metadata())
+        return cls(now, None if left_s is None else now + left_s, trace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +297,10 @@ def _accept(
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
         raise NotFound("adapter", options.adapter, "this model has no adapters")
+    if options.data_parallel_rank is not None:
+        _need(info, "data_parallel_rank")
+    if options.kv_retention is not None:
+        _need(info, "kv_retention")
     if arrival.deadline is not None and arrival.deadline <= time.monotonic():
         raise DeadlinePassed("the deadline passed before the request was accepted")
     return EngineRequest(
@@ -306,6 +312,9 @@ def _accept(
         cache_salt=options.cache_salt,
         adapter=options.adapter,
         deadline=arrival.deadline,
+        data_parallel_rank=options.data_parallel_rank,
+        kv_retention=options.kv_retention,
+        trace_headers=arrival.trace_headers,
     )
 
 

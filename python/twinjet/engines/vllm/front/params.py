@@ -97,3 +97,5 @@ def _structured(constraint: Constraint | None) -> dict[str, Any] | None:
             return {"grammar": constraint.value}
         case "choice":
             return {"choice": list(constraint.choices)}
+        case "structural_tag":
+            raise Unsupported("structural_tag")

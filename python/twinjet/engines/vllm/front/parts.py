@@ -21,7 +21,7 @@ _REFRESH_S = 1.0
 _GENERATION: frozenset[Capability] = frozenset(
     {
         "generate", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice", "penalties",
-        "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
+        "logit_bias", "bad_words", "allowed_token_ids", "min_p", "min_tokens", "seed", "multiple_outputs",
     }
 )  # fmt: skip
 
