@@ -132,7 +132,7 @@ class Stream:
 
     def text(self) -> str:
         """Read to the end and give the text of the first output."""
-        return (self.completion()).text
+        return self.completion().text
 
     def completion(self) -> Completion:
         """Read to the end and give everything."""
@@ -355,7 +355,7 @@ class Client:
     ) -> str:
         """Give the text of token ids."""
         request = detokenize_request(token_ids, model, skip_special_tokens)
-        return (self._unary(self._inference.Detokenize, request, timeout_s, metadata)).text
+        return self._unary(self._inference.Detokenize, request, timeout_s, metadata).text
 
     def embed(
         self,
@@ -382,7 +382,7 @@ class Client:
     ) -> Model:
         """Describe one model; answers while it loads."""
         request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return model_of((self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
+        return model_of(self._unary(self._models.GetModel, request, timeout_s, metadata).model)
 
     def wait_ready(
         self,
@@ -484,7 +484,7 @@ class Client:
         """
         values = {"route": route_message(route), "revision": revision, "remove": remove}
         request = filled(routing_pb2.SetRouteRequest(), values)
-        return int((self._unary(self._admin.SetRoute, request, timeout_s, metadata)).revision)
+        return int(self._unary(self._admin.SetRoute, request, timeout_s, metadata).revision)
 
     def add_deployment(
         self,
@@ -501,7 +501,7 @@ class Client:
         or a local server.
         """
         request = add_request(name, settings, public=public)
-        return int((self._unary(self._admin.AddDeployment, request, timeout_s, metadata)).revision)
+        return int(self._unary(self._admin.AddDeployment, request, timeout_s, metadata).revision)
 
     def remove_deployment(
         self,
@@ -529,7 +529,7 @@ class Client:
     ) -> bool:
         """Forget cached prefixes; False if running requests hold some. Needs the admin token or a local server."""
         request = filled(admin_pb2.ResetPrefixCacheRequest(), {"model": model})
-        return bool((self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata)).done)
+        return bool(self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata).done)
 
     def drain(
         self,
