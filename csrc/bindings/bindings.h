@@ -13,5 +13,6 @@ void BindSamplerSeats(pybind11::module_& module);
 void BindSched(pybind11::module_& module);
 void BindStream(pybind11::module_& module);
 void BindVllm(pybind11::module_& module);
+void BindVllmWire(pybind11::module_& module);
 
 }  // namespace twinjet::bindings

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_core, module) {
   twinjet::bindings::BindSched(module);
   twinjet::bindings::BindStream(module);
   twinjet::bindings::BindVllm(module);
+  twinjet::bindings::BindVllmWire(module);
 #ifdef TWINJET_WITH_DOOR
   twinjet::bindings::BindDoor(module);
 #endif

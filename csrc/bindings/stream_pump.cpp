@@ -33,22 +33,6 @@ using stream::Stream;
 using stream::StreamFacts;
 using stream::Vocabulary;
 
-// A pump with what Python wants back of each request.
-struct PyPump {
-  explicit PyPump(int wake_fd)
-      : native(wake_fd < 0 ? std::function<void()>() : [wake_fd] {
-          const uint64_t one = 1;
-          // A full counter has woken the reader already.
-          [[maybe_unused]] ssize_t size = write(wake_fd, &one, sizeof one);
-        }) {}
-
-  Pump native;
-  std::vector<py::object> owners;  // by slot
-  StepOutputs step;
-
-  const py::object& OwnerOf(uint32_t slot) const { return owners[slot]; }
-};
-
 py::list BytesOfAll(const std::vector<std::string>& messages) {
   py::list list(messages.size());
   for (size_t i = 0; i < messages.size(); ++i) list[i] = py::bytes(messages[i]);
@@ -260,6 +244,13 @@ py::list TakeDeltas(Stream& self) {
   return list;
 }
 
+py::object TakePrompt(Stream& self) {
+  std::optional<stream::PromptNews> news = self.TakePrompt();
+  if (!news) return py::none();
+  return py::make_tuple(news->num_cached_tokens,
+                        news->logprobs ? py::object(WriteLogprobs(*news->logprobs)) : py::none());
+}
+
 std::shared_ptr<Stream> MakeStream(std::shared_ptr<const Vocabulary> vocabulary, uint32_t num_outputs,
                                    std::vector<std::string> stop, std::vector<int32_t> eos_token_ids,
                                    std::vector<int32_t> stop_token_ids, int64_t min_tokens,
@@ -280,6 +271,13 @@ std::shared_ptr<Stream> MakeStream(std::shared_ptr<const Vocabulary> vocabulary,
 
 }  // namespace
 
+PyPump::PyPump(int wake_fd)
+    : native(wake_fd < 0 ? std::function<void()>() : [wake_fd] {
+        const uint64_t one = 1;
+        // A full counter has woken the reader already.
+        [[maybe_unused]] ssize_t size = write(wake_fd, &one, sizeof one);
+      }) {}
+
 void BindPump(py::module_& module) {
   py::class_<Stream, std::shared_ptr<Stream>> streams(module, "Stream",
                                                       "One request on its way to its client.");
@@ -293,13 +291,17 @@ void BindPump(py::module_& module) {
            py::arg("max_pending_bytes") = std::numeric_limits<int64_t>::max())
       .def("put_queued", &Stream::PutQueued, py::arg("position"), py::arg("expected_wait_s"))
       .def("set_dispatched", &Stream::SetDispatched, py::arg("queue_position"), py::arg("at"))
+      .def("read_deltas", &Stream::ReadDeltas)
+      .def("take_prompt", &TakePrompt)
       .def("take_deltas", &TakeDeltas)
       .def("drop", &Stream::Drop)
       .def("summary", [](const Stream& self) { return py::bytes(self.Summary()); })
       .def_property_readonly("num_prompt_tokens", &Stream::num_prompt_tokens)
       .def_property_readonly("num_output_tokens", &Stream::num_output_tokens)
+      .def_property_readonly("max_pending_bytes", &Stream::max_pending_bytes)
       .def_property_readonly("num_pending_bytes", &Stream::num_pending_bytes)
       .def_property_readonly("num_outputs", &Stream::num_outputs)
+      .def_property_readonly("blocked_since", &Stream::blocked_since)
       .def_property_readonly("first_token_at", &Stream::first_token_at)
       .def_property_readonly("last_token_at", &Stream::last_token_at)
       .def_property_readonly("first_token_s", &Stream::first_token_s)
@@ -315,12 +317,13 @@ void BindPump(py::module_& module) {
       .def("collect", &Collect, py::arg("ledger"))
       .def(
           "put_prompt",
-          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs) {
+          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs,
+             double now) {
             LogprobList list;
             if (!logprobs.is_none()) list = ReadLogprobs(logprobs);
-            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list);
+            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list, now);
           },
-          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"))
+          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"), py::arg("now"))
       .def(
           "put_made",
           [](PyPump& self, SequenceKey key, uint32_t output_index, std::string text, std::vector<int32_t> ids,

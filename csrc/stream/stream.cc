@@ -64,6 +64,11 @@ bool Stream::PutPrompt(std::optional<uint32_t> num_cached_tokens, const LogprobL
 
 void Stream::PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs) {
   num_cached_tokens_ = num_cached_tokens;
+  if (reads_deltas_) {
+    prompt_news_.emplace().num_cached_tokens = num_cached_tokens;
+    if (logprobs) prompt_news_->logprobs = *logprobs;
+    return;
+  }
   items_.push_back({Item::Kind::kMessage, EncodeStarted(facts_, num_cached_tokens, queue_position_)});
   if (logprobs) items_.push_back({Item::Kind::kMessage, EncodePromptLogprobs(*logprobs, *vocabulary_)});
 }
@@ -113,7 +118,7 @@ Effect Stream::Put(const StepOutputs& step, const SequenceStep& row, uint32_t ou
     }
     Account(pending, num_bytes, &effect);
   }
-  if (!items_.empty()) effect.is_awaited = Awaken();
+  if (!items_.empty() || prompt_news_) effect.is_awaited = Awaken();
   return effect;
 }
 
@@ -141,7 +146,7 @@ Effect Stream::PutMade(Delta delta, double now) {
     effect.is_over = --num_open_ == 0;
   }
   Account(pending, num_bytes, &effect);
-  if (!items_.empty()) effect.is_awaited = Awaken();
+  if (!items_.empty() || prompt_news_) effect.is_awaited = Awaken();
   return effect;
 }
 
@@ -174,31 +179,69 @@ void Stream::Account(const Delta& pending, size_t num_bytes_before, Effect* effe
   items_.clear();
 }
 
+void Stream::Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call) {
+  std::lock_guard lock(mutex_);
+  carrier_ = std::move(carrier);
+  call_ = std::move(call);
+}
+
+std::shared_ptr<Carrier> Stream::carrier() const {
+  std::lock_guard lock(mutex_);
+  return carrier_;
+}
+
+std::optional<double> Stream::blocked_since() const {
+  std::lock_guard lock(mutex_);
+  return blocked_since_;
+}
+
+bool Stream::TakeParcels(double now, std::vector<Carrier::Parcel>* parcels) {
+  std::lock_guard lock(mutex_);
+  if (!carrier_) return false;
+  is_awaited_ = true;
+  if (!carrier_->HasRoom(call_)) {
+    if (!blocked_since_) blocked_since_ = now;
+    return true;
+  }
+  blocked_since_.reset();
+  EncodeItems([&](std::string message) { parcels->push_back({call_, std::move(message)}); });
+  return true;
+}
+
 bool Stream::Take(std::vector<std::string>* messages) {
   std::lock_guard lock(mutex_);
+  blocked_since_.reset();
   if (items_.empty()) {
     is_awaited_ = true;
     return false;
   }
+  EncodeItems([&](std::string message) { messages->push_back(std::move(message)); });
+  return true;
+}
+
+void Stream::EncodeItems(const std::function<void(std::string)>& add) {
   for (Item& item : items_) {
     if (item.kind != Item::Kind::kDelta) {
-      messages->push_back(std::move(item.message));
+      add(std::move(item.message));
       continue;
     }
     const Delta& pending = pending_[item.output_index];
     is_pending_[item.output_index] = false;
     if (!pending.text.empty() || !pending.token_ids.empty()) {
-      messages->push_back(
-          EncodeDelta(item.output_index, pending.text, pending.token_ids, pending.logprobs, *vocabulary_));
+      add(EncodeDelta(item.output_index, pending.text, pending.token_ids, pending.logprobs, *vocabulary_));
     }
     if (pending.ending) {
-      messages->push_back(EncodeFinished(item.output_index, *pending.ending,
-                                         static_cast<uint32_t>(num_tokens_[item.output_index])));
+      add(EncodeFinished(item.output_index, *pending.ending,
+                         static_cast<uint32_t>(num_tokens_[item.output_index])));
     }
   }
   items_.clear();
   num_pending_bytes_ = 0;
-  return true;
+}
+
+std::optional<PromptNews> Stream::TakePrompt() {
+  std::lock_guard lock(mutex_);
+  return std::exchange(prompt_news_, std::nullopt);
 }
 
 void Stream::TakeDeltas(std::vector<Delta>* deltas) {

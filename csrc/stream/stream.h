@@ -8,12 +8,14 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "stream/carrier.h"
 #include "stream/output.h"
 #include "stream/responses.h"
 #include "stream/step_outputs.h"
@@ -27,6 +29,12 @@ struct Delta {
   std::vector<int32_t> token_ids;
   LogprobList logprobs;
   std::optional<Ending> ending;
+};
+
+// What an engine told of the prompt.
+struct PromptNews {
+  std::optional<uint32_t> num_cached_tokens;
+  std::optional<LogprobList> logprobs;
 };
 
 // What a step did to a stream, for those who keep accounts.
@@ -49,6 +57,9 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
+  // For one that is read by TakePrompt() and TakeDeltas(), not by Take(). Call before the first put.
+  void ReadDeltas() { reads_deltas_ = true; }
+
   // Puts. Each returns whether an empty Take() had been waiting for it.
   bool PutQueued(uint32_t position, std::optional<double> expected_wait_s);
   void SetDispatched(uint32_t queue_position, double at);
@@ -58,10 +69,21 @@ class Stream {
   // The same for an engine that makes text and ends itself. ending.text is copied.
   Effect PutMade(Delta delta, double now);
 
+  // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
+  // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.
+  void Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call);
+  // For the pump, after an Effect with is_awaited: appends what is to be carried. False: nobody carries, so
+  // whoever waits must be woken.
+  bool TakeParcels(double now, std::vector<Carrier::Parcel>* parcels);
+  std::shared_ptr<Carrier> carrier() const;
+  // Since when the carrier has had no room for what waits; unset if nothing does.
+  std::optional<double> blocked_since() const;
+
   // Takes.
   // Appends the messages that are ready; false, and the next put is told to be awaited, if there are none.
   bool Take(std::vector<std::string>* messages);
-  // The same, not encoded, for those who read tokens; deltas only.
+  // The same, not encoded. What the engine told of the prompt is given once.
+  std::optional<PromptNews> TakePrompt();
   void TakeDeltas(std::vector<Delta>* deltas);
   // Forgets what is not taken, and keeps nothing any more.
   void Drop();
@@ -72,6 +94,7 @@ class Stream {
   const Vocabulary& vocabulary() const { return *vocabulary_; }
   uint32_t num_prompt_tokens() const { return facts_.num_prompt_tokens; }
   int64_t num_output_tokens() const;
+  int64_t max_pending_bytes() const { return max_pending_bytes_; }
   int64_t num_pending_bytes() const;
   std::optional<double> first_token_at() const;
   double last_token_at() const;
@@ -87,6 +110,7 @@ class Stream {
     uint32_t output_index = 0;
   };
 
+  void EncodeItems(const std::function<void(std::string)>& add);
   bool Awaken();
   void PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
   Delta& PendingOf(uint32_t output_index);
@@ -110,6 +134,11 @@ class Stream {
   std::deque<Item> items_;
   uint32_t num_open_;
   int64_t num_pending_bytes_ = 0;
+  std::shared_ptr<Carrier> carrier_;
+  std::shared_ptr<void> call_;
+  std::optional<double> blocked_since_;
+  bool reads_deltas_ = false;
+  std::optional<PromptNews> prompt_news_;  // with reads_deltas_
   bool is_awaited_ = false;
   bool is_dropped_ = false;
   double dispatched_at_;

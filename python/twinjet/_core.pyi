@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from twinjet.engines.base import Outlet
+
 __version__: str
 
 # --- KV cache: block manager ---------------------------------------------------------------------
@@ -373,6 +375,16 @@ def sampler_weights(
 def sampler_exponential(seed: int, position: int, output_index: int, index: int) -> float: ...
 def sampler_ln(x: float) -> float: ...
 
+class TokenTexts:
+    def __init__(self, vocabulary: Vocabulary) -> None: ...
+    @staticmethod
+    def load(saved: bytes) -> TokenTexts: ...
+    def save(self) -> bytes: ...
+    def __len__(self) -> int: ...
+
+class BadText:
+    def __init__(self, texts: TokenTexts, words: Sequence[str], *, skips_special: bool = True) -> None: ...
+
 class SamplerRequest:
     def __init__(
         self,
@@ -393,11 +405,15 @@ class SamplerRequest:
         logit_bias: Mapping[int, float] | None = None,
         allowed_token_ids: Sequence[int] | npt.NDArray[Any] | None = None,
         bad_words: Sequence[Sequence[int]] | None = None,
+        bad_text: BadText | None = None,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] | npt.NDArray[Any] = (),
     ) -> None: ...
     def append(self, token_id: int) -> None: ...
     def truncate(self, num_output_tokens: int) -> None: ...
+    def banned_token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def has_bad_text(self) -> bool: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -592,6 +608,178 @@ class Output:
 
     @property
     def num_tokens(self) -> int: ...
+
+class Stream:
+    """One request on its way to its client: tokens go in through a Pump, GenerateResponse bytes come out.
+
+    What is not taken is merged, one unsent delta an output. Times are seconds of the caller's clock.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        num_outputs: int,
+        stop: Sequence[str],
+        eos_token_ids: Sequence[int],
+        stop_token_ids: Sequence[int],
+        min_tokens: int,
+        max_tokens: int,
+        include_stop: bool,
+        skip_special: bool,
+        request_id: str = "",
+        model: str = "",
+        engine: str = "",
+        deployment: str = "",
+        sampler: str = "",
+        num_prompt_tokens: int = 0,
+        seed: int = 0,
+        arrived_at: float = 0.0,
+        max_pending_bytes: int = ...,
+    ) -> None:
+        """The first arguments as Output's. max_pending_bytes: of unsent tokens. Raises ValueError."""
+
+    def put_queued(self, position: int, expected_wait_s: float | None) -> bool:
+        """Tell the place in the queue; replaces one that is not taken. True if an empty take() waits for it."""
+
+    def set_dispatched(self, queue_position: int, at: float) -> None: ...
+    def take(self) -> list[bytes]:
+        """Give the messages that are ready; after an empty answer the next step reports AWAITED."""
+
+    def read_deltas(self) -> None:
+        """Be read by take_prompt() and take_deltas(), not by take(). Call before the first step."""
+
+    def take_prompt(self) -> tuple[int | None, list[tuple[list[int], list[float], int]] | None] | None:
+        """Give, once, what the engine told of the prompt: cached tokens, and log probabilities if asked for."""
+
+    def take_deltas(
+        self,
+    ) -> list[
+        tuple[
+            int,
+            str,
+            list[int],
+            list[tuple[list[int], list[float], int]],
+            tuple[Literal["stop", "length"], int | str | None, bool] | None,
+        ]
+    ]:
+        """Give output index, text, token ids, log probabilities and ending of what is not taken yet."""
+
+    def drop(self) -> None:
+        """Forget what is not taken, and keep nothing any more."""
+
+    def summary(self) -> bytes:
+        """The stream's last message."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def max_pending_bytes(self) -> int: ...
+    @property
+    def num_pending_bytes(self) -> int: ...
+    @property
+    def num_outputs(self) -> int: ...
+    @property
+    def blocked_since(self) -> float | None:
+        """Since when the call that carries the stream has had no room for what waits."""
+
+    @property
+    def first_token_at(self) -> float | None: ...
+    @property
+    def last_token_at(self) -> float: ...
+    @property
+    def first_token_s(self) -> float | None:
+        """TTFT: seconds from arrival to the first token."""
+
+    @property
+    def per_token_s(self) -> float | None:
+        """TPOT: mean seconds for each output token after the first."""
+
+    @property
+    def is_over(self) -> bool:
+        """Every output has ended."""
+
+class Pump:
+    """Puts an engine's steps into all streams that they concern; see csrc/stream/pump.h.
+
+    The constants are bits of what happened to a request. wake_fd: an eventfd that is written to when a native
+    thread's step has left something to collect.
+    """
+
+    PROMPT_DONE: int
+    FIRST_TOKEN: int
+    LEAVING: int
+    OVER: int
+    FAILED: int
+    OVERFLOWED: int
+    AWAITED: int
+
+    def __init__(self, wake_fd: int = -1) -> None: ...
+    def add(
+        self,
+        stream: Stream,
+        owner: Any,
+        *,
+        tenant: int = 0,
+        holding: int | None = None,
+        leaves_at: float = ...,
+    ) -> int:
+        """Give the key of output 0; output i has key + i. owner comes back from collect(); remove() drops it.
+
+        tenant: a small index. holding: in the ledger. leaves_at: tokens at which LEAVING happens.
+        """
+
+    def remove(self, key: int) -> int:
+        """Let no step reach the request any more; give its tokens that collect() has not told of."""
+
+    def step(
+        self,
+        rows: list[
+            tuple[
+                int,
+                Sequence[int],
+                Literal["stop", "length", "aborted", "failed"] | None,
+                int | str | None,
+                tuple[int | None, Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None] | None,
+                Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+            ]
+        ],
+        now: float,
+        /,
+    ) -> None:
+        """Put one step; rows as engines.base.StepRow. Nothing is put if a row is wrong: TypeError, ValueError."""
+
+    def put_prompt(
+        self,
+        key: int,
+        num_cached_tokens: int | None,
+        logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        now: float,
+    ) -> None:
+        """Put what an engine that makes text itself tells of the prompt."""
+
+    def put_made(
+        self,
+        key: int,
+        output_index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        ending: tuple[Literal["stop", "length"], int | str | None, bool] | None,
+        now: float,
+    ) -> None:
+        """Put a delta of such an engine."""
+
+    def collect(
+        self, ledger: KvLedger | None
+    ) -> tuple[int, list[tuple[int, int]], list[tuple[Any, int]], list[tuple[Any, int]]]:
+        """Append to the ledger what steps brought since the last call, and tell of it.
+
+        Gives the number of tokens; tenant and tokens; owner and what happened; owner and output index of outputs
+        that ended by the rules while their engine goes on.
+        """
 
 class StopMatcher:
     """Finds stop strings in text that arrives in pieces; holds back what may still become one."""
@@ -834,6 +1022,43 @@ class DecodeBatch:
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
 
+# vLLM's engine core: its messages.
+
+class WireError(ValueError):
+    """A message is not what the tested vLLM sends."""
+
+class CoreOutputs:
+    """The last message of a vLLM engine core, decoded: EngineCoreOutputs. For one thread at a time."""
+
+    def __init__(self) -> None: ...
+    def decode(self, frames: Sequence[bytes | memoryview]) -> None:
+        """Decode a message and the frames of its tensors; runs without the GIL. Raises WireError."""
+
+    def rows(self) -> list[tuple[int, list[int], tuple[Any, ...] | None]]:
+        """Give (key, token ids, rest) for each output whose request id carries a key.
+
+        rest: None for tokens alone; else (finish, cause, cached, logprobs, prompt logprobs). finish: 0 none,
+        1 stop, 2 length, 3 aborted, 4 failed. cause: stop token, stop string or None. cached: prompt tokens
+        from the prefix cache, -1 not known, None if the row does not tell of the prompt. logprobs: for each
+        token ([(token id, logprob), ...], rank of the first), or None.
+        """
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """Running and waiting requests and the share of KV blocks in use; None if the message has none."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool:
+        """The message answers a utility call."""
+
+    @property
+    def has_pooling(self) -> bool:
+        """At least one output is a vector."""
+
 # Only where the door is built.
 class DoorCall:
     """A handle to a client's call; without effect once the call is over."""
@@ -850,6 +1075,8 @@ class DoorCall:
     def reset(self) -> None: ...
     def acknowledge(self, num_bytes: int, /) -> None:
         """A request message of so many bytes is no longer held."""
+    def carry(self, stream: Stream) -> None:
+        """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
 class Door:
@@ -873,3 +1100,50 @@ class Door:
     def stop(self, grace_s: float, /) -> None: ...
     def totals(self) -> dict[str, int]: ...
     def connections(self) -> list[dict[str, Any]]: ...
+
+class StepRouter:
+    """Puts messages of a vLLM engine core into the pumps of the requests that they concern. For one thread."""
+
+    def __init__(self) -> None: ...
+    def open(
+        self,
+        key: int,
+        outlet: Outlet,
+        pump_key: int,
+        *,
+        num_logprobs: int,
+        num_prompt_logprobs: int,
+        is_native: bool,
+    ) -> None:
+        """Expect an output whose request id in the engine core ends in "-" and `key`, in hexadecimal.
+
+        key: at least 1, never used twice. pump_key: the output's in outlet.pump. is_native: its vocabulary is.
+        """
+
+    def close(self, key: int) -> bool:
+        """Forget an output; whether the engine had not ended it."""
+
+    def take(self, frames: Sequence[bytes | memoryview], now: float) -> list[Outlet]:
+        """Decode a message and put it into pumps, without the GIL; gives the outlets of those that got rows.
+
+        now: seconds of time.monotonic(). Raises WireError, and then has put nothing.
+        """
+
+    @property
+    def irregular(self) -> list[tuple[int, int, int, bool]]:
+        """Outputs of the last message that ended with an error, not put into their pumps.
+
+        (key, finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before); finish 1: no
+        token was admissible.
+        """
+
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """As CoreOutputs.stats, of the last message; so are the next two."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool: ...
+    @property
+    def num_open(self) -> int: ...

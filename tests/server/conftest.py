@@ -12,6 +12,7 @@ from tests.server.harness import Harness, Serve
 from twinjet.config import Config
 from twinjet.engines.base import Engine
 from twinjet.engines.factory import make_engine
+from twinjet.engines.fake import FakeEngine
 from twinjet.server import native_door
 from twinjet.server.main import Server
 
@@ -22,6 +23,12 @@ def door(request: pytest.FixtureRequest) -> str:
     if request.param == "native" and not native_door.is_available():
         pytest.skip("this build has no native door")
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _starts_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """die_at_start counts over a process, in which a test may run once for each door."""
+    monkeypatch.setattr(FakeEngine, "_num_starts", {})
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from typing import Any
 
 import grpc
 import pytest
 
 from tests.server.harness import Serve, collect, details, kinds
+from twinjet.engines.base import Run
 from twinjet.engines.fake import FakeEngine, FakeTokenizer
 from twinjet.errors import DeadlinePassed, DeadlineUnreachable
 from twinjet.request import EngineRequest
@@ -51,18 +51,18 @@ async def test_a_deadline_counts_from_the_calls_arrival_whatever_came_before_adm
     h = await serve()
     encode = FakeTokenizer.encode
     deadlines: list[float | None] = []
-    generate = FakeEngine.generate
+    submit = FakeEngine.submit
 
     def slow_encode(self: FakeTokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
         time.sleep(0.5)
         return encode(self, text, add_special_tokens=add_special_tokens)
 
-    def spy(self: FakeEngine, request: EngineRequest) -> Any:
+    def spy(self: FakeEngine, request: EngineRequest, run: Run) -> None:
         deadlines.append(request.deadline)
-        return generate(self, request)
+        submit(self, request, run)
 
     monkeypatch.setattr(FakeTokenizer, "encode", slow_encode)
-    monkeypatch.setattr(FakeEngine, "generate", spy)
+    monkeypatch.setattr(FakeEngine, "submit", spy)
     began = time.monotonic()
     await collect(h.inference.Generate(Request(text="x", sampling=Sampling(max_tokens=1)), timeout=20))
     chat = generation_pb2.ChatRequest(messages=[{"role": "user", "content": "x"}], sampling={"max_tokens": 1})

@@ -10,7 +10,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.harness import Harness, Serve, collect, details, kinds
 from twinjet.client import AsyncClient, RetryPolicy, Unavailable
-from twinjet.engines.fake import FakeEngine
 from twinjet.engines.supervisor import State
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2
 
@@ -134,8 +133,7 @@ async def test_an_engine_that_makes_no_progress_is_restarted(serve: Serve) -> No
     await h.until_ready()
 
 
-async def test_a_start_that_dies_is_tried_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeEngine, "_num_starts", {})
+async def test_a_start_that_dies_is_tried_again(serve: Serve) -> None:
     h = await serve(deployments={"flaky": {"engine": "fake", "options": {"die_at_start": 2}}})
     assert len(h.engines) == 3
 

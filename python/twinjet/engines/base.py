@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from twinjet.request import EngineRequest, SamplingOverrides
 
 if TYPE_CHECKING:
-    from twinjet._core import Vocabulary
+    from twinjet._core import Pump, Vocabulary
 
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
@@ -251,6 +251,71 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """End the engine and its processes. Idempotent; also after a death or a failed start."""
+        ...
+
+
+LogprobRow = tuple[Sequence[int], Sequence[float], int | None]
+"""Token ids and their log probabilities, the token in the sequence first, then the best; the first one's rank."""
+
+StepRow = tuple[
+    int,
+    Sequence[int],
+    Literal["stop", "length", "aborted", "failed"] | None,
+    int | str | None,
+    tuple[int | None, Sequence[LogprobRow] | None] | None,
+    Sequence[LogprobRow] | None,
+]
+"""What a step gave one sequence: key, new token ids, finish, stopped by, prompt, logprobs.
+
+finish, stopped by: the engine's word on the end, None while it goes on or if it leaves ends to the pump.
+prompt: once, with or before the first tokens of a request: cached tokens, and prompt logprobs if asked for.
+logprobs: a row a token, if asked for.
+"""
+
+
+class Outlet(Protocol):
+    """Where an engine puts its steps; used on the engine's loop, but see pump."""
+
+    @property
+    def pump(self) -> Pump:
+        """Takes steps of native threads as well, if each request's vocabulary is native; then collect()."""
+        ...
+
+    def step(self, rows: list[StepRow]) -> None:
+        """Put one step, of as many sequences as ran. May call the engine's cancel()."""
+        ...
+
+    def collect(self) -> None:
+        """Act on steps that were put into the pump itself."""
+        ...
+
+
+class Run(Protocol):
+    """A request in an engine that puts its steps into an outlet. key: of output 0; output i has key + i."""
+
+    @property
+    def key(self) -> int: ...
+
+    @property
+    def outlet(self) -> Outlet: ...
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error, one that Engine.generate may raise; the first one counts."""
+        ...
+
+
+class PushEngine(Engine, Protocol):
+    """An engine that puts its steps into pumps, all sequences at once, instead of being read request by request.
+
+    Its generate() is engines.pushed.read().
+    """
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
+        """Begin a request. Raises as generate() does, or fails the run later."""
+        ...
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        """Stop work on one output, or on the request, within one step and forget it; nothing if it is unknown."""
         ...
 
 

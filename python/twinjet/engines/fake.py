@@ -15,7 +15,7 @@ import itertools
 import re
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twinjet._core import Vocabulary
+from twinjet.engines import pushed
 from twinjet.engines.base import (
     Capability,
     ChatTurn,
@@ -33,14 +34,13 @@ from twinjet.engines.base import (
     KvCache,
     Limits,
     LoadProgress,
-    Logprob,
-    OutputEvent,
-    PromptEvent,
+    LogprobRow,
+    Outlet,
     RenderedChat,
-    TokenLogprobs,
+    Run,
+    StepRow,
 )
 from twinjet.engines.fixed_logits import fixed_logits
-from twinjet.engines.text import finish_of, make_output
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, SamplingOverrides
 
@@ -137,7 +137,6 @@ class _Sequence:
         self.index = index
         self.num_generated = 0
         self.num_blocks = 0
-        self._output = make_output(FakeTokenizer.vocabulary, request.sampling, (EOS,))
         # Where output is logits: our sampler's side of this output, and the token of the present step.
         self.row: SamplerRequest | None = None
         self.drawn: int | None = None
@@ -192,22 +191,20 @@ class _Sequence:
             draw = mix(base, position) % 32
             yield 97 + draw if draw < 26 else 32
 
-    def step(self) -> OutputEvent:
-        """Give one token and, with the last one, why the output ends."""
+    def step(self) -> tuple[int, Literal["stop", "length"] | None]:
+        """Give one token and, with the last one, why the output ends; it knows nothing of stop strings."""
+        sampling = self.request.sampling
         token = next(self._script, EOS)
         self.num_generated += 1
-        _, text = self._output.take((token,))
-        num_top = self.request.sampling.logprobs
-        logprobs = [] if num_top is None else [_logprobs(token, num_top)]
-        return OutputEvent(self.index, text, (token,), logprobs, finish_of(self._output))
+        is_end = token == EOS and not sampling.ignore_eos
+        if (is_end or token in sampling.stop_token_ids) and self.num_generated > sampling.min_tokens:
+            return token, "stop"
+        return token, "length" if self.num_generated >= sampling.max_tokens else None
 
 
-def _logprobs(token: int, num_top: int) -> TokenLogprobs:
-    def entry(rank: int) -> Logprob:
-        rival = (token + rank - 1) % 256
-        return Logprob(rival, -0.5 * rank, rank, FakeTokenizer.vocabulary.token_text(rival))
-
-    return TokenLogprobs(entry(1), tuple(entry(rank) for rank in range(1, num_top + 1)))
+def _logprobs(token: int, num_top: int) -> LogprobRow:
+    ranks = [1, *range(1, num_top + 1)]
+    return [(token + rank - 1) % 256 for rank in ranks], [-0.5 * rank for rank in ranks], 1
 
 
 @dataclass(eq=False)
@@ -216,7 +213,7 @@ class _Running:
 
     request: EngineRequest
     sequences: list[_Sequence]
-    events: asyncio.Queue[EngineEvent | Exception] = field(default_factory=asyncio.Queue)
+    run: Run
     num_cached_tokens: int = 0
     told_prompt: bool = False
     misbehave: Callable[[int], Exception | None] = lambda _: None
@@ -297,25 +294,27 @@ class FakeEngine:
             preemptions=self._num_preemptions,
         )
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
+        return pushed.read(self, request)
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
         self._check_alive()
-        entry = self._admit(request)
-        try:
-            open_outputs = request.sampling.n
-            while open_outputs:
-                event = await entry.events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if isinstance(event, OutputEvent) and event.finish is not None:
-                    open_outputs -= 1
-        finally:
-            self._release(entry)
+        self._admit(request, run)
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        entry = self._requests.get(request_id)
+        if entry is None:
+            return
+        if output_index is None:
+            del self._requests[request_id]
+        for sequence in entry.sequences:
+            if output_index in (None, sequence.index):
+                self._drop(sequence)
 
     async def abort(self, request_id: str) -> None:
         entry = self._requests.get(request_id)
         if entry is not None:
-            entry.events.put_nowait(RequestAborted(f"request {request_id!r} was aborted"))
+            entry.run.fail(RequestAborted(f"request {request_id!r} was aborted"))
 
     async def embed(
         self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
@@ -339,8 +338,8 @@ class FakeEngine:
         assert self._death is not None, "start() has not returned"
         if not self._death.done():
             self._death.set_result(reason)
-        for entry in self._requests.values():
-            entry.events.put_nowait(EngineDied(reason))
+        for entry in list(self._requests.values()):
+            entry.run.fail(EngineDied(reason))
 
     async def stop(self) -> None:
         if self._loop_task is not None:
@@ -354,11 +353,11 @@ class FakeEngine:
         if self._death.done():
             raise EngineDied("the fake engine is dead")
 
-    def _admit(self, request: EngineRequest) -> _Running:
+    def _admit(self, request: EngineRequest, run: Run) -> None:
         if request.sampling.constraint is not None and request.sampling.constraint.kind != "choice":
             raise InvalidRequest.of("sampling.constraint", "the fake engine knows only choice")
         sequences = [_Sequence(request, i, self._options) for i in range(request.sampling.n)]
-        entry = _Running(request, sequences)
+        entry = _Running(request, sequences, run)
         text = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
         entry.stalled = "!stall" in text
         if found := re.search(r"!(fail|die)(?::(\d+))?", text):
@@ -368,7 +367,6 @@ class FakeEngine:
         self._requests[request.request_id] = entry
         self._waiting.extend(sequences)
         self._work.set()
-        return entry
 
     def _trouble(self, kind: str | Any) -> Exception:
         if kind == "die":
@@ -389,11 +387,6 @@ class FakeEngine:
             self._prefixes.popitem(last=False)
         return hits
 
-    def _release(self, entry: _Running) -> None:
-        self._requests.pop(entry.request.request_id, None)
-        for sequence in entry.sequences:
-            self._drop(sequence)
-
     def _drop(self, sequence: _Sequence) -> None:
         self._free_blocks += sequence.num_blocks
         sequence.num_blocks = 0
@@ -411,8 +404,11 @@ class FakeEngine:
             await self._pause(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
             if self._sampler is not None:
                 self._draw(self._sampler)
+            rows: dict[Outlet, list[StepRow]] = {}
             for sequence in list(self._running):
-                self._step(sequence)
+                self._step(sequence, rows)
+            for outlet, of_it in rows.items():
+                outlet.step(of_it)
 
     async def _pause(self, step_s: float) -> None:
         """Let a step take its time; what simulates an unsteady machine overrides it."""
@@ -464,7 +460,7 @@ class FakeEngine:
                 return False
         return True
 
-    def _step(self, sequence: _Sequence) -> None:
+    def _step(self, sequence: _Sequence, rows: dict[Outlet, list[StepRow]]) -> None:
         entry = self._requests.get(sequence.request.request_id)
         if entry is None or sequence not in self._running or entry.stalled:
             return
@@ -474,19 +470,22 @@ class FakeEngine:
         if sequence.drawn == -1:
             trouble = RequestFailed("no token is admissible", reason="NO_ADMISSIBLE_TOKEN")
         if trouble is not None:
-            entry.events.put_nowait(trouble)
+            entry.run.fail(trouble)
             self._drop(sequence)
             return
-        if not entry.told_prompt:
-            entry.told_prompt = True
-            entry.events.put_nowait(PromptEvent(entry.num_cached_tokens, self._prompt_logprobs(entry)))
-        event = sequence.step()
-        entry.events.put_nowait(event)
-        if event.finish is not None:
+        prompt = None if entry.told_prompt else (entry.num_cached_tokens, self._prompt_logprobs(entry))
+        entry.told_prompt = True
+        token, finish = sequence.step()
+        if finish is not None:
             self._drop(sequence)
+        num_top = sequence.request.sampling.logprobs
+        logprobs = None if num_top is None else (_logprobs(token, num_top),)
+        rows.setdefault(entry.run.outlet, []).append(
+            (entry.run.key + sequence.index, (token,), finish, None, prompt, logprobs)
+        )
 
     @staticmethod
-    def _prompt_logprobs(entry: _Running) -> tuple[TokenLogprobs, ...] | None:
+    def _prompt_logprobs(entry: _Running) -> tuple[LogprobRow, ...] | None:
         num_top = entry.request.sampling.prompt_logprobs
         if num_top is None:
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final, NoReturn, get_args
 
@@ -45,11 +45,11 @@ class Scheduler:
 
     __slots__ = (
         "_attached", "_cached_weight", "_deadlines", "_draining", "_early_tokens", "_entries", "_fair",
-        "_first_token_s", "_idle_tenants", "_input_weight", "_is_blocked", "_ledger", "_lengths",
+        "_first_token_s", "_free_indexes", "_idle_tenants", "_input_weight", "_is_blocked", "_ledger", "_lengths",
         "_max_running", "_max_waiting", "_max_waiting_bytes", "_max_waiting_tokens", "_num_arrivals",
         "_num_expired", "_num_leaving", "_num_running", "_num_running_sequences", "_output_rate",
         "_output_weight", "_pacer", "_per_token_s", "_prompt_rate", "_queue", "_refused", "_served_work",
-        "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
+        "_tenant_at", "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
     )  # fmt: skip
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -72,6 +72,8 @@ class Scheduler:
         )
         self._entries: dict[str, Entry] = {}
         self._tenants: dict[str, Tenant] = {}
+        self._tenant_at: list[Tenant | None] = []
+        self._free_indexes: list[int] = []
         self._idle_tenants: OrderedDict[str, Tenant] = OrderedDict()
         self._deadlines: list[tuple[float, int, Entry]] = []
         self._num_arrivals = 0
@@ -132,6 +134,10 @@ class Scheduler:
         return self._ledger is None or self._ledger.reset()
 
     @property
+    def max_running(self) -> int:
+        return self._max_running
+
+    @property
     def is_idle(self) -> bool:
         return not self._entries
 
@@ -143,14 +149,7 @@ class Scheduler:
         Raises Unavailable, AlreadyExists, DeadlinePassed, Overloaded, InvalidRequest (the prompt alone
         exceeds the KV cache); then nothing has changed but counters of refusals.
         """
-        if self._draining:
-            raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1.0)
-        if not self._attached:
-            raise Unavailable(
-                "the model is loading", reason="LOADING", retry_after_s=self.settings.loading_retry_s
-            )
-        if request.request_id in self._entries:
-            raise AlreadyExists("request", request.request_id)
+        self._check_open(request.request_id)
         entry = self._new_entry(request, now)
         try:
             self._check(entry, now)
@@ -167,6 +166,31 @@ class Scheduler:
         if self._fair and self.settings.predict_deadlines and entry.deadline < math.inf:
             self._check_deadline(entry, now)
         return entry
+
+    def check_before(self, request_id: str, tenant_name: str, now: float) -> None:
+        """Raise what offer() would, whatever the prompt: Unavailable, AlreadyExists, Overloaded."""
+        self._check_open(request_id)
+        if not self._fair:
+            return
+        try:
+            tenant = self._tenants.get(tenant_name)
+            if tenant is not None and tenant.has_quota:
+                self._check_streams(tenant, now)
+            if self._queue.num_waiting >= self._max_waiting:
+                self._refuse_full(f"{self.settings.max_waiting} requests", now)
+        except Overloaded as error:
+            self._refused["quota" if error.quotas else "queue_full"] += 1
+            raise
+
+    def _check_open(self, request_id: str) -> None:
+        if self._draining:
+            raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1.0)
+        if not self._attached:
+            raise Unavailable(
+                "the model is loading", reason="LOADING", retry_after_s=self.settings.loading_retry_s
+            )
+        if request_id in self._entries:
+            raise AlreadyExists("request", request_id)
 
     def take(self, now: float) -> Entry | None:
         """Admit the next request to the engine; None if none can go. Call until it returns None."""
@@ -223,6 +247,34 @@ class Scheduler:
         entry.is_leaving = True
         self._num_leaving += 1
         return self._queue.num_waiting > 0
+
+    # The same for requests whose tokens the pump counts. It appends to the ledger itself.
+
+    @property
+    def ledger(self) -> KvLedger | None:
+        return self._ledger
+
+    def add_step(self, num_tokens: int, tenants: Iterable[tuple[int, int]], now: float) -> None:
+        """Account for the tokens of a step: in all, and by Tenant.index."""
+        self._output_rate.add(now, num_tokens)
+        for index, count in tenants:
+            tenant = self._tenant_at[index]
+            if tenant is None:
+                continue
+            self._charge(tenant, count * self._output_weight)
+            if tenant.bucket is not None:
+                tenant.bucket.take(count)
+
+    def first_token(self, entry: Entry, now: float) -> None:
+        """The request's first tokens have come."""
+        entry.first_token_at = now
+        self._first_token_s.add(now, now - entry.dispatched_at)
+
+    def leaving(self, entry: Entry) -> None:
+        """The request has so few tokens to go that another may follow it."""
+        if not entry.is_leaving:
+            entry.is_leaving = True
+            self._num_leaving += 1
 
     def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
@@ -365,16 +417,20 @@ class Scheduler:
         ):
             self._check_room(entry, now)
 
-    def _check_quota(self, entry: Entry, now: float) -> None:
-        tenant, limits = entry.tenant, entry.tenant.settings
-        subject = f"tenant:{tenant.name}"
-        if limits.max_streams and tenant.num_waiting + tenant.num_running >= limits.max_streams:
-            text = f"{limits.max_streams} concurrent streams"
+    def _check_streams(self, tenant: Tenant, now: float) -> None:
+        limit = tenant.settings.max_streams
+        if limit and tenant.num_waiting + tenant.num_running >= limit:
+            text = f"{limit} concurrent streams"
             raise Overloaded(
                 f"tenant {tenant.name!r} has reached its quota of {text}",
                 retry_after_s=self._retry_s(now),
-                quotas=(QuotaExcess(subject, text),),
+                quotas=(QuotaExcess(f"tenant:{tenant.name}", text),),
             )
+
+    def _check_quota(self, entry: Entry, now: float) -> None:
+        tenant, limits = entry.tenant, entry.tenant.settings
+        subject = f"tenant:{tenant.name}"
+        self._check_streams(tenant, now)
         if tenant.bucket is not None:
             wait = tenant.bucket.wait_s(now, entry.num_prompt_tokens, tenant.waiting_tokens)
             if wait > 0:
@@ -427,6 +483,11 @@ class Scheduler:
         if tenant.num_waiting == 0 and tenant.num_running == 0:
             self._idle_tenants.pop(tenant.name, None)
             self._tenants[tenant.name] = tenant
+            if not self._free_indexes:
+                self._free_indexes.append(len(self._tenant_at))
+                self._tenant_at.append(None)
+            tenant.index = self._free_indexes.pop()
+            self._tenant_at[tenant.index] = tenant
         self._entries[entry.request_id] = entry
         if self._ledger is not None:
             entry.prefix_hashes = self._ledger.hash(entry.request)
@@ -512,6 +573,8 @@ class Scheduler:
 
     def _retire(self, tenant: Tenant) -> None:
         del self._tenants[tenant.name]
+        self._tenant_at[tenant.index] = None
+        self._free_indexes.append(tenant.index)
         self._idle_tenants[tenant.name] = tenant
         if len(self._idle_tenants) > MAX_IDLE_TENANTS:
             self._idle_tenants.popitem(last=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from twinjet.engines.base import ChatTurn, Component, EngineInfo, TokenLogprobs
+from twinjet.engines.base import ChatTurn, Component, EngineInfo
 from twinjet.errors import InvalidRequest, Unsupported, Violation
 from twinjet.request import Constraint, SamplingOverrides
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
@@ -18,8 +18,6 @@ MAX_ID_CHARS = 128
 MAX_LABEL_BYTES = 128
 MAX_MESSAGES = 4096
 ROLES = ("system", "user", "assistant", "tool")
-MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, which many clients cannot read from JSON."""
 
 _PRINTABLE = re.compile(r"[\x21-\x7e]*")
 
@@ -181,17 +179,6 @@ def duration(seconds: float) -> Duration:
     message = Duration()
     message.FromNanoseconds(max(0, int(seconds * 1e9)))
     return message
-
-
-def token_logprobs(entry: TokenLogprobs) -> generation_pb2.TokenLogprobs:
-    """Convert the log probabilities of one token."""
-    chosen, *top = [
-        generation_pb2.Logprob(
-            token_id=item.token_id, logprob=max(item.logprob, MIN_LOGPROB), rank=item.rank, text=item.text
-        )
-        for item in (entry.chosen, *entry.top)
-    ]
-    return generation_pb2.TokenLogprobs(chosen=chosen, top=top)
 
 
 def component(part: Component) -> model_pb2.ComponentInfo:

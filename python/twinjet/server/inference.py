@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Sequence
@@ -12,23 +12,14 @@ from typing import TYPE_CHECKING, cast
 
 import grpc
 
-from twinjet.engines.base import (
-    ChatTurn,
-    EmbeddingEngine,
-    Engine,
-    EngineInfo,
-    OutputEvent,
-    RenderedChat,
-    Tokenizer,
-)
-from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
+from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, RenderedChat, Tokenizer
+from twinjet.engines.text import make_stream
+from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
-from twinjet.scheduler import orca_report
-from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
+from twinjet.server.gate import Gate
 from twinjet.server.grammar import check_constraint
-from twinjet.server.responses import ResponseBuilder
-from twinjet.server.stream import StreamBuffer, StreamWriter
+from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
 if TYPE_CHECKING:
@@ -42,7 +33,7 @@ if TYPE_CHECKING:
 
 REQUEST_ID_KEY = "x-request-id"
 ACCEPTED_ID_KEY = "twinjet-request-id"
-INLINE_TOKENIZE_CHARS = 8192
+INLINE_TOKENIZE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 MAX_EMBED_INPUTS = 256
 
@@ -88,9 +79,17 @@ class InferenceServicer:
         self._live = live
         self._metrics = metrics
         self._mirror = mirror
+        self._watch = WriterWatch(settings.stalled_reader_s)
+        self._gate = Gate(settings)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
+        with self._gate.enter(context.peer()):
+            await self._generate(request, context, arrival)
+
+    async def _generate(
+        self, request: generation_pb2.GenerateRequest, context: Context, arrival: _Arrival
+    ) -> None:
         model = self._deployments.resolve(request.model)
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         overrides = convert.sampling_overrides(request.sampling)
@@ -98,6 +97,7 @@ class InferenceServicer:
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "generate")
+        deployment.dispatcher.check(options.request_id, options.tenant)
         if request.token_ids:
             ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
             prompt = _Prompt(ids, "token_ids")
@@ -105,10 +105,14 @@ class InferenceServicer:
             ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
             prompt = _Prompt(ids, "text")
         accepted = _accept(prompt, overrides, options, info, arrival)
-        await self._stream(accepted, options, deployment, info, model, context, arrival.at)
+        await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
+        with self._gate.enter(context.peer()):
+            await self._chat(request, context, arrival)
+
+    async def _chat(self, request: generation_pb2.ChatRequest, context: Context, arrival: _Arrival) -> None:
         model = self._deployments.resolve(request.model)
         turns = convert.chat_turns(
             request.messages,
@@ -120,11 +124,12 @@ class InferenceServicer:
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "chat")
+        deployment.dispatcher.check(options.request_id, options.tenant)
         _, ids = await _encode_chat(
             engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
         )
         accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, arrival)
-        await self._stream(accepted, options, deployment, info, model, context, arrival.at)
+        await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Embed(
         self, request: embedding_pb2.EmbedRequest, context: Context
@@ -220,58 +225,54 @@ class InferenceServicer:
         request: EngineRequest,
         options: convert.Options,
         deployment: Deployment,
+        engine: Engine,
         info: EngineInfo,
         model: str,
         context: Context,
         arrived_at: float,
     ) -> None:
         self._copy(request, model)
-        builder = ResponseBuilder(
-            request, info, model=model, deployment=deployment.name, arrived_at=arrived_at
+        stream = make_stream(
+            engine.tokenizer.vocabulary,
+            request.sampling,
+            info.eos_token_ids,
+            request_id=request.request_id,
+            model=model,
+            engine=info.name,
+            deployment=deployment.name,
+            sampler=info.sampler.implementation,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            seed=request.sampling.seed,
+            arrived_at=arrived_at,
+            max_pending_bytes=self._settings.max_pending_bytes,
         )
-        writer = StreamWriter(context.write, self._settings.stalled_reader_s)
-        buffer = StreamBuffer(self._settings.max_pending_bytes, on_overflow=writer.interrupt)
+        writer = StreamWriter(context.write)
         key = object()
         with self._live.hold(key):
             await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
-            producer = self._live.start(
-                key, _produce(deployment, request, options.report_queue, builder, buffer)
+            ticket = deployment.dispatcher.open(
+                request,
+                stream,
+                report_queue=options.report_queue,
+                on_overflow=writer.interrupt,
+                start=functools.partial(self._live.start, key),
             )
+            writer.watch_carried(stream, ticket.fail)
+            self._watch.add(writer)
+            # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
+            if (carry := getattr(context, "carry", None)) is not None:
+                carry(stream)
             try:
-                async for event in buffer:
-                    for message in builder.messages(event):
+                while messages := await ticket.read():
+                    for message in messages:
                         await writer.write(message)
-                await writer.write(builder.summary())
-                self._metrics.observe_finished(model, builder)
-                report = orca_report(deployment.dispatcher.totals(), max_running=info.limits.max_num_seqs)
-                context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
+                await writer.write(stream.summary())
+                self._metrics.observe_finished(model, deployment.name, stream)
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
-                # write, by GeneratorExit, which allows no await: the producer cleans up by itself.
-                producer.cancel()
-
-
-async def _produce(
-    deployment: Deployment,
-    request: EngineRequest,
-    report_queue: bool,
-    builder: ResponseBuilder,
-    buffer: StreamBuffer,
-) -> None:
-    """Move a request's events from the dispatcher into its buffer; leaves nothing behind when cancelled."""
-    try:
-        async with contextlib.aclosing(
-            deployment.dispatcher.run(request, report_queue=report_queue)
-        ) as events:
-            async for event in events:
-                if isinstance(event, OutputEvent):
-                    builder.note_token()
-                buffer.put(event)
-        buffer.close()
-    except (Exception, asyncio.CancelledError) as error:
-        buffer.close(error)
-        if not isinstance(error, TwinjetError):
-            raise
+                # write, by GeneratorExit, which allows no await.
+                self._watch.discard(writer)
+                ticket.close()
 
 
 def _accept(

@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from twinjet._core import Stream
     from twinjet.server.deployments import Deployments
-    from twinjet.server.responses import ResponseBuilder
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -132,10 +132,10 @@ class Metrics:
     def count_call(self, method: str, code: str) -> None:
         self._calls.labels(method, code).inc()
 
-    def observe_finished(self, model: str, request: ResponseBuilder) -> None:
+    def observe_finished(self, model: str, deployment: str, request: Stream) -> None:
         self._tokens.labels(model, "prompt").inc(request.num_prompt_tokens)
         self._tokens.labels(model, "output").inc(request.num_output_tokens)
         if request.first_token_s is not None:
-            self._first_token.labels(model, request.deployment).observe(request.first_token_s)
+            self._first_token.labels(model, deployment).observe(request.first_token_s)
         if request.per_token_s is not None:
-            self._per_token.labels(model, request.deployment).observe(request.per_token_s)
+            self._per_token.labels(model, deployment).observe(request.per_token_s)

@@ -37,6 +37,8 @@ logger = logging.getLogger("twinjet.server")
 _CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM = range(5)
 _WRITES_A_TURN = 32
 """After so many writes that did not have to wait a handler lets the others go on."""
+_CLEANUP_S = 10.0
+"""How long cancelled handlers may take to clean up."""
 _LINGER_S = 1.0
 """How long the answers of ended calls may take to leave when the door stops."""
 _TLS_CHECK_S = 5.0
@@ -153,6 +155,11 @@ class CallContext(_Base):
         self._num_writes += 1
         if self._num_writes % _WRITES_A_TURN == 0:
             await asyncio.sleep(0)
+
+    def carry(self, stream: _core.Stream) -> None:
+        """Send what steps put into the stream without waking its handler; headers must have been sent."""
+        assert self._are_headers_sent, "the initial metadata comes first"
+        self._call.carry(stream)
 
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
         self._must_be_open()
@@ -385,7 +392,7 @@ class NativeDoor:
             context.finish(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
             context.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=_CLEANUP_S)
         if self._tls_watch is not None:
             self._tls_watch.cancel()
             await asyncio.gather(self._tls_watch, return_exceptions=True)

@@ -1,45 +1,52 @@
-"""Translate a resolved Sampling into vLLM's SamplingParams, one for each output. Pure; imports vLLM."""
+"""Translate a resolved Sampling into the fields of vLLM's SamplingParams, one set for each output. Pure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-
 from twinjet.engines.seeds import output_seed
-from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
-from twinjet.errors import InvalidRequest
+from twinjet.engines.vllm.fields import EXTRA_KEY
+from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
     from twinjet.request import Constraint, Sampling
+    from twinjet.sampling.bad_text import BadTextSettings
 
 VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
 
 
-class NativeParams(SamplingParams):  # type: ignore[misc]
-    """SamplingParams that may hold NO_TOKEN among the stop tokens."""
+def sampling_params(
+    sampling: Sampling, output_index: int, *, native: bool, bad_text: BadTextSettings | None = None
+) -> SamplingParams:
+    """Make vLLM's own object of sampling_fields(); imports vLLM."""
+    from twinjet.engines.vllm.front.stock_params import make_params
 
-    def _validate_stop_token_ids(self, model_config: Any) -> None:
-        ids = list(self.stop_token_ids)  # type: ignore[has-type]
-        self.stop_token_ids = [token for token in ids if token != NO_TOKEN]
-        try:
-            super()._validate_stop_token_ids(model_config)
-        finally:
-            self.stop_token_ids = ids
+    fields = sampling_fields(sampling, output_index, native=native, bad_text=bad_text)
+    return make_params(fields, native=native)
 
 
-def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> SamplingParams:
-    """Make the parameters of one output of a request; n is always 1.
+def sampling_fields(
+    sampling: Sampling, output_index: int, *, native: bool, bad_text: BadTextSettings | None = None
+) -> dict[str, Any]:
+    """Give the parameters of one output of a request; n is always 1.
 
-    native: our own sampler draws, so it gets the exact temperature, the seed and the output index.
-    Raises InvalidRequest for a temperature that vLLM's own sampler does not take.
+    structured_outputs is a dict, or None. native: our own sampler draws, so it gets the exact temperature, the
+    seed and the output index, and the strings that must not be produced (bad_text); vLLM's own knows no such
+    strings, only tokens.
+    Raises InvalidRequest for a temperature that vLLM's own sampler does not take, Unsupported for bad words there.
     """
+    if sampling.bad_words and not native:
+        raise Unsupported("bad_words", "vLLM's own sampler bans token sequences, not strings")
     temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     extra: dict[str, Any] | None = None
     if native:
         extra = {EXTRA_KEY: {"temperature": temperature, "seed": sampling.seed, "output_index": output_index}}
+        if bad_text is not None:
+            extra[EXTRA_KEY]["bad_text"] = list(bad_text)
         # vLLM checks its own range even where it does not sample.
         temperature = min(temperature, VLLM_MAX_TEMPERATURE)
     elif temperature > VLLM_MAX_TEMPERATURE:
@@ -50,51 +57,43 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         )
     if 0 < temperature < VLLM_MIN_TEMPERATURE:
         temperature = VLLM_MIN_TEMPERATURE
-    params = (NativeParams if native else SamplingParams)(
-        n=1,
-        temperature=temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        logit_bias=dict(sampling.logit_bias) or None,
-        seed=output_seed(sampling.seed, output_index),
+    return {
+        "n": 1,
+        "temperature": temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "logit_bias": dict(sampling.logit_bias) or None,
+        "seed": output_seed(sampling.seed, output_index),
         # Text, and what it ends, is made of the tokens by us: vLLM would let the prompt's end into it.
-        detokenize=False,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        bad_words=list(sampling.bad_words),
-        allowed_token_ids=list(sampling.allowed_token_ids) or None,
-        logprobs=sampling.logprobs,
+        "detokenize": False,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "allowed_token_ids": list(sampling.allowed_token_ids) or None,
+        "logprobs": sampling.logprobs,
         # Every output has the same prompt, so its logprobs are asked for once.
-        prompt_logprobs=sampling.prompt_logprobs if output_index == 0 else None,
-        structured_outputs=_structured(sampling.constraint),
-        output_kind=RequestOutputKind.DELTA,
-        extra_args=extra,
-        skip_clone=True,
-    )
-    if native and sampling.constraint is None:
-        # Not among all_stop_token_ids, which vLLM's min-tokens rule masks. Grammars get the stop tokens and
-        # refuse it; there, a row without a token ends by a token that the grammar rejects.
-        params.stop_token_ids.append(NO_TOKEN)
-    return params
+        "prompt_logprobs": sampling.prompt_logprobs if output_index == 0 else None,
+        "structured_outputs": _structured(sampling.constraint),
+        "extra_args": extra,
+    }
 
 
-def _structured(constraint: Constraint | None) -> StructuredOutputsParams | None:
+def _structured(constraint: Constraint | None) -> dict[str, Any] | None:
     if constraint is None:
         return None
     match constraint.kind:
         case "json_schema":
-            return StructuredOutputsParams(json=constraint.value)
+            return {"json": constraint.value}
         case "json_object":
-            return StructuredOutputsParams(json_object=True)
+            return {"json_object": True}
         case "regex":
-            return StructuredOutputsParams(regex=constraint.value)
+            return {"regex": constraint.value}
         case "ebnf":
-            return StructuredOutputsParams(grammar=constraint.value)
+            return {"grammar": constraint.value}
         case "choice":
-            return StructuredOutputsParams(choice=list(constraint.choices))
+            return {"choice": list(constraint.choices)}

@@ -15,7 +15,7 @@ from importlib import metadata
 from multiprocessing import forkserver
 from pathlib import Path
 
-from twinjet.engines.vllm.front.environment import environment
+from twinjet.engines.vllm.environment import environment
 from twinjet.engines.vllm.front.process import EngineContext, probe
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -60,33 +61,11 @@ def _anonymous_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _reporting(executor_class: type[Any], report: Callable[[str], None]) -> type[Any]:
-    """Make an executor class that says which phase of its start it enters."""
-
-    class Reporting(executor_class):  # type: ignore[misc]
-        def _init_executor(self) -> None:
-            report("weights")
-            super()._init_executor()
-
-        def determine_available_memory(self) -> Any:
-            report("memory")
-            return super().determine_available_memory()
-
-        def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
-            report("kv_cache")
-            return super().initialize_from_config(*args, **kwargs)
-
-        def compile_or_warm_up_model(self) -> Any:
-            report("warm_up")
-            return super().compile_or_warm_up_model()
-
-    Reporting.__name__ = executor_class.__name__
-    Reporting.__qualname__ = executor_class.__qualname__
-    return Reporting
-
-
 class _EngineProcess(BaseProcess):
-    """Mixed into a context's Process: carries our environment and reports phases of the start."""
+    """Mixed into a context's Process: carries our environment and the pipe for phases of the start.
+
+    A target that has a keyword argument `report` left None finds there what sends a phase.
+    """
 
     phases: Connection | None
     environment: dict[str, str]
@@ -115,8 +94,8 @@ class _EngineProcess(BaseProcess):
         _die_with_parent()
         phases = self.phases
         kwargs: dict[str, Any] = self._kwargs  # type: ignore[attr-defined]
-        if phases is not None and "executor_class" in kwargs:
-            kwargs["executor_class"] = _reporting(kwargs["executor_class"], phases.send)
+        if phases is not None and kwargs.get("report", phases) is None:
+            kwargs["report"] = phases.send
         super().run()
 
 
@@ -149,6 +128,21 @@ class EngineContext:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
+
+
+def end_processes(context: EngineContext, *, grace_s: float = 0.0) -> None:
+    """End the processes of a context; those that don't within grace_s are killed. Blocks."""
+    started = [process for process in context.processes if process.pid is not None]
+    if grace_s > 0:
+        for process in started:
+            process.terminate()
+        deadline = time.monotonic() + grace_s
+        for process in started:
+            process.join(max(0.0, deadline - time.monotonic()))
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
 
 
 def probe(answer: Connection) -> None:
