@@ -354,7 +354,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="twinjet", help="twinjet[@PATH], twinjet_native[@PATH], rs_http, openai")
+    parser.add_argument(
+        "--rows", default="twinjet", help="twinjet[@PATH], twinjet_native[@PATH], rs_http, openai"
+    )
     parser.add_argument("--streams", default="1,32,256")
     parser.add_argument("--modes", default="lockstep,free,starts")
     parser.add_argument("--rounds", type=int, default=3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -257,7 +256,6 @@ class InferenceServicer:
                 stream,
                 report_queue=options.report_queue,
                 on_overflow=writer.interrupt,
-                start=functools.partial(self._live.start, key),
             )
             writer.watch_carried(stream, ticket.fail)
             self._watch.add(writer)

@@ -16,7 +16,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, KvEvent, LoadProgress
+from twinjet.engines import pushed
+from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, KvEvent, LoadProgress, Run
 from twinjet.engines.tensorrt_llm.front import features
 from twinjet.engines.tensorrt_llm.front.adapters import AdapterTable
 from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
@@ -26,7 +27,7 @@ from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts, learn_model
 from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter
-from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext
+from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext, StepBatch
 from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
 from twinjet.engines.tensorrt_llm.front.settings import parse_options
 from twinjet.engines.tensorrt_llm.front.stats import DestructiveReader, EngineStats, KvEventFan
@@ -98,6 +99,7 @@ class TrtLlmEngine:
         reason = "" if native_sampler else "native_sampler is off"
         self._drawing = Drawing(self._handle, self._channel, reason=reason)
         self._runs: dict[str, RequestRun] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._stats = EngineStats()
         self._kv_events = KvEventFan()
         self._readers: list[DestructiveReader] = []
@@ -142,18 +144,29 @@ class TrtLlmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         """See Engine.generate."""
+        try:
+            async with aclosing(pushed.read(self, request)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            await asyncio.gather(*self._closing)
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
+        """See PushEngine.submit."""
         self._check_alive()
         if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)
         self._submission.check(request)
-        run = RequestRun(self._context, request, self._drawing.plan)
-        self._runs[request.request_id] = run
-        try:
-            async with aclosing(run.events()) as events:
-                async for event in events:
-                    yield event
-        finally:
-            del self._runs[request.request_id]
+        made = self._runs[request.request_id] = RequestRun(self._context, request, self._drawing.plan, run)
+        made.start()
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        """See PushEngine.cancel. An output that a stop string ended is stopped by its run, which finds it, too."""
+        if output_index is not None or request_id not in self._runs:
+            return
+        closing = asyncio.create_task(self._runs.pop(request_id).close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def abort(self, request_id: str) -> None:
         run = self._runs.get(request_id)
@@ -176,6 +189,7 @@ class TrtLlmEngine:
         self._is_stopped = True
         for run in list(self._runs.values()):
             run.fail(EngineDied("the engine was stopped"))
+        await asyncio.gather(*self._closing)
         if self._watchdog is not None:
             await self._watchdog.stop()
         for reader in self._readers:
@@ -239,6 +253,7 @@ class TrtLlmEngine:
             formatter=LogprobFormatter(self.tokenizer),
             tokenizer=self.tokenizer,
             eos_token_ids=frozenset(tokens.eos_token_ids),
+            batch=StepBatch(),
             counters=self._drawing.counters,
             report_timeout_s=own.report_timeout_s,
         )
