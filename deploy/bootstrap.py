@@ -28,7 +28,7 @@ from twinjet.progress import Progress, format_elapsed  # noqa: E402
 REQUIREMENTS = ROOT / "deploy" / "requirements"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST, NEWEST = (3, 11), (3, 13)
-SOURCES = ("CMakeLists.txt", "pyproject.toml", "LICENSE", "cmake", "csrc", "proto", "python/twinjet")
+SOURCES = ("CMakeLists.txt", "pyproject.toml", "LICENSE", "cmake", "csrc", "proto", "python")
 """What the installed project is built from."""
 
 _PIP_STEP = re.compile(
@@ -139,19 +139,42 @@ class Bootstrap:
         )
 
     def install_project(self) -> None:
+        with self._byte_code():
+            self._install_project()
+
+    @contextmanager
+    def _byte_code(self) -> Iterator[None]:
+        """Import what an engine imports meanwhile, so that its byte code is there at the first start.
+
+        Compiling is not all parallel, and the byte code takes a minute. Without it the first start is only
+        slower, so a failure is left to that start to tell.
+        """
+        code = "from twinjet.engines.vllm.core.preload import import_engine; import_engine()"
+        with subprocess.Popen(
+            ["nice", str(self.python), "-c", code],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "python"), "VLLM_PLUGINS": ""},
+        ) as importer:  # fmt: skip
+            try:
+                yield
+                self.progress.update(f"{self.heading} making byte code")
+            except BaseException:
+                importer.kill()
+                raise
+
+    def _install_project(self) -> None:
         # This environment's engine runs on the CPU; the CUDA side takes minutes to compile.
         cuda = f"-Ccmake.define.TWINJET_CUDA={os.environ.get('TWINJET_CUDA', 'OFF')}"
-        self.pip(
-            f"{self.heading} building and installing Twinjet",
-            ["-v", cuda, "--no-deps", "--no-build-isolation", "--force-reinstall", str(ROOT)],
-            1,
-        )
+        flags = ["--no-deps", "--no-build-isolation", "--force-reinstall"]
+        # One after the other: an older Twinjet still owns the client's files, and removes them as it goes.
+        self.pip(f"{self.heading} building and installing Twinjet", ["-v", cuda, *flags, str(ROOT)], 1)
+        self.pip(f"{self.heading} installing its client", [*flags, str(ROOT / "python")], 1)
 
     def pip(self, phase: str, arguments: list[str], num_packages: int, *, may_fail: bool = False) -> bool:
         """Run pip install; True if it succeeded. Raises StepFailed unless may_fail."""
         raw = ["--progress-bar", "raw"] if self._pip_version() >= (24, 1) else []
         command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-        # Byte code is made at first import, for the few modules that are used: half the time of the installation.
+        # Byte code is made by importing the modules that are used (_byte_code), a fraction of all.
         command += ["--no-compile"]
         return self.command(phase, [*command, *raw, *arguments], PipOutput(num_packages), may_fail=may_fail)
 

@@ -33,22 +33,6 @@ using stream::Stream;
 using stream::StreamFacts;
 using stream::Vocabulary;
 
-// A pump with what Python wants back of each request.
-struct PyPump {
-  explicit PyPump(int wake_fd)
-      : native(wake_fd < 0 ? std::function<void()>() : [wake_fd] {
-          const uint64_t one = 1;
-          // A full counter has woken the reader already.
-          [[maybe_unused]] ssize_t size = write(wake_fd, &one, sizeof one);
-        }) {}
-
-  Pump native;
-  std::vector<py::object> owners;  // by slot
-  StepOutputs step;
-
-  const py::object& OwnerOf(uint32_t slot) const { return owners[slot]; }
-};
-
 py::list BytesOfAll(const std::vector<std::string>& messages) {
   py::list list(messages.size());
   for (size_t i = 0; i < messages.size(); ++i) list[i] = py::bytes(messages[i]);
@@ -286,6 +270,13 @@ std::shared_ptr<Stream> MakeStream(std::shared_ptr<const Vocabulary> vocabulary,
 }
 
 }  // namespace
+
+PyPump::PyPump(int wake_fd)
+    : native(wake_fd < 0 ? std::function<void()>() : [wake_fd] {
+        const uint64_t one = 1;
+        // A full counter has woken the reader already.
+        [[maybe_unused]] ssize_t size = write(wake_fd, &one, sizeof one);
+      }) {}
 
 void BindPump(py::module_& module) {
   py::class_<Stream, std::shared_ptr<Stream>> streams(module, "Stream",

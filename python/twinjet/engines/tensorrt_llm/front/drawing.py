@@ -14,7 +14,6 @@ from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts
 from twinjet.engines.tensorrt_llm.front.params import (
     EngineSampler,
-    bad_word_ids,
     drawn_by_engine,
     drawn_by_us,
     refuse_unsupported,
@@ -25,6 +24,7 @@ from twinjet.engines.tensorrt_llm.front.trials import SETTINGS, EngineTrials, Se
 from twinjet.engines.tensorrt_llm.worker.device_draw import TARGET
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.errors import Unsupported
+from twinjet.models.token_texts import TokenTextsFile
 from twinjet.request import EngineRequest
 from twinjet.sampling.cuda import has_cuda
 
@@ -52,6 +52,7 @@ class Drawing:
         self._checker: GrammarCompiler | None = None
         self._unhonoured: list[Setting] = []
         self._model: ModelFacts
+        self._token_texts: TokenTextsFile
 
     @property
     def is_ours(self) -> bool:
@@ -70,6 +71,7 @@ class Drawing:
     async def choose(self, test: SelfTest, trials: EngineTrials, model: ModelFacts) -> None:
         """Find out what works here."""
         self._model = model
+        self._token_texts = TokenTextsFile(model.tokenizer.vocabulary)
         await self._choose_sampler(test)
         await self._try_cache(trials)
         await self._try_engine(trials)
@@ -141,7 +143,6 @@ class Drawing:
             penalties="penalties" in honoured,
             min_p=self._handle.has_min_p,
             logit_bias="logit_bias" in honoured,
-            bad_words="bad_words" in honoured,
             min_tokens="min_tokens" in honoured,
             logprobs="logprobs" in honoured,
             prompt_logprobs="prompt_logprobs" in honoured and can_see_prompts,
@@ -157,26 +158,28 @@ class Drawing:
     async def plan(self, request: EngineRequest) -> Plan:
         """Decide who draws this request and compile its grammar.
 
-        Raises InvalidRequest for a wrong grammar or bad word, Unsupported for what nobody here can honour.
+        Raises InvalidRequest for a wrong grammar, Unsupported for what nobody here can honour.
         """
         constraint, tokens = request.sampling.constraint, self._model.tokens
-        bad_words = bad_word_ids(request.sampling.bad_words, self._model.tokenizer)
         if self._reason or (self._grammar_reason and constraint is not None):
             refuse_unsupported(request.sampling, tokens, self.can)
             if constraint is not None and self._checker is not None:
                 # Some versions end with a grammar that is none.
                 await asyncio.to_thread(self._checker.compile, constraint)
             self.counters["requests_engine"] += 1
-            return Plan(
-                False,
-                lambda index, _: drawn_by_engine(request, index, tokens, self.can, bad_words=bad_words),
-            )
+            return Plan(False, lambda index, _: drawn_by_engine(request, index, tokens, self.can))
         if request.sampling.prompt_logprobs is not None:
             raise Unsupported("prompt_logprobs", PROMPT_LOGPROBS_AND_HOOK)
         grammar: GrammarHandle | None = None
         if constraint is not None:
             assert self._grammars is not None, "no reason not to, so there is one"
             grammar = await asyncio.to_thread(self._grammars.compile, constraint)
+        sampling = request.sampling
+        bad_text = None
+        if sampling.bad_words:
+            bad_text = self._token_texts.settings(
+                sampling.bad_words, skips_special=sampling.skip_special_tokens
+            )
         self.counters["requests_twinjet"] += 1
         return Plan(
             True,
@@ -186,7 +189,7 @@ class Drawing:
                 tokens,
                 key=key,
                 report_path=self._channel.path,
-                bad_words=bad_words,
+                bad_text=bad_text,
                 grammar=grammar,
             ),
         )

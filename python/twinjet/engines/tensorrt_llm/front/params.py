@@ -6,18 +6,19 @@ top-k together mean greedy and its max_tokens is 32. What the engine's own sampl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from twinjet.engines.base import Capability, Tokenizer
+from twinjet.engines.base import Capability
 from twinjet.engines.seeds import output_seed
 from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
-from twinjet.errors import InvalidRequest, Unsupported
+from twinjet.errors import Unsupported
 from twinjet.request import Constraint, EngineRequest, KvRetention, Sampling
+from twinjet.sampling.bad_text import BadTextSettings
 
 DEFAULT_RETENTION = 35
 """TensorRT-LLM's own priority of a block."""
@@ -30,7 +31,6 @@ class EngineSampler:
     penalties: bool = False
     min_p: bool = False
     logit_bias: bool = False
-    bad_words: bool = False
     min_tokens: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
@@ -88,7 +88,7 @@ def drawn_by_us(
     *,
     key: int,
     report_path: str,
-    bad_words: tuple[tuple[int, ...], ...],
+    bad_text: BadTextSettings | None,
     grammar: GrammarHandle | None,
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that our sampler draws.
@@ -114,7 +114,7 @@ def drawn_by_us(
         presence_penalty=s.presence_penalty,
         logit_bias=dict(s.logit_bias),
         allowed_token_ids=s.allowed_token_ids,
-        bad_words=bad_words,
+        bad_text=bad_text,
         min_tokens=s.min_tokens,
         max_tokens=s.max_tokens,
         end_token_ids=tuple(sorted(ends)),
@@ -136,16 +136,14 @@ def drawn_by_engine(
     output_index: int,
     tokens: TokenFacts,
     can: EngineSampler,
-    *,
-    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that the engine's sampler draws.
 
-    bad_words: the tokens of sampling.bad_words, see bad_word_ids. Raises Unsupported for what it would ignore.
+    Raises Unsupported for what it would ignore.
     """
     s = request.sampling
     refuse_unsupported(s, tokens, can)
-    kwargs = common_kwargs(s, tokens) | _bans(s, bad_words)
+    kwargs = common_kwargs(s, tokens)
     if s.is_greedy:
         kwargs |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
     else:
@@ -170,26 +168,10 @@ def drawn_by_engine(
     return kwargs
 
 
-def _bans(s: Sampling, bad_words: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
-    """Ban bad words: as token ids where they are one token each, else as text, for which the engine must tokenize.
-
-    It does that only where it may add end tokens of its own, too.
-    """
-    if all(len(word) == 1 for word in bad_words):
-        return {"bad_token_ids": sorted(word[0] for word in bad_words)} if bad_words else {}
-    if s.ignore_eos:
-        raise Unsupported(
-            "bad_words", "TensorRT-LLM's own sampler has none of several tokens with ignore_eos"
-        )
-    forms = [form for word in s.bad_words for form in (word.lstrip(), " " + word.lstrip())]
-    return {"bad": forms, "end_id": None, "pad_id": None}
-
-
 def refuse_unsupported(s: Sampling, tokens: TokenFacts, can: EngineSampler) -> None:
     """Raise Unsupported for what the engine's own sampler would ignore or get wrong in silence."""
     asked: dict[Capability, tuple[bool, bool]] = {
         "logit_bias": (bool(s.logit_bias), can.logit_bias),
-        "bad_words": (bool(s.bad_words), can.bad_words),
         "min_tokens": (s.min_tokens > 0, can.min_tokens),
         "logprobs": (s.logprobs is not None, can.logprobs),
         "prompt_logprobs": (s.prompt_logprobs is not None, can.prompt_logprobs),
@@ -205,6 +187,8 @@ def refuse_unsupported(s: Sampling, tokens: TokenFacts, can: EngineSampler) -> N
         raise Unsupported("penalties", "TensorRT-LLM's own sampler ignores them")
     if s.min_p > 0 and not can.min_p:
         raise Unsupported("min_p", "TensorRT-LLM's own sampler may ignore it")
+    if s.bad_words:
+        raise Unsupported("bad_words", "TensorRT-LLM's own sampler bans token sequences, not strings")
     if s.allowed_token_ids:
         raise Unsupported("allowed_token_ids", "TensorRT-LLM's own sampler has no such setting")
     if s.constraint is not None and not can.has_guides:
@@ -213,24 +197,6 @@ def refuse_unsupported(s: Sampling, tokens: TokenFacts, can: EngineSampler) -> N
             "json_schema" if kind == "json_object" else kind,
             "set guided_decoding_backend in the deployment's options, or native_sampler",
         )
-
-
-def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Tokenize bad words: each as it stands at the start of a text and, if that differs, after a space.
-
-    Raises InvalidRequest for a word that is no token at all.
-    """
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        plain = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
-        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-        if not plain:
-            raise InvalidRequest.of("sampling.bad_words", f"{word!r} has no tokens of its own")
-        found[plain] = None
-        # A space that is a token of its own would ban nothing more than the plain form does.
-        if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
-            found[spaced] = None
-    return tuple(found)
 
 
 def retention_config(retention: KvRetention, config_type: Any) -> Any:

@@ -1,19 +1,22 @@
 """Our client of vLLM's engine core: its ZeroMQ sockets and msgpack messages, without vLLM in this process.
 
-Requests are encoded here (wire.py); each message that comes is decoded by one native call without the GIL.
-Messages are taken on the event loop that watch() names, a bounded number a turn.
+Requests are encoded here (wire.py). Each message that comes is one native call, which decodes it and puts it
+into the pumps of the requests that it concerns. Messages are taken on the event loop that watch() names, a
+bounded number a turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import zmq
@@ -21,15 +24,17 @@ import zmq
 from twinjet import _core
 from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front import wire
-from twinjet.engines.vllm.front.core_stream import CoreStream
 from twinjet.engines.vllm.front.grammar_check import GrammarCheck
 from twinjet.engines.vllm.front.link import Adapter
+from twinjet.engines.vllm.front.outputs import failure
 from twinjet.engines.vllm.front.params import sampling_fields
-from twinjet.errors import EngineDied, Unsupported
+from twinjet.errors import EngineDied, RequestFailed, TwinjetError, Unsupported
+from twinjet.sampling.bad_text import BadTextSettings
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+    from twinjet.engines.base import Run
     from twinjet.engines.vllm.front.load import LoadReader
     from twinjet.models.tokenizer import HfTokenizer
     from twinjet.request import EngineRequest
@@ -41,6 +46,9 @@ _ENGINE = b"\x00\x00"
 
 _DEAD = b"ENGINE_CORE_DEAD"
 _MESSAGES_A_TURN = 16
+
+_FINISHES: dict[int, Literal["no_token", "error", "abort"]] = {1: "no_token", 3: "abort", 4: "error"}
+"""What an irregular end was; numbers as in csrc/stream/step_outputs.h: EngineFinish."""
 
 
 class Endpoints:
@@ -105,6 +113,24 @@ class Endpoints:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+class _Request:
+    """A request in the engine. keys: of its outputs, as the engine core's rows carry them."""
+
+    __slots__ = ("bad_text", "check", "keys", "request", "run")
+
+    def __init__(
+        self, request: EngineRequest, run: Run, keys: range, bad_text: BadTextSettings | None
+    ) -> None:
+        self.request = request
+        self.bad_text = bad_text
+        self.run = run
+        self.keys = keys
+        self.check: asyncio.Task[None] | None = None
+
+    def engine_id(self, key: int) -> str:
+        return f"{self.request.request_id}-{key:x}"
+
+
 class CoreLink:
     """Implements Link. facts: with what is known since the start."""
 
@@ -121,12 +147,15 @@ class CoreLink:
         self._tokenizer = tokenizer
         self._stats = stats
         self._grammar_check = grammar_check
-        self._outputs = _core.CoreOutputs()
-        self._streams: dict[int, CoreStream] = {}
+        self._router = _core.StepRouter()
+        self._requests: dict[str, _Request] = {}
+        self._by_key: dict[int, _Request] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._keys = itertools.count(1)
+        self._next_key = 1
+        self._call_numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_death: Callable[[str], None] | None = None
+        self._is_dead = False
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
         self._loop, self._on_death = loop, on_death
@@ -134,34 +163,87 @@ class CoreLink:
         # What came before is not announced again.
         loop.call_soon(self._on_readable)
 
-    async def submit(
-        self, request: EngineRequest, output_index: int, adapter: Adapter | None, *, native: bool
-    ) -> CoreStream:
-        fields = sampling_fields(request.sampling, output_index, native=native)
-        if fields["structured_outputs"] is not None:
-            assert request.sampling.constraint is not None
-            fields["structured_outputs"] = await self._grammar_check.check(
-                request.sampling.constraint, fields["structured_outputs"]
-            )
-        params = wire.core_params(fields, self._facts, self._tokenizer, native=native)
-        key = next(self._keys)
-        stream = CoreStream(key, f"{request.request_id}-{key:x}", request.sampling, output_index)
-        message = wire.add_request(
-            stream.request_id, request.request_id, request.prompt_token_ids, params,
-            adapter=adapter, cache_salt=request.cache_salt, priority=-request.priority,
-        )  # fmt: skip
-        self._send(wire.ADD, message)
-        self._streams[key] = stream
-        return stream
+    def submit(
+        self,
+        request: EngineRequest,
+        run: Run,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        bad_text: BadTextSettings | None,
+    ) -> None:
+        if self._loop is None:
+            raise EngineDied("the engine is not running")
+        keys = range(self._next_key, self._next_key + request.sampling.n)
+        self._next_key = keys.stop
+        entry = _Request(request, run, keys, bad_text)
+        if request.sampling.constraint is None:
+            self._send_request(entry, adapter, native=native)
+        else:
+            entry.check = self._loop.create_task(self._check_and_send(entry, adapter, native=native))
+        self._requests[request.request_id] = entry
 
-    async def abort(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._streams.pop(int(request_id.rpartition("-")[2], 16), None)
-        self._send(wire.ABORT, wire.encode(request_ids))
+    async def _check_and_send(self, entry: _Request, adapter: Adapter | None, *, native: bool) -> None:
+        try:
+            sampling = entry.request.sampling
+            assert sampling.constraint is not None
+            structured = sampling_fields(sampling, 0, native=native)["structured_outputs"]
+            checked = await self._grammar_check.check(sampling.constraint, structured)
+            self._send_request(entry, adapter, native=native, structured=checked)
+        except TwinjetError as error:
+            entry.run.fail(error)
+        except Exception:
+            logger.exception("request %s was not handed over", entry.request.request_id)
+            entry.run.fail(RequestFailed("the engine did not take the request", reason="ENGINE_ERROR"))
+
+    def _send_request(
+        self,
+        entry: _Request,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        structured: dict[str, Any] | None = None,
+    ) -> None:
+        request, run = entry.request, entry.run
+        sampling = request.sampling
+        for index, key in enumerate(entry.keys):
+            fields = sampling_fields(sampling, index, native=native, bad_text=entry.bad_text)
+            fields["structured_outputs"] = structured
+            params = wire.core_params(fields, self._facts, native=native)
+            message = wire.add_request(
+                entry.engine_id(key), request.request_id, request.prompt_token_ids, params,
+                adapter=adapter, cache_salt=request.cache_salt, priority=-request.priority,
+            )  # fmt: skip
+            self._send(wire.ADD, message)
+            self._router.open(
+                key, run.outlet, run.key + index, num_logprobs=sampling.logprobs or 0,
+                num_prompt_logprobs=sampling.prompt_logprobs or 0,
+                is_native=self._tokenizer.vocabulary.is_native,
+            )  # fmt: skip
+            self._by_key[key] = entry
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        entry = self._requests.get(request_id)
+        if entry is None:
+            return
+        keys: Sequence[int] = entry.keys
+        if output_index is None:
+            del self._requests[request_id]
+            if entry.check is not None:
+                entry.check.cancel()
+            for key in keys:
+                self._by_key.pop(key, None)
+        else:
+            keys = (entry.keys[output_index],)
+        running = [entry.engine_id(key) for key in keys if self._router.close(key)]
+        if running and self._loop is not None and not self._is_dead:
+            # If it is gone, its death is noticed elsewhere, and there is nothing to stop.
+            with contextlib.suppress(EngineDied):
+                self._send(wire.ABORT, wire.encode(running))
 
     async def call(self, method: str, *arguments: Any) -> Any:
         assert self._loop is not None
-        number = next(self._keys)
+        number = next(self._call_numbers)
         future = self._calls[number] = self._loop.create_future()
         try:
             self._send(wire.UTILITY, wire.encode((0, number, method, arguments)))
@@ -218,8 +300,7 @@ class CoreLink:
                 self._tell_death("its engine core failed (EngineDeadError); its log says why")
                 return
             try:
-                self._outputs.decode(frames)
-                self._take(frames[0])
+                self._take(frames)
             except _core.WireError as error:
                 self._tell_death(f"it sent a message that cannot be read: {error}")
                 return
@@ -233,22 +314,31 @@ class CoreLink:
 
     def _tell_death(self, reason: str) -> None:
         assert self._on_death is not None
+        self._is_dead = True
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDied(f"the engine died: {reason}"))
         self._on_death(reason)
 
-    def _take(self, frame: bytes) -> None:
-        outputs, streams = self._outputs, self._streams
-        for key, token_ids, rest in outputs.rows():
-            stream = streams.get(key)
-            if stream is not None and stream.take(token_ids, rest):
-                del streams[key]
-        if outputs.stats is not None:
-            self._stats.update(*outputs.stats)
-        self._stats.add_preemptions(outputs.num_preemptions)
-        if outputs.has_utility:
-            self._answer(msgspec.msgpack.decode(frame)[4])
+    def _take(self, frames: Sequence[bytes]) -> None:
+        router = self._router
+        outlets = router.take(frames, time.monotonic())
+        for key, finish, num_tokens, had_tokens in router.irregular:
+            entry = self._by_key.get(key)
+            if entry is not None:
+                constraint = entry.request.sampling.constraint
+                entry.run.fail(
+                    failure(
+                        _FINISHES[finish], constraint, has_tokens=had_tokens, has_new_tokens=num_tokens > 0
+                    )
+                )
+        for outlet in outlets:
+            outlet.collect()
+        if (stats := router.stats) is not None:
+            self._stats.update(*stats)
+        self._stats.add_preemptions(router.num_preemptions)
+        if router.has_utility:
+            self._answer(msgspec.msgpack.decode(frames[0])[4])
 
     def _answer(self, utility: Sequence[Any]) -> None:
         number, failure, result = utility

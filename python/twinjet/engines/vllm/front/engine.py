@@ -7,18 +7,15 @@ speaks to it through a Link and imports vLLM only where AsyncLLM must be that li
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
-from twinjet.engines.text import make_output
+from twinjet.engines import pushed
+from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Run, Tokenizer
 from twinjet.engines.vllm.front import startup
 from twinjet.engines.vllm.front.adapters import Adapters
-from twinjet.engines.vllm.front.live import LiveRequest
-from twinjet.engines.vllm.front.outputs import failure, output_event, prompt_event
 from twinjet.errors import (
     AlreadyExists,
     EngineDied,
@@ -33,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """A model on vLLM; implements Engine, EmbeddingEngine, AdapterEngine and PrefixCacheEngine.
+    """A model on vLLM; implements PushEngine, EmbeddingEngine, AdapterEngine and PrefixCacheEngine.
 
     name: the deployment's, for logs. model: a folder or a name that vLLM accepts. options: fields of vLLM's AsyncEngineArgs, passed through
     verbatim. native_sampler, native_block_manager: use ours where they apply; describe() says whether they do.
@@ -50,7 +47,7 @@ class VllmEngine:
     ) -> None:
         self._plan = startup.Plan(name, model, dict(options), native_sampler, native_block_manager)
         self._running: startup.Running | None = None
-        self._live: dict[str, LiveRequest] = {}
+        self._runs: dict[str, Run] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._died: asyncio.Future[str] | None = None
         self._stopping = False
@@ -73,100 +70,46 @@ class VllmEngine:
         await running.components.complete()
         logger.info("the engine of %s started in %.1f s", self._plan.name, time.monotonic() - began)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         """Run one request; see Engine.generate."""
+        return pushed.read(self, request)
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
+        """Begin a request; see PushEngine.submit."""
         running = self._engine()
-        if request.request_id in self._live:
+        if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)
-        live = LiveRequest(request.request_id)
-        self._live[request.request_id] = live
-        try:
-            async with contextlib.aclosing(self._events(running, live, request)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            del self._live[request.request_id]
-            await self._settle(running, live)
-
-    async def _events(
-        self, running: startup.Running, live: LiveRequest, request: EngineRequest
-    ) -> AsyncGenerator[EngineEvent, None]:
-        sampling = request.sampling
-        await self._submit(running, live, request)
-        has_prompt = False
-        has_tokens: set[int] = set()
-        eos = running.components.info().eos_token_ids
-        vocabulary = running.tokenizer.vocabulary
-        token_text = vocabulary.token_text
-        outputs = [make_output(vocabulary, sampling, eos) for _ in range(sampling.n)]
-        while live.is_open:
-            await live.wait()
-            try:
-                fetched = live.fetch(first_only=not has_prompt)
-            except Exception as error:
-                # vLLM puts an exception into every collector when its output loop has failed.
-                reason = f"its output loop ended: {error!r}"
-                self._on_death(reason)
-                raise EngineDied(f"the engine died: {reason}") from error
-            for index, output in fetched:
-                completion = output.outputs[0]
-                failed = failure(completion, sampling.constraint, has_tokens=index in has_tokens)
-                if completion.finish_reason is not None:
-                    live.finish(index)
-                if failed is not None:
-                    raise failed
-                if not has_prompt:
-                    has_prompt = True
-                    yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs, token_text)
-                has_tokens.add(index)
-                event = output_event(completion, outputs[index], index, sampling.logprobs, token_text)
-                if event.finish is not None and completion.finish_reason is None:
-                    # A stop string, of which vLLM knows nothing.
-                    self._spawn(running.link.abort([live.engine_id(index)]))
-                    live.finish(index)
-                yield event
-                if live.failure is not None:
-                    raise live.failure
-
-    async def _submit(self, running: startup.Running, live: LiveRequest, request: EngineRequest) -> None:
-        """Hand each output to vLLM as a request of its own.
-
-        vLLM's own n > 1 refuses greedy requests and seeds output i with seed + i, so that two requests with
-        neighbouring seeds would share outputs.
-        """
         adapter = running.adapters.find(request.adapter)
-        for index in range(request.sampling.n):
-            submission = running.link.submit(
-                request, index, adapter, native=running.components.has_native_sampler
+        sampling, native = request.sampling, running.components.has_native_sampler
+        bad_text = None
+        if sampling.bad_words and native:
+            bad_text = running.token_texts.settings(
+                sampling.bad_words, skips_special=sampling.skip_special_tokens
             )
-            await live.submit(index, asyncio.ensure_future(submission))
-            if live.failure is not None:
-                raise live.failure
+        running.link.submit(request, run, adapter, native=native, bad_text=bad_text)
+        self._runs[request.request_id] = run
 
-    async def _settle(self, running: startup.Running, live: LiveRequest) -> None:
-        """Abort what still runs of a request, also if we are cancelled meanwhile."""
-        if self._running is not running or (self._died is not None and self._died.done()):
-            return
-        await asyncio.shield(self._spawn(self._abort_unfinished(running, live)))
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        """Stop an output or a request and forget it; see PushEngine.cancel."""
+        if output_index is None:
+            self._runs.pop(request_id, None)
+        if self._running is not None:
+            self._running.link.cancel(request_id, output_index)
 
-    async def _abort_unfinished(self, running: startup.Running, live: LiveRequest) -> None:
-        ids = await live.unfinished_ids()
-        if ids:
-            await running.link.abort(ids)
-
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        return task
 
     async def abort(self, request_id: str) -> None:
         """Stop a request within one step; see Engine.abort."""
-        live = self._live.get(request_id)
-        if live is None:
+        run = self._runs.get(request_id)
+        if run is None:
             return
-        live.fail(RequestAborted("an operator ended the request"))
-        await self._settle(self._engine(), live)
+        if self._running is not None:
+            # Its id stays taken until its reader has let go of it.
+            self._running.link.cancel(request_id)
+        run.fail(RequestAborted("an operator ended the request"))
 
     async def load(self) -> EngineLoad:
         running = self._engine()
@@ -192,15 +135,15 @@ class VllmEngine:
             return
         logger.error("the engine died: %s", reason)
         self._died.set_result(reason)
-        for live in self._live.values():
-            live.fail(EngineDied(f"the engine died: {reason}"))
+        for run in list(self._runs.values()):
+            run.fail(EngineDied(f"the engine died: {reason}"))
 
     async def stop(self) -> None:
         """End the engine and its processes; see Engine.stop."""
         self._stopping = True
         running, self._running = self._running, None
-        for live in self._live.values():
-            live.fail(EngineDied("the engine was stopped"))
+        for run in list(self._runs.values()):
+            run.fail(EngineDied("the engine was stopped"))
         if running is not None:
             await asyncio.to_thread(running.shutdown)
 

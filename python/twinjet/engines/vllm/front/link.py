@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from twinjet.engines.base import Run
 from twinjet.request import EngineRequest
+from twinjet.sampling.bad_text import BadTextSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,39 +25,30 @@ class Adapter:
     path: str
 
 
-class Collector(Protocol):
-    """Holds what has come of one output and is not fetched yet; see live.LiveRequest.
-
-    output: None while there is nothing. ready: set when there is.
-    """
-
-    request_id: str
-    output: Any
-    ready: asyncio.Event
-
-    def get_nowait(self) -> Any:
-        """Give what has come, merged, as vLLM's RequestOutput looks (see outputs.py); None if nothing has."""
-        ...
-
-
 class Link(Protocol):
     """One engine core. All but shutdown() are called from one loop."""
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
-        """Begin to take outputs; on_death is called once, with why, when no more can come."""
+        """Begin to take steps; on_death is called once, with why, when no more can come."""
         ...
 
-    async def submit(
-        self, request: EngineRequest, output_index: int, adapter: Adapter | None, *, native: bool
-    ) -> Collector:
-        """Hand over one output of a request. native: our sampler draws it.
+    def submit(
+        self,
+        request: EngineRequest,
+        run: Run,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        bad_text: BadTextSettings | None,
+    ) -> None:
+        """Hand over a request, each output as one of its own. native: our sampler draws it, without bad_text.
 
-        Raises InvalidRequest for what the engine refuses, RequestFailed, EngineDied.
+        Raises InvalidRequest for what the engine refuses and EngineDied, or fails the run with one later.
         """
         ...
 
-    async def abort(self, request_ids: Sequence[str]) -> None:
-        """Stop outputs by their collectors' request ids; unknown ones are ignored."""
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        """Stop and forget an output, or the request; nothing if it is unknown."""
         ...
 
     async def call(self, method: str, *arguments: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from twinjet.engines.base import Logprob, OutputEvent, PromptEvent, TokenLogprobs
 from twinjet.engines.text import finish_of
@@ -67,23 +67,37 @@ def output_event(
     return OutputEvent(output_index, text, token_ids, entries, finish_of(output))
 
 
-def failure(completion: Any, constraint: Constraint | None, *, has_tokens: bool) -> Exception | None:
-    """Say why this output cannot be delivered, or None if it can.
+def failure(
+    reason: Literal["no_token", "error", "abort"],
+    constraint: Constraint | None,
+    *,
+    has_tokens: bool,
+    has_new_tokens: bool,
+) -> Exception:
+    """Say why an output that ended irregularly cannot be delivered.
 
-    has_tokens: the output had tokens before.
+    reason: no_token is NO_TOKEN as the stop reason, the others are vLLM's own. has_tokens: the output had tokens
+    before. has_new_tokens: its last delta has some.
     """
-    reason = completion.finish_reason
     # A grammar never rejects what was drawn under its own mask, unless nothing could be drawn.
-    is_rejected = reason == "error" and constraint is not None and bool(completion.token_ids)
-    if completion.stop_reason == NO_TOKEN or is_rejected:
+    is_rejected = reason == "error" and constraint is not None and has_new_tokens
+    if reason == "no_token" or is_rejected:
         return RequestFailed(
             "no token is admissible under the request's masks, grammar and bad words",
             reason="NO_ADMISSIBLE_TOKEN",
         )
-    if reason in (None, "stop", "length"):
-        return None
     if reason == "error" and constraint is not None and not has_tokens:
         return InvalidRequest.of(
             f"sampling.constraint.{constraint.kind}", "cannot be compiled for this model's vocabulary"
         )
     return RequestFailed("the engine could not finish the request", reason="ENGINE_ERROR")
+
+
+def failure_of(completion: Any, constraint: Constraint | None, *, has_tokens: bool) -> Exception | None:
+    """Say why vLLM's CompletionOutput cannot be delivered, or None if it can. has_tokens: see failure()."""
+    reason = completion.finish_reason
+    if completion.stop_reason == NO_TOKEN:
+        reason = "no_token"
+    elif reason in (None, "stop", "length"):
+        return None
+    return failure(reason, constraint, has_tokens=has_tokens, has_new_tokens=bool(completion.token_ids))
