@@ -28,8 +28,8 @@ class _Llm:
 async def test_the_reader_is_cancelled_before_the_engine_ends() -> None:
     llm = _Llm()
     await asyncio.sleep(0)
-    nothing: Any = SimpleNamespace(processes=[])
-    running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing)
+    nothing: Any = SimpleNamespace(processes=[], remove=lambda: None)
+    running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing, nothing)
     running.watch(asyncio.get_running_loop(), lambda _: None)
     await asyncio.to_thread(running.shutdown)
     await asyncio.wait([llm.output_handler])
