@@ -68,7 +68,7 @@ NUMBER_BOUNDS: Mapping[str, Bound] = MappingProxyType(
 hold each of them: it runs inside the engine's process, where a value that it refuses would end the engine."""
 _SCALARS = tuple(name for name in NUMBER_BOUNDS if name != "logit_bias")
 
-ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +146,25 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvRetention:
+    """How long a request's KV blocks are worth keeping. Priorities 0 to 100, None the engine's default.
+
+    duration_s: how long they hold, above 0; None for good.
+    """
+
+    prompt_priority: int | None = None
+    output_priority: int | None = None
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One request as an engine gets it.
 
     prompt_token_ids: at least one, each in 0 .. vocab_size - 1; with sampling.max_tokens within the context.
     priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
-    None is none; engines may use it, the server enforces it.
+    None is none; engines may use it, the server enforces it. data_parallel_rank: a hint, at least 0, None is any.
+    trace_headers: the caller's W3C trace context, empty is none.
     """
 
     request_id: str
@@ -162,6 +175,9 @@ class EngineRequest:
     cache_salt: str = ""
     adapter: str = ""
     deadline: float | None = None
+    data_parallel_rank: int | None = None
+    kv_retention: KvRetention | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def draw_seed() -> int:
@@ -312,6 +328,7 @@ def _check_capabilities(sampling: Sampling, info: EngineInfo) -> None:
         "bad_words": bool(sampling.bad_words),
         "allowed_token_ids": bool(sampling.allowed_token_ids),
         "min_p": sampling.min_p > 0,
+        "min_tokens": sampling.min_tokens > 0,
         "multiple_outputs": sampling.n > 1,
         "logprobs": sampling.logprobs is not None,
         "prompt_logprobs": sampling.prompt_logprobs is not None,

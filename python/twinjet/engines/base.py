@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
     "penalties", "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
-    "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input",
+    "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input", "min_tokens",
+    "structural_tag", "data_parallel_rank", "kv_retention", "trace_context",
 ]  # fmt: skip
 """Names of proto Capability, lower case, without the prefix."""
 

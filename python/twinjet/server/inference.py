@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -15,8 +15,6 @@ from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, 
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
-from twinjet.scheduler import orca_report
-from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
 from twinjet.server.gate import Gate
 from twinjet.server.grammar import check_constraint
@@ -48,12 +46,14 @@ class _Arrival:
 
     at: float
     deadline: float | None
+    trace_headers: Mapping[str, str]
 
     @classmethod
     def of(cls, context: Context) -> _Arrival:
         now = time.monotonic()
         left_s = context.time_remaining()
-        return cls(now, None if left_s is None else now + left_s)
+        trace = convert.trace_headers(context.invocation_metadata())
+        return cls(now, None if left_s is None else now + left_s, trace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +268,6 @@ class InferenceServicer:
                         await writer.write(message)
                 await writer.write(stream.summary())
                 self._metrics.observe_finished(model, deployment.name, stream)
-                report = orca_report(deployment.dispatcher.totals(), max_running=info.limits.max_num_seqs)
-                context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
                 # write, by GeneratorExit, which allows no await.
@@ -297,6 +295,10 @@ def _accept(
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
         raise NotFound("adapter", options.adapter, "this model has no adapters")
+    if options.data_parallel_rank is not None:
+        _need(info, "data_parallel_rank")
+    if options.kv_retention is not None:
+        _need(info, "kv_retention")
     if arrival.deadline is not None and arrival.deadline <= time.monotonic():
         raise DeadlinePassed("the deadline passed before the request was accepted")
     return EngineRequest(
@@ -308,6 +310,9 @@ def _accept(
         cache_salt=options.cache_salt,
         adapter=options.adapter,
         deadline=arrival.deadline,
+        data_parallel_rank=options.data_parallel_rank,
+        kv_retention=options.kv_retention,
+        trace_headers=arrival.trace_headers,
     )
 
 

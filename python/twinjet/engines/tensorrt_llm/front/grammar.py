@@ -69,6 +69,8 @@ class GrammarCompiler:
                 return self._compiler.compile_grammar(constraint.value)
             case "choice":
                 return self._compiler.compile_grammar(choice_grammar(constraint.choices))
+            case "structural_tag":
+                return self._compiler.compile_structural_tag(constraint.value)
 
 
 def choice_grammar(choices: tuple[str, ...]) -> str:

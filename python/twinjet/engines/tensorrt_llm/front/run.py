@@ -255,6 +255,9 @@ class RequestRun:
             return PromptEvent(cached)
         prompt = self._request.prompt_token_ids
         entries = list(completion.prompt_logprobs or [])
+        if len(entries) == len(prompt):
+            # Number i is about token i + 1, so the last one is about the first output token.
+            entries.pop()
         if len(entries) != len(prompt) - 1:
             raise RequestFailed(
                 f"the engine gave {len(entries)} prompt logprobs for {len(prompt)} tokens",
