@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from twinjet.request import EngineRequest, SamplingOverrides
+
+if TYPE_CHECKING:
+    from twinjet.grammar.vocabulary import Vocabulary
 
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
@@ -229,6 +233,14 @@ class EmbeddingEngine(Protocol):
         self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
     ) -> Sequence[float]:
         """Give the vector of one input. Raises as Engine.generate."""
+        ...
+
+
+class GrammarEngine(Protocol):
+    """An engine that takes constraints as grammars compiled by the server (EngineRequest.grammar)."""
+
+    async def vocabulary(self, folder: Path) -> Vocabulary:
+        """Write the model's vocabulary into a folder. Raises GrammarUnavailable."""
         ...
 
 

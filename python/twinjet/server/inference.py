@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import grpc
@@ -18,7 +18,7 @@ from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
 from twinjet.scheduler import orca_report
 from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
-from twinjet.server.grammar import check_constraint
+from twinjet.server.grammar import Grammars
 from twinjet.server.responses import ResponseBuilder
 from twinjet.server.stream import StreamBuffer, StreamWriter
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
@@ -50,12 +50,18 @@ class InferenceServicer:
     """See proto InferenceService."""
 
     def __init__(
-        self, deployments: Deployments, settings: ServerSettings, live: LiveRequests, metrics: Metrics
+        self,
+        deployments: Deployments,
+        settings: ServerSettings,
+        live: LiveRequests,
+        metrics: Metrics,
+        grammars: Grammars,
     ) -> None:
         self._deployments = deployments
         self._settings = settings
         self._live = live
         self._metrics = metrics
+        self._grammars = grammars
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrived_at = time.monotonic()
@@ -73,6 +79,7 @@ class InferenceServicer:
             ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
             prompt = _Prompt(ids, "text")
         accepted = _accept(prompt, overrides, options, info, context, arrived_at)
+        accepted = await self._with_grammar(accepted, engine)
         await self._stream(accepted, options, deployment, info, model, context, arrived_at)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
@@ -91,6 +98,7 @@ class InferenceServicer:
         text = engine.tokenizer.render_chat(turns, continue_final=request.continue_final_message)
         ids = await _encode(engine.tokenizer, text, add_special_tokens=False)
         accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, context, arrived_at)
+        accepted = await self._with_grammar(accepted, engine)
         await self._stream(accepted, options, deployment, info, model, context, arrived_at)
 
     async def Embed(
@@ -168,6 +176,16 @@ class InferenceServicer:
             options.adapter, options.report_queue,
         )  # fmt: skip
 
+    async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
+        """Have the request's constraint compiled, if it has one. Raises InvalidRequest, DeadlinePassed, Overloaded."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return request
+        grammar = await self._grammars.prepare(
+            engine, constraint, tenant=request.tenant, deadline=request.deadline
+        )
+        return replace(request, grammar=grammar)
+
     async def _embed_prompt(
         self, item: embedding_pb2.EmbedInput, prefix: str, engine: Engine, info: EngineInfo
     ) -> tuple[int, ...]:
@@ -200,7 +218,7 @@ class InferenceServicer:
         with self._live.hold(key):
             await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
             producer = self._live.start(
-                key, _produce(deployment, request, options.report_queue, builder, buffer)
+                key, _produce(deployment, request, options.report_queue, builder, buffer, self._grammars)
             )
             try:
                 async for event in buffer:
@@ -222,12 +240,12 @@ async def _produce(
     report_queue: bool,
     builder: ResponseBuilder,
     buffer: StreamBuffer,
+    grammars: Grammars,
 ) -> None:
     """Move a request's events from the dispatcher into its buffer; leaves nothing behind when cancelled."""
     try:
-        async with contextlib.aclosing(
-            deployment.dispatcher.run(request, report_queue=report_queue)
-        ) as events:
+        running = deployment.dispatcher.run(request, report_queue=report_queue)
+        async with contextlib.aclosing(grammars.verified(request, running)) as events:
             async for event in events:
                 if isinstance(event, OutputEvent):
                     builder.note_token()
@@ -254,7 +272,6 @@ def _accept(
             prompt.field,
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
         )
-    check_constraint(overrides.constraint)
     sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=secrets.randbits(64))
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")

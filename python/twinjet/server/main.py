@@ -19,8 +19,11 @@ from twinjet.engines.base import Engine
 from twinjet.engines.factory import make_engine, prepared
 from twinjet.engines.supervisor import State
 from twinjet.errors import ConfigError, Unavailable
+from twinjet.grammar.limits import GrammarLimits
+from twinjet.grammar.room import GrammarRoom
 from twinjet.server.admin import AdminServicer
 from twinjet.server.deployments import Deployments
+from twinjet.server.grammar import Grammars
 from twinjet.server.handlers import add_service
 from twinjet.server.inference import InferenceServicer
 from twinjet.server.live import LiveRequests
@@ -56,6 +59,8 @@ class Server:
         self.deployments = Deployments(config, make, self._model_changed)
         self.live = LiveRequests()
         self.metrics = Metrics()
+        limits = GrammarLimits(**config.grammar.model_dump(exclude={"verify"}))
+        self.grammars = Grammars(GrammarRoom(limits), verify=config.grammar.verify)
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
         self._health = health_aio.HealthServicer()
@@ -98,6 +103,7 @@ class Server:
         await self.live.wait(CLEANUP_S)
         for deployment in self.deployments.by_name.values():
             await deployment.supervisor.stop()
+        await self.grammars.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -119,7 +125,7 @@ class Server:
 
     def _register(self) -> None:
         servicers = [
-            InferenceServicer(self.deployments, self.config.server, self.live, self.metrics),
+            InferenceServicer(self.deployments, self.config.server, self.live, self.metrics, self.grammars),
             ModelServicer(self.deployments),
             AdminServicer(self.deployments, self.config.admin.token, self.drain),
         ]
@@ -149,6 +155,9 @@ class Server:
         return f"{settings.host}:{port}"
 
     def _model_changed(self, model: str) -> None:
+        for deployment in self.deployments.of_model(model):
+            if deployment.supervisor.state is State.READY:
+                self.grammars.warm(*deployment.ready())
         self._health_updates.put_nowait(model)
         self._on_change(self)
         states = [d.supervisor.state for d in self.deployments.by_name.values()]

@@ -6,8 +6,7 @@ import pytest
 
 from twinjet.engines.base import Finish
 from twinjet.engines.vllm.front.outputs import failure, output_event, prompt_event, token_logprobs
-from twinjet.errors import InvalidRequest, RequestFailed
-from twinjet.request import Constraint
+from twinjet.errors import NoAdmissibleToken, RequestFailed
 
 EOS = frozenset({2, 7})
 
@@ -34,20 +33,14 @@ def test_finish(made: Made, finish: Finish | None) -> None:
 
 
 def test_failures() -> None:
-    grammar = Constraint("regex", "a")
-    assert failure(completion(), None, has_tokens=False) is None
-    assert failure(completion("stop", 2), grammar, has_tokens=False) is None
-    no_token = failure(completion("stop", -1), None, has_tokens=True)
-    assert isinstance(no_token, RequestFailed)
-    assert no_token.reason == "NO_ADMISSIBLE_TOKEN"
-    assert isinstance(failure(completion("error", ids=()), grammar, has_tokens=False), InvalidRequest)
-    lost = failure(completion("error", ids=()), grammar, has_tokens=True)
+    assert failure(completion(), is_constrained=False) is None
+    assert failure(completion("stop", 2), is_constrained=True) is None
+    assert isinstance(failure(completion("stop", -1), is_constrained=False), NoAdmissibleToken)
+    assert isinstance(failure(completion("error"), is_constrained=True), NoAdmissibleToken)
+    lost = failure(completion("error", ids=()), is_constrained=True)
     assert isinstance(lost, RequestFailed)
     assert lost.reason == "ENGINE_ERROR"
-    rejected = failure(completion("error"), grammar, has_tokens=False)
-    assert isinstance(rejected, RequestFailed)
-    assert rejected.reason == "NO_ADMISSIBLE_TOKEN"
-    assert isinstance(failure(completion("abort"), None, has_tokens=True), RequestFailed)
+    assert isinstance(failure(completion("abort"), is_constrained=False), RequestFailed)
 
 
 def entry(logprob: float, rank: int) -> Made:

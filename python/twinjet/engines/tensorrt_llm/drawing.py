@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from dataclasses import replace
 from types import MappingProxyType
 
 from twinjet.engines.base import Component
 from twinjet.engines.tensorrt_llm.channel import ReportChannel
 from twinjet.engines.tensorrt_llm.device_draw import TARGET
-from twinjet.engines.tensorrt_llm.grammar import GrammarCompiler, GrammarHandle, GrammarUnavailable
+from twinjet.engines.tensorrt_llm.grammar import GrammarCompiler, GrammarHandle
 from twinjet.engines.tensorrt_llm.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.model import ModelFacts
 from twinjet.engines.tensorrt_llm.params import (
@@ -21,7 +22,9 @@ from twinjet.engines.tensorrt_llm.params import (
 )
 from twinjet.engines.tensorrt_llm.run import Plan
 from twinjet.engines.tensorrt_llm.selftest import SelfTest
-from twinjet.request import EngineRequest
+from twinjet.grammar.handle import grammar_text
+from twinjet.grammar.vocabulary import GrammarUnavailable
+from twinjet.request import Constraint, EngineRequest
 from twinjet.sampling.cuda import has_cuda
 
 log = logging.getLogger(__name__)
@@ -104,9 +107,18 @@ class Drawing:
             can = self._handle.engine_sampler
             refuse_unsupported(request.sampling, can)
             self.counters["requests_engine"] += 1
+            request = _as_enforced(request)
             return Plan(False, lambda index, _: drawn_by_engine(request, index, tokens, can))
         grammar: GrammarHandle | None = None
-        if constraint is not None:
+        if request.grammar is not None and request.grammar.vocabulary is not None:
+            vocabulary = request.grammar.vocabulary
+            grammar = GrammarHandle(
+                vocabulary.path,
+                path=request.grammar.path,
+                end_token_ids=vocabulary.end_token_ids,
+                stop_token_ids=request.sampling.stop_token_ids,
+            )
+        elif constraint is not None:
             assert self._grammars is not None, "no reason not to, so there is one"
             grammar = await asyncio.to_thread(self._grammars.compile, constraint)
         bad_words = bad_word_ids(request.sampling.bad_words, self._model.tokenizer)
@@ -138,3 +150,14 @@ class Drawing:
         if self._grammar_reason:
             reasons.append(f"constraints use the engine's sampler: {self._grammar_reason}")
         return Component("twinjet", str(SPEC_VERSION), self._target, "; ".join(reasons), counters)
+
+
+def _as_enforced(request: EngineRequest) -> EngineRequest:
+    """The request with its constraint as the grammar room has written it, for the engine's own compiler."""
+    constraint = request.sampling.constraint
+    if constraint is None or constraint.kind != "json_schema" or request.grammar is None:
+        return request
+    if not request.grammar.path:
+        return request
+    _, text = grammar_text(request.grammar.path)
+    return replace(request, sampling=replace(request.sampling, constraint=Constraint("json_schema", text)))

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvEvent, LoadProgress
@@ -41,6 +42,7 @@ from twinjet.errors import (
     TwinjetError,
     Unsupported,
 )
+from twinjet.grammar.vocabulary import Vocabulary, write_vocabulary
 from twinjet.request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -131,6 +133,17 @@ class TrtLlmEngine:
                     yield event
         finally:
             del self._runs[request.request_id]
+
+    async def vocabulary(self, folder: Path) -> Vocabulary:
+        """See GrammarEngine.vocabulary."""
+        tokens = self._model.tokens
+        return await asyncio.to_thread(
+            write_vocabulary,
+            self._model.tokenizer.hf,
+            vocab_size=tokens.vocab_size,
+            end_token_ids=tuple(tokens.eos_token_ids),
+            folder=folder,
+        )
 
     async def abort(self, request_id: str) -> None:
         run = self._runs.get(request_id)

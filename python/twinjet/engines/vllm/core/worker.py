@@ -37,7 +37,12 @@ class Worker(_StockWorker):  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Draw the step's tokens; see vLLM's worker."""
-        output = super().sample_tokens(grammar_output)
+        sampler = self.model_runner.sampler
+        if isinstance(sampler, NativeSampler) and self.vllm_config.speculative_config is None:
+            with sampler.with_grammar(grammar_output):
+                output = super().sample_tokens(None)
+        else:
+            output = super().sample_tokens(grammar_output)
         take_failed = getattr(self.model_runner.sampler, "take_failed", None)
         failed = take_failed() if take_failed is not None else []
         if not failed:

@@ -61,6 +61,11 @@ def engine_config(
             config = AsyncEngineArgs(**settings).create_engine_config()
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"vLLM refuses the settings for {model}: {error}") from error
+    backend = config.structured_outputs_config.backend
+    if backend not in ("auto", "xgrammar"):
+        raise ConfigError(
+            f"structured_outputs_config.backend is {backend!r}; the server compiles grammars with xgrammar alone"
+        )
     if is_cpu and config.cache_config.kv_cache_memory_bytes is None:
         config.cache_config.kv_cache_memory_bytes = _cpu_kv_cache_bytes(config)
     return config

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
@@ -29,13 +30,14 @@ from twinjet.errors import (
 )
 
 if TYPE_CHECKING:
-    from twinjet.request import EngineRequest, Sampling
+    from twinjet.grammar.vocabulary import Vocabulary
+    from twinjet.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """A model on vLLM; implements Engine, EmbeddingEngine, AdapterEngine and PrefixCacheEngine.
+    """A model on vLLM; implements Engine, EmbeddingEngine, AdapterEngine, PrefixCacheEngine and GrammarEngine.
 
     name: the deployment's, for logs. model: a folder or a name that vLLM accepts. options: fields of vLLM's AsyncEngineArgs, passed through
     verbatim. native_sampler, native_block_manager: use ours where they apply; describe() says whether they do.
@@ -96,7 +98,6 @@ class VllmEngine:
         sampling = request.sampling
         await self._submit(running, live, request)
         has_prompt = False
-        has_tokens: set[int] = set()
         eos = frozenset(running.components.info().eos_token_ids)
         while live.is_open:
             await live.wait()
@@ -109,7 +110,7 @@ class VllmEngine:
                 raise EngineDied(f"the engine died: {reason}") from error
             for index, output in fetched:
                 completion = output.outputs[0]
-                failed = failure(completion, sampling.constraint, has_tokens=index in has_tokens)
+                failed = failure(completion, is_constrained=sampling.constraint is not None)
                 if completion.finish_reason is not None:
                     live.finish(index)
                 if failed is not None:
@@ -117,7 +118,6 @@ class VllmEngine:
                 if not has_prompt:
                     has_prompt = True
                     yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs)
-                has_tokens.add(index)
                 yield output_event(completion, index, sampling.logprobs, eos)
                 if live.failure is not None:
                     raise live.failure
@@ -131,28 +131,31 @@ class VllmEngine:
         from twinjet.engines.vllm.front.params import sampling_params
 
         adapter = running.adapters.request_for(request.adapter)
-        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
+        # Without a type, vLLM would process the prompt in a thread.
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.prompt_token_ids)}
         if request.cache_salt:
             prompt["cache_salt"] = request.cache_salt
-        if request.sampling.constraint is None:
-            # Without a type, vLLM processes the prompt in a thread, which a grammar's check needs.
-            prompt["type"] = "token"
         for index in range(request.sampling.n):
             add = running.llm.add_request(
                 request.request_id if request.sampling.n == 1 else f"{request.request_id}-{index}",
                 prompt,
-                sampling_params(request.sampling, index, native=running.components.has_native_sampler),
+                sampling_params(
+                    request.sampling,
+                    index,
+                    native=running.components.has_native_sampler,
+                    grammar=request.grammar,
+                ),
                 lora_request=adapter,
                 priority=-request.priority,
             )
             try:
                 await live.submit(index, asyncio.ensure_future(add))
             except Exception as error:
-                raise self._translated(error, request.sampling) from error
+                raise self._translated(error) from error
             if live.failure is not None:
                 raise live.failure
 
-    def _translated(self, error: Exception, sampling: Sampling) -> Exception:
+    def _translated(self, error: Exception) -> Exception:
         """Make one of our errors of what vLLM raised on submission."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -162,10 +165,7 @@ class VllmEngine:
         if isinstance(error, EngineDeadError):
             return EngineDied()
         if isinstance(error, VLLMClientError | ValueError):
-            field = "sampling"
-            if sampling.constraint is not None:
-                field = f"sampling.constraint.{sampling.constraint.kind}"
-            return InvalidRequest.of(getattr(error, "parameter", None) or field, str(error.args[0]))
+            return InvalidRequest.of(getattr(error, "parameter", None) or "sampling", str(error.args[0]))
         return RequestFailed("the engine did not take the request", reason="ENGINE_ERROR")
 
     async def _settle(self, running: startup.Running, live: LiveRequest) -> None:
@@ -184,6 +184,14 @@ class VllmEngine:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    async def vocabulary(self, folder: Path) -> Vocabulary:
+        """Write the model's vocabulary; see GrammarEngine.vocabulary."""
+        from twinjet.engines.vllm.front.vocabulary import write
+
+        running = self._engine()
+        ends = running.components.info().eos_token_ids
+        return await asyncio.to_thread(write, running.config, ends, folder)
 
     async def abort(self, request_id: str) -> None:
         """Stop a request within one step; see Engine.abort."""

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from twinjet.engines.base import Finish, Logprob, OutputEvent, PromptEvent, TokenLogprobs
 from twinjet.engines.vllm.fields import NO_TOKEN
-from twinjet.errors import InvalidRequest, RequestFailed
+from twinjet.errors import NoAdmissibleToken, RequestFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from twinjet.request import Constraint
 
 
 def token_logprobs(token_id: int, position: Mapping[int, Any], most: int) -> TokenLogprobs:
@@ -73,23 +71,13 @@ def _finish(
     return Finish("stop", stop_reason)
 
 
-def failure(completion: Any, constraint: Constraint | None, *, has_tokens: bool) -> Exception | None:
-    """Say why this output cannot be delivered, or None if it can.
-
-    has_tokens: the output had tokens before.
-    """
+def failure(completion: Any, *, is_constrained: bool) -> Exception | None:
+    """Say why this output cannot be delivered, or None if it can."""
     reason = completion.finish_reason
     # A grammar never rejects what was drawn under its own mask, unless nothing could be drawn.
-    is_rejected = reason == "error" and constraint is not None and bool(completion.token_ids)
+    is_rejected = reason == "error" and is_constrained and bool(completion.token_ids)
     if completion.stop_reason == NO_TOKEN or is_rejected:
-        return RequestFailed(
-            "no token is admissible under the request's masks, grammar and bad words",
-            reason="NO_ADMISSIBLE_TOKEN",
-        )
+        return NoAdmissibleToken()
     if reason in (None, "stop", "length"):
         return None
-    if reason == "error" and constraint is not None and not has_tokens:
-        return InvalidRequest.of(
-            f"sampling.constraint.{constraint.kind}", "cannot be compiled for this model's vocabulary"
-        )
     return RequestFailed("the engine could not finish the request", reason="ENGINE_ERROR")

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
+from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN, GrammarNote
 from twinjet.errors import InvalidRequest
 from twinjet.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
-    from twinjet.request import Constraint, Sampling
+    from twinjet.grammar.room import CompiledGrammar
+    from twinjet.request import Sampling
 
 VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
@@ -20,8 +21,13 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-class NativeParams(SamplingParams):  # type: ignore[misc]
-    """SamplingParams that may hold NO_TOKEN among the stop tokens."""
+class OwnParams(SamplingParams):  # type: ignore[misc]
+    """SamplingParams that may hold NO_TOKEN among the stop tokens, and a GrammarNote for a grammar."""
+
+    def _validate_structured_outputs(self, *_: Any) -> None:
+        # vLLM's checks compile the grammar in this process, and under "auto" with another compiler.
+        if self.structured_outputs is not None:
+            self.structured_outputs._backend = "xgrammar"
 
     def _validate_stop_token_ids(self, model_config: Any) -> None:
         ids = list(self.stop_token_ids)  # type: ignore[has-type]
@@ -46,10 +52,13 @@ def output_seed(seed: int, output_index: int) -> int:
     return z ^ (z >> 31)
 
 
-def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> SamplingParams:
+def sampling_params(
+    sampling: Sampling, output_index: int, *, native: bool, grammar: CompiledGrammar | None = None
+) -> SamplingParams:
     """Make the parameters of one output of a request; n is always 1.
 
     native: our own sampler draws, so it gets the exact temperature, the seed and the output index.
+    grammar: what sampling.constraint was compiled to.
     Raises InvalidRequest for a temperature that vLLM's own sampler does not take.
     """
     temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
@@ -66,7 +75,7 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         )
     if 0 < temperature < VLLM_MIN_TEMPERATURE:
         temperature = VLLM_MIN_TEMPERATURE
-    params = (NativeParams if native else SamplingParams)(
+    params = OwnParams(
         n=1,
         temperature=temperature,
         top_p=sampling.top_p,
@@ -89,7 +98,7 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
         # Every output has the same prompt, so its logprobs are asked for once.
         prompt_logprobs=sampling.prompt_logprobs if output_index == 0 else None,
         skip_special_tokens=sampling.skip_special_tokens,
-        structured_outputs=_structured(sampling.constraint),
+        structured_outputs=_structured(grammar, sampling),
         output_kind=RequestOutputKind.DELTA,
         extra_args=extra,
         skip_clone=True,
@@ -101,17 +110,12 @@ def sampling_params(sampling: Sampling, output_index: int, *, native: bool) -> S
     return params
 
 
-def _structured(constraint: Constraint | None) -> StructuredOutputsParams | None:
-    if constraint is None:
+def _structured(grammar: CompiledGrammar | None, sampling: Sampling) -> StructuredOutputsParams | None:
+    if sampling.constraint is None:
         return None
-    match constraint.kind:
-        case "json_schema":
-            return StructuredOutputsParams(json=constraint.value)
-        case "json_object":
-            return StructuredOutputsParams(json_object=True)
-        case "regex":
-            return StructuredOutputsParams(regex=constraint.value)
-        case "ebnf":
-            return StructuredOutputsParams(grammar=constraint.value)
-        case "choice":
-            return StructuredOutputsParams(choice=list(constraint.choices))
+    if grammar is None or grammar.vocabulary is None:
+        raise ValueError("a constraint comes with its compiled grammar")
+    note = GrammarNote(
+        grammar.path, grammar.vocabulary.path, grammar.vocabulary.end_token_ids, sampling.stop_token_ids
+    )
+    return StructuredOutputsParams(grammar=note.encode())

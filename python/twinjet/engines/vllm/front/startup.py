@@ -64,6 +64,7 @@ class Running:
     components: Components
     adapters: Adapters
     stats: LoadReader
+    config: Any
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
     _ending: asyncio.Task[None] | None = None
@@ -226,5 +227,11 @@ class _Launcher:
         stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
         llm.logger_manager = stats
         return Running(
-            llm, context, self._tokenizer, Components(llm, info, self._parts), Adapters(llm), stats
+            llm,
+            context,
+            self._tokenizer,
+            Components(llm, info, self._parts),
+            Adapters(llm),
+            stats,
+            self._config,
         )
