@@ -99,7 +99,7 @@ def test_what_cannot_be_kept_is_refused_by_keyword(schema: dict[str, Any], keywo
     ("text", "why"),
     [
         ("{", "not JSON"), ("[]", "must be a JSON object"), ('{"minimum": NaN}', "NaN"),
-        ('{"minimum": 1e999}', "too large"), ('{"items":' * 150 + "{}" + "}" * 150, "150 deep"),
+        ('{"minimum": 1e999}', "too large"), ('{"items":' * 150 + "{}" + "}" * 150, "151 deep"),
     ],
 )  # fmt: skip
 def test_what_is_no_schema_says_so(text: str, why: str) -> None:

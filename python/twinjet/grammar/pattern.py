@@ -83,9 +83,10 @@ def _class_text(ranges: Ranges) -> str:
         return ""
 
     def char(code: int) -> str:
-        if code < 0x7F and chr(code).isalnum():
+        if code < 0x7F and (chr(code).isalnum() or code == 0x5F):
             return chr(code)
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else chr(code)
+        # Four digits always: a shorter escape would take a letter behind it for another digit.
+        return f"\\u{code:04x}" if code < 0x10000 else chr(code)
 
     def write(parts: Ranges) -> str:
         return "".join(char(low) if low == high else f"{char(low)}-{char(high)}" for low, high in parts)
@@ -217,7 +218,7 @@ def _character(ranges: Ranges) -> str:
     if not escapes:
         raise PatternRefused("asks for a character that a JSON string does not show as itself")
     # Each escape is a backslash and a letter; both are characters of the text that is matched.
-    written = ["".join(f"\\x{ord(c):02x}" for c in escape) for escape in escapes]
+    written = ["".join(f"\\u{ord(c):04x}" for c in escape) for escape in escapes]
     return "(" + "|".join(written) + ")"
 
 

@@ -195,6 +195,7 @@ class GrammarRoom:
         known = self._known.get(key) or self._costly_before(key)
         if known is None:
             if vocabulary is not None:
+                self.warm(vocabulary)
                 self._num_files += 1
                 job = replace(job, target=str(self.folder / f"{key[:24]}-{self._num_files}.json"))
             answer = await self._shared(key, job, tenant, deadline)
