@@ -96,6 +96,13 @@ def test_what_is_accepted_is_in_range_and_the_rest_is_refused_with_its_name(
         assert sampling.max_tokens == max_tokens
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_has_64_bits(seed: int) -> None:
+    assert _resolve(SamplingOverrides(seed=2**64 - 1)).seed == 2**64 - 1
+    with pytest.raises(InvalidRequest, match=r"sampling.seed: .* allowed: 0 to 18446744073709551615"):
+        _resolve(SamplingOverrides(seed=seed))
+
+
 EDGES = [
     0.0, -0.0, 1e-45, -1e-45, 1.17549435e-38, 2.938736e-39, 5e-324, 1e-9, 0.01, 0.5, 1.0, 2.0, 100.0, 1e9,
     3.4028234663852886e38, 3.5e38, 1.7976931348623157e308, math.inf, -math.inf, math.nan,

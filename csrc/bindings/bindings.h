@@ -5,10 +5,12 @@
 
 namespace twinjet::bindings {
 
+void BindDoor(pybind11::module_& module);  // only where the door is built
 void BindKv(pybind11::module_& module);
 void BindSampler(pybind11::module_& module);
 void BindSamplerCuda(pybind11::module_& module);
 void BindSched(pybind11::module_& module);
+void BindStream(pybind11::module_& module);
 void BindVllm(pybind11::module_& module);
 
 }  // namespace twinjet::bindings

@@ -9,9 +9,9 @@
 #include "bindings.h"
 #include "fast_call.h"
 #include "kv_internal.h"
-#include "sched/kv_ledger.h"
 #include "sched/length_estimator.h"
 #include "sched/rank_counts.h"
+#include "sched_internal.h"
 
 namespace py = pybind11;
 
@@ -47,32 +47,6 @@ double CheckedLength(const char* what, double value) {
   if (value >= 0) return value;
   throw py::value_error(std::string(what) + " must not be negative, not " + std::to_string(value));
 }
-
-// The ledger and room for the hashes of a call, which come as bytes of any alignment.
-struct Ledger {
-  KvLedger native;
-  int block_shift;
-  kv::BlockHash root;  // of prompts without a salt
-  std::vector<kv::BlockHash> hashes;
-
-  explicit Ledger(const sched::LedgerOptions& options)
-      : native(options),
-        block_shift(std::countr_zero(static_cast<uint32_t>(options.blocks.block_size))),
-        root(native.hasher().Root({})) {}
-
-  bool Read(PyObject* object, int64_t least) {
-    HashSource source;
-    if (!source.Read(object) || !source.Check(0, source.size())) return false;
-    if (source.size() < least) {
-      PyErr_Format(PyExc_ValueError, "%zd hashes for %lld full blocks",
-                   static_cast<Py_ssize_t>(source.size()), static_cast<long long>(least));
-      return false;
-    }
-    hashes.resize(static_cast<size_t>(source.size()));
-    for (int64_t i = 0; i < source.size(); ++i) hashes[static_cast<size_t>(i)] = source.at(i);
-    return true;
-  }
-};
 
 std::unique_ptr<Ledger> MakeLedger(int64_t num_blocks, int64_t block_size, bool prefix_cache, double headroom,
                                    int64_t lookahead_tokens, std::optional<double> sigmas, int64_t longest) {

@@ -1,6 +1,6 @@
 """Types of the extension module `twinjet._core`; twinjet.sampling documents the sampler's face."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -469,6 +469,261 @@ class Sampler:
     @property
     def target(self) -> str: ...
 
+# --- Streams: tokens to text ------------------------------------------------------------------------
+
+class Vocabulary:
+    """What each token of a model says, and how tokens join to text. Immutable, thread-safe.
+
+    Unknown ids give no text.
+    """
+
+    def __init__(
+        self,
+        joining: Literal["byte_level", "byte_fallback", "metaspace"],
+        tokens: Sequence[str | None],
+        *,
+        special: Sequence[int],
+        mark: str = "",
+        strip_left: int = 0,
+    ) -> None:
+        """tokens: by id, as the tokenizer spells them. special: ids of tokens left out of text unless asked
+        for. mark: what stands for a space. strip_left: spaces cut from a text's beginning. Raises ValueError."""
+
+    @staticmethod
+    def of_function(
+        num_tokens: int, decode: Callable[[list[int], bool], str], *, special: Sequence[int]
+    ) -> Vocabulary:
+        """Ask decode(token ids, skip special tokens) for every text; what it raises comes through."""
+
+    @property
+    def is_native(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
+        """Text of all ids at once; parts of characters show as U+FFFD."""
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a token alone, special or not; a part of a character shows as U+FFFD."""
+
+class Output:
+    """One output of a request: tokens in, text out, and why it ended."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        stop: Sequence[str] = (),
+        eos_token_ids: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+        max_tokens: int = ...,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> None:
+        """min_tokens: up to so many, neither a token nor a stop string ends the output. include_stop: keep the
+        text of what ended it. Raises ValueError for an empty stop string."""
+
+    def take(
+        self,
+        token_ids: Sequence[int],
+        finish: Literal["stop", "length"] | str | None = None,
+        stopped_by: int | str | None = None,
+    ) -> tuple[int, str]:
+        """Take tokens up to the one that ends the output; give how many those are, and what text is certain.
+
+        finish, stopped_by: the engine's word, which counts where the output has not ended earlier.
+        Raises ValueError for another finish.
+        """
+
+    @property
+    def ending(self) -> tuple[Literal["stop", "length"], int | str | None, bool] | None:
+        """Reason, token or string that ended the output, and whether it is an end token; None: not ended."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+class Stream:
+    """One request on its way to its client: tokens go in through a Pump, GenerateResponse bytes come out.
+
+    What is not taken is merged, one unsent delta an output. Times are seconds of the caller's clock.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        num_outputs: int,
+        stop: Sequence[str],
+        eos_token_ids: Sequence[int],
+        stop_token_ids: Sequence[int],
+        min_tokens: int,
+        max_tokens: int,
+        include_stop: bool,
+        skip_special: bool,
+        request_id: str = "",
+        model: str = "",
+        engine: str = "",
+        deployment: str = "",
+        sampler: str = "",
+        num_prompt_tokens: int = 0,
+        seed: int = 0,
+        arrived_at: float = 0.0,
+        max_pending_bytes: int = ...,
+    ) -> None:
+        """The first arguments as Output's. max_pending_bytes: of unsent tokens. Raises ValueError."""
+
+    def put_queued(self, position: int, expected_wait_s: float | None) -> bool:
+        """Tell the place in the queue; replaces one that is not taken. True if an empty take() waits for it."""
+
+    def set_dispatched(self, queue_position: int, at: float) -> None: ...
+    def take(self) -> list[bytes]:
+        """Give the messages that are ready; after an empty answer the next step reports AWAITED."""
+
+    def read_deltas(self) -> None:
+        """Be read by take_prompt() and take_deltas(), not by take(). Call before the first step."""
+
+    def take_prompt(self) -> tuple[int | None, list[tuple[list[int], list[float], int]] | None] | None:
+        """Give, once, what the engine told of the prompt: cached tokens, and log probabilities if asked for."""
+
+    def take_deltas(
+        self,
+    ) -> list[
+        tuple[
+            int,
+            str,
+            list[int],
+            list[tuple[list[int], list[float], int]],
+            tuple[Literal["stop", "length"], int | str | None, bool] | None,
+        ]
+    ]:
+        """Give output index, text, token ids, log probabilities and ending of what is not taken yet."""
+
+    def drop(self) -> None:
+        """Forget what is not taken, and keep nothing any more."""
+
+    def summary(self) -> bytes:
+        """The stream's last message."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def max_pending_bytes(self) -> int: ...
+    @property
+    def num_pending_bytes(self) -> int: ...
+    @property
+    def num_outputs(self) -> int: ...
+    @property
+    def first_token_at(self) -> float | None: ...
+    @property
+    def last_token_at(self) -> float: ...
+    @property
+    def first_token_s(self) -> float | None:
+        """TTFT: seconds from arrival to the first token."""
+
+    @property
+    def per_token_s(self) -> float | None:
+        """TPOT: mean seconds for each output token after the first."""
+
+    @property
+    def is_over(self) -> bool:
+        """Every output has ended."""
+
+class Pump:
+    """Puts an engine's steps into all streams that they concern; see csrc/stream/pump.h.
+
+    The constants are bits of what happened to a request. wake_fd: an eventfd that is written to when a native
+    thread's step has left something to collect.
+    """
+
+    PROMPT_DONE: int
+    FIRST_TOKEN: int
+    LEAVING: int
+    OVER: int
+    FAILED: int
+    OVERFLOWED: int
+    AWAITED: int
+
+    def __init__(self, wake_fd: int = -1) -> None: ...
+    def add(
+        self,
+        stream: Stream,
+        owner: Any,
+        *,
+        tenant: int = 0,
+        holding: int | None = None,
+        leaves_at: float = ...,
+    ) -> int:
+        """Give the key of output 0; output i has key + i. owner comes back from collect(); remove() drops it.
+
+        tenant: a small index. holding: in the ledger. leaves_at: tokens at which LEAVING happens.
+        """
+
+    def remove(self, key: int) -> int:
+        """Let no step reach the request any more; give its tokens that collect() has not told of."""
+
+    def step(
+        self,
+        rows: list[
+            tuple[
+                int,
+                Sequence[int],
+                Literal["stop", "length", "aborted", "failed"] | None,
+                int | str | None,
+                tuple[int | None, Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None] | None,
+                Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+            ]
+        ],
+        now: float,
+        /,
+    ) -> None:
+        """Put one step; rows as engines.base.StepRow. Nothing is put if a row is wrong: TypeError, ValueError."""
+
+    def put_prompt(
+        self,
+        key: int,
+        num_cached_tokens: int | None,
+        logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+    ) -> None:
+        """Put what an engine that makes text itself tells of the prompt."""
+
+    def put_made(
+        self,
+        key: int,
+        output_index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        ending: tuple[Literal["stop", "length"], int | str | None, bool] | None,
+        now: float,
+    ) -> None:
+        """Put a delta of such an engine."""
+
+    def collect(
+        self, ledger: KvLedger | None
+    ) -> tuple[int, list[tuple[int, int]], list[tuple[Any, int]], list[tuple[Any, int]]]:
+        """Append to the ledger what steps brought since the last call, and tell of it.
+
+        Gives the number of tokens; tenant and tokens; owner and what happened; owner and output index of outputs
+        that ended by the rules while their engine goes on.
+        """
+
+class StopMatcher:
+    """Finds stop strings in text that arrives in pieces; holds back what may still become one."""
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """Raises ValueError for an empty stop string."""
+
+    def feed(self, text: str) -> str:
+        """Take new text; give what may be shown, nothing after a match."""
+
+    def flush(self) -> str:
+        """Give what is held back; the output has ended otherwise."""
+
+    @property
+    def matched(self) -> int:
+        """Index of the stop string that was found, else -1."""
+
 # --- Scheduler: output lengths, KV ledger, places --------------------------------------------------
 
 class LengthEstimator:
@@ -693,3 +948,43 @@ class DecodeBatch:
         """Changes whenever the set of scheduled rows does."""
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
+
+# Only where the door is built.
+class DoorCall:
+    """A handle to a client's call; without effect once the call is over."""
+
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def unsent_bytes(self) -> int: ...
+    def send_headers(self, metadata: Iterable[tuple[str, str | bytes]], /) -> None:
+        """Raises ValueError for metadata that gRPC does not allow."""
+    def write(self, message: bytes, /) -> bool:
+        """Send a message. True: so much is unsent that the writer should wait for the room event."""
+    def finish(self, code: int, message: str, trailers: Iterable[tuple[str, str | bytes]], /) -> None: ...
+    def reset(self) -> None: ...
+    def acknowledge(self, num_bytes: int, /) -> None:
+        """A request message of so many bytes is no longer held."""
+    def compress(self) -> None: ...
+
+class Door:
+    """A gRPC server. Options: see csrc/door/options.h."""
+
+    def __init__(self, **options: float | bytes) -> None: ...
+    def listen(self, host: str, port: int, use_tls: bool, /) -> int:
+        """Listen, and give the port. Raises OSError."""
+    def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
+        """Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit."""
+    def start(self) -> None: ...
+    def fileno(self) -> int:
+        """Readable when there are events to take."""
+    def take(self) -> list[tuple[int, int, Any]]:
+        """The events that came: (kind, call id, payload).
+
+        0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
+        2: half-closed; 3: cancelled, why; 4: room.
+        """
+    def drain(self) -> None: ...
+    def stop(self, grace_s: float, /) -> None: ...
+    def totals(self) -> dict[str, int]: ...
+    def connections(self) -> list[dict[str, Any]]: ...

@@ -7,7 +7,9 @@ imported before a command needs it.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -15,12 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinjet.compare.arguments import compare_arguments
 from twinjet.errors import ConfigError
+from twinjet.turns import TurnReader, decode
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message as ProtoMessage
 
     from twinjet.client import Client, Event, Sampling, Stream, TwinjetClientError
+    from twinjet.config import Config
+    from twinjet.v1.routing_pb2 import Route
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -28,6 +34,8 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 DEFAULT_ADDRESS = "localhost:50051"
+LONGEST_TIMEOUT_S = 1e6
+_INT32_MAX = 2**31 - 1
 
 
 def _print_json(value: object) -> None:
@@ -47,21 +55,27 @@ def _connect(arguments: argparse.Namespace) -> Client:
 
     credentials = None
     if arguments.tls or arguments.ca is not None:
-        roots = None if arguments.ca is None else _read(arguments.ca)
+        roots = None if arguments.ca is None else _certificates(arguments.ca)
         credentials = grpc.ssl_channel_credentials(roots)
-    return Client(
-        arguments.address,
-        credentials=credentials,
-        token=os.environ.get("TWINJET_TOKEN", ""),
-        timeout_s=arguments.timeout,
-    )
-
-
-def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return Client(
+            arguments.address,
+            credentials=credentials,
+            token=os.environ.get("TWINJET_TOKEN", ""),
+            timeout_s=arguments.timeout,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error} (--address, TWINJET_ADDRESS, TWINJET_TOKEN)") from error
+
+
+def _certificates(path: Path) -> bytes:
+    try:
+        pem = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"--ca: cannot read {path}: {error.strerror}") from error
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise ConfigError(f"--ca: {path} holds no PEM certificate")
+    return pem
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:
@@ -84,26 +98,43 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
 
 
 def _text_argument(text: str) -> str:
-    return sys.stdin.read() if text == "-" else text
+    return decode(sys.stdin.buffer.read()) if text == "-" else text
 
 
-def _show(stream: Stream, arguments: argparse.Namespace) -> str:
-    """Print a stream as it comes; give the text of the first output."""
+class _Shown:
+    """The text of an answer as it is printed; its line is ended when the answer is, however that comes."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # An error is reported on a line of its own; where nothing was shown there is no line to end.
+        if (self.text or kind is None) and kind is not BrokenPipeError:
+            print(flush=True)
+
+    def add(self, text: str) -> None:
+        print(text, end="", flush=True)
+        self.text += text
+
+
+def _show(stream: Stream, arguments: argparse.Namespace) -> None:
+    """Print a stream as it comes."""
     from twinjet.client import Delta, Summary
 
-    text = ""
-    with stream:
-        for event in stream:
-            if arguments.json:
+    if arguments.json:
+        with stream:
+            for event in stream:
                 _print_json({"event": type(event).__name__.lower()} | asdict(event))
-            elif isinstance(event, Delta):
-                print(event.text, end="", flush=True)
-                text += event.text
+        return
+    with stream, _Shown() as shown:
+        for event in stream:
+            if isinstance(event, Delta):
+                shown.add(event.text)
             elif isinstance(event, Summary) and arguments.stats:
                 print(f"\n{_stats(event)}", end="", file=sys.stderr, flush=True)
-    if not arguments.json:
-        print(flush=True)
-    return text
 
 
 def _stats(event: Event) -> str:
@@ -123,7 +154,10 @@ def serve(arguments: argparse.Namespace) -> int:
     from twinjet.config import load
     from twinjet.server.console import run
 
-    return run(load(arguments.config, serve_overrides(arguments, os.environ)), arguments.log_level)
+    def read() -> Config:
+        return load(arguments.config, serve_overrides(arguments, os.environ))
+
+    return run(read(), arguments.log_level, read)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -135,6 +169,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, Any]:
     """Give the settings that the flags of `serve` stand for. Raises ConfigError for flags that contradict."""
+    from twinjet.environment import names_section
+
     flags = {k: getattr(arguments, k) for k in ("model", "engine", "name")}
     tree: dict[str, Any] = {
         "server": {k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
@@ -142,7 +178,7 @@ def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -
     if arguments.allow_partial:
         tree["server"]["allow_partial"] = True
     named = [f"--{name}" for name, value in flags.items() if value is not None]
-    is_elsewhere = arguments.config is not None or any(n.startswith("TWINJET_DEPLOYMENTS__") for n in environ)
+    is_elsewhere = arguments.config is not None or names_section(environ, "deployments")
     if is_elsewhere:
         if named:
             raise ConfigError(
@@ -187,40 +223,99 @@ def chat(arguments: argparse.Namespace) -> int:
 def _converse(client: Client, turns: list[Any], arguments: argparse.Namespace) -> int:
     from twinjet.client import Delta, Message, TwinjetClientError
 
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        import readline  # noqa: F401 (gives input() line editing and history)
-
+    reader = TurnReader()
+    if reader.is_terminal:
         print("Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     sampling = _sampling(arguments)
     while True:
         try:
-            said = input("> " if is_terminal else "")
-        except EOFError:
-            return EXIT_OK
+            said = reader.read()
         except KeyboardInterrupt:
             print("\nCtrl-D leaves.", file=sys.stderr)
             continue
+        if said is None:
+            return EXIT_OK
         if not said.strip():
             continue
         turns.append(Message("user", said))
-        answer = ""
+        shown = _Shown()
         try:
-            with client.chat(turns, sampling, model=arguments.model) as stream:
-                for event in stream:
-                    if isinstance(event, Delta):
-                        print(event.text, end="", flush=True)
-                        answer += event.text
-        except KeyboardInterrupt:
-            print(" [stopped]", end="", flush=True)
+            with client.chat(turns, sampling, model=arguments.model) as stream, shown:
+                try:
+                    for event in stream:
+                        if isinstance(event, Delta):
+                            shown.add(event.text)
+                except KeyboardInterrupt:
+                    print(" [stopped]", end="", flush=True)
         except TwinjetClientError as error:
             _report(error, as_json=False)
             # A refused turn would be refused again with every later one.
-            if not answer:
+            if not shown.text:
                 turns.pop()
                 continue
-        print(flush=True)
-        turns.append(Message("assistant", answer))
+        turns.append(Message("assistant", shown.text))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Measure two deployments side by side and say which is faster, and whether they say the same."""
+    from twinjet.compare.command import run
+
+    return run(arguments)
+
+
+def routes(arguments: argparse.Namespace) -> int:
+    """Show which deployments answer for each model, or change it."""
+    with _connect(arguments) as client:
+        if arguments.set is not None or arguments.remove is not None:
+            client.set_route(
+                _route(arguments), revision=arguments.revision, remove=arguments.remove is not None
+            )
+        listed = client.get_routes()
+    if arguments.json:
+        _print_json(_proto_dict(listed))
+        return EXIT_OK
+    from twinjet.v1 import routing_pb2
+
+    rows: list[tuple[str, ...]] = [("MODEL", "WEIGHTS", "FALLBACK", "STICKY", "MIRROR")]
+    for route in listed.routes:
+        mirror = f"{route.mirror.deployment} {route.mirror.share:.0%}" if route.HasField("mirror") else "-"
+        sticky = routing_pb2.Stickiness.Name(route.sticky).removeprefix("STICKINESS_").lower()
+        rows.append(
+            (
+                route.model,
+                " ".join(f"{name}={weight:g}" for name, weight in sorted(route.weights.items())),
+                " ".join(route.fallback) or "-",
+                "-" if sticky == "unspecified" else sticky,
+                mirror,
+            )
+        )
+    _print_table(rows)
+    print(f"revision {listed.revision}; deployments: {', '.join(listed.deployments)}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _route(arguments: argparse.Namespace) -> Route:
+    from twinjet.v1 import routing_pb2
+
+    route = routing_pb2.Route(model=arguments.set or arguments.remove or "")
+    for part in arguments.weight:
+        name, equals, text = part.rpartition("=")
+        try:
+            route.weights[name] = float(text)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ConfigError(f"--weight {part}: write DEPLOYMENT=NUMBER")
+    route.fallback.extend(arguments.fallback)
+    if arguments.sticky is not None:
+        route.sticky = routing_pb2.Stickiness.Value(f"STICKINESS_{arguments.sticky.upper()}")
+    if arguments.mirror is not None:
+        name, _, text = arguments.mirror.rpartition("=")
+        try:
+            route.mirror.CopyFrom(routing_pb2.Mirror(deployment=name, share=float(text)))
+        except ValueError:
+            raise ConfigError(f"--mirror {arguments.mirror}: write DEPLOYMENT=SHARE") from None
+    return route
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -283,6 +378,34 @@ def tokenize(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _whole(name: str, least: int, most: int) -> Callable[[str], int]:
+    """Make a reader of whole numbers that a request can carry."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is out of range; allowed: {least} to {most}")
+        return value
+
+    read.__name__ = name
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= LONGEST_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a time limit; allowed: above 0 to {LONGEST_TIMEOUT_S:g} seconds"
+        )
+    return value
+
+
 def _print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -328,7 +451,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--tls", action="store_true", help="use TLS with the system's certificates")
         command.add_argument("--ca", type=Path, metavar="PEM", help="use TLS and trust these certificates")
-        command.add_argument("--timeout", type=float, metavar="S", help="deadline in seconds; default: none")
+        command.add_argument(
+            "--timeout", type=_seconds, metavar="S", help="deadline in seconds; default: none"
+        )
         command.add_argument("--json", action="store_true", help="print JSON, one value or event a line")
         return command
 
@@ -337,12 +462,12 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_sampling(command: argparse.ArgumentParser) -> None:
         add_model(command)
-        command.add_argument("--max-tokens", type=int, metavar="N")
+        command.add_argument("--max-tokens", type=_whole("N", 1, _INT32_MAX), metavar="N")
         command.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
         command.add_argument("--top-p", type=float, metavar="P")
-        command.add_argument("--top-k", type=int, metavar="K")
+        command.add_argument("--top-k", type=_whole("K", -1, _INT32_MAX), metavar="K")
         command.add_argument("--min-p", type=float, metavar="P")
-        command.add_argument("--seed", type=int)
+        command.add_argument("--seed", type=_whole("seed", 0, 2**64 - 1))
         command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
         grammar = command.add_mutually_exclusive_group()
         grammar.add_argument("--json-schema", metavar="JSON", help="the answer satisfies this schema")
@@ -379,6 +504,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling(command)
 
+    command = add_client(compare)
+    command.add_argument("a", metavar="A", help="MODEL or HOST:PORT/MODEL; or the word report")
+    command.add_argument("b", metavar="B", help="the other one; with report, the data of an earlier run")
+    compare_arguments(command)
+
+    command = add_client(routes)
+    change = command.add_mutually_exclusive_group()
+    change.add_argument(
+        "--set", metavar="MODEL", help="replace this model's route by what the other flags say"
+    )
+    change.add_argument("--remove", metavar="MODEL", help="take this model's route away")
+    command.add_argument(
+        "--weight", action="append", default=[], metavar="DEPLOYMENT=W", help="may be repeated"
+    )
+    command.add_argument(
+        "--fallback", action="append", default=[], metavar="DEPLOYMENT", help="may be repeated"
+    )
+    command.add_argument(
+        "--sticky", choices=("tenant", "session"), help="keep a tenant or session at one deployment"
+    )
+    command.add_argument("--mirror", metavar="DEPLOYMENT=SHARE", help="copy this share of requests there")
+    command.add_argument(
+        "--revision", type=int, metavar="N", help="refuse if the routes are at another revision"
+    )
+
     add_client(models)
     add_model(add_client(load))
     command = add_client(tokenize)
@@ -387,10 +537,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_text(arguments: argparse.Namespace) -> None:
+    """Refuse text that no request can carry; paths may hold any bytes."""
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                _decode_argument(name, text)
+
+
+def _decode_argument(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name.replace('_', '-')}: {text[:40]!a} is not UTF-8") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character gets its escape instead of ending the answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _check_text(arguments)
         return int(arguments.run(arguments))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,35 +4,85 @@
     [admin]                        # who may use AdminService
     [deployments.NAME]             # one engine with one model
     [routes.PUBLIC_NAME]           # which deployments answer for a public model name
+    [mirror]                       # what mirrored requests may cost, and where their answers go
 
 The environment variable of a setting is its path, upper case, joined by two underscores:
-server.port is TWINJET_SERVER__PORT. Order: file, then environment, then flags; the last one wins.
-An unknown key is an error that names the nearest known one.
+server.port is TWINJET_SERVER__PORT (see twinjet.environment). Order: file, then environment, then flags; the last
+one wins. An unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
-from twinjet.errors import ConfigError
+from twinjet import environment
+from twinjet.errors import ConfigError, InvalidRequest
+from twinjet.routing.table import Route, check_route
 from twinjet.scheduler import SchedulerSettings
+from twinjet.settings_tree import did_you_mean, keys_at
 
 _SECTIONS = ("server", "admin", "grammar", "deployments", "routes")
+
+LONGEST_S = 1_000_000.0
+"""Longest duration that can be set, in seconds: eleven days, which gRPC's milliseconds can hold."""
+
+Bytes = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Duration = Annotated[float, Field(ge=0.001, le=LONGEST_S)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+
+
+def _host(text: str) -> str:
+    """Take the brackets off an IPv6 address. Raises ValueError for what no socket can be bound to."""
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    if not text:
+        raise ValueError("is empty; 0.0.0.0 or :: listens on all interfaces")
+    if text.count(":") == 1:
+        raise ValueError(f"{text!r} has a port in it; that is a setting of its own, server.port")
+    if re.search(r"[^\w.:%-]", text):
+        raise ValueError(f"{text!r} is neither an address nor a host name")
+    return text
+
+
+def _name(text: str) -> str:
+    if not text or text != text.strip() or not text.isprintable() or len(text.encode()) > 256:
+        raise ValueError(
+            f"{text[:80]!r} cannot be a name; allowed: 1 to 256 bytes of printable text, no space at its ends"
+        )
+    return text
+
+
+def _token(text: str) -> str:
+    # Metadata carries nothing else, so no client could ever send another.
+    if not text.isascii() or not text.isprintable() or text != text.strip():
+        raise ValueError("has other than printable ASCII characters, or space at its ends")
+    return text
+
+
+def _path(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("has a null character in it")
+    return path
+
+
+Host = Annotated[str, AfterValidator(_host)]
+Name = Annotated[str, AfterValidator(_name)]
+Token = Annotated[str, AfterValidator(_token)]
+File = Annotated[Path, AfterValidator(_path)]
 
 
 class _Section(BaseModel):
@@ -42,35 +92,55 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     """Where to listen and what to bear. Sizes in bytes, times in seconds."""
 
-    host: str = "127.0.0.1"
+    host: Host = Field("127.0.0.1", description="address or host name, IPv6 with or without brackets")
     port: int = Field(50051, ge=0, le=65535, description="0 picks a free port")
-    grace_s: float = Field(30.0, ge=0, description="how long running streams may go on after SIGTERM")
-    max_request_bytes: PositiveInt = Field(16 << 20, description="largest message that is read at all")
-    max_prompt_bytes: PositiveInt = Field(4 << 20, description="longest prompt text")
-    max_pending_bytes: PositiveInt = Field(4 << 20, description="most that waits for one slow reader")
-    stalled_reader_s: PositiveFloat = Field(30.0, description="longest time one write may take")
-    keepalive_s: PositiveFloat = Field(60.0, description="time between our pings on a silent connection")
-    keepalive_timeout_s: PositiveFloat = Field(20.0, description="no answer to a ping: the client is gone")
-    client_ping_s: PositiveFloat = Field(10.0, description="clients may ping as often as this")
-    tls_cert: Path | None = Field(None, description="PEM certificate chain; with tls_key turns TLS on")
-    tls_key: Path | None = Field(None, description="PEM private key")
-    tls_client_ca: Path | None = Field(None, description="PEM bundle; clients must show a certificate of it")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus over HTTP; 0 is off")
+    grace_s: float = Field(
+        30.0, ge=0, le=LONGEST_S, description="how long running streams may go on after SIGTERM"
+    )
+    max_request_bytes: Bytes = Field(16 << 20, description="largest message that is read at all")
+    max_prompt_bytes: Bytes = Field(4 << 20, description="longest prompt text")
+    max_pending_bytes: Bytes = Field(4 << 20, description="most that waits for one slow reader")
+    stalled_reader_s: Duration = Field(30.0, description="longest time one write may take")
+    keepalive_s: Duration = Field(60.0, description="time between our pings on a silent connection")
+    keepalive_timeout_s: Duration = Field(20.0, description="no answer to a ping: the client is gone")
+    client_ping_s: Duration = Field(10.0, description="clients may ping as often as this")
+    door: Literal["auto", "native", "grpc"] = Field(
+        "grpc", description="gRPC's own library, ours on nghttp2, or ours where it is built"
+    )
+    door_threads: int = Field(1, ge=1, le=64, description="of the native door")
+    max_connections: int = Field(16384, ge=1, le=2**20, description="through the native door")
+    max_connection_calls: int = Field(
+        4096, ge=1, le=2**20, description="open at once on one connection of the native door"
+    )
+    tls_cert: File | None = Field(None, description="PEM certificate chain; with tls_key turns TLS on")
+    tls_key: File | None = Field(None, description="PEM private key")
+    tls_client_ca: File | None = Field(None, description="PEM bundle; clients must show a certificate of it")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus and the console over HTTP; 0 is off")
+    console: Literal["loopback", "all", "off"] = Field(
+        "loopback", description="who may look at the console on metrics_port"
+    )
     allow_partial: bool = Field(False, description="go on when a deployment's configuration cannot work")
 
     @model_validator(mode="after")
-    def _tls_is_whole(self) -> ServerSettings:
+    def _parts_fit(self) -> ServerSettings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key belong together: set both or none")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.port == self.metrics_port != 0:
+            raise ValueError(f"port and metrics_port are both {self.port}; each needs its own")
         return self
+
+    @property
+    def literal_host(self) -> str:
+        """The host as it stands before a port: IPv6 addresses in brackets."""
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 class AdminSettings(_Section):
     """Who may use AdminService."""
 
-    token: str = Field("", description="bearer token; empty: callers on the loopback interface only")
+    token: Token = Field("", description="bearer token; empty: callers on the loopback interface only")
 
 
 class GrammarSettings(_Section):
@@ -95,16 +165,41 @@ class DeploymentSettings(_Section):
     native_block_manager: bool = Field(
         True, description="account KV blocks with Twinjet's manager where it can"
     )
-    max_restarts: int = Field(5, ge=0, description="restarts in a row before the deployment is given up")
-    stall_s: PositiveFloat = Field(120.0, description="no token for this long while requests run: restart")
+    max_restarts: int = Field(
+        5, ge=0, le=2**31 - 1, description="restarts in a row before the deployment is given up"
+    )
+    stall_s: Duration = Field(120.0, description="no token for this long while requests run: restart")
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
 
 
 class RouteSettings(_Section):
     """Which deployments answer for a public model name."""
 
-    weights: dict[str, PositiveFloat] = Field(min_length=1, description="share of requests by deployment")
+    weights: dict[str, Weight] = Field(min_length=1, description="share of requests by deployment; 0: none")
     fallback: list[str] = Field(default_factory=list, description="tried in order when none of them is ready")
+    sticky: Literal["none", "tenant", "session"] = Field(
+        "none", description="requests of one tenant or session stay at one deployment"
+    )
+    mirror: str = Field("", description="deployment that gets copies of requests; its answers are recorded")
+    mirror_share: float = Field(0.0, ge=0, le=1, description="share of requests that is copied")
+
+    def route(self) -> Route:
+        """Give the route that this section stands for."""
+        return Route(dict(self.weights), tuple(self.fallback), self.sticky, self.mirror, self.mirror_share)
+
+
+class MirrorSettings(_Section):
+    """What mirrored requests may cost and where their answers go. Sizes in bytes."""
+
+    folder: File | None = Field(None, description="records go to files in this folder; unset: none are kept")
+    max_file_bytes: Bytes = Field(64 << 20, description="a record file is followed by another at this size")
+    max_files: int = Field(
+        8, ge=1, le=1_000_000, description="the oldest record file beyond these is deleted"
+    )
+    max_streams: int = Field(16, ge=1, le=65536, description="copies at once; more are dropped")
+    record_prompts: bool = Field(
+        False, description="record prompts and texts too, not only token ids' digests"
+    )
 
 
 class Config(_Section):
@@ -113,18 +208,18 @@ class Config(_Section):
     server: ServerSettings = ServerSettings()
     admin: AdminSettings = AdminSettings()
     grammar: GrammarSettings = GrammarSettings()
-    deployments: dict[str, DeploymentSettings] = Field(min_length=1)
-    routes: dict[str, RouteSettings] = Field(default_factory=dict)
+    deployments: dict[Name, DeploymentSettings] = Field(min_length=1)
+    routes: dict[Name, RouteSettings] = Field(default_factory=dict)
+    mirror: MirrorSettings = MirrorSettings()
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Config:
         for name, route in self.routes.items():
-            for target in [*route.weights, *route.fallback]:
-                if target not in self.deployments:
-                    raise ValueError(
-                        f"route {name!r} names deployment {target!r}, which does not exist"
-                        + _did_you_mean(target, self.deployments)
-                    )
+            try:
+                check_route(route.route(), self.deployments, "")
+            except InvalidRequest as error:
+                told = "; ".join(f"{v.field}: {v.message}" for v in error.violations)
+                raise ValueError(f"route {name!r}: {told}") from None
         return self
 
     def public_routes(self) -> dict[str, RouteSettings]:
@@ -141,70 +236,74 @@ def load(
 
     Raises ConfigError naming the setting, and the nearest known key for an unknown one.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    for keys, value in _from_environment(environ):
-        _set(tree, keys, value)
+    tree = {} if path is None else _read(path)
+    origins = environment.apply(tree, environ, Config)
     _merge(tree, overrides or {})
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError("; ".join(_explain(item, origins) for item in error.errors())) from None
 
 
-def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[list[str], Any]]:
-    for name, text in sorted(environ.items()):
-        keys = name.removeprefix("TWINJET_").lower().split("__")
-        if name.startswith("TWINJET_") and len(keys) > 1 and keys[0] in _SECTIONS:
-            yield keys, _parse(text)
-
-
-def _parse(text: str) -> Any:
+def deployment_settings(tree: Mapping[str, Any]) -> DeploymentSettings:
+    """Check the settings of one deployment. Raises ConfigError naming the setting."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+        return DeploymentSettings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        ) from None
 
 
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    *parents, last = keys
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # Editors on Windows put a byte order mark first.
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deep") from error
+    except ValueError as error:
+        # Numbers of thousands of digits, dates that no calendar has.
+        raise ConfigError(f"{path} holds a value that cannot be read: {error}") from error
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
     for key, value in other.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
+        if not isinstance(value, Mapping):
             tree[key] = value
+        elif isinstance(mine := tree.setdefault(key, {}), dict):
+            _merge(mine, value)
 
 
-def _explain(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+def _explain(item: Any, origins: Mapping[tuple[str, ...], str]) -> str:
+    loc = tuple(str(part) for part in item["loc"] if part != "[key]")
+    path = ".".join(loc)
+    # A mistake inside a value belongs to the variable that gave the value.
+    source = next((origins[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origins), "")
+    if source:
+        path += f" (from {source})"
     if item["type"] == "extra_forbidden":
-        return f"unknown setting {path}" + _did_you_mean(str(item["loc"][-1]), _known_keys(item["loc"][:-1]))
-    if item["type"] == "missing" and path == "deployments":
+        return f"unknown setting {path}" + did_you_mean(loc[-1], keys_at(Config, loc[:-1]))
+    if item["type"] == "missing" and loc == ("deployments",):
         return "no deployment is configured; add a [deployments.NAME] section"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("model_type", "dict_type"):
+        message = "must be a table"
+    elif item["type"] != "value_error" and isinstance(item["input"], str | int | float):
+        message = f"{_shown(item['input'])} is refused: " + message.replace("Input should", "it should", 1)
     return f"{path}: {message}" if path else message
 
 
-def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    kind: Any = Config
-    for part in loc:
-        # A mapping's own keys are names that the user chose; what they lead to is its value type.
-        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[part].annotation
-    return list(kind.model_fields)
-
-
-def _did_you_mean(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}" if known else ""
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of too many digits"
+    return text if len(text) <= 60 else text[:60] + "…"

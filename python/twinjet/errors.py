@@ -9,7 +9,8 @@ TwinjetError
 ├── Overloaded          the queue is full or a quota is spent; says when to come back
 ├── Unavailable         loading, draining or dead; says when to come back
 │   └── EngineDied      the engine's process or loop is gone
-├── DeadlinePassed      the request's deadline passed or cannot be met
+├── DeadlinePassed      the request's deadline passed
+│   └── DeadlineUnreachable   it is predicted to pass before the request could be served
 ├── RequestAborted      an operator ended the request
 ├── RequestFailed       the engine could not finish this one request
 │   └── NoAdmissibleToken   the request's own conditions contradict each other
@@ -121,12 +122,28 @@ class EngineDied(Unavailable):
         super().__init__(message, reason=reason, retry_after_s=retry_after_s)
 
 
+class PreconditionFailed(TwinjetError):
+    """The server is not in the state that the call needs. reason: a stable upper-case word."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
 class SlowReader(TwinjetError):
     """The client reads too slowly; what waited for it was dropped."""
 
 
 class DeadlinePassed(TwinjetError):
-    """The request's deadline passed, or is predicted to pass before it could be served."""
+    """The request's deadline passed. reason: a stable upper-case word."""
+
+    reason = "DEADLINE_PASSED"
+
+
+class DeadlineUnreachable(DeadlinePassed):
+    """The deadline is predicted to pass before the request could be served; nothing was begun."""
+
+    reason = "DEADLINE_UNREACHABLE"
 
 
 class RequestAborted(TwinjetError):

@@ -8,6 +8,7 @@ on every engine.
 from __future__ import annotations
 
 import ctypes
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -29,6 +30,9 @@ MAX_BAD_WORDS = 256
 MAX_CHOICES = 1024
 MAX_OUTPUTS = 64
 MAX_GRAMMAR_BYTES = 256 * 1024
+MAX_SEED = 2**64 - 1
+DRAWN_SEED_BITS = 53
+"""Seeds that nobody sent are below 2^53, so that languages whose numbers are doubles read them exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,11 @@ class EngineRequest:
     deadline: float | None = None
 
 
+def draw_seed() -> int:
+    """Draw a seed for a request that brought none, in 0 .. 2^53 - 1."""
+    return secrets.randbits(DRAWN_SEED_BITS)
+
+
 class _Checker:
     """Collects violations, so that a client hears of all its mistakes at once."""
 
@@ -234,7 +243,7 @@ def resolve_sampling(
     check.count("min_tokens", sent.min_tokens, 0, sent.max_tokens or limits.max_context_tokens)
     check.count("logprobs", sent.logprobs, 0, limits.max_logprobs)
     check.count("prompt_logprobs", sent.prompt_logprobs, 0, limits.max_logprobs)
-    check.count("seed", sent.seed, 0, 2**64 - 1)
+    check.count("seed", sent.seed, 0, MAX_SEED)
     check.logit_bias(sent.logit_bias, limits.vocab_size)
     check.strings("stop", sent.stop, MAX_STOPS, MAX_STOP_BYTES)
     if len(sent.stop_token_ids) > MAX_STOPS:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from grpc import StatusCode
 
 from tests.client.scripted import Fails, Scripted, Stalls, delta, running, started, whole
 from twinjet.cli import main, serve_overrides
+from twinjet.client._address import check_address
 from twinjet.config import Config
 from twinjet.errors import ConfigError
 from twinjet.server.console import grpcurl_command
@@ -96,6 +97,13 @@ def test_a_refusal_names_each_field_and_exits_with_1(
         ["generate", "x", "--max-tokens", "many"],
         ["generate", "x", "--regex", "a", "--ebnf", "b"],
         ["serve", "--engine", "unknown"],
+        ["generate", "x", "--max-tokens", "2147483648"],
+        ["generate", "x", "--max-tokens", "0"],
+        ["generate", "x", "--top-k", "99999999999"],
+        ["chat", "x", "--seed", "-1"],
+        ["chat", "x", "--seed", "18446744073709551616"],
+        ["chat", "x", "--seed", "9" * 5000],
+        *(["models", "--timeout", t] for t in ("inf", "-inf", "nan", "0", "-1", "1e300", "soon")),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +120,99 @@ def test_wrong_settings_exit_with_2(capsys: pytest.CaptureFixture[str], tmp_path
     assert main(["chat", "--json"]) == 2
 
 
-def run_cli(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("localhost:99999", "'99999' in 'localhost:99999' is not a port; allowed: 1 to 65535"),
+        ("localhost:0", "is not a port"),
+        ("localhost:http", "is not a port"),
+        ("localhost:", "is not a port"),
+        ("localhost", "has no port; write localhost:50051"),
+        (":50051", "has no host; write localhost:50051"),
+        ("::1", "is an IPv6 address without brackets"),
+        ("[::1]", "has no port; write [::1]:50051"),
+        ("dns:///localhost:99999", "is not a port"),
+        ("http://localhost:50051/", "is a URL; write localhost:50051"),
+        ("", "is not an address"),
+        ("local host:1", "is not an address"),
+    ],
+)
+def test_an_address_that_leads_elsewhere_is_refused(
+    address: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["models", "--address", address]) == 2
+    assert message in capsys.readouterr().err
+    monkeypatch.setenv("TWINJET_ADDRESS", address)
+    assert main(["models"]) == 2
+
+
+def test_addresses_of_every_kind_are_taken() -> None:
+    for address in (
+        "localhost:50051", "[::1]:1", "dns:///h:65535", "dns:h:5", "dns://8.8.8.8/h:5", "ipv4:1.2.3.4:5,1.2.3.5:6",
+        "ipv6:[::1]:5", "unix:/tmp/x", "unix:///tmp/x", "unix-abstract:x", "xds:///service",
+    ):  # fmt: skip
+        assert check_address(address) == address
+
+
+def test_unusable_certificates_and_tokens_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ca.pem").write_text("nothing")
+    assert main(["models", "--ca", str(tmp_path / "ca.pem")]) == 2
+    assert "holds no PEM certificate" in capsys.readouterr().err
+    monkeypatch.setenv("TWINJET_TOKEN", "secret\n")
+    assert main(["models"]) == 2
+    err = capsys.readouterr().err
+    assert "TWINJET_TOKEN" in err and "secret" not in err
+
+
+LATIN = "caf\u00e9".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "message"),
+    [
+        (["generate", "-"], LATIN, "the input is not UTF-8: byte 0xe9 at offset 3"),
+        (["chat", "-"], LATIN, "the input is not UTF-8"),
+        (["chat"], LATIN + b"\n", "the input is not UTF-8"),
+        (["tokenize", "-"], b"\xff", "the input is not UTF-8"),
+        ([b"generate", LATIN], b"", "prompt: 'caf\\udce9' is not UTF-8"),
+        ([b"generate", b"x", b"--stop", LATIN], b"", "stop: "),
+        ([b"chat", b"x", b"--system", LATIN], b"", "system: "),
+        ([b"models", b"--address", LATIN], b"", "address: "),
+        ([b"serve", b"--engine", b"fake", b"--name", LATIN], b"", "name: "),
+    ],
+)
+def test_what_is_not_utf_8_is_told_and_exits_with_2(
+    server: Scripted, arguments: list[Any], given: bytes, message: str
+) -> None:
+    with run_cli(*arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        out, err = child.communicate(given, timeout=30)
+    assert (child.returncode, out) == (2, b""), err
+    assert message in err.decode()
+    assert b"Traceback" not in err
+    assert not server.requests
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_its_escape(server: Scripted) -> None:
+    server.scripts = [whole("caf\u00e9 \u4f60")]
+    with run_cli(
+        "generate", "x", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+    ) as child:
+        assert child.communicate(timeout=30)[0] == b"caf\xe9 \\u4f60\n"
+        assert child.returncode == 0
+
+
+def test_an_error_after_text_has_a_line_of_its_own(
+    server: Scripted, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.scripts = [[started(), delta("partial"), Fails(StatusCode.UNAVAILABLE, "gone")]]
+    assert main(["generate", "x"]) == 1
+    out, err = capfd.readouterr()
+    assert (out, err) == ("partial\n", "error: unavailable: gone\n")
+
+
+def run_cli(*arguments: str | bytes, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "twinjet.cli", *arguments], **options)
 
 
@@ -143,16 +243,25 @@ def test_an_interactive_chat_reads_turns_from_a_pipe(server: Scripted) -> None:
 class Terminal:
     """A pseudo-terminal with `twinjet chat` in it."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, program: Sequence[str] = ("-m", "twinjet.cli", "chat")) -> None:
         self.controller, terminal = pty.openpty()
-        self.child = run_cli(
-            "chat", *arguments, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+        self.child = subprocess.Popen(
+            [sys.executable, *program],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
         )
         os.close(terminal)
         self.shown = ""
 
-    def type(self, text: str) -> None:
-        os.write(self.controller, text.encode())
+    def close(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        os.close(self.controller)
+
+    def type(self, text: str | bytes) -> None:
+        os.write(self.controller, text.encode() if isinstance(text, str) else text)
 
     def interrupt(self) -> None:
         self.child.send_signal(signal.SIGINT)
@@ -160,7 +269,7 @@ class Terminal:
     def wait_for(self, text: str) -> None:
         """Read until the text shows up; fails when the program ends first."""
         while text not in self.shown:
-            self.shown += os.read(self.controller, 65536).decode()
+            self.shown += os.read(self.controller, 65536).decode(errors="replace")
         self.shown = self.shown.split(text, 1)[1]
 
 
@@ -168,9 +277,7 @@ class Terminal:
 def terminal(server: Scripted) -> Iterator[Terminal]:
     terminal = Terminal()
     yield terminal
-    terminal.child.kill()
-    terminal.child.wait()
-    os.close(terminal.controller)
+    terminal.close()
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(server: Scripted, terminal: Terminal) -> None:
@@ -202,6 +309,61 @@ def test_a_refused_turn_is_forgotten(server: Scripted, terminal: Terminal) -> No
     terminal.type("good\n")
     terminal.wait_for("fine")
     assert [m.content for m in server.requests[-1].messages] == ["good"]
+
+
+def test_an_error_after_text_does_not_touch_the_text(server: Scripted, terminal: Terminal) -> None:
+    server.scripts = [[started(), delta("partial"), Fails(StatusCode.UNAVAILABLE, "gone")], whole("fine")]
+    terminal.wait_for("> ")
+    terminal.type("one\n")
+    terminal.wait_for("partial\r\nerror: unavailable: gone\r\n")
+    terminal.wait_for("> ")
+    terminal.type("two\n")
+    terminal.wait_for("fine")
+    assert [m.content for m in server.requests[-1].messages] == ["one", "partial", "two"]
+
+
+def test_a_paste_of_several_lines_is_one_message(server: Scripted, terminal: Terminal) -> None:
+    terminal.wait_for("> ")
+    terminal.type("\x1b[200~one\ntwo\nthree\x1b[201~\n")
+    terminal.wait_for("hello")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.child.wait(10) == 0
+    assert [[m.content for m in r.messages] for r in server.requests] == [["one\ntwo\nthree"]]
+
+
+PLAIN = """
+import sys
+sys.modules["readline"] = None  # as in a Python without it
+from twinjet.cli import main
+sys.exit(main(["chat"]))
+"""
+
+
+def test_a_paste_is_one_message_without_line_editing_too(server: Scripted) -> None:
+    terminal = Terminal(program=["-c", PLAIN])
+    try:
+        terminal.wait_for("> ")
+        terminal.type("one\ntwo\nthree\n")
+        terminal.wait_for("hello")
+        assert [[m.content for m in r.messages] for r in server.requests] == [["one\ntwo\nthree"]]
+    finally:
+        terminal.close()
+
+
+@pytest.mark.timeout(60)
+def test_input_that_is_not_utf_8_does_not_end_a_chat(server: Scripted) -> None:
+    terminal = Terminal(program=["-c", PLAIN])
+    try:
+        terminal.wait_for("> ")
+        terminal.type(LATIN + b"\n")
+        terminal.wait_for("error: the input is not UTF-8")
+        terminal.wait_for("> ")
+        terminal.type("fine\n")
+        terminal.wait_for("hello")
+        assert [m.content for m in server.requests[-1].messages] == ["fine"]
+    finally:
+        terminal.close()
 
 
 def test_ctrl_c_ends_a_one_shot_command_with_130(server: Scripted) -> None:

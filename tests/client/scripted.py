@@ -108,7 +108,10 @@ class Scripted(
     service_pb2_grpc.ModelServiceServicer,
     service_pb2_grpc.AdminServiceServicer,
 ):
-    """scripts: one list of steps for each call in turn; the last one repeats. requests: what came in."""
+    """scripts: one list of steps for each call in turn; the last one repeats. requests: what came in.
+
+    health: what a health watch is told, on the wire, before it falls silent; None refuses it. watched: its requests.
+    """
 
     def __init__(self) -> None:
         self.scripts: list[list[Step]] = [whole("hello")]
@@ -116,6 +119,8 @@ class Scripted(
         self.metadata: list[dict[str, Any]] = []
         self.time_left_s: list[float | None] = []
         self.cancelled = threading.Event()
+        self.health: list[bytes] | None = None
+        self.watched: list[bytes] = []
         self.address = ""
 
     @property
@@ -155,6 +160,14 @@ class Scripted(
             if isinstance(step, Fails):
                 await step.abort(context)
         return answer
+
+    async def Watch(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        self.watched.append(request)
+        if self.health is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no health here")
+        for status in self.health or ():
+            yield status
+        await asyncio.Event().wait()
 
     async def Tokenize(self, request: Any, context: Any) -> Any:
         answer = tokenization_pb2.TokenizeResponse(token_ids=[1, 2], max_context_tokens=8, text="ab")
@@ -200,6 +213,9 @@ def running() -> Iterator[Scripted]:
             service_pb2_grpc.add_AdminServiceServicer_to_server,
         ):
             add(scripted, server)
+        watch = grpc.unary_stream_rpc_method_handler(scripted.Watch)
+        health = grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Watch": watch})
+        server.add_generic_rpc_handlers((health,))
         scripted.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         done = asyncio.Event()

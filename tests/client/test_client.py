@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -280,6 +281,57 @@ async def test_the_servers_delay_is_waited_for(server: Scripted, run: Run) -> No
     began = time.monotonic()
     assert await run(lambda c: c.generate("x").text()) == "hello"
     assert time.monotonic() - began >= 0.5
+
+
+@pytest.mark.parametrize("model", ["m", "m" * 200])
+async def test_health_ends_a_wait_early(server: Scripted, run: Run, model: str) -> None:
+    server.scripts = [[Fails(StatusCode.UNAVAILABLE, retry_after_s=5.0)], whole("hello")]
+    server.health = [b"\x08\x02", b"\x08\x01"]
+    began = time.monotonic()
+    assert await run(lambda c: c.generate("x", model=model).text()) == "hello"
+    assert time.monotonic() - began < 4.0
+    assert server.watched == [b"\x0a\x01m" if model == "m" else b""]
+
+
+async def test_a_wait_lasts_where_health_stays_bad_or_is_not_told(server: Scripted, run: Run) -> None:
+    for health in ([b"\x08\x02"], None):
+        server.requests.clear()
+        server.scripts = [[Fails(StatusCode.UNAVAILABLE, retry_after_s=0.5)], whole("hello")]
+        server.health = health
+        began = time.monotonic()
+        assert await run(lambda c: c.generate("x").text()) == "hello"
+        assert time.monotonic() - began >= 0.5
+
+
+@pytest.mark.parametrize("kind", ["aio", "sync"])
+async def test_a_server_that_is_away_is_looked_for_every_second(kind: str) -> None:
+    """Each try to connect is cut at once, as by a port where nobody listens yet, but so that it can be counted."""
+    tries: list[float] = []
+    enough = asyncio.Event()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tries.append(time.monotonic())
+        writer.transport.abort()
+        if len(tries) == 6:
+            enough.set()
+
+    listener = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    policy = RetryPolicy(attempts=100, first_delay_s=0.1, max_delay_s=0.1)
+    async with listener:
+        if kind == "aio":
+            async with AsyncClient(address, retry=policy) as client:
+                asking = asyncio.create_task(client.tokenize("x"))
+                await asyncio.wait_for(enough.wait(), 30)
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+        else:
+            with Client(address, retry=policy, timeout_s=8.0) as blocking:
+                asking = asyncio.create_task(asyncio.to_thread(blocking.tokenize, "x"))
+                await asyncio.wait_for(enough.wait(), 30)
+            await asyncio.gather(asking, return_exceptions=True)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert max(gaps) < 2.0
 
 
 async def test_no_try_begins_that_the_deadline_would_cut(server: Scripted, run: Run) -> None:

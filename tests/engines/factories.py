@@ -57,7 +57,7 @@ def double_installed(version: str, plant: str = "") -> Iterator[None]:
 
 def make_trt(options: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """Make the TensorRT-LLM engine on the installed stand-in, not started."""
-    from twinjet.engines.tensorrt_llm.engine import TrtLlmEngine
+    from twinjet.engines.tensorrt_llm.front.engine import TrtLlmEngine
 
     return TrtLlmEngine("toy", str(MODEL), {"max_seq_len": 4096} | (options or {}), **kwargs)
 

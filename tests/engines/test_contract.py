@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,6 +161,42 @@ async def test_a_stop_token_ends_the_output_and_leaves_no_text(engine: Engine) -
     assert outcome.tokens[0] == whole[: at + 1], "the stop token counts"
     assert outcome.text[0] == engine.tokenizer.decode(whole[:at], skip_special_tokens=True)
     assert outcome.finish[0] == Finish("stop", stop)
+
+
+@pytest.mark.parametrize("prompt", ["My secret is 1234\ufffd", "secret \U0001f336"])
+async def test_nothing_of_the_prompt_is_output(engine: Engine, prompt: str) -> None:
+    """Whatever it ends with: U+FFFD, or, a token short, half a character."""
+    request = make_request(engine, prompt, ignore_eos=True, stop=("secret", "1234"))
+    request = replace(request, prompt_token_ids=request.prompt_token_ids[:-1])
+    outcome = await collect(engine, request)
+    assert outcome.text[0] == engine.tokenizer.decode(outcome.tokens[0], skip_special_tokens=True)
+    assert outcome.finish[0] == Finish("length")
+
+
+async def test_half_a_character_is_cut_by_the_end(engine: Engine) -> None:
+    if "choice" not in engine.describe().capabilities:
+        pytest.skip("has no choices")
+    pepper = Constraint("choice", choices=("\U0001f336" * 2,))
+    for size in range(1, 8):
+        outcome = await collect(engine, make_request(engine, constraint=pepper, max_tokens=size))
+        assert outcome.text[0] == ("\U0001f336" * 2).encode()[:size].decode(errors="replace")
+
+
+async def test_logprobs_show_parts_of_characters(engine: Engine) -> None:
+    outcome = await collect(engine, make_request(engine, logprobs=5, prompt_logprobs=0))
+    for entry in outcome.logprobs[0]:
+        for each in (entry.chosen, *entry.top):
+            text = engine.tokenizer.decode([each.token_id], skip_special_tokens=False)
+            assert each.text == text
+            assert text
+
+
+async def test_min_tokens_hold_back_a_stop_string(engine: Engine) -> None:
+    whole = (await collect(engine, make_request(engine, ignore_eos=True))).text[0]
+    once = {"ignore_eos": True, "stop": (whole[1], whole[8:10])}
+    assert (await collect(engine, make_request(engine, **once))).text[0] == whole[:1]
+    held = await collect(engine, make_request(engine, min_tokens=8, **once))
+    assert held.text[0] == whole[: min(whole.find(stop, 8) for stop in once["stop"] if stop in whole[8:])]
 
 
 async def test_a_choice_is_kept(engine: Engine) -> None:

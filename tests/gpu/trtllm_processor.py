@@ -48,7 +48,7 @@ class RandomMasks:
 
 
 def settings(vocab_size: int, **changes: Any) -> Any:
-    from twinjet.engines.tensorrt_llm.logits import DrawSettings
+    from twinjet.engines.tensorrt_llm.worker.logits import DrawSettings
 
     base: dict[str, Any] = {
         "key": 1, "report_path": "", "vocab_size": vocab_size, "num_prompt_tokens": len(PROMPT),
@@ -111,7 +111,7 @@ def settle(processors: list[Any]) -> None:
 
 def check(dtypes: list[torch.dtype], vocab_sizes: list[int]) -> tuple[int, int]:
     """Count draws, and runs whose tokens, reports or faults differ."""
-    from twinjet.engines.tensorrt_llm import device_draw, logits
+    from twinjet.engines.tensorrt_llm.worker import device_draw, logits
 
     num_draws = num_different = 0
     generator = torch.Generator().manual_seed(3)
@@ -162,7 +162,7 @@ def busy_device(milliseconds: float) -> Callable[[], None]:
 
 def measure(batch: int, vocab_size: int, forward_ms: float, mode: str, **changes: Any) -> float:
     """Milliseconds a step of `batch` rows after a forward pass, the median of 15."""
-    from twinjet.engines.tensorrt_llm import device_draw, logits
+    from twinjet.engines.tensorrt_llm.worker import device_draw, logits
 
     logits.reporter = lambda _: Frames()  # type: ignore[assignment]
     real = device_draw.can_draw

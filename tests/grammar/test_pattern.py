@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.grammar.conftest import Walker
+from tests.grammar.walker import Walker
 from twinjet.grammar.pattern import PatternRefused, enforceable
 
 KEPT = [

@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from tests.grammar.conftest import Walker
+from tests.grammar.walker import Walker
 from twinjet.grammar.schema import SchemaRefused, normalise
 
 INTEGER: dict[str, Any] = {"type": "integer"}

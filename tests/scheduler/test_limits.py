@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.scheduler.helpers import make_info, make_request
-from twinjet.errors import DeadlinePassed, InvalidRequest, Overloaded
+from twinjet.errors import DeadlinePassed, DeadlineUnreachable, InvalidRequest, Overloaded
 from twinjet.scheduler import SchedulerSettings, orca_report
 from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
@@ -44,7 +44,7 @@ def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once() -> None:
     assert core.take(now) is not None
     wait = core.load(now).expected_wait_s
     assert wait == pytest.approx(10, rel=0.2)
-    with pytest.raises(DeadlinePassed, match="predicted"):
+    with pytest.raises(DeadlineUnreachable, match="predicted"):
         core.offer(make_request("soon", deadline=now + 5, max_tokens=10, ignore_eos=True), now)
     assert core.load(now).waiting == 9
     core.offer(make_request("later", deadline=now + 30, max_tokens=10, ignore_eos=True), now)

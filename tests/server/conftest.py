@@ -12,11 +12,27 @@ from tests.server.harness import Harness, Serve
 from twinjet.config import Config
 from twinjet.engines.base import Engine
 from twinjet.engines.factory import make_engine
+from twinjet.engines.fake import FakeEngine
+from twinjet.server import native_door
 from twinjet.server.main import Server
 
 
+@pytest.fixture(params=["grpc", "native"])
+def door(request: pytest.FixtureRequest) -> str:
+    """The way gRPC comes in: a test that serves runs once for each that this build has."""
+    if request.param == "native" and not native_door.is_available():
+        pytest.skip("this build has no native door")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _starts_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """die_at_start counts over a process, in which a test may run once for each door."""
+    monkeypatch.setattr(FakeEngine, "_num_starts", {})
+
+
 @pytest.fixture
-async def serve() -> AsyncIterator[Serve]:
+async def serve(door: str) -> AsyncIterator[Serve]:
     """Start a server: serve(options for the fake engine, server={...}, deployments={...}, ready=False)."""
     running: list[Harness] = []
 
@@ -29,7 +45,7 @@ async def serve() -> AsyncIterator[Serve]:
         **sections: Any,
     ) -> Harness:
         tree: dict[str, Any] = {
-            "server": {"port": 0, "grace_s": 2.0} | (server or {}),
+            "server": {"port": 0, "grace_s": 2.0, "door": door} | (server or {}),
             "deployments": {"fake": {"engine": "fake", "options": options or {}}},
         } | sections
         engines: list[Engine] = []

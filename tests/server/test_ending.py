@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import grpc
 import pytest
 
 from tests.server.harness import Serve, collect, details, kinds
+from twinjet.engines.base import Run
+from twinjet.engines.fake import FakeEngine, FakeTokenizer
+from twinjet.errors import DeadlinePassed, DeadlineUnreachable
+from twinjet.request import EngineRequest
+from twinjet.server.status import to_failure
 from twinjet.v1 import admin_pb2, generation_pb2, sampling_pb2
 
 Request = generation_pb2.GenerateRequest
@@ -37,6 +43,42 @@ async def test_a_deadline_ends_the_engines_work(serve: Serve) -> None:
         await collect(h.inference.Generate(Request(text="x"), timeout=0.2))
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await h.until_idle()
+
+
+async def test_a_deadline_counts_from_the_calls_arrival_whatever_came_before_admission(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = await serve()
+    encode = FakeTokenizer.encode
+    deadlines: list[float | None] = []
+    submit = FakeEngine.submit
+
+    def slow_encode(self: FakeTokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+        time.sleep(0.5)
+        return encode(self, text, add_special_tokens=add_special_tokens)
+
+    def spy(self: FakeEngine, request: EngineRequest, run: Run) -> None:
+        deadlines.append(request.deadline)
+        submit(self, request, run)
+
+    monkeypatch.setattr(FakeTokenizer, "encode", slow_encode)
+    monkeypatch.setattr(FakeEngine, "submit", spy)
+    began = time.monotonic()
+    await collect(h.inference.Generate(Request(text="x", sampling=Sampling(max_tokens=1)), timeout=20))
+    chat = generation_pb2.ChatRequest(messages=[{"role": "user", "content": "x"}], sampling={"max_tokens": 1})
+    between = time.monotonic()
+    await collect(h.inference.Chat(chat, timeout=20))
+    for start, deadline in zip((began, between), deadlines, strict=True):
+        assert deadline is not None
+        # gRPC sends the time that is left, in whole milliseconds at best.
+        assert deadline >= start + 20 - 0.1
+
+
+async def test_a_deadline_that_cannot_be_met_has_a_reason_of_its_own() -> None:
+    passed, unreachable = to_failure(DeadlinePassed("x")), to_failure(DeadlineUnreachable("x"))
+    assert passed.code is unreachable.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert b"DEADLINE_PASSED" in passed.trailing_metadata[0][1]
+    assert b"DEADLINE_UNREACHABLE" in unreachable.trailing_metadata[0][1]
 
 
 async def test_an_operator_can_abort(serve: Serve) -> None:

@@ -64,10 +64,13 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Iterator[Service]:
-    with server(tmp_path_factory.mktemp("server"), SETTINGS) as (process, address):
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "server.log"
+    with server(folder, SETTINGS) as (process, address):
         service = Service(process, address)
         yield service
         below = descendants(process.pid)
+        num_logged = log.stat().st_size
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         deadline = time.monotonic() + 10
@@ -75,6 +78,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> 
             time.sleep(0.05)
         assert not [pid for pid in below if is_alive(pid)], "the server left processes behind"
         service.channel.close()
+    last_words = log.read_bytes()[num_logged:].decode()
+    assert not any(word in last_words for word in ("ERROR", "Traceback", "failed")), last_words
 
 
 def test_a_stranger_gets_the_capital_of_france_through_reflection_alone(service: Service) -> None:

@@ -1,93 +1,17 @@
-"""The buffer between an engine and a slow reader, against the plain list of what was put in."""
+"""Writes to a reader that stops: interrupted by whoever asks, and by the watch over all writers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from twinjet.engines.base import EngineEvent, Finish, OutputEvent, PromptEvent
-from twinjet.errors import EngineDied, SlowReader
-from twinjet.server.stream import StreamBuffer, StreamWriter
-
-_deltas = st.builds(
-    OutputEvent,
-    output_index=st.integers(0, 3),
-    text=st.text(max_size=4),
-    token_ids=st.lists(st.integers(0, 9), max_size=3).map(tuple),
-)
-_reads = st.just("read")
+from twinjet.errors import SlowReader
+from twinjet.server.stream import StreamWriter, WriterWatch
 
 
-@given(st.lists(st.one_of(_deltas, _reads), max_size=60))
-async def test_whatever_the_reader_does_each_output_arrives_whole_and_in_order(
-    steps: list[OutputEvent | str],
-) -> None:
-    buffer = StreamBuffer(1 << 20)
-    reader = buffer.__aiter__()
-    put: dict[int, list[object]] = defaultdict(lambda: ["", []])
-    got: dict[int, list[object]] = defaultdict(lambda: ["", []])
-    num_waiting: dict[int, int] = defaultdict(int)
-
-    def account(totals: dict[int, list[object]], event: EngineEvent) -> None:
-        assert isinstance(event, OutputEvent)
-        totals[event.output_index][0] += event.text  # type: ignore[operator]
-        totals[event.output_index][1] += list(event.token_ids)  # type: ignore[operator]
-
-    for step in steps:
-        if isinstance(step, OutputEvent):
-            buffer.put(step)
-            account(put, step)
-            num_waiting[step.output_index] = 1
-        elif sum(num_waiting.values()):
-            event = await anext(reader)
-            account(got, event)  # type: ignore[arg-type]
-            num_waiting[event.output_index] = 0  # type: ignore[union-attr]
-    buffer.close()
-    num_left = 0
-    async for event in reader:
-        account(got, event)  # type: ignore[arg-type]
-        num_left += 1
-    assert num_left == sum(num_waiting.values()), "more than one delta waited for an output"
-    assert dict(got) == dict(put)
-
-
-async def test_the_reason_of_the_last_delta_survives_merging() -> None:
-    buffer = StreamBuffer(1 << 20)
-    buffer.put(PromptEvent(0))
-    buffer.put(OutputEvent(0, "a", (1,)))
-    buffer.put(OutputEvent(0, "b", (2,), finish=Finish("length")))
-    buffer.close()
-    assert [e async for e in buffer] == [
-        PromptEvent(0),
-        OutputEvent(0, "ab", [1, 2], [], Finish("length")),
-    ]
-
-
-async def test_what_came_before_an_error_is_read_before_it() -> None:
-    buffer = StreamBuffer(1 << 20)
-    buffer.put(OutputEvent(0, "a", (1,)))
-    buffer.close(EngineDied())
-    reader = buffer.__aiter__()
-    assert (await anext(reader)).text == "a"  # type: ignore[union-attr]
-    with pytest.raises(EngineDied):
-        await anext(reader)
-
-
-async def test_too_much_that_waits_is_an_error_and_reading_makes_room() -> None:
-    told: list[SlowReader] = []
-    buffer = StreamBuffer(100, told.append)
-    reader = buffer.__aiter__()
-    for _ in range(5):
-        buffer.put(OutputEvent(0, "x" * 50, (1,)))
-        await anext(reader)
-    buffer.put(OutputEvent(0, "x" * 50, (1,)))
-    with pytest.raises(SlowReader):
-        buffer.put(OutputEvent(1, "x" * 50, (1,)))
-    assert len(told) == 1
+async def _block(_: object) -> None:
+    await asyncio.Event().wait()
 
 
 async def test_a_blocked_write_can_be_interrupted() -> None:
@@ -97,11 +21,38 @@ async def test_a_blocked_write_can_be_interrupted() -> None:
         blocked.set()
         await asyncio.Event().wait()
 
-    writer = StreamWriter(write, limit_s=60)
-    task = asyncio.create_task(writer.write("x"))
+    writer = StreamWriter(write)
+    task = asyncio.create_task(writer.write(b"x"))
     await blocked.wait()
     writer.interrupt(SlowReader("enough"))
     with pytest.raises(SlowReader, match="enough"):
         await task
     with pytest.raises(SlowReader, match="enough"):
-        await writer.write("y")
+        await writer.write(b"y")
+
+
+async def test_a_cancelled_write_stays_cancelled() -> None:
+    writer = StreamWriter(_block)
+    task = asyncio.create_task(writer.write(b"x"))
+    await asyncio.sleep(0)
+    writer.interrupt(SlowReader("enough"))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_one_watch_ends_blocked_writes_and_no_others() -> None:
+    watch = WriterWatch(0.2)
+    blocked, idle = StreamWriter(_block), StreamWriter(_block)
+    watch.add(blocked)
+    watch.add(idle)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(SlowReader, match=r"nothing for 0\.2 s"):
+        await asyncio.wait_for(blocked.write(b"x"), 5)
+    assert asyncio.get_running_loop().time() - began >= 0.2
+    watch.discard(blocked)
+    task = asyncio.create_task(idle.write(b"x"))
+    watch.discard(idle)
+    await asyncio.sleep(0.4)
+    assert not task.done(), "one that is no longer watched"
+    task.cancel()

@@ -8,6 +8,11 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # A server that has gone without a word is noticed within a minute, even in a long silent prefill.
     ("grpc.keepalive_time_ms", 40_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # gRPC's own bound is two minutes between two tries to connect: too long once the server is back.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Despite its name, how long one try to connect may take.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
 ]
 
 

@@ -8,7 +8,7 @@ TwinjetClientError
 ├── AccessDenied       PERMISSION_DENIED, UNAUTHENTICATED
 ├── Overloaded         RESOURCE_EXHAUSTED: retry_after_s says when to come back
 ├── Unavailable        UNAVAILABLE: loading, draining, dead or not reachable
-├── DeadlinePassed     DEADLINE_EXCEEDED
+├── DeadlinePassed     DEADLINE_EXCEEDED; reason DEADLINE_UNREACHABLE: refused at once, as it would pass
 ├── Cancelled          CANCELLED: by this client or by an operator
 ├── ServerFailure      everything else: the server's fault
 └── IncompleteStream   the stream ended well but without a summary

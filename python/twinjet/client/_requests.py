@@ -27,6 +27,7 @@ class Options:
     cache_salt: str = ""
     adapter: str = ""
     report_queue: bool | None = None
+    session: str = ""
 
 
 Prompt = str | Sequence[int]
@@ -90,6 +91,7 @@ def chat_request(
     options: Options | None,
     model: str,
     continue_final_message: bool,
+    parse_control_tokens: bool = False,
 ) -> generation_pb2.ChatRequest:
     """Give a ChatRequest."""
     return generation_pb2.ChatRequest(
@@ -98,6 +100,7 @@ def chat_request(
         sampling=sampling_message(sampling),
         options=options_message(options),
         continue_final_message=continue_final_message or None,
+        parse_control_tokens=parse_control_tokens or None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from twinjet.client._errors import DeadlinePassed, Overloaded, TwinjetClientError, Unavailable
 
@@ -26,6 +27,17 @@ class RetryPolicy:
     max_delay_s: float = 30.0
 
 
+class Pause(NamedTuple):
+    """Seconds to wait before the next try. Between the two, a server that says it serves again ends the wait."""
+
+    at_least_s: float
+    at_most_s: float
+
+    @property
+    def may_end_early(self) -> bool:
+        return self.at_least_s < self.at_most_s
+
+
 class Attempts:
     """The tries of one call, whose deadline they share. timeout_s: None is no deadline."""
 
@@ -44,8 +56,8 @@ class Attempts:
             raise DeadlinePassed("the deadline passed before the call began", code="DEADLINE_EXCEEDED")
         return left_s
 
-    def delay_after(self, error: TwinjetClientError) -> float:
-        """Give the seconds to wait before the next try; raises the error itself if there is none.
+    def pause_after(self, error: TwinjetClientError) -> Pause:
+        """Say how long to wait before the next try; raises the error itself if there is none.
 
         A request that an engine had when it died is not sent again: it may be what ended the engine.
         An overload is only tried again if the server says when: without RetryInfo it is a limit, such as a
@@ -59,9 +71,12 @@ class Attempts:
             raise error
         backoff_s = min(self._policy.max_delay_s, self._policy.first_delay_s * 2.0 ** (self._num_failed - 1))
         asked_s = error.retry_after_s
-        delay_s = (asked_s if asked_s is not None else backoff_s) + random.uniform(0, 0.2) * backoff_s
+        jitter_s = random.uniform(0, 0.2) * backoff_s
+        delay_s = (asked_s if asked_s is not None else backoff_s) + jitter_s
         if asked_s is not None and asked_s > self._policy.max_delay_s:
             raise error
         if self._deadline is not None and time.monotonic() + delay_s >= self._deadline:
             raise error
-        return delay_s
+        # A model that loads or restarts says roughly when it will be back; its health says it exactly.
+        least_s = min(delay_s, backoff_s + jitter_s) if isinstance(error, Unavailable) else delay_s
+        return Pause(least_s, delay_s)

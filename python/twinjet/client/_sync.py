@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
 
+from twinjet.client._address import check_address, check_token
 from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
 from twinjet.client._errors import IncompleteStream, from_rpc_error
 from twinjet.client._events import (
@@ -22,6 +22,7 @@ from twinjet.client._events import (
     event_of,
     usage_of,
 )
+from twinjet.client._health import wait
 from twinjet.client._requests import (
     Conversation,
     Message,
@@ -32,12 +33,13 @@ from twinjet.client._requests import (
     generate_request,
     tokenize_request,
 )
-from twinjet.client._retry import Attempts, RetryPolicy
+from twinjet.client._retry import Attempts, Pause, RetryPolicy
 from twinjet.request import SamplingOverrides
-from twinjet.v1 import admin_pb2, model_pb2, service_pb2_grpc, tokenization_pb2
+from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc, tokenization_pb2
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
+_Wait = Callable[[Pause], None]
 
 
 class Stream:
@@ -47,8 +49,9 @@ class Stream:
     working on it. Reading raises the exceptions of this package.
     """
 
-    def __init__(self, open_stream: _OpenStream, attempts: Attempts) -> None:
+    def __init__(self, open_stream: _OpenStream, wait: _Wait, attempts: Attempts) -> None:
         self._open = open_stream
+        self._wait = wait
         self._attempts = attempts
         self._events = self._run()
 
@@ -111,7 +114,7 @@ class Stream:
                 call.cancel()
             if has_begun:
                 raise error
-            time.sleep(self._attempts.delay_after(error))
+            self._wait(self._attempts.pause_after(error))
 
 
 class Client:
@@ -131,6 +134,8 @@ class Client:
         timeout_s: float | None = None,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
+        check_address(address)
+        check_token(token)
         options = [*CHANNEL_OPTIONS, *channel_options]
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
@@ -176,10 +181,16 @@ class Client:
         model: str = "",
         options: Options | None = None,
         continue_final_message: bool = False,
+        parse_control_tokens: bool = False,
         timeout_s: float | None = None,
     ) -> Stream:
-        """Continue a conversation; a plain string is what the user says."""
-        request = chat_request(messages, sampling, options, model, continue_final_message)
+        """Continue a conversation; a plain string is what the user says.
+
+        parse_control_tokens: control tokens in the content count as such, instead of being plain text.
+        """
+        request = chat_request(
+            messages, sampling, options, model, continue_final_message, parse_control_tokens
+        )
         return self._stream(self._inference.Chat, request, timeout_s)
 
     def tokenize(
@@ -238,6 +249,28 @@ class Client:
         request = admin_pb2.GetLoadRequest(model=model)
         return list((self._unary(self._admin.GetLoad, request, timeout_s)).models)
 
+    def get_routes(self, *, timeout_s: float | None = None) -> routing_pb2.GetRoutesResponse:
+        """Tell which deployments answer for each model; needs the admin token or a local server."""
+        request = routing_pb2.GetRoutesRequest()
+        response: routing_pb2.GetRoutesResponse = self._unary(self._admin.GetRoutes, request, timeout_s)
+        return response
+
+    def set_route(
+        self,
+        route: routing_pb2.Route,
+        *,
+        revision: int | None = None,
+        remove: bool = False,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Replace the route of route.model, or remove it; gives the new revision of the routes.
+
+        revision: refused if the routes are at another one by now. Needs the admin token or a local server.
+        """
+        request = routing_pb2.SetRouteRequest(route=route, revision=revision, remove=remove)
+        response: routing_pb2.SetRouteResponse = self._unary(self._admin.SetRoute, request, timeout_s)
+        return response.revision
+
     def abort(self, request_id: str, *, timeout_s: float | None = None) -> None:
         """End a request, whoever sent it; needs the admin token or a local server."""
         self._unary(self._admin.Abort, admin_pb2.AbortRequest(request_id=request_id), timeout_s)
@@ -248,6 +281,7 @@ class Client:
     def _stream(self, method: Any, request: Any, timeout_s: float | None) -> Stream:
         return Stream(
             lambda left_s: method(request, timeout=left_s, metadata=self._metadata),
+            lambda pause: wait(self._channel, request.model, pause),
             self._attempts(timeout_s),
         )
 
@@ -258,4 +292,4 @@ class Client:
                 return method(request, timeout=attempts.remaining_s, metadata=self._metadata)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-            time.sleep(attempts.delay_after(error))
+            wait(self._channel, getattr(request, "model", ""), attempts.pause_after(error))

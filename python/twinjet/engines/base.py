@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from twinjet.request import EngineRequest, SamplingOverrides
 
 if TYPE_CHECKING:
-    from twinjet.grammar.vocabulary import Vocabulary
+    from twinjet._core import Pump, Vocabulary
+    from twinjet.grammar.vocabulary import Vocabulary as GrammarVocabulary
 
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
@@ -62,7 +63,10 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine is and can do, valid once start() has returned."""
+    """What an engine is and can do, valid once start() has returned.
+
+    settings: effective settings that bear on speed and results, by the engine's own names.
+    """
 
     name: Literal["vllm", "tensorrt_llm", "fake"]
     version: str
@@ -75,6 +79,7 @@ class EngineInfo:
     sampler: Component
     block_manager: Component
     kv_cache: KvCache | None
+    settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,11 +164,28 @@ class ChatTurn:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as its template renders it.
+
+    plain_spans: from and to in characters, ascending: text that came from the conversation's content and would
+    read as a control token.
+    """
+
+    text: str
+    plain_spans: tuple[tuple[int, int], ...] = ()
+
+
 class Tokenizer(Protocol):
     """Text to tokens and back for one model. Thread-safe; calls may take milliseconds for long texts."""
 
     vocab_size: int
     has_chat_template: bool
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What each token says; joins tokens as decode() does."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -174,6 +196,14 @@ class Tokenizer(Protocol):
 
         Raises InvalidRequest if the template refuses the conversation.
         """
+        ...
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        """Render a conversation whose content cannot steer the template; see render_chat."""
+        ...
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        """Give the token ids of a rendering, whose plain spans give no control token. Raises InvalidRequest."""
         ...
 
 
@@ -226,6 +256,71 @@ class Engine(Protocol):
         ...
 
 
+LogprobRow = tuple[Sequence[int], Sequence[float], int | None]
+"""Token ids and their log probabilities, the token in the sequence first, then the best; the first one's rank."""
+
+StepRow = tuple[
+    int,
+    Sequence[int],
+    Literal["stop", "length", "aborted", "failed"] | None,
+    int | str | None,
+    tuple[int | None, Sequence[LogprobRow] | None] | None,
+    Sequence[LogprobRow] | None,
+]
+"""What a step gave one sequence: key, new token ids, finish, stopped by, prompt, logprobs.
+
+finish, stopped by: the engine's word on the end, None while it goes on or if it leaves ends to the pump.
+prompt: once, with or before the first tokens of a request: cached tokens, and prompt logprobs if asked for.
+logprobs: a row a token, if asked for.
+"""
+
+
+class Outlet(Protocol):
+    """Where an engine puts its steps; used on the engine's loop, but see pump."""
+
+    @property
+    def pump(self) -> Pump:
+        """Takes steps of native threads as well, if each request's vocabulary is native; then collect()."""
+        ...
+
+    def step(self, rows: list[StepRow]) -> None:
+        """Put one step, of as many sequences as ran. May call the engine's cancel()."""
+        ...
+
+    def collect(self) -> None:
+        """Act on steps that were put into the pump itself."""
+        ...
+
+
+class Run(Protocol):
+    """A request in an engine that puts its steps into an outlet. key: of output 0; output i has key + i."""
+
+    @property
+    def key(self) -> int: ...
+
+    @property
+    def outlet(self) -> Outlet: ...
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error, one that Engine.generate may raise; the first one counts."""
+        ...
+
+
+class PushEngine(Engine, Protocol):
+    """An engine that puts its steps into pumps, all sequences at once, instead of being read request by request.
+
+    Its generate() is engines.pushed.read().
+    """
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
+        """Begin a request. Raises as generate() does, or fails the run later."""
+        ...
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        """Stop work on one output, or on the request, within one step and forget it; nothing if it is unknown."""
+        ...
+
+
 class EmbeddingEngine(Protocol):
     """Capability "embed"."""
 
@@ -239,7 +334,7 @@ class EmbeddingEngine(Protocol):
 class GrammarEngine(Protocol):
     """An engine that takes constraints as grammars compiled by the server (EngineRequest.grammar)."""
 
-    async def vocabulary(self, folder: Path) -> Vocabulary:
+    async def vocabulary(self, folder: Path) -> GrammarVocabulary:
         """Write the model's vocabulary into a folder. Raises GrammarUnavailable."""
         ...
 

@@ -48,7 +48,7 @@ def make_engine(name: str, settings: DeploymentSettings) -> Engine:
                 native_block_manager=settings.native_block_manager,
             )
         case "tensorrt_llm":
-            from twinjet.engines.tensorrt_llm.engine import TrtLlmEngine
+            from twinjet.engines.tensorrt_llm.front.engine import TrtLlmEngine
 
             return TrtLlmEngine(
                 name, settings.model, settings.options, native_sampler=settings.native_sampler

@@ -15,13 +15,15 @@ import itertools
 import re
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from twinjet._core import Vocabulary
+from twinjet.engines import pushed
 from twinjet.engines.base import (
     Capability,
     ChatTurn,
@@ -29,17 +31,16 @@ from twinjet.engines.base import (
     EngineEvent,
     EngineInfo,
     EngineLoad,
-    Finish,
     KvCache,
     Limits,
     LoadProgress,
-    Logprob,
-    OutputEvent,
-    PromptEvent,
-    TokenLogprobs,
+    LogprobRow,
+    Outlet,
+    RenderedChat,
+    Run,
+    StepRow,
 )
 from twinjet.engines.fixed_logits import fixed_logits
-from twinjet.engines.stops import StopScanner
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, SamplingOverrides
 
@@ -81,11 +82,18 @@ class FakeOptions(BaseModel):
     die_at_start: int = Field(0, ge=0, description="so many starts in this process die first")
 
 
+def _spell(byte: int) -> str:
+    """Spell a byte as byte-level BPE does: itself if printable, else a character from U+0100 on, in order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte if byte in plain else 256 + byte - sum(p < byte for p in plain))
+
+
 class FakeTokenizer:
     """Bytes as tokens, BOS in front; a chat is role and content a line."""
 
     vocab_size = VOCAB_SIZE
     has_chat_template = True
+    vocabulary = Vocabulary("byte_level", [*map(_spell, range(256)), "<eos>", "<bos>"], special=[EOS, BOS])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -101,6 +109,13 @@ class FakeTokenizer:
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
         lines = [f"{turn.role}: {turn.content}" for turn in messages]
         return "\n".join(lines if continue_final else [*lines, "assistant: "])
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        # No text is read as BOS or EOS.
+        return RenderedChat(self.render_chat(messages, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        return self.encode(rendered.text, add_special_tokens=add_special_tokens)
 
 
 def mix(*parts: int) -> int:
@@ -122,7 +137,6 @@ class _Sequence:
         self.index = index
         self.num_generated = 0
         self.num_blocks = 0
-        self.stops = StopScanner(request.sampling.stop, include=request.sampling.include_stop)
         # Where output is logits: our sampler's side of this output, and the token of the present step.
         self.row: SamplerRequest | None = None
         self.drawn: int | None = None
@@ -177,35 +191,20 @@ class _Sequence:
             draw = mix(base, position) % 32
             yield 97 + draw if draw < 26 else 32
 
-    def step(self) -> OutputEvent:
-        """Give one token and, with the last one, why the output ends."""
+    def step(self) -> tuple[int, Literal["stop", "length"] | None]:
+        """Give one token and, with the last one, why the output ends; it knows nothing of stop strings."""
         sampling = self.request.sampling
         token = next(self._script, EOS)
         self.num_generated += 1
-        text = self.stops.feed(chr(token) if token < 128 else "\ufffd" if token < 256 else "")
-        finish: Finish | None = None
-        may_stop = self.num_generated > sampling.min_tokens
-        if self.stops.matched is not None:
-            finish = Finish("stop", self.stops.matched)
-        elif token == EOS and not sampling.ignore_eos:
-            finish = Finish("stop", EOS, is_eos=True)
-        elif token in sampling.stop_token_ids and may_stop:
-            text = text if sampling.include_stop else ""
-            finish = Finish("stop", token)
-        elif self.num_generated >= sampling.max_tokens:
-            finish = Finish("length")
-        if finish is not None:
-            text += self.stops.flush()
-        logprobs = [] if sampling.logprobs is None else [_logprobs(token, sampling.logprobs)]
-        return OutputEvent(self.index, text, (token,), logprobs, finish)
+        is_end = token == EOS and not sampling.ignore_eos
+        if (is_end or token in sampling.stop_token_ids) and self.num_generated > sampling.min_tokens:
+            return token, "stop"
+        return token, "length" if self.num_generated >= sampling.max_tokens else None
 
 
-def _logprobs(token: int, num_top: int) -> TokenLogprobs:
-    def entry(rank: int) -> Logprob:
-        rival = (token + rank - 1) % 256
-        return Logprob(rival, -0.5 * rank, rank, chr(rival) if rival < 128 else "\ufffd")
-
-    return TokenLogprobs(entry(1), tuple(entry(rank) for rank in range(1, num_top + 1)))
+def _logprobs(token: int, num_top: int) -> LogprobRow:
+    ranks = [1, *range(1, num_top + 1)]
+    return [(token + rank - 1) % 256 for rank in ranks], [-0.5 * rank for rank in ranks], 1
 
 
 @dataclass(eq=False)
@@ -214,7 +213,7 @@ class _Running:
 
     request: EngineRequest
     sequences: list[_Sequence]
-    events: asyncio.Queue[EngineEvent | Exception] = field(default_factory=asyncio.Queue)
+    run: Run
     num_cached_tokens: int = 0
     told_prompt: bool = False
     misbehave: Callable[[int], Exception | None] = lambda _: None
@@ -283,6 +282,7 @@ class FakeEngine:
             sampler=self._component,
             block_manager=Component("engine", reason="the fake engine counts blocks only"),
             kv_cache=KvCache(options.num_blocks, options.block_size),
+            settings={"step_s": f"{options.step_s:g}", "output": options.output},
         )  # fmt: skip
 
     async def load(self) -> EngineLoad:
@@ -294,25 +294,27 @@ class FakeEngine:
             preemptions=self._num_preemptions,
         )
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
+        return pushed.read(self, request)
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
         self._check_alive()
-        entry = self._admit(request)
-        try:
-            open_outputs = request.sampling.n
-            while open_outputs:
-                event = await entry.events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if isinstance(event, OutputEvent) and event.finish is not None:
-                    open_outputs -= 1
-        finally:
-            self._release(entry)
+        self._admit(request, run)
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        entry = self._requests.get(request_id)
+        if entry is None:
+            return
+        if output_index is None:
+            del self._requests[request_id]
+        for sequence in entry.sequences:
+            if output_index in (None, sequence.index):
+                self._drop(sequence)
 
     async def abort(self, request_id: str) -> None:
         entry = self._requests.get(request_id)
         if entry is not None:
-            entry.events.put_nowait(RequestAborted(f"request {request_id!r} was aborted"))
+            entry.run.fail(RequestAborted(f"request {request_id!r} was aborted"))
 
     async def embed(
         self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
@@ -336,8 +338,8 @@ class FakeEngine:
         assert self._death is not None, "start() has not returned"
         if not self._death.done():
             self._death.set_result(reason)
-        for entry in self._requests.values():
-            entry.events.put_nowait(EngineDied(reason))
+        for entry in list(self._requests.values()):
+            entry.run.fail(EngineDied(reason))
 
     async def stop(self) -> None:
         if self._loop_task is not None:
@@ -351,11 +353,11 @@ class FakeEngine:
         if self._death.done():
             raise EngineDied("the fake engine is dead")
 
-    def _admit(self, request: EngineRequest) -> _Running:
+    def _admit(self, request: EngineRequest, run: Run) -> None:
         if request.sampling.constraint is not None and request.sampling.constraint.kind != "choice":
             raise InvalidRequest.of("sampling.constraint", "the fake engine knows only choice")
         sequences = [_Sequence(request, i, self._options) for i in range(request.sampling.n)]
-        entry = _Running(request, sequences)
+        entry = _Running(request, sequences, run)
         text = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
         entry.stalled = "!stall" in text
         if found := re.search(r"!(fail|die)(?::(\d+))?", text):
@@ -365,7 +367,6 @@ class FakeEngine:
         self._requests[request.request_id] = entry
         self._waiting.extend(sequences)
         self._work.set()
-        return entry
 
     def _trouble(self, kind: str | Any) -> Exception:
         if kind == "die":
@@ -386,11 +387,6 @@ class FakeEngine:
             self._prefixes.popitem(last=False)
         return hits
 
-    def _release(self, entry: _Running) -> None:
-        self._requests.pop(entry.request.request_id, None)
-        for sequence in entry.sequences:
-            self._drop(sequence)
-
     def _drop(self, sequence: _Sequence) -> None:
         self._free_blocks += sequence.num_blocks
         sequence.num_blocks = 0
@@ -405,11 +401,18 @@ class FakeEngine:
                 self._work.clear()
                 await self._work.wait()
             prefill_tokens = self._take_up()
-            await asyncio.sleep(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
+            await self._pause(self._options.step_s + prefill_tokens * self._options.prefill_token_s)
             if self._sampler is not None:
                 self._draw(self._sampler)
+            rows: dict[Outlet, list[StepRow]] = {}
             for sequence in list(self._running):
-                self._step(sequence)
+                self._step(sequence, rows)
+            for outlet, of_it in rows.items():
+                outlet.step(of_it)
+
+    async def _pause(self, step_s: float) -> None:
+        """Let a step take its time; what simulates an unsteady machine overrides it."""
+        await asyncio.sleep(step_s)
 
     def _draw(self, sampler: Sampler) -> None:
         """Draw the next token of every running sequence in one batch, as a real engine does."""
@@ -457,7 +460,7 @@ class FakeEngine:
                 return False
         return True
 
-    def _step(self, sequence: _Sequence) -> None:
+    def _step(self, sequence: _Sequence, rows: dict[Outlet, list[StepRow]]) -> None:
         entry = self._requests.get(sequence.request.request_id)
         if entry is None or sequence not in self._running or entry.stalled:
             return
@@ -467,19 +470,22 @@ class FakeEngine:
         if sequence.drawn == -1:
             trouble = RequestFailed("no token is admissible", reason="NO_ADMISSIBLE_TOKEN")
         if trouble is not None:
-            entry.events.put_nowait(trouble)
+            entry.run.fail(trouble)
             self._drop(sequence)
             return
-        if not entry.told_prompt:
-            entry.told_prompt = True
-            entry.events.put_nowait(PromptEvent(entry.num_cached_tokens, self._prompt_logprobs(entry)))
-        event = sequence.step()
-        entry.events.put_nowait(event)
-        if event.finish is not None:
+        prompt = None if entry.told_prompt else (entry.num_cached_tokens, self._prompt_logprobs(entry))
+        entry.told_prompt = True
+        token, finish = sequence.step()
+        if finish is not None:
             self._drop(sequence)
+        num_top = sequence.request.sampling.logprobs
+        logprobs = None if num_top is None else (_logprobs(token, num_top),)
+        rows.setdefault(entry.run.outlet, []).append(
+            (entry.run.key + sequence.index, (token,), finish, None, prompt, logprobs)
+        )
 
     @staticmethod
-    def _prompt_logprobs(entry: _Running) -> tuple[TokenLogprobs, ...] | None:
+    def _prompt_logprobs(entry: _Running) -> tuple[LogprobRow, ...] | None:
         num_top = entry.request.sampling.prompt_logprobs
         if num_top is None:
             return None

@@ -13,9 +13,18 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from twinjet.engines.base import Engine, EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
+from twinjet.engines.base import (
+    Engine,
+    EngineEvent,
+    EngineInfo,
+    EngineLoad,
+    LoadProgress,
+    PushEngine,
+    Run,
+    Tokenizer,
+)
 from twinjet.errors import ConfigError, EngineDied, TwinjetError, Unavailable
 from twinjet.request import EngineRequest, SamplingOverrides, check_defaults, resolve_sampling
 from twinjet.scheduler import Dispatcher
@@ -47,8 +56,9 @@ class SupervisorSettings:
 class _Observed:
     """An engine whose requests are counted and whose last event is timed."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, last_step_at: Callable[[], float]) -> None:
         self._engine = engine
+        self._last_step_at = last_step_at
         self.num_running = 0
         self.last_progress = time.monotonic()
         self.abort = engine.abort
@@ -77,10 +87,39 @@ class _Observed:
     async def wait_stalled(self, stall_s: float) -> str:
         """Return once requests run and none has made progress for stall_s."""
         while True:
-            idle_s = time.monotonic() - self.last_progress if self.num_running else 0.0
+            last = max(self.last_progress, self._last_step_at())
+            idle_s = time.monotonic() - last if self.num_running else 0.0
             if idle_s >= stall_s:
                 return f"no token for {idle_s:.0f} s while {self.num_running} requests run"
             await asyncio.sleep(stall_s - idle_s)
+
+
+class _ObservedPush(_Observed):
+    """The same of an engine that pushes its steps, which are timed where they arrive."""
+
+    def __init__(self, engine: PushEngine, last_step_at: Callable[[], float]) -> None:
+        super().__init__(engine, last_step_at)
+        self._push = engine
+        self._submitted: set[str] = set()
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
+        self._push.submit(request, run)
+        if self.num_running == 0:
+            self.last_progress = time.monotonic()
+        self._submitted.add(request.request_id)
+        self.num_running += 1
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        self._push.cancel(request_id, output_index)
+        if output_index is None and request_id in self._submitted:
+            self._submitted.remove(request_id)
+            self.num_running -= 1
+
+
+def _observed(engine: Engine, last_step_at: Callable[[], float]) -> _Observed:
+    if hasattr(engine, "submit"):
+        return _ObservedPush(cast("PushEngine", engine), last_step_at)
+    return _Observed(engine, last_step_at)
 
 
 class Supervisor:
@@ -98,6 +137,7 @@ class Supervisor:
         self.state = State.LOADING
         self.progress = LoadProgress("waiting to start", 0.0)
         self.failure = ""
+        self.last_error = ""
         self.config_error: ConfigError | None = None
         self.num_restarts = 0
         self._make_engine = make_engine
@@ -159,8 +199,10 @@ class Supervisor:
                 self._fail(str(error))
                 return
             except TwinjetError as error:
+                self.last_error = str(error)
                 logger.warning("engine of %s did not start: %s", self.name, error)
             except Exception:
+                self.last_error = "its start failed; the server's log has more"
                 logger.exception("engine of %s did not start", self.name)
             failures = 1 if lived_s > HEALTHY_AFTER_S else failures + 1
             if failures > self._settings.max_restarts:
@@ -183,7 +225,7 @@ class Supervisor:
             # Not wait_for, which before Python 3.12 can lose a cancellation.
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._probe(engine, info)
-            observed = _Observed(engine)
+            observed = _observed(engine, lambda: self._dispatcher.last_step_at)
             self._engine = engine
             self._dispatcher.attach(observed, info)
             logger.info("%s ready after %.1f s", self.name, self.elapsed_s)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.nodes
@@ -21,8 +21,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
-from twinjet.engines.base import ChatTurn
+from twinjet.engines.base import ChatTurn, RenderedChat
 from twinjet.errors import ConfigError, InvalidRequest, Unsupported
+from twinjet.models.content import ContentGuard
+
+if TYPE_CHECKING:
+    from twinjet._core import Vocabulary
 
 _SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -129,6 +133,7 @@ class HfTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        self._guard = ContentGuard(self._tokenizer)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.has_chat_template: bool = self._template is not None
         if self._template is not None:
@@ -136,6 +141,13 @@ class HfTokenizer:
                 _compile(self._template)
             except jinja2.TemplateError as error:
                 raise ConfigError(f"the chat template of {folder} does not compile: {error}") from error
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What each token says; read once, some tenths of a second for a large vocabulary."""
+        from twinjet.models.vocabulary import read_vocabulary
+
+        return read_vocabulary(self._tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Give the token ids of a text; add_special_tokens adds those that tokenizer.json says."""
@@ -168,6 +180,16 @@ class HfTokenizer:
             )
         # The mark kept the message's trailing space alive; a template that trims would have cut it.
         return head if tail.startswith(_TRIM_PROBE) else head.rstrip()
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        """Render a conversation whose content cannot steer the template; raises as render_chat does."""
+        cover = self._guard.cover()
+        covered = [ChatTurn(turn.role, cover.hide(turn.content)) for turn in messages]
+        return cover.reveal(self.render_chat(covered, continue_final=continue_final))
+
+    def encode_rendered(self, rendered: RenderedChat, *, add_special_tokens: bool) -> list[int]:
+        """Give the token ids of a rendering, whose plain spans give no control token. Raises InvalidRequest."""
+        return self._guard.encode(rendered, add_special_tokens=add_special_tokens)
 
     def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         assert self._template is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final, NoReturn, get_args
 
@@ -17,6 +17,7 @@ from twinjet.engines.base import EngineInfo
 from twinjet.errors import (
     AlreadyExists,
     DeadlinePassed,
+    DeadlineUnreachable,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -44,11 +45,11 @@ class Scheduler:
 
     __slots__ = (
         "_attached", "_cached_weight", "_deadlines", "_draining", "_early_tokens", "_entries", "_fair",
-        "_first_token_s", "_idle_tenants", "_input_weight", "_is_blocked", "_ledger", "_lengths",
+        "_first_token_s", "_free_indexes", "_idle_tenants", "_input_weight", "_is_blocked", "_ledger", "_lengths",
         "_max_running", "_max_waiting", "_max_waiting_bytes", "_max_waiting_tokens", "_num_arrivals",
         "_num_expired", "_num_leaving", "_num_running", "_num_running_sequences", "_output_rate",
         "_output_weight", "_pacer", "_per_token_s", "_prompt_rate", "_queue", "_refused", "_served_work",
-        "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
+        "_tenant_at", "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
     )  # fmt: skip
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -71,6 +72,8 @@ class Scheduler:
         )
         self._entries: dict[str, Entry] = {}
         self._tenants: dict[str, Tenant] = {}
+        self._tenant_at: list[Tenant | None] = []
+        self._free_indexes: list[int] = []
         self._idle_tenants: OrderedDict[str, Tenant] = OrderedDict()
         self._deadlines: list[tuple[float, int, Entry]] = []
         self._num_arrivals = 0
@@ -222,6 +225,34 @@ class Scheduler:
         entry.is_leaving = True
         self._num_leaving += 1
         return self._queue.num_waiting > 0
+
+    # The same for requests whose tokens the pump counts. It appends to the ledger itself.
+
+    @property
+    def ledger(self) -> KvLedger | None:
+        return self._ledger
+
+    def add_step(self, num_tokens: int, tenants: Iterable[tuple[int, int]], now: float) -> None:
+        """Account for the tokens of a step: in all, and by Tenant.index."""
+        self._output_rate.add(now, num_tokens)
+        for index, count in tenants:
+            tenant = self._tenant_at[index]
+            if tenant is None:
+                continue
+            self._charge(tenant, count * self._output_weight)
+            if tenant.bucket is not None:
+                tenant.bucket.take(count)
+
+    def first_token(self, entry: Entry, now: float) -> None:
+        """The request's first tokens have come."""
+        entry.first_token_at = now
+        self._first_token_s.add(now, now - entry.dispatched_at)
+
+    def leaving(self, entry: Entry) -> None:
+        """The request has so few tokens to go that another may follow it."""
+        if not entry.is_leaving:
+            entry.is_leaving = True
+            self._num_leaving += 1
 
     def release(self, entry: Entry, now: float, *, finished: bool = False) -> None:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
@@ -416,7 +447,7 @@ class Scheduler:
         if needed * self.settings.deadline_confidence > left:
             self.release(entry, now)
             self._refused["deadline"] += 1
-            raise DeadlinePassed(
+            raise DeadlineUnreachable(
                 f"the request is predicted to need {needed:.2f} s, of which {wait:.2f} s in the queue; its "
                 f"deadline is in {left:.2f} s"
             )
@@ -426,6 +457,11 @@ class Scheduler:
         if tenant.num_waiting == 0 and tenant.num_running == 0:
             self._idle_tenants.pop(tenant.name, None)
             self._tenants[tenant.name] = tenant
+            if not self._free_indexes:
+                self._free_indexes.append(len(self._tenant_at))
+                self._tenant_at.append(None)
+            tenant.index = self._free_indexes.pop()
+            self._tenant_at[tenant.index] = tenant
         self._entries[entry.request_id] = entry
         if self._ledger is not None:
             entry.prefix_hashes = self._ledger.hash(entry.request)
@@ -511,6 +547,8 @@ class Scheduler:
 
     def _retire(self, tenant: Tenant) -> None:
         del self._tenants[tenant.name]
+        self._tenant_at[tenant.index] = None
+        self._free_indexes.append(tenant.index)
         self._idle_tenants[tenant.name] = tenant
         if len(self._idle_tenants) > MAX_IDLE_TENANTS:
             self._idle_tenants.popitem(last=False)

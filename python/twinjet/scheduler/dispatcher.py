@@ -1,5 +1,8 @@
 """The scheduler at work: hands requests to an engine in the order the core decides, one asyncio loop.
 
+A request is opened as a ticket, whose tokens go from the engine through the pump to ready messages and are seen
+here in sums only; or it is run, which gives every event of the engine to those who want events.
+
 A request's slot and KV blocks are given back by `Scheduler.release`, which every way a stream can end must
 reach. The trap: a stream is an async generator, which may be closed by GeneratorExit, by the cancellation of
 the task that reads it, or by the event loop when it is forgotten.
@@ -10,14 +13,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, cast
 
-from twinjet.engines.base import Engine, EngineEvent, EngineInfo, OutputEvent
+from twinjet._core import Pump, Stream
+from twinjet.engines.base import (
+    Engine,
+    EngineEvent,
+    EngineInfo,
+    OutputEvent,
+    PromptEvent,
+    PushEngine,
+    StepRow,
+)
+from twinjet.engines.pushed import logprob_row
 from twinjet.errors import (
     DeadlinePassed,
     EngineDied,
     NotFound,
     RequestAborted,
+    RequestFailed,
+    SlowReader,
     TwinjetError,
 )
 from twinjet.request import EngineRequest
@@ -25,6 +42,7 @@ from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.entry import Entry, State
 from twinjet.scheduler.events import DispatchedEvent, QueuedEvent, SchedulerLoad
 from twinjet.scheduler.settings import SchedulerSettings
+from twinjet.scheduler.ticket import Ticket
 
 logger = logging.getLogger("twinjet.scheduler")
 
@@ -42,6 +60,12 @@ class _Stream:
 
     def error(self) -> Exception | None:
         return self._error
+
+    def grant(self) -> None:
+        """Let the reader go to the engine."""
+        # A reader that was cancelled this very moment gives the slot back when it gets to run.
+        if not self.granted.done():
+            self.granted.set_result(None)
 
     def end(self, error: Exception) -> None:
         """Make the stream raise `error` at its next step; wakes its reader. The first error stays."""
@@ -89,7 +113,9 @@ class Dispatcher:
         self._clock = clock
         self._core = Scheduler(settings)
         self._engine: Engine | None = None
-        self._streams: dict[str, _Stream] = {}
+        self.pump = Pump()
+        self.last_step_at = 0.0
+        self._streams: dict[str, _Stream | Ticket] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._stopping: set[asyncio.Task[None]] = set()
@@ -105,9 +131,11 @@ class Dispatcher:
         """The engine died or is about to stop: end every running and waiting request with `error`."""
         self._engine = None
         for stream in list(self._streams.values()):
-            if stream.entry.state is not State.ENDED:
+            if stream.entry.state is State.ENDED:
+                continue
+            if isinstance(stream, _Stream):
                 self._core.release(stream.entry, self._clock())
-                stream.end(error)
+            stream.end(error)
         self._core.detach()
         self._set_timer()
 
@@ -184,6 +212,154 @@ class Dispatcher:
             if not self._streams:
                 self._idle.set()
 
+    # Tickets: a request whose outputs go through the pump. Below, what its ticket calls.
+
+    def open(
+        self,
+        request: EngineRequest,
+        stream: Stream,
+        *,
+        report_queue: bool = False,
+        on_overflow: Callable[[SlowReader], None] = lambda _: None,
+        start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] = asyncio.create_task,
+    ) -> Ticket:
+        """Queue a request whose outputs become the messages of `stream`; close the ticket in any case.
+
+        on_overflow: called when more waits for the reader than the stream may hold. start: runs what has to be
+        waited for, if anything. Raises Unavailable, AlreadyExists, DeadlinePassed, Overloaded, InvalidRequest.
+        """
+        entry = self._core.offer(request, self._clock())
+        ticket = Ticket(self, entry, stream, reports_queue=report_queue, on_overflow=on_overflow, start=start)
+        self._streams[request.request_id] = ticket
+        self._idle.clear()
+        self._dispatch()
+        return ticket
+
+    @property
+    def report_interval_s(self) -> float:
+        return self._settings.report_interval_s
+
+    def place(self, entry: Entry) -> tuple[int, float | None]:
+        """Place in the queue, and the wait in seconds to a tenth if one can be told."""
+        wait = self._core.expected_wait_s(entry, self._clock())
+        return self._core.position(entry), None if wait is None else round(wait, 1)
+
+    def hand_over(self, ticket: Ticket) -> None:
+        """Give a request to the engine."""
+        entry, engine = ticket.entry, self._engine
+        assert engine is not None, "requests are taken only while there is an engine"
+        ticket.is_granted = True
+        ticket.stream.set_dispatched(entry.position_at_arrival, entry.dispatched_at)
+        ticket.key = self.pump.add(
+            ticket.stream, ticket, tenant=entry.tenant.index, holding=entry.holding, leaves_at=entry.leaves_at
+        )
+        if not hasattr(engine, "submit"):
+            ticket.feeder = ticket.start(self._feed(ticket, engine))
+            return
+        ticket.engine = cast("PushEngine", engine)
+        try:
+            ticket.engine.submit(entry.request, ticket)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's outcome
+            # The engine never had it, which matters if it is dead.
+            ticket.is_granted = False
+            ticket.fail(error)
+
+    async def _feed(self, ticket: Ticket, engine: Engine) -> None:
+        """Put the events of an engine that does not push into the pump."""
+        pump, key = self.pump, ticket.key
+        try:
+            async with aclosing(engine.generate(ticket.entry.request)) as events:
+                async for event in events:
+                    if isinstance(event, PromptEvent):
+                        prompt = None if event.logprobs is None else [logprob_row(e) for e in event.logprobs]
+                        pump.put_prompt(key, event.num_cached_tokens, prompt)
+                    else:
+                        finish = event.finish
+                        pump.put_made(
+                            key, event.output_index, event.text, event.token_ids,
+                            [logprob_row(e) for e in event.logprobs] or None,
+                            None if finish is None else (finish.reason, finish.stopped_by, finish.is_eos),
+                            self._clock(),
+                        )  # fmt: skip
+                    self.collect()
+                    if ticket.error() is not None:
+                        return
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's outcome
+            ticket.fail(error)
+
+    def step(self, rows: list[StepRow]) -> None:
+        """Take a step of an engine; see engines.base.Outlet."""
+        self.pump.step(rows, self._clock())
+        self.collect()
+
+    def collect(self) -> None:
+        """Account for what steps have brought since the last call, and wake who waits for it."""
+        now = self.last_step_at = self._clock()
+        num_tokens, tenants, requests, ended_early = self.pump.collect(self._core.ledger)
+        if num_tokens:
+            self._core.add_step(num_tokens, tenants, now)
+        may_go = False
+        for ticket, happened in requests:
+            if happened & ~Pump.AWAITED:
+                may_go |= self._act(ticket, happened, now)
+            ticket.wake()
+        for ticket, output_index in ended_early:
+            if ticket.engine is not None:
+                ticket.engine.cancel(ticket.entry.request_id, output_index)
+        if may_go:
+            self._dispatch()
+
+    def _act(self, ticket: Ticket, happened: int, now: float) -> bool:
+        """Do what has happened to one request; True if another may go now."""
+        entry = ticket.entry
+        if entry.state is not State.RUNNING:
+            return False
+        if happened & Pump.FIRST_TOKEN:
+            self._core.first_token(entry, now)
+        if happened & Pump.PROMPT_DONE:
+            self._core.prompt_done(entry)
+        if happened & Pump.LEAVING:
+            self._core.leaving(entry)
+        if happened & Pump.OVERFLOWED:
+            ticket.fail(
+                SlowReader(
+                    f"the client reads too slowly: more than {ticket.stream.max_pending_bytes} bytes wait for it"
+                )
+            )
+        elif happened & Pump.FAILED:
+            ticket.fail(RequestFailed("the engine could not finish the request", reason="ENGINE_ERROR"))
+        elif happened & Pump.OVER:
+            ticket.finish()
+        return True
+
+    def leave(self, ticket: Ticket, *, finished: bool = False) -> None:
+        """Give back what a request holds: its place in the queue, or its slot, its blocks and its engine's work."""
+        entry = ticket.entry
+        if entry.state is State.ENDED:
+            return
+        if ticket.key:
+            num_left = self.pump.remove(ticket.key)
+            if num_left:
+                self._core.add_step(num_left, [(entry.tenant.index, num_left)], self._clock())
+            entry.num_output_tokens = ticket.stream.num_output_tokens
+            entry.first_token_at = ticket.stream.first_token_at
+            entry.last_token_at = ticket.stream.last_token_at
+        self._release(entry, finished=finished)
+        if ticket.engine is not None:
+            ticket.engine.cancel(entry.request_id)
+        feeder = ticket.feeder
+        if feeder is not None and not finished and feeder is not asyncio.current_task():
+            feeder.cancel()
+
+    def forget(self, ticket: Ticket) -> None:
+        """The reader is gone."""
+        self.leave(ticket)
+        request_id = ticket.entry.request_id
+        if self._streams.get(request_id) is ticket:
+            del self._streams[request_id]
+            if not self._streams:
+                self._idle.set()
+
     def _account(self, entry: Entry, event: EngineEvent) -> None:
         if entry.state is not State.RUNNING:
             return
@@ -205,8 +381,11 @@ class Dispatcher:
             self._core.release(entry, self._clock(), finished=finished)
             self._dispatch()
 
-    def _end(self, stream: _Stream, error: Exception) -> None:
+    def _end(self, stream: _Stream | Ticket, error: Exception) -> None:
         """End one request; if it runs and nobody reads it at the moment, stop the engine's work on it now."""
+        if isinstance(stream, Ticket):
+            stream.end(error)
+            return
         entry = stream.entry
         if entry.state is State.WAITING:
             self._core.release(entry, self._clock())
@@ -232,10 +411,7 @@ class Dispatcher:
                 stream = self._streams[entry.request.request_id]
                 self._end(stream, DeadlinePassed(f"the deadline passed {where}"))
             while (taken := self._core.take(now)) is not None:
-                granted = self._streams[taken.request.request_id].granted
-                # A reader that was cancelled this very moment gives the slot back when it gets to run.
-                if not granted.done():
-                    granted.set_result(None)
+                self._streams[taken.request.request_id].grant()
         self._set_timer()
 
     def _set_timer(self) -> None:

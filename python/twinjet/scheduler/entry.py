@@ -31,11 +31,11 @@ class Tenant:
 
     own_lengths: of the tenant's outputs; lengths: what to go by, of all tenants' until the own tell enough.
     first_lengths: length and whether complete of its outputs, until there are enough for own_lengths.
-    has_quota, has_limits: whether any quota, any limit of its waiting requests is set.
+    index: a small number of its own while it has requests. has_quota, has_limits: whether any quota, any limit of its waiting requests is set.
     """
 
     __slots__ = (
-        "bucket", "counter", "first_lengths", "has_limits", "has_quota", "lengths", "name", "num_running",
+        "bucket", "counter", "first_lengths", "has_limits", "has_quota", "index", "lengths", "name", "num_running",
         "num_waiting", "own_lengths", "served", "settings", "waiting_bytes", "waiting_tokens", "weight",
     )  # fmt: skip
 
@@ -49,6 +49,7 @@ class Tenant:
         self.has_quota = bucket is not None or settings.max_streams > 0
         self.has_limits = any((settings.max_waiting, settings.max_waiting_tokens, settings.max_waiting_bytes))
         self.counter = 0.0
+        self.index = -1
         self.lengths = lengths
         self.own_lengths: LengthEstimator | None = None
         self.first_lengths: list[tuple[int, bool]] = []

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, le=1e9)]
+Duration = Annotated[float, Field(ge=0.001, le=1e6)]
 
 
 class TenantSettings(BaseModel):
@@ -82,11 +83,11 @@ class SchedulerSettings(BaseModel):
     every request, which rules out preemption and costs concurrency."""
     reserve_sigmas: Amount = 3.0
     """estimate: standard deviations added to the predicted use of the KV cache."""
-    default_output_tokens: Annotated[int, Field(ge=1)] = 256
+    default_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = 256
     """estimate: mean output length assumed until enough requests have finished."""
     kv_headroom: Share = 0.02
     """Share of the KV blocks that admission leaves free."""
-    lookahead_tokens: Count = 2
+    lookahead_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 2
     """Slots a sequence may hold in the engine ahead of the tokens seen here."""
 
     predict_deadlines: bool = True
@@ -94,13 +95,13 @@ class SchedulerSettings(BaseModel):
     deadline_confidence: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The predicted time is multiplied by this before it is held against the deadline; lower refuses less."""
 
-    report_interval_s: Annotated[float, Field(gt=0)] = 0.5
+    report_interval_s: Duration = 0.5
     """Least time between two queued events of one request, in seconds."""
-    min_retry_s: Annotated[float, Field(gt=0)] = 0.1
+    min_retry_s: Duration = 0.1
     """Least retry delay told to a refused client, in seconds."""
-    max_retry_s: Annotated[float, Field(gt=0)] = 60.0
+    max_retry_s: Duration = 60.0
     """Greatest retry delay told to a refused client, in seconds."""
-    loading_retry_s: Annotated[float, Field(gt=0)] = 5.0
+    loading_retry_s: Duration = 5.0
     """Retry delay told while no engine is ready, in seconds."""
 
     def tenant(self, name: str) -> TenantSettings:

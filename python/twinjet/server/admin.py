@@ -17,6 +17,7 @@ from twinjet.engines.base import (
     PrefixCacheEngine,
 )
 from twinjet.errors import InvalidRequest, NotFound, PermissionRefused, Unsupported
+from twinjet.server.routes import RouteServicer
 from twinjet.v1 import admin_pb2 as pb
 
 if TYPE_CHECKING:
@@ -27,23 +28,31 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 
-class AdminServicer:
-    """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended)."""
+class AdminServicer(RouteServicer):
+    """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended).
+
+    grace_s: of RemoveDeployment where the caller names none. door: as GetLoad tells it.
+    """
 
     def __init__(
         self,
         deployments: Deployments,
         token: str,
         drain: Callable[[float | None], Awaitable[tuple[int, int]]],
+        grace_s: float,
+        *,
+        door: str,
     ) -> None:
         self._deployments = deployments
         self._token = token
         self._drain = drain
+        self._grace_s = grace_s
+        self._door = door
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         self._authorise(context)
         names = [self._deployments.resolve(request.model)] if request.model else self._deployments.models
-        response = pb.GetLoadResponse()
+        response = pb.GetLoadResponse(door=self._door)
         for name in names:
             for deployment in self._deployments.of_model(name):
                 response.models.append(await _load(name, deployment))

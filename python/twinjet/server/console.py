@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from collections.abc import Callable
 
 from twinjet.config import Config
 from twinjet.engines.supervisor import State
@@ -72,7 +73,7 @@ class _Console:
         self._progress.say(f"\n  {grpcurl_command(self._config, server.address, model)}\n")
 
 
-def run(config: Config, log_level: str = "info") -> int:
+def run(config: Config, log_level: str = "info", read: Callable[[], Config] | None = None) -> int:
     """Serve until told to stop, showing progress on stderr; return the exit code (see server.main.serve)."""
     with Progress() as progress:
         handler = ProgressHandler(progress)
@@ -80,4 +81,4 @@ def run(config: Config, log_level: str = "info") -> int:
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("twinjet").setLevel(log_level.upper())
         progress.update("starting the server", 0.0)
-        return serve(config, _Console(config, progress).changed)
+        return serve(config, _Console(config, progress).changed, read)

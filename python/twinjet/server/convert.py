@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from twinjet.engines.base import ChatTurn, Component, EngineInfo, TokenLogprobs
+from twinjet.engines.base import ChatTurn, Component, EngineInfo
 from twinjet.errors import InvalidRequest, Unsupported, Violation
 from twinjet.request import Constraint, SamplingOverrides
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
@@ -18,8 +18,6 @@ MAX_ID_CHARS = 128
 MAX_LABEL_BYTES = 128
 MAX_MESSAGES = 4096
 ROLES = ("system", "user", "assistant", "tool")
-MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, which many clients cannot read from JSON."""
 
 _PRINTABLE = re.compile(r"[\x21-\x7e]*")
 
@@ -34,6 +32,7 @@ class Options:
     cache_salt: str = ""
     adapter: str = ""
     report_queue: bool = False
+    session: str = ""
 
 
 def request_id_violation(field: str, request_id: str) -> list[Violation]:
@@ -50,7 +49,7 @@ def options(message: generation_pb2.RequestOptions) -> Options:
         violations.append(
             Violation("options.priority", f"{message.priority} is out of range; allowed: -100 to 100")
         )
-    for name in ("tenant", "cache_salt", "adapter"):
+    for name in ("tenant", "cache_salt", "adapter", "session"):
         if len(getattr(message, name).encode()) > MAX_LABEL_BYTES:
             violations.append(Violation(f"options.{name}", f"is longer than {MAX_LABEL_BYTES} bytes"))
     if violations:
@@ -62,6 +61,7 @@ def options(message: generation_pb2.RequestOptions) -> Options:
         message.cache_salt,
         message.adapter,
         message.report_queue,
+        message.session,
     )
 
 
@@ -181,17 +181,6 @@ def duration(seconds: float) -> Duration:
     return message
 
 
-def token_logprobs(entry: TokenLogprobs) -> generation_pb2.TokenLogprobs:
-    """Convert the log probabilities of one token."""
-    chosen, *top = [
-        generation_pb2.Logprob(
-            token_id=item.token_id, logprob=max(item.logprob, MIN_LOGPROB), rank=item.rank, text=item.text
-        )
-        for item in (entry.chosen, *entry.top)
-    ]
-    return generation_pb2.TokenLogprobs(chosen=chosen, top=top)
-
-
 def component(part: Component) -> model_pb2.ComponentInfo:
     """Convert what is in use of a component."""
     return model_pb2.ComponentInfo(
@@ -227,3 +216,4 @@ def fill_engine_info(model: model_pb2.Model, info: EngineInfo) -> None:
     if info.kv_cache is not None:
         model.kv_cache.num_blocks = info.kv_cache.num_blocks
         model.kv_cache.block_size = info.kv_cache.block_size
+    model.settings.update(info.settings)

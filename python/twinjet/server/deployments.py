@@ -1,15 +1,24 @@
-"""The deployments of this server and the public model names that lead to them."""
+"""The deployments of this server and the public model names that lead to them; both change while it runs."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from twinjet.config import Config, DeploymentSettings, RouteSettings
+from twinjet.config import Config, DeploymentSettings
 from twinjet.engines.base import Engine, EngineInfo
 from twinjet.engines.supervisor import State, Supervisor, SupervisorSettings
-from twinjet.errors import InvalidRequest, NotFound, Unavailable
+from twinjet.errors import (
+    AlreadyExists,
+    ConfigError,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    Unavailable,
+)
+from twinjet.routing.table import Route, RoutingTable, check_route, choose
 from twinjet.scheduler import Dispatcher
 
 EngineFactory = Callable[[str, DeploymentSettings], Engine]
@@ -29,80 +38,98 @@ class Deployment:
         engine = self.supervisor.engine
         return engine, engine.describe()
 
+    @property
+    def is_ready(self) -> bool:
+        return self.supervisor.state is State.READY
+
 
 class Deployments:
-    """All deployments by name, and the routes from public model names. on_change: see Supervisor."""
+    """All deployments by name, and the routes from public model names.
+
+    on_change: called with a public name whose deployments or route changed.
+    """
 
     def __init__(self, config: Config, make_engine: EngineFactory, on_change: Callable[[str], None]) -> None:
-        self._routes: Mapping[str, RouteSettings] = config.public_routes()
+        self._make_engine = make_engine
+        self._on_change = on_change
         self._random = random.Random()
         self._is_draining = False
+        self._state_changed = asyncio.Event()
+        self.table = RoutingTable({name: route.route() for name, route in config.public_routes().items()})
+        self.by_name: dict[str, Deployment] = {
+            name: self._make(name, settings) for name, settings in config.deployments.items()
+        }
 
-        def changed(supervisor: Supervisor) -> None:
-            for model in self.models_of(supervisor.name):
-                on_change(model)
+    def _make(self, name: str, settings: DeploymentSettings) -> Deployment:
+        dispatcher = Dispatcher(settings.scheduler)
+        supervisor = Supervisor(
+            name,
+            lambda: self._make_engine(name, settings),
+            dispatcher,
+            SupervisorSettings(settings.max_restarts, settings.stall_s),
+            self._changed,
+        )
+        return Deployment(name, settings, supervisor, dispatcher)
 
-        self.by_name: dict[str, Deployment] = {}
-        for name, settings in config.deployments.items():
-            dispatcher = Dispatcher(settings.scheduler)
-            supervisor = Supervisor(
-                name,
-                lambda name=name, settings=settings: make_engine(name, settings),  # type: ignore[misc]
-                dispatcher,
-                SupervisorSettings(settings.max_restarts, settings.stall_s),
-                changed,
-            )
-            self.by_name[name] = Deployment(name, settings, supervisor, dispatcher)
+    def _changed(self, supervisor: Supervisor) -> None:
+        self._state_changed.set()
+        for model in self.models_of(supervisor.name):
+            self._on_change(model)
 
     @property
     def models(self) -> list[str]:
         """Public model names, sorted."""
-        return sorted(self._routes)
+        return sorted(self.table.routes)
 
     @property
     def is_draining(self) -> bool:
         return self._is_draining
 
     def models_of(self, deployment: str) -> list[str]:
-        """Public names that lead to a deployment."""
-        return [m for m, r in self._routes.items() if deployment in r.weights or deployment in r.fallback]
+        """Public names that a deployment answers for."""
+        return [m for m, r in self.table.routes.items() if deployment in r.targets()]
 
     def resolve(self, model: str) -> str:
         """Give the public name for a request's model field. Raises NotFound, InvalidRequest for none of many."""
+        routes = self.table.routes
         if not model:
-            if len(self._routes) == 1:
-                return next(iter(self._routes))
+            if len(routes) == 1:
+                return next(iter(routes))
             raise InvalidRequest.of("model", f"is empty; this server has {', '.join(self.models)}")
-        if model not in self._routes:
+        if model not in routes:
             raise NotFound("model", model, f"this server has {', '.join(self.models)}")
         return model
 
     def of_model(self, model: str) -> list[Deployment]:
         """Deployments behind a public name: weighted ones first, then fallbacks."""
-        route = self._routes[model]
-        return [self.by_name[name] for name in [*route.weights, *route.fallback]]
+        return [self.by_name[name] for name in self.table.routes[model].targets()]
 
-    def pick(self, model: str) -> Deployment:
-        """Choose a deployment for one request: by weight among the ready ones, else a ready fallback.
+    def pick(self, model: str, tenant: str = "", session: str = "") -> Deployment:
+        """Choose a deployment for one request, as its route says (routing.table.choose).
 
         Raises Unavailable, saying why, if none is ready.
         """
         if self._is_draining:
             raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1)
-        route = self._routes[model]
-        ready = {n: w for n, w in route.weights.items() if self._is_ready(n)}
-        if ready:
-            name = self._random.choices(list(ready), list(ready.values()))[0]
-        else:
-            first = next(iter(route.weights))
-            name = next((n for n in route.fallback if self._is_ready(n)), first)
-        deployment = self.by_name[name]
+        route = self.table.routes[model]
+        key = {"none": "", "tenant": tenant, "session": session}[route.sticky]
+        deployment = self.by_name[choose(route, self._is_ready, self._random, key)]
         deployment.ready()
         return deployment
 
+    def mirror_of(self, model: str) -> Deployment | None:
+        """Draw whether a request is mirrored; the deployment that gets the copy, if it is ready."""
+        route = self.table.routes.get(model)
+        if route is None or not route.mirror or self._random.random() >= route.mirror_share:
+            return None
+        deployment = self.by_name[route.mirror]
+        return deployment if deployment.is_ready else None
+
     def is_serving(self, model: str) -> bool:
         """Whether a request for the model would be taken now."""
-        return not self._is_draining and any(d.supervisor.state is State.READY for d in self.of_model(model))
+        if self._is_draining or model not in self.table.routes:
+            return False
+        return any(d.is_ready for d in self.of_model(model))
 
     def drain(self) -> None:
         """Refuse new requests from now on."""
@@ -110,5 +137,139 @@ class Deployments:
         for deployment in self.by_name.values():
             deployment.dispatcher.drain()
 
+    def set_route(self, model: str, route: Route, revision: int | None = None) -> int:
+        """Put a route in place for requests from now on; gives the new revision.
+
+        Raises RevisionChanged, InvalidRequest; nothing is changed then.
+        """
+        self.table.expect(revision)
+        check_route(route, self.by_name)
+        self.table.replace({**self.table.routes, model: route})
+        self._on_change(model)
+        return self.table.revision
+
+    def remove_route(self, model: str, revision: int | None = None) -> int:
+        """Take a public name away; gives the new revision. Raises RevisionChanged, NotFound, PreconditionFailed."""
+        self.table.expect(revision)
+        if model not in self.table.routes:
+            raise NotFound("route", model, f"routes: {', '.join(self.models)}")
+        if len(self.table.routes) == 1:
+            raise PreconditionFailed(
+                f"route {model!r} is the last; a server has at least one", reason="LAST_ROUTE"
+            )
+        self.table.replace({m: r for m, r in self.table.routes.items() if m != model})
+        self._on_change(model)
+        return self.table.revision
+
+    async def add(self, name: str, settings: DeploymentSettings, *, public: bool) -> int:
+        """Start a deployment and wait until it is ready; gives the revision of the routes.
+
+        public: it gets a route of its own name then. If it does not become ready, or this is cancelled, nothing of
+        it stays. Raises AlreadyExists, PreconditionFailed with the reason.
+        """
+        if self._is_draining:
+            raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1)
+        if name in self.by_name:
+            raise AlreadyExists("deployment", name)
+        if public and name in self.table.routes:
+            raise AlreadyExists("route", name)
+        deployment = self.by_name[name] = self._make(name, settings)
+        try:
+            deployment.supervisor.start()
+            await self._until_settled(deployment)
+            if public:
+                self.set_route(name, Route({name: 1.0}))
+        except BaseException:
+            del self.by_name[name]
+            await asyncio.shield(deployment.supervisor.stop())
+            raise
+        return self.table.revision
+
+    async def _until_settled(self, deployment: Deployment) -> None:
+        supervisor = deployment.supervisor
+        while not deployment.is_ready:
+            # A start that failed for now is tried again by the supervisor; here the operator waits, and hears of it.
+            if supervisor.state is State.FAILED or supervisor.num_restarts:
+                reason = supervisor.failure or supervisor.last_error or "its engine did not start"
+                raise PreconditionFailed(
+                    f"deployment {deployment.name!r} failed: {reason}", reason="DEPLOYMENT_FAILED"
+                )
+            self._state_changed.clear()
+            await self._state_changed.wait()
+
+    async def remove(self, name: str, grace_s: float) -> tuple[int, int]:
+        """Drain a deployment and end its engine; gives how many requests finished and how many were ended.
+
+        Raises NotFound, PreconditionFailed while a route names it.
+        """
+        deployment = self.by_name.get(name)
+        if deployment is None:
+            raise NotFound("deployment", name, f"deployments: {', '.join(sorted(self.by_name))}")
+        if users := self.table.using(name):
+            raise PreconditionFailed(
+                f"deployment {name!r} is named by the routes {', '.join(users)}; change them first",
+                reason="DEPLOYMENT_IN_USE",
+            )
+        del self.by_name[name]
+        dispatcher = deployment.dispatcher
+        dispatcher.drain()
+        num_live = len(dispatcher.load().request_ids)
+        try:
+            async with asyncio.timeout(grace_s):
+                await dispatcher.wait_idle()
+        except TimeoutError:
+            pass
+        num_ended = len(dispatcher.load().request_ids)
+        if num_ended:
+            dispatcher.detach(
+                Unavailable(f"deployment {name!r} was removed", reason="DRAINING", retry_after_s=1)
+            )
+        await deployment.supervisor.stop()
+        return num_live - num_ended, num_ended
+
+    async def reload(self, config: Config, grace_s: float) -> list[str]:
+        """Bring deployments and routes to those of a configuration; gives what was done, a line each.
+
+        New deployments are started first and must become ready; then the routes change at once; then deployments that
+        are gone drain. Raises ConfigError or PreconditionFailed, and then everything is as it was.
+        """
+        changed = [
+            name
+            for name, settings in config.deployments.items()
+            if name in self.by_name and self.by_name[name].settings != settings
+        ]
+        if changed:
+            raise ConfigError(
+                f"the settings of {', '.join(sorted(changed))} changed; a running deployment keeps its settings: give the new "
+                "ones another name and route to it"
+            )
+        routes = {model: route.route() for model, route in config.public_routes().items()}
+        added: list[str] = []
+        try:
+            for name, settings in config.deployments.items():
+                if name not in self.by_name:
+                    await self.add(name, settings, public=False)
+                    added.append(name)
+        except BaseException:
+            for name in added:
+                await asyncio.shield(self.remove(name, 0.0))
+            raise
+        done = [f"deployment {name} added" for name in added]
+        done += self._replace_routes(routes)
+        for name in [name for name in self.by_name if name not in config.deployments]:
+            finished, ended = await self.remove(name, grace_s)
+            done.append(f"deployment {name} removed: {finished} requests finished, {ended} ended")
+        return done
+
+    def _replace_routes(self, routes: Mapping[str, Route]) -> list[str]:
+        before = dict(self.table.routes)
+        if before == dict(routes):
+            return []
+        self.table.replace(routes)
+        touched = sorted(m for m in {*before, *routes} if before.get(m) != routes.get(m))
+        for model in touched:
+            self._on_change(model)
+        return [f"route {model} {'removed' if model not in routes else 'set'}" for model in touched]
+
     def _is_ready(self, name: str) -> bool:
-        return self.by_name[name].supervisor.state is State.READY
+        return self.by_name[name].is_ready

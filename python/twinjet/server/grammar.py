@@ -6,21 +6,19 @@ import asyncio
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
-from twinjet.engines.base import Engine, EngineInfo, GrammarEngine, OutputEvent
+from twinjet.engines.base import Engine, EngineInfo, GrammarEngine
 from twinjet.errors import RequestFailed
 from twinjet.grammar.room import CompiledGrammar, GrammarRoom
 from twinjet.grammar.vocabulary import GrammarUnavailable, Vocabulary
+from twinjet.v1 import generation_pb2
 
 if TYPE_CHECKING:
     from twinjet.request import Constraint, EngineRequest
 
 logger = logging.getLogger("twinjet.grammar")
-
-_Event = TypeVar("_Event")
 
 
 class Grammars:
@@ -67,42 +65,47 @@ class Grammars:
         self.room.warm(vocabulary)
         return vocabulary
 
-    async def verified(
-        self, request: EngineRequest, events: AsyncGenerator[_Event, None]
-    ) -> AsyncGenerator[_Event, None]:
-        """Pass a request's events on; the last of an output waits until its text is known to keep its schema.
-
-        Raises RequestFailed for a text that does not, which would be a fault of ours.
-        """
-        constraint, sampling = request.sampling.constraint, request.sampling
+    def output_check(self, request: EngineRequest) -> OutputCheck | None:
+        """Make the check that a request's finished outputs go through, if they do."""
+        constraint = request.sampling.constraint
         if constraint is None or constraint.kind != "json_schema" or not self._verify:
-            async with aclosing(events):
-                async for event in events:
-                    yield event
-            return
-        texts: defaultdict[int, list[str]] = defaultdict(list)
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, OutputEvent):
-                    texts[event.output_index].append(event.text)
-                    finish = event.finish
-                    # A length, or a stop of the client's, may cut an output anywhere.
-                    if (
-                        finish is not None
-                        and finish.reason == "stop"
-                        and (finish.is_eos or finish.stopped_by is None)
-                    ):
-                        text = "".join(texts.pop(event.output_index))
-                        is_exact = sampling.skip_special_tokens and not sampling.include_stop
-                        if not await self.room.verify(constraint.value, text, is_exact=is_exact):
-                            logger.error("an output broke its schema: request %s", request.request_id)
-                            raise RequestFailed(
-                                "the output does not keep to its schema", reason="CONSTRAINT_BROKEN"
-                            )
-                yield event
+            return None
+        return OutputCheck(self.room, constraint.value, request)
 
     async def close(self) -> None:
         """End the room's processes."""
         for task in list(self._vocabularies.values()):
             task.cancel()
         await self.room.close()
+
+
+class OutputCheck:
+    """Looks at a stream's messages before they are sent: the end of an output waits until its text is known to
+    keep to its schema."""
+
+    def __init__(self, room: GrammarRoom, schema: str, request: EngineRequest) -> None:
+        self._room = room
+        self._schema = schema
+        self._request_id = request.request_id
+        sampling = request.sampling
+        self._is_exact = sampling.skip_special_tokens and not sampling.include_stop
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)
+
+    async def look_at(self, messages: Sequence[bytes]) -> None:
+        """Raise RequestFailed if an output that ends here does not keep to the schema, which is a fault of ours."""
+        for message in messages:
+            event = generation_pb2.GenerateResponse.FromString(message)
+            if event.HasField("delta"):
+                self._texts[event.delta.output_index].append(event.delta.text)
+            elif event.HasField("finished"):
+                await self._ended(event.finished)
+
+    async def _ended(self, finished: generation_pb2.Finished) -> None:
+        text = "".join(self._texts.pop(finished.output_index, ()))
+        # A length, or a stop of the client's, may cut an output anywhere.
+        is_whole = finished.reason == generation_pb2.FINISH_REASON_STOP and finished.WhichOneof(
+            "stopped_by"
+        ) in (None, "eos_token_id")
+        if is_whole and not await self._room.verify(self._schema, text, is_exact=self._is_exact):
+            logger.error("an output broke its schema: request %s", self._request_id)
+            raise RequestFailed("the output does not keep to its schema", reason="CONSTRAINT_BROKEN")

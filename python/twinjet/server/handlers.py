@@ -16,6 +16,7 @@ from twinjet.server.status import Failure, internal_failure, to_failure
 from twinjet.server.wire import Malformed, deserializer
 
 if TYPE_CHECKING:
+    from twinjet.server.doors import HandlerRegistry
     from twinjet.server.metrics import Metrics
 
 logger = logging.getLogger("twinjet.server")
@@ -24,7 +25,7 @@ Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
 
 def add_service(
-    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, metrics: Metrics
+    server: HandlerRegistry, service: ServiceDescriptor, servicer: object, metrics: Metrics
 ) -> None:
     """Register every method of a service; the servicer has a coroutine of the same name for each."""
     handlers = {
@@ -44,8 +45,13 @@ def _handler(
     return make(
         _guarded(method.name, behaviour, metrics),
         request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
-        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        response_serializer=_serialize,
     )
+
+
+def _serialize(message: Any) -> bytes:
+    """Streams write ready bytes; everything else is a message."""
+    return message if type(message) is bytes else message.SerializeToString()
 
 
 def _guarded(name: str, behaviour: Behaviour, metrics: Metrics) -> Behaviour:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, cast
 
 import grpc
 
-from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo, OutputEvent, Tokenizer
-from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
-from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
+from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, RenderedChat, Tokenizer
+from twinjet.engines.text import make_stream
+from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
+from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.scheduler import orca_report
 from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
 from twinjet.server.grammar import Grammars
-from twinjet.server.responses import ResponseBuilder
-from twinjet.server.stream import StreamBuffer, StreamWriter
+from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
 if TYPE_CHECKING:
     from twinjet.config import ServerSettings
+    from twinjet.routing.mirror import Mirror
     from twinjet.server.deployments import Deployment, Deployments
     from twinjet.server.live import LiveRequests
     from twinjet.server.metrics import Metrics
@@ -36,6 +37,23 @@ ACCEPTED_ID_KEY = "twinjet-request-id"
 INLINE_TOKENIZE_CHARS = 8192
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 MAX_EMBED_INPUTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """When a call came in and when it must have ended, in time.monotonic() seconds; deadline None is none.
+
+    Read once, before any work: the time that gRPC still gives shrinks while the request is looked at.
+    """
+
+    at: float
+    deadline: float | None
+
+    @classmethod
+    def of(cls, context: Context) -> _Arrival:
+        now = time.monotonic()
+        left_s = context.time_remaining()
+        return cls(now, None if left_s is None else now + left_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +73,24 @@ class InferenceServicer:
         settings: ServerSettings,
         live: LiveRequests,
         metrics: Metrics,
+        mirror: Mirror,
         grammars: Grammars,
     ) -> None:
         self._deployments = deployments
         self._settings = settings
         self._live = live
         self._metrics = metrics
+        self._mirror = mirror
+        self._watch = WriterWatch(settings.stalled_reader_s)
         self._grammars = grammars
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
-        arrived_at = time.monotonic()
+        arrival = _Arrival.of(context)
         model = self._deployments.resolve(request.model)
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         overrides = convert.sampling_overrides(request.sampling)
         options = self._options(request.options, context)
-        deployment = self._deployments.pick(model)
+        deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "generate")
         if request.token_ids:
@@ -78,12 +99,12 @@ class InferenceServicer:
         else:
             ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
             prompt = _Prompt(ids, "text")
-        accepted = _accept(prompt, overrides, options, info, context, arrived_at)
+        accepted = _accept(prompt, overrides, options, info, arrival)
         accepted = await self._with_grammar(accepted, engine)
-        await self._stream(accepted, options, deployment, info, model, context, arrived_at)
+        await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
-        arrived_at = time.monotonic()
+        arrival = _Arrival.of(context)
         model = self._deployments.resolve(request.model)
         turns = convert.chat_turns(
             request.messages,
@@ -92,14 +113,15 @@ class InferenceServicer:
         )
         overrides = convert.sampling_overrides(request.sampling)
         options = self._options(request.options, context)
-        deployment = self._deployments.pick(model)
+        deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "chat")
-        text = engine.tokenizer.render_chat(turns, continue_final=request.continue_final_message)
-        ids = await _encode(engine.tokenizer, text, add_special_tokens=False)
-        accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, context, arrived_at)
+        _, ids = await _encode_chat(
+            engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
+        )
+        accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, arrival)
         accepted = await self._with_grammar(accepted, engine)
-        await self._stream(accepted, options, deployment, info, model, context, arrived_at)
+        await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Embed(
         self, request: embedding_pb2.EmbedRequest, context: Context
@@ -117,7 +139,7 @@ class InferenceServicer:
             for i, item in enumerate(request.inputs)
         ]
         dimensions = request.dimensions if request.HasField("dimensions") else None
-        request_id = options.request_id or _new_request_id()
+        request_id = options.request_id
         embed = cast("EmbeddingEngine", engine).embed
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -141,13 +163,15 @@ class InferenceServicer:
         if request.messages:
             _need(info, "chat")
             turns = convert.chat_turns(request.messages, limit)
-            text, add_special = engine.tokenizer.render_chat(turns, continue_final=False), False
+            text, ids = await _encode_chat(
+                engine.tokenizer, turns, False, parse=request.parse_control_tokens,
+                add_special_tokens=request.add_special_tokens,
+            )  # fmt: skip
         else:
             convert.one_prompt(request.text, (), limit)
-            text, add_special = request.text, True
-        if request.HasField("add_special_tokens"):
-            add_special = request.add_special_tokens
-        ids = await _encode(engine.tokenizer, text, add_special_tokens=add_special)
+            text = request.text
+            add_special = request.add_special_tokens or not request.HasField("add_special_tokens")
+            ids = await _encode(engine.tokenizer, text, add_special_tokens=add_special)
         return tokenization_pb2.TokenizeResponse(
             token_ids=ids, max_context_tokens=info.limits.max_context_tokens, text=text
         )
@@ -167,14 +191,14 @@ class InferenceServicer:
         options = convert.options(message)
         if options.request_id:
             return options
-        sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
-        request_id = sent if isinstance(sent, str) else sent.decode("ascii", "replace")
-        if violations := convert.request_id_violation(REQUEST_ID_KEY, request_id):
-            raise InvalidRequest(violations)
-        return convert.Options(
-            request_id or _new_request_id(), options.priority, options.tenant, options.cache_salt,
-            options.adapter, options.report_queue,
-        )  # fmt: skip
+        return replace(options, request_id=_new_request_id(context))
+
+    def _copy(self, request: EngineRequest, model: str) -> None:
+        """Send a copy of the request to the model's mirror, if it has one that can take it."""
+        copy_to = self._deployments.mirror_of(model)
+        # A grammar is compiled for one engine's vocabulary.
+        if copy_to is not None and request.grammar is None:
+            self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
 
     async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
         """Have the request's constraint compiled, if it has one. Raises InvalidRequest, DeadlinePassed, Overloaded."""
@@ -204,57 +228,55 @@ class InferenceServicer:
         request: EngineRequest,
         options: convert.Options,
         deployment: Deployment,
+        engine: Engine,
         info: EngineInfo,
         model: str,
         context: Context,
         arrived_at: float,
     ) -> None:
-        builder = ResponseBuilder(
-            request, info, model=model, deployment=deployment.name, arrived_at=arrived_at
+        self._copy(request, model)
+        stream = make_stream(
+            engine.tokenizer.vocabulary,
+            request.sampling,
+            info.eos_token_ids,
+            request_id=request.request_id,
+            model=model,
+            engine=info.name,
+            deployment=deployment.name,
+            sampler=info.sampler.implementation,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            seed=request.sampling.seed,
+            arrived_at=arrived_at,
+            max_pending_bytes=self._settings.max_pending_bytes,
         )
-        writer = StreamWriter(context.write, self._settings.stalled_reader_s)
-        buffer = StreamBuffer(self._settings.max_pending_bytes, on_overflow=writer.interrupt)
+        writer = StreamWriter(context.write)
+        check = self._grammars.output_check(request)
         key = object()
         with self._live.hold(key):
             await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
-            producer = self._live.start(
-                key, _produce(deployment, request, options.report_queue, builder, buffer, self._grammars)
+            ticket = deployment.dispatcher.open(
+                request,
+                stream,
+                report_queue=options.report_queue,
+                on_overflow=writer.interrupt,
+                start=functools.partial(self._live.start, key),
             )
+            self._watch.add(writer)
             try:
-                async for event in buffer:
-                    for message in builder.messages(event):
+                while messages := await ticket.read():
+                    if check is not None:
+                        await check.look_at(messages)
+                    for message in messages:
                         await writer.write(message)
-                await writer.write(builder.summary())
-                self._metrics.observe_finished(model, builder)
+                await writer.write(stream.summary())
+                self._metrics.observe_finished(model, deployment.name, stream)
                 report = orca_report(deployment.dispatcher.totals(), max_running=info.limits.max_num_seqs)
                 context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
-                # write, by GeneratorExit, which allows no await: the producer cleans up by itself.
-                producer.cancel()
-
-
-async def _produce(
-    deployment: Deployment,
-    request: EngineRequest,
-    report_queue: bool,
-    builder: ResponseBuilder,
-    buffer: StreamBuffer,
-    grammars: Grammars,
-) -> None:
-    """Move a request's events from the dispatcher into its buffer; leaves nothing behind when cancelled."""
-    try:
-        running = deployment.dispatcher.run(request, report_queue=report_queue)
-        async with contextlib.aclosing(grammars.verified(request, running)) as events:
-            async for event in events:
-                if isinstance(event, OutputEvent):
-                    builder.note_token()
-                buffer.put(event)
-        buffer.close()
-    except (Exception, asyncio.CancelledError) as error:
-        buffer.close(error)
-        if not isinstance(error, TwinjetError):
-            raise
+                # write, by GeneratorExit, which allows no await.
+                self._watch.discard(writer)
+                ticket.close()
 
 
 def _accept(
@@ -262,8 +284,7 @@ def _accept(
     overrides: SamplingOverrides,
     options: convert.Options,
     info: EngineInfo,
-    context: Context,
-    arrived_at: float,
+    arrival: _Arrival,
 ) -> EngineRequest:
     """Check everything that needs no engine, and make the engine's request."""
     num_tokens, limit = len(prompt.token_ids), info.limits.max_context_tokens
@@ -272,14 +293,13 @@ def _accept(
             prompt.field,
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
         )
-    sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=secrets.randbits(64))
+    sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=draw_seed())
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
         raise NotFound("adapter", options.adapter, "this model has no adapters")
-    left_s = context.time_remaining()
-    if left_s is not None and left_s <= 0:
-        raise DeadlinePassed("the deadline had passed when the request arrived")
+    if arrival.deadline is not None and arrival.deadline <= time.monotonic():
+        raise DeadlinePassed("the deadline passed before the request was accepted")
     return EngineRequest(
         request_id=options.request_id,
         prompt_token_ids=prompt.token_ids,
@@ -288,7 +308,7 @@ def _accept(
         tenant=options.tenant,
         cache_salt=options.cache_salt,
         adapter=options.adapter,
-        deadline=None if left_s is None else arrived_at + left_s,
+        deadline=arrival.deadline,
     )
 
 
@@ -297,8 +317,14 @@ def _need(info: EngineInfo, capability: str) -> None:
         raise Unsupported(capability)
 
 
-def _new_request_id() -> str:
-    return secrets.token_hex(12)
+def _new_request_id(context: Context) -> str:
+    """Draw an id. It begins with the caller's x-request-id, which may come more than once, if that can be shown."""
+    sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
+    correlation = sent if isinstance(sent, str) else ""
+    drawn = secrets.token_hex(12)
+    if not correlation or convert.request_id_violation(REQUEST_ID_KEY, correlation):
+        return drawn
+    return f"{correlation[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"
 
 
 async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -308,3 +334,26 @@ async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) 
     else:
         ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     return tuple(ids)
+
+
+async def _encode_chat(
+    tokenizer: Tokenizer,
+    turns: Sequence[ChatTurn],
+    continue_final: bool,
+    *,
+    parse: bool,
+    add_special_tokens: bool = False,
+) -> tuple[str, tuple[int, ...]]:
+    """Give a conversation as text and as token ids. parse: control tokens in its content count as such."""
+
+    def encode() -> tuple[str, tuple[int, ...]]:
+        if parse:
+            rendered = RenderedChat(tokenizer.render_chat(turns, continue_final=continue_final))
+        else:
+            rendered = tokenizer.render_as_data(turns, continue_final=continue_final)
+        return rendered.text, tuple(
+            tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
+        )
+
+    is_short = sum(len(turn.content) for turn in turns) <= INLINE_TOKENIZE_CHARS
+    return encode() if is_short else await asyncio.to_thread(encode)

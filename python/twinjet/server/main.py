@@ -7,28 +7,30 @@ import logging
 import signal
 from collections.abc import Callable
 
-import grpc
 import uvloop
-from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import _async as health_aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from twinjet.config import Config, DeploymentSettings, ServerSettings
+from twinjet.config import Config, DeploymentSettings, MirrorSettings
 from twinjet.engines.base import Engine
 from twinjet.engines.factory import make_engine, prepared
 from twinjet.engines.supervisor import State
-from twinjet.errors import ConfigError, Unavailable
+from twinjet.errors import ConfigError, TwinjetError, Unavailable
 from twinjet.grammar.limits import GrammarLimits
 from twinjet.grammar.room import GrammarRoom
+from twinjet.routing.mirror import Mirror, RecordFiles
 from twinjet.server.admin import AdminServicer
 from twinjet.server.deployments import Deployments
+from twinjet.server.doors import make_door
 from twinjet.server.grammar import Grammars
 from twinjet.server.handlers import add_service
 from twinjet.server.inference import InferenceServicer
 from twinjet.server.live import LiveRequests
 from twinjet.server.metrics import Metrics
 from twinjet.server.models import ModelServicer
+from twinjet.server.reflection import add_reflection
+from twinjet.server.web import Web
 from twinjet.v1 import service_pb2
 
 logger = logging.getLogger("twinjet.server")
@@ -59,28 +61,53 @@ class Server:
         self.deployments = Deployments(config, make, self._model_changed)
         self.live = LiveRequests()
         self.metrics = Metrics()
+        self.mirror = _mirror(config.mirror)
+        self._web: Web | None = None
         limits = GrammarLimits(**config.grammar.model_dump(exclude={"verify"}))
         self.grammars = Grammars(GrammarRoom(limits), verify=config.grammar.verify)
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
         self._health = health_aio.HealthServicer()
         self._health_updates: asyncio.Queue[str] = asyncio.Queue()
-        self._server = grpc.aio.server(options=_channel_options(config.server))
+        self._door = make_door(config.server)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Bind the port and begin to load. Raises ConfigError if the port cannot be bound."""
+        """Bind the ports and begin to load. Raises ConfigError if one cannot be bound, or for unusable TLS files."""
         self._register()
-        self.address = self._bind()
+        self.address = self._door.bind()
         if self.config.server.metrics_port:
             self.metrics.watch(self.deployments)
-            self.metrics.listen(self.config.server.host, self.config.server.metrics_port)
+            self._web = self._listen_http()
         for name in ["", *self.deployments.models, *(s.full_name for s in _SERVICES)]:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.start()
+        await self._door.start()
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
-        for deployment in self.deployments.by_name.values():
+        for deployment in list(self.deployments.by_name.values()):
             deployment.supervisor.start()
+
+    async def reload(self, read: Callable[[], Config]) -> None:
+        """Read the configuration again and bring deployments and routes to it; logs what was done or why not.
+
+        A configuration that cannot be had whole changes nothing. Settings of the server itself need a restart.
+        """
+        try:
+            config = read()
+            for section in ("server", "admin", "grammar", "mirror"):
+                if getattr(config, section) != getattr(self.config, section):
+                    raise ConfigError(f"[{section}] changed; that needs a restart")
+            done = await self.deployments.reload(config, self.config.server.grace_s)
+        except TwinjetError as error:
+            logger.error("the configuration was not reloaded, nothing has changed: %s", error)
+            return
+        self.config = config
+        for line in done or ["nothing to change"]:
+            logger.info("configuration reloaded: %s", line)
+
+    @property
+    def door_name(self) -> str:
+        """How gRPC comes in: "grpc" or "native"."""
+        return self._door.name
 
     def ask_to_stop(self) -> None:
         """Make run() drain and return."""
@@ -98,12 +125,16 @@ class Server:
 
     async def stop(self) -> None:
         """Drain within the grace period, end what is left, then stop the engines."""
+        self._door.send_away()
         await self.drain(None)
-        await self._server.stop(0)
+        await self._door.stop(0)
         await self.live.wait(CLEANUP_S)
-        for deployment in self.deployments.by_name.values():
+        await self.mirror.stop()
+        for deployment in list(self.deployments.by_name.values()):
             await deployment.supervisor.stop()
         await self.grammars.close()
+        if self._web is not None:
+            await asyncio.to_thread(self._web.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -118,41 +149,47 @@ class Server:
         num_ended = len(self.live)
         if num_ended:
             error = Unavailable("the server is shutting down", reason="DRAINING", retry_after_s=1)
-            for deployment in self.deployments.by_name.values():
+            for deployment in list(self.deployments.by_name.values()):
                 deployment.dispatcher.detach(error)
             await self.live.wait(CLEANUP_S)
         return num_live - num_ended, num_ended
 
     def _register(self) -> None:
         servicers = [
-            InferenceServicer(self.deployments, self.config.server, self.live, self.metrics, self.grammars),
+            InferenceServicer(
+                self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
+            ),
             ModelServicer(self.deployments),
-            AdminServicer(self.deployments, self.config.admin.token, self.drain),
+            AdminServicer(
+                self.deployments,
+                self.config.admin.token,
+                self.drain,
+                self.config.server.grace_s,
+                door=self._door.name,
+            ),
         ]
         for service, servicer in zip(_SERVICES, servicers, strict=True):
-            add_service(self._server, service, servicer, self.metrics)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        channelz.add_channelz_servicer(self._server)
+            add_service(self._door, service, servicer, self.metrics)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._door)
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)
         names = [s.full_name for s in _SERVICES]
         names += [
             health.SERVICE_NAME,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
-            reflection.SERVICE_NAME,
         ]
-        reflection.enable_server_reflection(names, self._server)
+        add_reflection(self._door, names)
 
-    def _bind(self) -> str:
+    def _listen_http(self) -> Web:
         settings = self.config.server
-        where = f"{settings.host}:{settings.port}"
+        web = Web(self.deployments, self.metrics, settings.console)
         try:
-            credentials = _credentials(settings)
-            if credentials is None:
-                port = self._server.add_insecure_port(where)
-            else:
-                port = self._server.add_secure_port(where, credentials)
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(f"cannot listen on {where}: {error}") from None
-        return f"{settings.host}:{port}"
+            web.listen(settings.host, settings.metrics_port)
+        except OSError as error:
+            raise ConfigError(
+                f"server.metrics_port: cannot listen on {settings.host} port {settings.metrics_port}: "
+                f"{error.strerror or error}"
+            ) from error
+        return web
 
     def _model_changed(self, model: str) -> None:
         for deployment in self.deployments.of_model(model):
@@ -160,17 +197,22 @@ class Server:
                 self.grammars.warm(*deployment.ready())
         self._health_updates.put_nowait(model)
         self._on_change(self)
-        states = [d.supervisor.state for d in self.deployments.by_name.values()]
-        broken = any(d.supervisor.config_error for d in self.deployments.by_name.values())
+        # Those that no route names are being tried out by an operator, who hears of it.
+        routed = {d.name: d for m in self.deployments.models for d in self.deployments.of_model(m)}
+        states = [d.supervisor.state for d in routed.values()]
+        broken = any(d.supervisor.config_error for d in routed.values())
         if all(s is State.FAILED for s in states) or (broken and not self.config.server.allow_partial):
             self.ask_to_stop()
 
     async def _publish_health(self) -> None:
         """Write health in one place and in order: each model, each service, and the server as a whole."""
         status = health_pb2.HealthCheckResponse
+        # Names that were taken away are told as not serving, since somebody may watch them.
+        known: set[str] = set()
         while True:
             await self._health_updates.get()
-            serving = {m: self.deployments.is_serving(m) for m in self.deployments.models}
+            serving = {m: self.deployments.is_serving(m) for m in {*known, *self.deployments.models}}
+            known.update(serving)
             whole = any(serving.values())
             for name in ["", *(s.full_name for s in _SERVICES)]:
                 await self._health.set(name, status.SERVING if whole else status.NOT_SERVING)
@@ -178,50 +220,62 @@ class Server:
                 await self._health.set(model, status.SERVING if is_serving else status.NOT_SERVING)
 
 
-def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
-    # gRPC ignores a misspelt option in silence; tests/server/test_keepalive.py shows that these act.
-    return [
-        ("grpc.max_receive_message_length", settings.max_request_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
-        # The core counts an unanswered ping against its own limit, which keepalive_timeout does not change.
-        ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", int(settings.client_ping_s * 1000)),
-        ("grpc.http2.max_pings_without_data", 0),
-    ]
+def _mirror(settings: MirrorSettings) -> Mirror:
+    files = None
+    if settings.folder is not None:
+        try:
+            files = RecordFiles(settings.folder, settings.max_file_bytes, settings.max_files)
+        except OSError as error:
+            raise ConfigError(f"mirror.folder: cannot use {settings.folder}: {error.strerror}") from None
+    return Mirror(settings.max_streams, files, record_prompts=settings.record_prompts)
 
 
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
-    client_ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
-
-
-async def _serve(config: Config, on_change: Callable[[Server], None]) -> int:
-    server = Server(config, on_change=on_change)
+async def _serve(
+    config: Config, on_change: Callable[[Server], None], read: Callable[[], Config] | None
+) -> int:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.ask_to_stop)
+    reloads: set[asyncio.Task[None]] = set()
+    one_at_a_time = asyncio.Lock()
+
+    async def reload(read: Callable[[], Config]) -> None:
+        async with one_at_a_time:
+            await server.reload(read)
+
+    def ask_to_reload() -> None:
+        assert read is not None
+        task = loop.create_task(reload(read), name="reload")
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
     try:
+        server = Server(config, on_change=on_change)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.ask_to_stop)
+        if read is not None:
+            loop.add_signal_handler(signal.SIGHUP, ask_to_reload)
         await server.start()
     except ConfigError as error:
         logger.error("%s", error)
         return EXIT_CONFIG
     logger.info("listening on %s", server.address)
-    return await server.run()
+    logger.info("gRPC comes in through the %s door", server.door_name)
+    code = await server.run()
+    for task in reloads:
+        task.cancel()
+    return code
 
 
-def serve(config: Config, on_change: Callable[[Server], None] = lambda _: None) -> int:
+def serve(
+    config: Config,
+    on_change: Callable[[Server], None] = lambda _: None,
+    read: Callable[[], Config] | None = None,
+) -> int:
     """Run a server until SIGTERM or SIGINT; return the exit code.
 
     0 after a drain, 1 if every engine failed, 2 if the configuration cannot work.
-    on_change: called after every change of a deployment's state or progress.
+    on_change: called after every change of a deployment's state or progress. read: reads the configuration anew; called
+    on SIGHUP, which without it is left alone.
     """
     engines = {d.engine for d in config.deployments.values()}
     with prepared(engines), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config, on_change))
+        return runner.run(_serve(config, on_change, read))

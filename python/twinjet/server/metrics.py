@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from twinjet._core import Stream
     from twinjet.server.deployments import Deployments
-    from twinjet.server.responses import ResponseBuilder
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -69,7 +69,7 @@ class _LoadCollector(Collector):
             "twinjet_component", "Counters of sampler and block manager",
             labels=[*label, "component", "counter"],
         )  # fmt: skip
-        for name, deployment in self._deployments.by_name.items():
+        for name, deployment in list(self._deployments.by_name.items()):
             load = deployment.dispatcher.totals()
             waiting.add_metric([name], load.waiting)
             running.add_metric([name], load.running)
@@ -111,27 +111,31 @@ class Metrics:
         )
         self._tokens = Counter("twinjet_tokens", "Tokens by kind", ["model", "kind"], registry=self.registry)
         self._first_token = Histogram(
-            "twinjet_first_token_seconds", "TTFT", ["model"], buckets=_SECONDS, registry=self.registry
+            "twinjet_first_token_seconds",
+            "TTFT",
+            ["model", "deployment"],
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self._per_token = Histogram(
-            "twinjet_per_token_seconds", "TPOT", ["model"], buckets=_SECONDS, registry=self.registry
+            "twinjet_per_token_seconds",
+            "TPOT",
+            ["model", "deployment"],
+            buckets=_SECONDS,
+            registry=self.registry,
         )
 
     def watch(self, deployments: Deployments) -> None:
         """Report queues, engines and counters of the deployments, too. Called on the loop that runs them."""
         self.registry.register(_LoadCollector(deployments, asyncio.get_running_loop()))
 
-    def listen(self, host: str, port: int) -> None:
-        """Serve the metrics over HTTP, from a thread of their own."""
-        start_http_server(port, host, self.registry)
-
     def count_call(self, method: str, code: str) -> None:
         self._calls.labels(method, code).inc()
 
-    def observe_finished(self, model: str, request: ResponseBuilder) -> None:
+    def observe_finished(self, model: str, deployment: str, request: Stream) -> None:
         self._tokens.labels(model, "prompt").inc(request.num_prompt_tokens)
         self._tokens.labels(model, "output").inc(request.num_output_tokens)
         if request.first_token_s is not None:
-            self._first_token.labels(model).observe(request.first_token_s)
+            self._first_token.labels(model, deployment).observe(request.first_token_s)
         if request.per_token_s is not None:
-            self._per_token.labels(model).observe(request.per_token_s)
+            self._per_token.labels(model, deployment).observe(request.per_token_s)

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from twinjet import errors
+from twinjet.routing import RevisionChanged
 
 DOMAIN = "twinjet"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -62,8 +63,13 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return Failure(code.UNAVAILABLE, str(error), [_info(error.reason)])
         case errors.Unavailable():
             return Failure(code.UNAVAILABLE, str(error), [_info(error.reason), _retry(error.retry_after_s)])
+        case errors.PreconditionFailed():
+            return Failure(code.FAILED_PRECONDITION, str(error), [_info(error.reason)])
+        case RevisionChanged():
+            info = _info("REVISION_CHANGED", revision=str(error.current))
+            return Failure(code.ABORTED, str(error), [info])
         case errors.DeadlinePassed():
-            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info("DEADLINE_PASSED")])
+            return Failure(code.DEADLINE_EXCEEDED, str(error), [_info(error.reason)])
         case errors.RequestAborted():
             return Failure(code.CANCELLED, str(error), [_info("ABORTED")])
         case errors.NoAdmissibleToken():
@@ -72,6 +78,12 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return Failure(code.INTERNAL, str(error), [_info(error.reason)])
         case _:
             return internal_failure()
+
+
+def overload_details() -> bytes:
+    """Give the details that a call refused for load carries before any handler sees it."""
+    error = errors.Overloaded("the server has more to do than it can bear", retry_after_s=1)
+    return bytes(to_failure(error).trailing_metadata[0][1])
 
 
 def internal_failure() -> Failure:

@@ -11,13 +11,16 @@ import dataclasses
 import inspect
 import json
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 VERSION = os.environ.get("TENSORRT_LLM_DOUBLE", "1.2")
-CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "contract.json").read_text())
+CONTRACT: dict[str, Any] = json.loads(
+    resources.files("twinjet.engines.tensorrt_llm").joinpath("contract.json").read_text()
+)
 if VERSION not in CONTRACT["versions"]:
     raise ImportError(f"TENSORRT_LLM_DOUBLE is {VERSION!r}; known: {CONTRACT['versions']}")
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from tests.engines.factories import double_installed
-from twinjet.engines.tensorrt_llm.channel import ReportChannel
+from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
 
 
 @pytest.fixture(params=["1.2", "1.3"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from twinjet.engines.tensorrt_llm import device_draw
+from twinjet.engines.tensorrt_llm.worker import device_draw
 from twinjet.sampling import Request, Sampler
 
 WAIT_S = 20.0

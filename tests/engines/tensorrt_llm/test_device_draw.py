@@ -18,9 +18,9 @@ from tests.engines.tensorrt_llm.test_draw_processor import (
 )
 from twinjet import _core
 from twinjet.engines.fixed_logits import fixed_logits
-from twinjet.engines.tensorrt_llm import device_draw
-from twinjet.engines.tensorrt_llm.channel import FaultReported, ReportChannel
-from twinjet.engines.tensorrt_llm.logits import DrawProcessor
+from twinjet.engines.tensorrt_llm.front.channel import FaultReported, ReportChannel
+from twinjet.engines.tensorrt_llm.worker import device_draw
+from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor
 
 END = 256
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-from importlib import resources
 from typing import Any, ClassVar
 
 import pytest
 
-from tests.engines.factories import DOUBLES, MODEL
+from tests.engines.factories import MODEL
 from twinjet.engines.tensorrt_llm import doctor
 
-CONTRACT = json.loads((DOUBLES / "tensorrt_llm" / "contract.json").read_text())
+CONTRACT = doctor.load_contract()
 
 
 def make_llm(**kwargs: Any) -> Any:
@@ -30,11 +28,6 @@ def params(**kwargs: Any) -> Any:
 
 def prompt(text: str = "Hello") -> dict[str, list[int]]:
     return {"prompt_token_ids": list(text.encode())}
-
-
-def test_the_shipped_contract_is_the_stand_ins() -> None:
-    shipped = resources.files("twinjet.engines.tensorrt_llm").joinpath("contract.json").read_text()
-    assert json.loads(shipped) == CONTRACT
 
 
 def test_surface_has_not_drifted_from_the_contract(version: str) -> None:

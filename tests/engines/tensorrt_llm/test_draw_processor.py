@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from twinjet.engines.fixed_logits import fixed_logits
-from twinjet.engines.tensorrt_llm.channel import (
+from twinjet.engines.tensorrt_llm.front.channel import (
     FaultReported,
     Inbox,
     ReportChannel,
     ReportLost,
-    TokenReport,
 )
-from twinjet.engines.tensorrt_llm.logits import DrawProcessor, DrawSettings
+from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
+from twinjet.engines.tensorrt_llm.worker.reports import TokenReport
 from twinjet.sampling import Request, Sampler
 
 VOCAB = 258

@@ -261,7 +261,7 @@ async def test_a_prebuilt_engine_is_recognised_and_draws_itself(version: str, tm
     (tmp_path / "config.json").write_text(
         '{"pretrained_config": {"vocab_size": 258}, "build_config": {"max_seq_len": 512, "max_batch_size": 8}}'
     )
-    from twinjet.engines.tensorrt_llm.engine import TrtLlmEngine
+    from twinjet.engines.tensorrt_llm.front.engine import TrtLlmEngine
 
     engine = TrtLlmEngine("built", str(tmp_path), {})
     try:

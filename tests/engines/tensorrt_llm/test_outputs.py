@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from twinjet.engines.base import Finish, TokenLogprobs
 from twinjet.engines.fake import EOS, FakeTokenizer
-from twinjet.engines.tensorrt_llm.channel import TokenReport
-from twinjet.engines.tensorrt_llm.detokenize import IncrementalDecoder
-from twinjet.engines.tensorrt_llm.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.tensorrt_llm.worker.reports import TokenReport
 from twinjet.errors import RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, Sampling
 
@@ -60,11 +59,14 @@ def test_pieces_join_to_the_text(text: str, sizes: list[int]) -> None:
 
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_text_join_to_what_decoding_gives(data: bytes) -> None:
-    decoder = IncrementalDecoder(FakeTokenizer(), [257], skip_special_tokens=True)
-    text = "".join(decoder.feed(byte) for byte in data) + decoder.flush()
-    assert len(text) == 0 if not data else len(text) > 0
-    # Characters that the window cut keep their place; all valid ones are there.
-    assert [c for c in text if c != "\ufffd"] == [c for c in data.decode(errors="replace") if c != "\ufffd"]
+    output = tracker(max_tokens=1000)
+    for byte in data:
+        output.feed(byte, None)
+    output.engine_ended("length", None)
+    output.settle()
+    event = output.take()
+    assert event is not None
+    assert event.text == FakeTokenizer().decode(list(data), skip_special_tokens=True)
 
 
 @given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=3))

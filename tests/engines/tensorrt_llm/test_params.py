@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines.tensorrt_llm.test_outputs import NEUTRAL
 from twinjet.engines.fake import FakeTokenizer
-from twinjet.engines.tensorrt_llm.params import (
+from twinjet.engines.tensorrt_llm.front.params import (
     EngineSampler,
     TokenFacts,
     bad_word_ids,
@@ -113,8 +113,13 @@ def test_all_end_tokens_end_an_output() -> None:
 
 
 def test_outputs_of_the_engines_sampler_get_seeds_of_their_own() -> None:
-    seeds = {drawn_by_engine(request(seed=5), index, TOKENS, ALL)["seed"] for index in range(64)}
-    assert len(seeds) == 64
+    starts = (5, 2**63, 2**64 - 1)
+    seeds = {
+        drawn_by_engine(request(seed=seed), index, TOKENS, ALL)["seed"]
+        for seed in starts
+        for index in range(64)
+    }
+    assert len(seeds) == 64 * len(starts)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

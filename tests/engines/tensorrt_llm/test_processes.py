@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from twinjet.engines.tensorrt_llm.processes import (
+from twinjet.engines.tensorrt_llm.front.processes import (
     end_tasks,
     in_daemon_thread,
     kill_processes,

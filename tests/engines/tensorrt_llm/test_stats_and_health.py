@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from twinjet.engines.base import KvCache, KvCleared, KvEvent, KvRemoved, KvStored
-from twinjet.engines.tensorrt_llm.health import Watchdog, own_verdict
-from twinjet.engines.tensorrt_llm.stats import (
+from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
+from twinjet.engines.tensorrt_llm.front.stats import (
     DestructiveReader,
     EngineStats,
     KvEventFan,

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.engines.vllm.support import GREEDY
-from twinjet.errors import InvalidRequest
+from twinjet.engines.vllm.fields import EXTRA_KEY
+from twinjet.errors import ConfigError, InvalidRequest
 from twinjet.grammar.room import CompiledGrammar
 from twinjet.grammar.vocabulary import Vocabulary
 from twinjet.request import Constraint
@@ -23,7 +25,7 @@ def test_every_field_is_mapped() -> None:
 
     sampling = replace(
         GREEDY, temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1,
-        frequency_penalty=0.2, presence_penalty=-0.3, logit_bias={3: -5.0}, seed=2**64 - 1, n=2, max_tokens=9,
+        frequency_penalty=0.2, presence_penalty=-0.3, logit_bias={3: -5.0}, seed=7, n=2, max_tokens=9,
         min_tokens=2, stop=("a", "b"), stop_token_ids=(4,), include_stop=True, ignore_eos=True,
         bad_words=("w",), allowed_token_ids=(3, 4), logprobs=2, prompt_logprobs=1, skip_special_tokens=False,
         constraint=Constraint("regex", "x+"),
@@ -32,12 +34,11 @@ def test_every_field_is_mapped() -> None:
     found = (
         made.temperature, made.top_p, made.top_k, made.min_p, made.repetition_penalty, made.frequency_penalty,
         made.presence_penalty, made.logit_bias, made.seed, made.n, made.max_tokens, made.min_tokens, made.stop,
-        made.stop_token_ids, made.include_stop_str_in_output, made.ignore_eos, made.bad_words,
-        made.allowed_token_ids, made.logprobs, made.prompt_logprobs, made.skip_special_tokens,
+        made.stop_token_ids, made.detokenize, made.ignore_eos, made.bad_words, made.allowed_token_ids,
+        made.logprobs, made.prompt_logprobs,
     )  # fmt: skip
     assert found == (
-        0.7, 0.9, 40, 0.05, 1.1, 0.2, -0.3, {3: -5.0}, 2**64 - 1, 1, 9, 2, ["a", "b"], [4], True, True, ["w"],
-        [3, 4], 2, 1, False,
+        0.7, 0.9, 40, 0.05, 1.1, 0.2, -0.3, {3: -5.0}, 7, 1, 9, 2, [], [4], False, True, ["w"], [3, 4], 2, 1,
     )  # fmt: skip
     assert made.structured_outputs is not None
     assert GrammarNote.is_one(made.structured_outputs.grammar)
@@ -45,13 +46,23 @@ def test_every_field_is_mapped() -> None:
     assert sampling_params(sampling, 1, native=False, grammar=GRAMMAR).prompt_logprobs is None
 
 
-def test_seeds_of_outputs_differ_and_do_not_meet_a_neighbours() -> None:
-    from twinjet.engines.vllm.front.params import output_seed
+@pytest.mark.parametrize("native", [False, True])
+def test_a_seed_of_64_bits_reaches_vllm_in_63_and_our_sampler_whole(native: bool) -> None:
+    from twinjet.engines.vllm.front.params import sampling_params
 
-    seeds = [output_seed(seed, i) for seed in (0, 1, 2, 2**64 - 1) for i in range(64)]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**64 for seed in seeds)
-    assert output_seed(5, 0) == 5
+    for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
+        for index in range(64):
+            made = sampling_params(replace(GREEDY, temperature=1.0, seed=seed, n=64), index, native=native)
+            assert np.array([made.seed], dtype=np.int64)[0] >= 0
+            assert not native or made.extra_args[EXTRA_KEY]["seed"] == seed
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, "1", None])
+def test_an_engine_seed_that_a_generator_would_refuse_is_a_wrong_setting(seed: object) -> None:
+    from twinjet.engines.vllm.front.config import engine_config
+
+    with pytest.raises(ConfigError, match=r"options.seed .*allowed: 0 to 4294967295"):
+        engine_config("model", {"seed": seed}, scheduler_cls=None, worker_cls=None)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +70,7 @@ def test_seeds_of_outputs_differ_and_do_not_meet_a_neighbours() -> None:
     [(0.0, 0.0, 0.0), (1e-6, 0.0, 0.0), (1e-3, 0.01, 1e-3), (1.0, 1.0, 1.0), (50.0, None, 50.0)],
 )
 def test_temperatures(temperature: float, plain: float | None, native: float) -> None:
-    from twinjet.engines.vllm.front.params import EXTRA_KEY, sampling_params
+    from twinjet.engines.vllm.front.params import sampling_params
 
     sampling = replace(GREEDY, temperature=temperature)
     made = sampling_params(sampling, 3, native=True)

@@ -1,1 +1,4 @@
-"""The TensorRT-LLM engine (engine.py); the engine's workers import parts of it, so nothing is imported here."""
+"""The TensorRT-LLM engine: front/ runs in the server's process, worker/ in the engine's own.
+
+Workers unpickle parts of worker/, so nothing is imported here and worker/ imports nothing of front/.
+"""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
-from twinjet.engines.tensorrt_llm import features
+from twinjet.engines.tensorrt_llm.front import features
 
 Severity = Literal["breaks", "limits", "differs"]
 

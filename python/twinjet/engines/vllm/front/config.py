@@ -17,6 +17,9 @@ from twinjet.request import SamplingOverrides
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+MAX_ENGINE_SEED = 2**32 - 1
+"""What NumPy, the narrowest of the generators that vLLM seeds with it, takes."""
+
 _CPU_MIN_KV_CACHE_BYTES = 512 << 20
 _CPU_CONTEXTS_IN_KV_CACHE = 4
 
@@ -51,6 +54,9 @@ def engine_config(
         if options.get("tensor_parallel_size", 1) > 1 or options.get("pipeline_parallel_size", 1) > 1:
             settings["distributed_executor_backend"] = "mp"
     settings |= options
+    seed = settings.get("seed", 0)
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_ENGINE_SEED:
+        raise ConfigError(f"options.seed is {seed!r}; allowed: 0 to {MAX_ENGINE_SEED}")
     multiprocessing = "1"
     if is_cpu and settings["distributed_executor_backend"] == "uni":
         # vLLM's CPU platform turns "uni" into "mp" (one more process, one more import) to set OpenMP's

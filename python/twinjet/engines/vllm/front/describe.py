@@ -52,4 +52,23 @@ def engine_info(config: VllmConfig, llm: Any, tokenizer: Tokenizer, parts: Parts
         sampler=stock,
         block_manager=stock,
         kv_cache=blocks,
+        settings=_settings(config),
     )
+
+
+def _settings(config: VllmConfig) -> dict[str, str]:
+    """What bears on speed and results, with vLLM's defaults filled in."""
+    model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+    speculative = config.speculative_config
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization or "none"),
+        "kv_cache_dtype": str(cache.cache_dtype),
+        "prefix_cache": str(bool(cache.enable_prefix_caching)).lower(),
+        "chunked_prefill": str(bool(scheduler.enable_chunked_prefill)).lower(),
+        "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
+        "async_scheduling": str(bool(scheduler.async_scheduling)).lower(),
+        "speculative_decoding": "none" if speculative is None else str(speculative.method),
+        "tensor_parallel_size": str(config.parallel_config.tensor_parallel_size),
+        "enforce_eager": str(bool(model.enforce_eager)).lower(),
+    }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
+from twinjet.engines.text import make_output
 from twinjet.engines.vllm.front import startup
 from twinjet.engines.vllm.front.adapters import Adapters
 from twinjet.engines.vllm.front.live import LiveRequest
@@ -98,7 +99,10 @@ class VllmEngine:
         sampling = request.sampling
         await self._submit(running, live, request)
         has_prompt = False
-        eos = frozenset(running.components.info().eos_token_ids)
+        eos = running.components.info().eos_token_ids
+        vocabulary = running.tokenizer.vocabulary
+        token_text = vocabulary.token_text
+        outputs = [make_output(vocabulary, sampling, eos) for _ in range(sampling.n)]
         while live.is_open:
             await live.wait()
             try:
@@ -117,8 +121,13 @@ class VllmEngine:
                     raise failed
                 if not has_prompt:
                     has_prompt = True
-                    yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs)
-                yield output_event(completion, index, sampling.logprobs, eos)
+                    yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs, token_text)
+                event = output_event(completion, outputs[index], index, sampling.logprobs, token_text)
+                if event.finish is not None and completion.finish_reason is None:
+                    # A stop string, of which vLLM knows nothing.
+                    self._spawn(running.llm.abort([live.engine_id(index)], internal=True))
+                    live.finish(index)
+                yield event
                 if live.failure is not None:
                     raise live.failure
 

@@ -43,6 +43,11 @@ class LiveRequest:
         del self._open[output_index]
         self._done.add(output_index)
 
+    def engine_id(self, output_index: int) -> str:
+        """Give vLLM's id of an output whose submission has settled."""
+        request_id: str = self._submissions[output_index].result().request_id
+        return request_id
+
     async def wait(self) -> None:
         """Wait for something to fetch. Raises the failure, if any."""
         await self._wake.wait()

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twinjet.engines.base import Finish, Logprob, OutputEvent, PromptEvent, TokenLogprobs
+from twinjet.engines.base import Logprob, OutputEvent, PromptEvent, TokenLogprobs
+from twinjet.engines.text import finish_of
 from twinjet.engines.vllm.fields import NO_TOKEN
 from twinjet.errors import NoAdmissibleToken, RequestFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from twinjet._core import Output
+
+    TokenText = Callable[[int], str]
 
 
-def token_logprobs(token_id: int, position: Mapping[int, Any], most: int) -> TokenLogprobs:
+def token_logprobs(
+    token_id: int, position: Mapping[int, Any], most: int, token_text: TokenText
+) -> TokenLogprobs:
     """Translate one position. vLLM gives the chosen token and the best `most`, in one mapping.
 
-    position: token id to vLLM's Logprob (logprob, rank from 1, decoded_token).
+    position: token id to vLLM's Logprob (logprob, rank from 1).
     """
     made = {
-        candidate: Logprob(candidate, float(value.logprob), value.rank, value.decoded_token or "")
+        candidate: Logprob(candidate, float(value.logprob), value.rank, token_text(candidate))
         for candidate, value in position.items()
     }
     best = sorted(made.values(), key=lambda entry: (entry.rank or 0, entry.token_id))
     return TokenLogprobs(chosen=made[token_id], top=tuple(best[:most]))
 
 
-def prompt_event(output: Any, prompt_token_ids: Sequence[int], prompt_logprobs: int | None) -> PromptEvent:
+def prompt_event(
+    output: Any, prompt_token_ids: Sequence[int], prompt_logprobs: int | None, token_text: TokenText
+) -> PromptEvent:
     """Translate what the first RequestOutput says of the prompt."""
     logprobs = None
     if prompt_logprobs is not None:
         # The first token has no predecessor, so vLLM's first entry is None.
         logprobs = tuple(
-            token_logprobs(token_id, position, prompt_logprobs)
+            token_logprobs(token_id, position, prompt_logprobs, token_text)
             for token_id, position in zip(
                 list(prompt_token_ids)[1:], list(output.prompt_logprobs or ())[1:], strict=True
             )
@@ -40,35 +49,21 @@ def prompt_event(output: Any, prompt_token_ids: Sequence[int], prompt_logprobs: 
 
 
 def output_event(
-    completion: Any, output_index: int, logprobs: int | None, eos_token_ids: frozenset[int]
+    completion: Any, output: Output, output_index: int, logprobs: int | None, token_text: TokenText
 ) -> OutputEvent:
-    """Translate one delta of one output."""
+    """Translate one delta of one output; `output` makes its text and decides its end, perhaps before vLLM."""
+    reason = completion.finish_reason
     token_ids = list(completion.token_ids)
+    ended_by = reason if reason in ("stop", "length") else None
+    num_taken, text = output.take(token_ids, ended_by, completion.stop_reason)
+    del token_ids[num_taken:]
     entries: tuple[TokenLogprobs, ...] = ()
     if logprobs is not None and completion.logprobs:
         entries = tuple(
-            token_logprobs(token_id, position, logprobs)
-            for token_id, position in zip(token_ids, completion.logprobs, strict=True)
+            token_logprobs(token_id, position, logprobs, token_text)
+            for token_id, position in zip(token_ids, completion.logprobs, strict=False)
         )
-    finish = None
-    if completion.finish_reason is not None:
-        finish = _finish(completion.finish_reason, completion.stop_reason, token_ids, eos_token_ids)
-    return OutputEvent(output_index, completion.text, token_ids, entries, finish)
-
-
-def _finish(
-    reason: str, stop_reason: int | str | None, token_ids: Sequence[int], eos_token_ids: frozenset[int]
-) -> Finish:
-    if reason == "length":
-        return Finish("length")
-    if isinstance(stop_reason, str):
-        return Finish("stop", stop_reason)
-    # vLLM names no stop reason for the model's first end token.
-    last = token_ids[-1] if token_ids else None
-    stopped_by = stop_reason if stop_reason is not None else last
-    if stopped_by in eos_token_ids:
-        return Finish("stop", stopped_by, is_eos=True)
-    return Finish("stop", stop_reason)
+    return OutputEvent(output_index, text, token_ids, entries, finish_of(output))
 
 
 def failure(completion: Any, *, is_constrained: bool) -> Exception | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+from twinjet.engines.seeds import output_seed
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN, GrammarNote
 from twinjet.errors import InvalidRequest
 from twinjet.request import GREEDY_BELOW
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 
 
 class OwnParams(SamplingParams):  # type: ignore[misc]
@@ -36,20 +34,6 @@ class OwnParams(SamplingParams):  # type: ignore[misc]
             super()._validate_stop_token_ids(model_config)
         finally:
             self.stop_token_ids = ids
-
-
-def output_seed(seed: int, output_index: int) -> int:
-    """Derive the 64-bit seed of one output for vLLM's own sampler.
-
-    Output 0 has the request's seed itself. The others are mixed (SplitMix64), so that output 1 of seed s
-    is not output 0 of seed s + 1.
-    """
-    if output_index == 0:
-        return seed
-    z = (seed + output_index * _GOLDEN) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
 
 
 def sampling_params(
@@ -86,9 +70,9 @@ def sampling_params(
         presence_penalty=sampling.presence_penalty,
         logit_bias=dict(sampling.logit_bias) or None,
         seed=output_seed(sampling.seed, output_index),
-        stop=list(sampling.stop),
+        # Text, and what it ends, is made of the tokens by us: vLLM would let the prompt's end into it.
+        detokenize=False,
         stop_token_ids=list(sampling.stop_token_ids),
-        include_stop_str_in_output=sampling.include_stop,
         ignore_eos=sampling.ignore_eos,
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -97,7 +81,6 @@ def sampling_params(
         logprobs=sampling.logprobs,
         # Every output has the same prompt, so its logprobs are asked for once.
         prompt_logprobs=sampling.prompt_logprobs if output_index == 0 else None,
-        skip_special_tokens=sampling.skip_special_tokens,
         structured_outputs=_structured(grammar, sampling),
         output_kind=RequestOutputKind.DELTA,
         extra_args=extra,

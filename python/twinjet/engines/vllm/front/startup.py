@@ -90,6 +90,9 @@ class Running:
                 self._loop.call_soon_threadsafe(self._loop.remove_reader, fd)
                 self._loop.call_soon_threadsafe(os.close, fd)
             self._death_fds.clear()
+            # While it reads, vLLM takes the end of its engine for a failure and logs it.
+            if self.llm.output_handler is not None:
+                self._loop.call_soon_threadsafe(self.llm.output_handler.cancel)
         self.llm.shutdown(timeout=5.0)
         end_processes(self.context)
 

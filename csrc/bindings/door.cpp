@@ -1,0 +1,245 @@
+// Python face of csrc/door. Events wait here until the asyncio loop, which watches fileno(), takes them: the
+// door's threads never need the GIL.
+#include "door/door.h"
+
+#include <pybind11/stl.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <mutex>
+#include <system_error>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace twinjet::bindings {
+namespace {
+
+using door::CallRef;
+using door::Event;
+using door::EventKind;
+using door::Metadata;
+using door::Options;
+
+// As grpc.aio has it: pairs, binary values as bytes. Raises ValueError for what gRPC does not allow.
+Metadata ReadMetadata(const py::iterable& entries) {
+  Metadata metadata;
+  for (const py::handle item : entries) {
+    const auto pair = py::reinterpret_borrow<py::sequence>(item);
+    if (py::len(pair) != 2) throw py::value_error("metadata must be pairs of key and value");
+    door::MetadataEntry entry{py::cast<std::string>(pair[0]), py::cast<std::string>(pair[1])};
+    if (!door::IsSendable(entry)) {
+      throw py::value_error("metadata " + py::cast<std::string>(py::repr(pair[0])) +
+                            " has a key or a value that gRPC does not allow");
+    }
+    metadata.push_back(std::move(entry));
+  }
+  return metadata;
+}
+
+py::tuple ShowMetadata(const Metadata& metadata) {
+  py::tuple shown(metadata.size());
+  for (size_t i = 0; i < metadata.size(); ++i) {
+    const auto& [key, value] = metadata[i];
+    const py::object shown_value =
+        key.ends_with("-bin") ? py::object(py::bytes(value)) : py::object(py::str(value));
+    shown[i] = py::make_tuple(key, shown_value);
+  }
+  return shown;
+}
+
+// A call of a client, to be answered from Python.
+struct PyCall {
+  CallRef call;
+  size_t write_ahead_bytes;
+};
+
+class PyDoor final : private door::EventSink {
+ public:
+  explicit PyDoor(Options options)
+      : fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)), door_(std::move(options), this) {
+    if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+  }
+  ~PyDoor() override {
+    {
+      const py::gil_scoped_release release;
+      door_.Stop(0);
+    }
+    close(fd_);
+  }
+
+  door::Door& door() { return door_; }
+  int fd() const { return fd_; }
+
+  py::list Take() {
+    uint64_t count = 0;
+    [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
+    {
+      const std::lock_guard lock(mutex_);
+      taken_.swap(waiting_);
+    }
+    py::list events;
+    for (Event& event : taken_) events.append(Show(event));
+    taken_.clear();
+    return events;
+  }
+
+ private:
+  void Deliver(std::vector<Event>& events) override {
+    bool was_empty = false;
+    {
+      const std::lock_guard lock(mutex_);
+      was_empty = waiting_.empty();
+      for (Event& event : events) waiting_.push_back(std::move(event));
+    }
+    const uint64_t one = 1;
+    if (was_empty) [[maybe_unused]]
+      const ssize_t written = write(fd_, &one, sizeof one);
+  }
+
+  py::tuple Show(Event& event) {
+    const auto kind = static_cast<int>(event.kind);
+    const uint64_t id = event.call->id();
+    switch (event.kind) {
+      case EventKind::kCall: {
+        const door::CallInfo& info = *event.info;
+        const py::object timeout_s = info.timeout_ns < 0
+                                         ? py::object(py::none())
+                                         : py::float_(static_cast<double>(info.timeout_ns) / 1e9);
+        return py::make_tuple(
+            kind, id,
+            py::make_tuple(PyCall{event.call, door_.options().write_ahead_bytes}, info.path, info.peer,
+                           ShowMetadata(info.metadata), timeout_s, info.accepts_gzip));
+      }
+      case EventKind::kMessage:
+        return py::make_tuple(kind, id, py::bytes(event.bytes));
+      default:
+        return py::make_tuple(kind, id, event.bytes);
+    }
+  }
+
+  const int fd_;
+  std::mutex mutex_;
+  std::vector<Event> waiting_;  // guarded by mutex_
+  std::vector<Event> taken_;    // the taking thread's, kept for its memory
+  door::Door door_;             // last: its threads use the others
+};
+
+template <typename T>
+bool Set(const py::kwargs& given, const char* name, T* field) {
+  if (!given.contains(name)) return false;
+  *field = py::cast<T>(given[name]);
+  return true;
+}
+
+Options ReadOptions(const py::kwargs& given) {
+  Options o;
+  const int num_known =
+      Set(given, "num_threads", &o.num_threads) + Set(given, "max_message_bytes", &o.max_message_bytes) +
+      Set(given, "max_metadata_bytes", &o.max_metadata_bytes) + Set(given, "max_streams", &o.max_streams) +
+      Set(given, "max_connections", &o.max_connections) + Set(given, "max_calls", &o.max_calls) +
+      Set(given, "max_received_bytes", &o.max_received_bytes) +
+      Set(given, "max_unsent_bytes", &o.max_unsent_bytes) +
+      Set(given, "write_ahead_bytes", &o.write_ahead_bytes) + Set(given, "handshake_s", &o.handshake_s) +
+      Set(given, "header_s", &o.header_s) + Set(given, "message_stall_s", &o.message_stall_s) +
+      Set(given, "linger_s", &o.linger_s) + Set(given, "idle_s", &o.idle_s) +
+      Set(given, "keepalive_s", &o.keepalive_s) + Set(given, "keepalive_timeout_s", &o.keepalive_timeout_s) +
+      Set(given, "client_ping_s", &o.client_ping_s) + Set(given, "overload_details", &o.overload_details);
+  if (num_known != static_cast<int>(py::len(given))) throw py::type_error("Door has no such option");
+  return o;
+}
+
+py::dict ShowTotals(const door::Totals& totals) {
+  py::dict shown;
+  shown["connections"] = totals.connections.load();
+  shown["connections_accepted"] = totals.connections_accepted.load();
+  shown["connections_refused"] = totals.connections_refused.load();
+  shown["calls"] = totals.calls.load();
+  shown["calls_started"] = totals.calls_started.load();
+  shown["calls_succeeded"] = totals.calls_succeeded.load();
+  shown["calls_failed"] = totals.calls_failed.load();
+  shown["messages_sent"] = totals.messages_sent.load();
+  shown["messages_received"] = totals.messages_received.load();
+  shown["received_bytes"] = totals.received_bytes.load();
+  return shown;
+}
+
+py::dict ShowConnection(uint64_t id, const door::ConnectionStats& stats) {
+  py::dict shown;
+  shown["id"] = id;
+  shown["peer"] = stats.peer;
+  shown["calls_started"] = stats.calls_started.load();
+  shown["calls_succeeded"] = stats.calls_succeeded.load();
+  shown["calls_failed"] = stats.calls_failed.load();
+  shown["messages_sent"] = stats.messages_sent.load();
+  shown["messages_received"] = stats.messages_received.load();
+  shown["keepalives_sent"] = stats.keepalives_sent.load();
+  return shown;
+}
+
+}  // namespace
+
+void BindDoor(py::module_& module) {
+  py::class_<PyCall>(module, "DoorCall", "A handle to a client's call; without effect once the call is over.")
+      .def_property_readonly("is_over", [](const PyCall& self) { return self.call->is_over(); })
+      .def_property_readonly("unsent_bytes", [](const PyCall& self) { return self.call->unsent_bytes(); })
+      .def("send_headers",
+           [](const PyCall& self, const py::iterable& metadata) {
+             door::SendHeaders(self.call, ReadMetadata(metadata));
+           })
+      .def(
+          "write",
+          [](const PyCall& self, const py::bytes& message) {
+            door::Write(self.call, std::string_view(message));
+            return self.call->AwaitRoom(self.write_ahead_bytes);
+          },
+          "Send a message. True: so much is unsent that the writer should wait for the room event, which "
+          "comes.")
+      .def("finish",
+           [](const PyCall& self, int code, const std::string& message, const py::iterable& metadata) {
+             door::Finish(self.call, {code, message, ReadMetadata(metadata)});
+           })
+      .def("reset", [](const PyCall& self) { door::Reset(self.call); })
+      .def("acknowledge", [](const PyCall& self, size_t bytes) { door::Acknowledge(self.call, bytes); })
+      .def("compress", [](const PyCall& self) { door::CompressAnswers(self.call); });
+
+  py::class_<PyDoor>(module, "Door", "A gRPC server; keyword arguments as csrc/door/options.h has them.")
+      .def(py::init([](const py::kwargs& options) { return std::make_unique<PyDoor>(ReadOptions(options)); }))
+      .def(
+          "listen",
+          [](PyDoor& self, const std::string& host, int port, bool use_tls) {
+            try {
+              self.door().Listen(host, &port, use_tls);
+            } catch (const std::runtime_error& error) {
+              PyErr_SetString(PyExc_OSError, error.what());
+              throw py::error_already_set();
+            }
+            return port;
+          },
+          "Listen, and give the port. Raises OSError.")
+      .def(
+          "use_tls",
+          [](PyDoor& self, const py::bytes& certificate, const py::bytes& key, const py::bytes& client_ca) {
+            self.door().UseTls({certificate, key, client_ca});
+          },
+          "Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit.")
+      .def("start", [](PyDoor& self) { self.door().Start(); })
+      .def("fileno", &PyDoor::fd)
+      .def("take", &PyDoor::Take,
+           "The events that came: (kind, call id, payload). 0: a call, (DoorCall, path, peer, metadata, "
+           "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room.")
+      .def("drain", [](PyDoor& self) { self.door().Drain(); })
+      .def(
+          "stop", [](PyDoor& self, double grace_s) { self.door().Stop(grace_s); },
+          py::call_guard<py::gil_scoped_release>())
+      .def("totals", [](PyDoor& self) { return ShowTotals(self.door().totals()); })
+      .def("connections", [](PyDoor& self) {
+        py::list shown;
+        for (const auto& [id, stats] : self.door().connections()) shown.append(ShowConnection(id, *stats));
+        return shown;
+      });
+}
+
+}  // namespace twinjet::bindings

@@ -1,0 +1,98 @@
+#include "door/mailbox.h"
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+namespace twinjet::door {
+namespace {
+
+// A burst's memory is not kept for ever.
+constexpr size_t kKeptBytes = 4 << 20;
+
+int MakeEventFd() {
+  const int fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  if (fd < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+  return fd;
+}
+
+}  // namespace
+
+void Mail::Clear() {
+  commands.clear();
+  bytes.clear();
+  if (bytes.capacity() > kKeptBytes) bytes.shrink_to_fit();
+  if (commands.capacity() * sizeof(Command) > kKeptBytes) commands.shrink_to_fit();
+}
+
+Mailbox::Mailbox() : fd_(MakeEventFd()) {}
+
+Mailbox::~Mailbox() { close(fd_); }
+
+void Mailbox::Wake() {
+  const uint64_t one = 1;
+  // Fails only when the counter is full, and then the fd is readable as it should be.
+  [[maybe_unused]] const ssize_t written = write(fd_, &one, sizeof one);
+}
+
+void Mailbox::Post(Command command) {
+  bool was_empty = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (is_closed_) return;
+    was_empty = mail_.commands.empty();
+    mail_.commands.push_back(std::move(command));
+  }
+  if (was_empty) Wake();
+}
+
+void Mailbox::Add(const CallRef& call, std::string_view bytes) {
+  call->CountUnsent(bytes.size());
+  mail_.commands.push_back({CommandKind::kMessage, call, mail_.bytes.size(), bytes.size(), nullptr, nullptr});
+  mail_.bytes.append(bytes);
+}
+
+void Mailbox::PostMessage(const CallRef& call, std::string_view bytes) {
+  bool was_empty = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (is_closed_) return;
+    was_empty = mail_.commands.empty();
+    Add(call, bytes);
+  }
+  if (was_empty) Wake();
+}
+
+void Mailbox::PostMessages(std::span<const Outgoing> messages) {
+  bool is_first = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (is_closed_) return;
+    const bool was_empty = mail_.commands.empty();
+    for (const Outgoing& message : messages) {
+      if (message.call->mailbox() == this) Add(message.call, message.bytes);
+    }
+    is_first = was_empty && !mail_.commands.empty();
+  }
+  if (is_first) Wake();
+}
+
+void Mailbox::Close() {
+  Mail dropped;
+  const std::lock_guard lock(mutex_);
+  is_closed_ = true;
+  std::swap(mail_, dropped);
+}
+
+void Mailbox::Take(Mail* mail) {
+  uint64_t count = 0;
+  // The counter is reset before the swap: mail that comes between the two wakes the loop once more.
+  [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
+  const std::lock_guard lock(mutex_);
+  std::swap(mail_, *mail);
+}
+
+}  // namespace twinjet::door

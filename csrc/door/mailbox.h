@@ -1,0 +1,73 @@
+// How other threads tell a loop what to do: commands and message bytes in one buffer, swapped out at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "door/call.h"
+
+namespace twinjet::door {
+
+enum class CommandKind : uint8_t { kHeaders, kMessage, kFinish, kReset, kAck, kCompress };
+
+struct Command {
+  CommandKind kind;
+  CallRef call;
+  size_t offset = 0;  // kMessage: where its bytes begin in Mail::bytes
+  size_t size = 0;    // kMessage: how many; kAck: bytes of request no longer held
+  std::unique_ptr<Metadata> headers;
+  std::unique_ptr<Status> status;
+};
+
+// What lay in a mailbox.
+struct Mail {
+  std::vector<Command> commands;
+  std::string bytes;
+  void Clear();
+};
+
+// A message for a call's client, without gRPC's prefix.
+struct Outgoing {
+  CallRef call;
+  std::string_view bytes;
+};
+
+class Mailbox {
+ public:
+  Mailbox();
+  ~Mailbox();
+  Mailbox(const Mailbox&) = delete;
+  Mailbox& operator=(const Mailbox&) = delete;
+
+  // Readable when there is mail or Wake was called.
+  int fd() const { return fd_; }
+
+  // Any thread.
+  void Post(Command command);
+  void PostMessage(const CallRef& call, std::string_view bytes);
+  // Posts those messages whose calls belong to this mailbox.
+  void PostMessages(std::span<const Outgoing> messages);
+  void Wake();
+  // Drops what lies here and whatever comes later.
+  void Close();
+
+  // The loop's thread: swaps what came into *mail, which must be clear, and resets fd().
+  void Take(Mail* mail);
+
+ private:
+  void Add(const CallRef& call, std::string_view bytes);
+
+  const int fd_;
+  std::mutex mutex_;
+  // Guarded by mutex_.
+  Mail mail_;
+  bool is_closed_ = false;
+};
+
+}  // namespace twinjet::door

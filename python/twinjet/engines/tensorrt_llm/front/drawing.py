@@ -1,0 +1,164 @@
+"""Who draws the tokens, our sampler or the engine's, and with which arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from dataclasses import replace
+from types import MappingProxyType
+
+from twinjet.engines.base import Component
+from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
+from twinjet.engines.tensorrt_llm.front.grammar import GrammarCompiler
+from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.model import ModelFacts
+from twinjet.engines.tensorrt_llm.front.params import (
+    bad_word_ids,
+    drawn_by_engine,
+    drawn_by_us,
+    refuse_unsupported,
+)
+from twinjet.engines.tensorrt_llm.front.run import Plan
+from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
+from twinjet.engines.tensorrt_llm.worker.device_draw import TARGET
+from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
+from twinjet.grammar.handle import grammar_text
+from twinjet.grammar.vocabulary import GrammarUnavailable
+from twinjet.request import Constraint, EngineRequest
+from twinjet.sampling.cuda import has_cuda
+
+log = logging.getLogger(__name__)
+
+
+class Drawing:
+    """The choice made at start-up, and each request's plan. reason: why ours may not draw, "" if it may."""
+
+    def __init__(self, handle: EngineHandle, channel: ReportChannel, *, reason: str) -> None:
+        self.counters: Counter[str] = Counter()
+        self._handle = handle
+        self._channel = channel
+        self._reason = reason
+        self._grammar_reason = ""
+        self._target = ""
+        self._grammars: GrammarCompiler | None = None
+        self._model: ModelFacts
+
+    @property
+    def is_ours(self) -> bool:
+        return not self._reason
+
+    @property
+    def has_grammars(self) -> bool:
+        """Whether constraints can be kept, by our sampler or by the engine's."""
+        can = self._handle.engine_sampler
+        return self._grammars is not None or (
+            can.guided_backend is not None and can.guided_decoding is not None
+        )
+
+    async def choose(self, test: SelfTest, model: ModelFacts) -> None:
+        """Find out what works here."""
+        self._model = model
+        if not self._reason and self._handle.is_prebuilt:
+            self._reason = "prebuilt engines call logits processors in another way"
+        if not self._reason and self._handle.settings.speculates:
+            self._reason = "speculative decoding and logits processors do not go together"
+        if not self._reason and self._handle.arg("enable_chunked_prefill", False):
+            self._reason = (
+                "with chunked prefill the engine calls a logits processor for each chunk and does not say which "
+                "is the last; set enable_chunked_prefill = false and max_num_tokens to the longest prompt"
+            )
+        if not self._reason and self._handle.settings.policy == "max_utilization":
+            self._reason = (
+                "a request that max_utilization pauses goes on with a token that no logits processor has seen; "
+                'set capacity_scheduler_policy = "guaranteed_no_evict"'
+            )
+        if not self._reason:
+            self._reason = await test.sampler()
+            self._target = test.target
+        if self._reason:
+            log.warning("%s: the engine's own sampler draws: %s", self._handle.name, self._reason)
+            self._grammar_reason = self._reason
+            return
+        self._grammar_reason = await self._try_grammars(test)
+        if self._grammar_reason:
+            self._grammars = None
+            log.warning("%s: constraints are not ours to keep: %s", self._handle.name, self._grammar_reason)
+
+    async def _try_grammars(self, test: SelfTest) -> str:
+        try:
+            self._grammars = await asyncio.to_thread(
+                GrammarCompiler,
+                self._model.tokenizer.hf,
+                vocab_size=self._model.tokens.vocab_size,
+                stop_token_ids=self._model.tokens.eos_token_ids,
+                folder=self._channel.folder,
+            )
+        except GrammarUnavailable as error:
+            return str(error)
+        return await test.grammar(self._grammars)
+
+    async def plan(self, request: EngineRequest) -> Plan:
+        """Decide who draws this request and compile its grammar.
+
+        Raises InvalidRequest for a wrong grammar or bad word, Unsupported for what nobody here can honour.
+        """
+        constraint, tokens = request.sampling.constraint, self._model.tokens
+        if self._reason or (self._grammar_reason and constraint is not None):
+            can = self._handle.engine_sampler
+            refuse_unsupported(request.sampling, can)
+            self.counters["requests_engine"] += 1
+            request = _as_enforced(request)
+            return Plan(False, lambda index, _: drawn_by_engine(request, index, tokens, can))
+        grammar: GrammarHandle | None = None
+        if request.grammar is not None and request.grammar.vocabulary is not None:
+            vocabulary = request.grammar.vocabulary
+            grammar = GrammarHandle(
+                vocabulary.path,
+                path=request.grammar.path,
+                end_token_ids=vocabulary.end_token_ids,
+                stop_token_ids=request.sampling.stop_token_ids,
+            )
+        elif constraint is not None:
+            assert self._grammars is not None, "no reason not to, so there is one"
+            grammar = await asyncio.to_thread(self._grammars.compile, constraint)
+        bad_words = bad_word_ids(request.sampling.bad_words, self._model.tokenizer)
+        self.counters["requests_twinjet"] += 1
+        return Plan(
+            True,
+            lambda index, key: drawn_by_us(
+                request,
+                index,
+                tokens,
+                key=key,
+                report_path=self._channel.path,
+                bad_words=bad_words,
+                grammar=grammar,
+            ),
+        )
+
+    def component(self) -> Component:
+        """Describe the sampler in use."""
+        counters = MappingProxyType(dict(self.counters))
+        if self._reason:
+            return Component("engine", self._handle.package.version, "cuda", self._reason, counters)
+        from twinjet.sampling import SPEC_VERSION
+
+        reasons = []
+        if self._target != TARGET and self._model.device != "cpu":
+            lack = "" if has_cuda() else ": this build has no CUDA side"
+            reasons.append(f"rows are copied from the GPU to the CPU{lack}")
+        if self._grammar_reason:
+            reasons.append(f"constraints use the engine's sampler: {self._grammar_reason}")
+        return Component("twinjet", str(SPEC_VERSION), self._target, "; ".join(reasons), counters)
+
+
+def _as_enforced(request: EngineRequest) -> EngineRequest:
+    """The request with its constraint as the grammar room has written it, for the engine's own compiler."""
+    constraint = request.sampling.constraint
+    if constraint is None or constraint.kind != "json_schema" or request.grammar is None:
+        return request
+    if not request.grammar.path:
+        return request
+    _, text = grammar_text(request.grammar.path)
+    return replace(request, sampling=replace(request.sampling, constraint=Constraint("json_schema", text)))

@@ -1,0 +1,213 @@
+"""From a resolved request to the keyword arguments of SamplingParams and generate_async.
+
+Nothing is left to the engine's defaults, since they are not the contract's: unset, its temperature, top-p and
+top-k together mean greedy and its max_tokens is 32. What the engine's own sampler cannot honour is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twinjet.engines.base import Tokenizer
+from twinjet.engines.seeds import output_seed
+from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
+from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
+from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
+from twinjet.errors import InvalidRequest, Unsupported
+from twinjet.request import Constraint, EngineRequest, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSampler:
+    """What the engine's own sampler honours on this installation."""
+
+    penalties: bool
+    min_p: bool
+    guided_backend: str | None
+    guided_decoding: Any | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFacts:
+    """The model's tokens. first_eos_token_id: the one the engine itself ends at."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    first_eos_token_id: int
+
+
+def common_kwargs(sampling: Sampling, tokens: TokenFacts) -> dict[str, Any]:
+    """Give what does not depend on who draws.
+
+    The engine's result keeps stop tokens and is not detokenized: text and ends are made from the tokens, by
+    the rules of twinjet.engines.tensorrt_llm.front.outputs. The engine knows one end token of its own; the model's
+    others go with the stop tokens.
+    """
+    stop = set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stop |= set(tokens.eos_token_ids) - {tokens.first_eos_token_id}
+    kwargs: dict[str, Any] = {
+        "n": 1,
+        "best_of": 1,
+        "max_tokens": sampling.max_tokens,
+        "ignore_eos": sampling.ignore_eos,
+        "include_stop_str_in_output": True,
+        "detokenize": False,
+    }
+    if stop:
+        kwargs["stop_token_ids"] = sorted(stop)
+    if sampling.prompt_logprobs is not None:
+        # 0 means off to some versions, and the token itself always comes along.
+        kwargs["prompt_logprobs"] = max(1, sampling.prompt_logprobs)
+    return kwargs
+
+
+def drawn_by_us(
+    request: EngineRequest,
+    output_index: int,
+    tokens: TokenFacts,
+    *,
+    key: int,
+    report_path: str,
+    bad_words: tuple[tuple[int, ...], ...],
+    grammar: GrammarHandle | None,
+) -> dict[str, Any]:
+    """Give SamplingParams arguments for an output that our sampler draws.
+
+    The engine's sampler is greedy and gets no other setting: a ban or penalty of its own could hit the one
+    token that the processor left.
+    """
+    s = request.sampling
+    ends = set(s.stop_token_ids) if s.ignore_eos else {*tokens.eos_token_ids, *s.stop_token_ids}
+    settings = DrawSettings(
+        key=key,
+        report_path=report_path,
+        vocab_size=tokens.vocab_size,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        output_index=output_index,
+        seed=s.seed,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        logit_bias=dict(s.logit_bias),
+        allowed_token_ids=s.allowed_token_ids,
+        bad_words=bad_words,
+        min_tokens=s.min_tokens,
+        max_tokens=s.max_tokens,
+        end_token_ids=tuple(sorted(ends)),
+        fault_token_id=tokens.first_eos_token_id,
+        num_logprobs=s.logprobs,
+        grammar=grammar,
+    )
+    return {
+        **common_kwargs(s, tokens),
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 1,
+        "logits_processor": DrawProcessor(settings),
+    }
+
+
+def drawn_by_engine(
+    request: EngineRequest, output_index: int, tokens: TokenFacts, can: EngineSampler
+) -> dict[str, Any]:
+    """Give SamplingParams arguments for an output that the engine's sampler draws.
+
+    Raises Unsupported for what it would ignore.
+    """
+    s = request.sampling
+    refuse_unsupported(s, can)
+    kwargs = common_kwargs(s, tokens)
+    if s.is_greedy:
+        kwargs |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
+    else:
+        kwargs |= {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
+        kwargs["seed"] = output_seed(s.seed, output_index)
+        if s.min_p > 0:
+            kwargs["min_p"] = s.min_p
+    if s.repetition_penalty != 1:
+        kwargs["repetition_penalty"] = s.repetition_penalty
+    if s.frequency_penalty != 0:
+        kwargs["frequency_penalty"] = s.frequency_penalty
+    if s.presence_penalty != 0:
+        kwargs["presence_penalty"] = s.presence_penalty
+    if s.min_tokens > 0:
+        kwargs["min_tokens"] = s.min_tokens
+    if s.bad_words:
+        kwargs["bad"] = list(s.bad_words)
+    if s.logit_bias:
+        kwargs["embedding_bias"] = _bias_vector(s.logit_bias, tokens.vocab_size)
+    if s.logprobs is not None:
+        kwargs["logprobs"] = max(1, s.logprobs)
+    if s.constraint is not None:
+        kwargs["guided_decoding"] = can.guided_decoding(**_guide(s.constraint))  # type: ignore[misc]
+    return kwargs
+
+
+def refuse_unsupported(s: Sampling, can: EngineSampler) -> None:
+    """Raise Unsupported for what the engine's own sampler would ignore in silence."""
+    penalties = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
+    if penalties and not can.penalties:
+        raise Unsupported("penalties", "TensorRT-LLM's own sampler ignores them")
+    if s.min_p > 0 and not can.min_p:
+        raise Unsupported("min_p", "TensorRT-LLM's own sampler may ignore it")
+    if s.allowed_token_ids:
+        raise Unsupported("allowed_token_ids", "TensorRT-LLM's own sampler has no such setting")
+    if s.constraint is not None and (can.guided_backend is None or can.guided_decoding is None):
+        kind = s.constraint.kind
+        raise Unsupported(
+            "json_schema" if kind == "json_object" else kind,
+            "set guided_decoding_backend in the deployment's options, or native_sampler",
+        )
+
+
+def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Tokenize bad words: each as it stands at the start of a text and, if that differs, after a space.
+
+    Raises InvalidRequest for a word that is no token at all.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        plain = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        if not plain:
+            raise InvalidRequest.of("sampling.bad_words", f"{word!r} has no tokens of its own")
+        found[plain] = None
+        # A space that is a token of its own would ban nothing more than the plain form does.
+        if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            found[spaced] = None
+    return tuple(found)
+
+
+def engine_priority(priority: int) -> float:
+    """Map -100 .. 100 to the engine's 0 .. 1; 0 is its default, 0.5."""
+    return min(1.0, max(0.0, (priority + 100) / 200))
+
+
+def _guide(constraint: Constraint) -> dict[str, Any]:
+    match constraint.kind:
+        case "json_schema":
+            return {"json": constraint.value}
+        case "json_object":
+            return {"json_object": True}
+        case "regex":
+            return {"regex": constraint.value}
+        case "ebnf":
+            return {"grammar": constraint.value}
+        case "choice":
+            return {"grammar": choice_grammar(constraint.choices)}
+
+
+def _bias_vector(biases: Mapping[int, float], vocab_size: int) -> Any:
+    import torch
+
+    vector = torch.zeros(vocab_size, dtype=torch.float32)
+    for token_id, bias in biases.items():
+        vector[token_id] = bias
+    return vector

@@ -1,0 +1,238 @@
+"""One request on its way through the engine: submit, follow, convert, and always release."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from twinjet.engines.base import EngineEvent, OutputEvent, PromptEvent, Tokenizer, TokenLogprobs
+from twinjet.engines.tensorrt_llm.front.channel import FaultReported, Inbox, ReportChannel, ReportLost
+from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.tensorrt_llm.front.processes import end_tasks
+from twinjet.errors import RequestFailed, TwinjetError
+from twinjet.request import EngineRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """What runs share. submit: SamplingParams arguments to the engine's result object. explain: an engine's
+    exception to ours. progressed: tells the watchdog that a step has come."""
+
+    submit: Callable[[EngineRequest, dict[str, Any]], Any]
+    explain: Callable[[Exception], Awaitable[TwinjetError]]
+    progressed: Callable[[], None]
+    channel: ReportChannel
+    formatter: LogprobFormatter
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+    counters: Counter[str]
+    report_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """is_ours: our sampler draws. make_params: (output index, report key) to SamplingParams arguments."""
+
+    is_ours: bool
+    make_params: Callable[[int, int], dict[str, Any]]
+
+
+class ResultError(Exception):
+    """What newer versions write into a result's error field: a fault of that request alone."""
+
+
+class RequestRun:
+    """Runs one request. make_plan: decides how; may take time and raise."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        request: EngineRequest,
+        make_plan: Callable[[EngineRequest], Awaitable[Plan]],
+    ) -> None:
+        self._context = context
+        self._request = request
+        self._make_plan = make_plan
+        self._plan: Plan
+        self._outputs = [
+            OutputTracker(request, index, context.tokenizer, context.eos_token_ids)
+            for index in range(request.sampling.n)
+        ]
+        self._prompt_event: PromptEvent | None = None
+        self._error: TwinjetError | None = None
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def fail(self, error: TwinjetError) -> None:
+        """End the request with an error; the first one counts."""
+        if self._error is None:
+            self._error = error
+        self._changed.set()
+
+    async def events(self) -> AsyncGenerator[EngineEvent, None]:
+        """Give the request's events; closing it aborts what still runs."""
+        try:
+            self._plan = await self._make_plan(self._request)
+            if self._error is not None:
+                raise self._error
+            self._follow(0)
+            async for event in self._drain():
+                yield event
+        finally:
+            await self._release()
+
+    async def _drain(self) -> AsyncIterator[EngineEvent]:
+        is_prompt_told = False
+        num_open = len(self._outputs)
+        while num_open:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._prompt_event is not None and not is_prompt_told:
+                is_prompt_told = True
+                yield self._prompt_event
+            for event in self._take_outputs() if is_prompt_told else []:
+                num_open -= event.finish is not None
+                yield event
+            if self._error is not None and num_open:
+                raise self._error
+
+    def _take_outputs(self) -> list[OutputEvent]:
+        return [event for output in self._outputs if (event := output.take()) is not None]
+
+    def _follow(self, index: int) -> None:
+        name = f"tensorrt_llm {self._request.request_id} output {index}"
+        self._tasks.append(asyncio.create_task(self._run_output(self._outputs[index]), name=name))
+
+    async def _release(self) -> None:
+        await end_tasks(self._tasks)
+
+    async def _run_output(self, output: OutputTracker) -> None:
+        channel = self._context.channel
+        key, inbox = channel.open()
+        result = None
+        try:
+            result = self._context.submit(self._request, self._plan.make_params(output.index, key))
+            await self._read(result, output, inbox)
+        except asyncio.CancelledError:
+            raise
+        except TwinjetError as error:
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001 - the engine's errors are of many kinds; all become ours
+            self.fail(await self._context.explain(error))
+        finally:
+            channel.close(key)
+            self._context.counters["rank_disagreements"] += inbox.num_disagreements
+            # Workers say what draws only where a GPU's row had to be copied to the CPU.
+            self._context.counters["outputs_copied_to_cpu"] += inbox.target is not None
+            if result is not None and not result.finished:
+                _abort(result)
+            self._changed.set()
+
+    async def _read(self, result: Any, output: OutputTracker, inbox: Inbox) -> None:
+        async for _ in result:
+            self._context.progressed()
+            if getattr(result, "error", None):
+                # Newer versions set it and may or may not raise as well.
+                raise await self._context.explain(ResultError(result.error))
+            await self._take_step(result, output, inbox)
+            self._changed.set()
+            if output.finish is not None or result.finished:
+                break
+        completion = result.outputs[0]
+        output.engine_ended(completion.finish_reason, completion.stop_reason)
+        output.settle()
+
+    async def _take_step(self, result: Any, output: OutputTracker, inbox: Inbox) -> None:
+        """Copy what is new before the next step changes it."""
+        completion = result.outputs[0]
+        tokens = output.new_tokens(completion.token_ids)
+        if not tokens:
+            return
+        first = output.num_tokens
+        entries = list(completion.logprobs[first : first + len(tokens)]) if completion.logprobs else []
+        if self._prompt_event is None:
+            self._prompt_event = self._make_prompt_event(result, completion)
+            for index in range(1, len(self._outputs)):
+                # Only now, so that they find the prompt's blocks in the prefix cache.
+                self._follow(index)
+        counter = "tokens_twinjet" if self._plan.is_ours else "tokens_engine"
+        for offset, token_id in enumerate(tokens):
+            if output.finish is not None:
+                return
+            logprobs = await self._logprobs(token_id, first + offset, entries[offset : offset + 1], inbox)
+            self._context.counters[counter] += 1
+            output.feed(token_id, logprobs)
+        if self._plan.is_ours:
+            await self._confirm(output, tokens[-1], inbox)
+
+    async def _logprobs(
+        self, token_id: int, position: int, entry: list[Any], inbox: Inbox
+    ) -> TokenLogprobs | None:
+        wanted = self._request.sampling.logprobs
+        if wanted is None:
+            return None
+        if self._plan.is_ours:
+            return self._context.formatter.from_report(await self._report(token_id, position, inbox))
+        if not entry:
+            raise RequestFailed("the engine left out a token's logprob", reason="LOGPROBS_LOST")
+        return self._context.formatter.from_engine(token_id, entry[0], wanted)
+
+    async def _confirm(self, output: OutputTracker, last_token: int, inbox: Inbox) -> None:
+        """Make sure that what ended the output was drawn, not forced by a fault of the sampler."""
+        if inbox.fault is not None:
+            self._context.counters["faults"] += 1
+            raise RequestFailed("the sampler found no token to draw", reason="SAMPLER_FAULT")
+        is_by_text = output.finish is not None and isinstance(output.finish.stopped_by, str)
+        if output.finish is None or is_by_text or self._request.sampling.logprobs is not None:
+            return
+        await self._report(last_token, output.num_tokens - 1, inbox)
+
+    async def _report(self, token_id: int, position: int, inbox: Inbox) -> Any:
+        try:
+            report = await inbox.take(position, self._context.report_timeout_s)
+        except FaultReported as fault:
+            self._context.counters["faults"] += 1
+            log.error("request %s: %s", self._request.request_id, fault)
+            raise RequestFailed("the sampler found no token to draw", reason="SAMPLER_FAULT") from None
+        except ReportLost as lost:
+            self._context.counters["reports_lost"] += 1
+            log.error("request %s: %s", self._request.request_id, lost)
+            raise RequestFailed("the sampler's report was lost", reason="REPORT_LOST") from None
+        if report.token_id != token_id:
+            self._context.counters["tokens_overridden"] += 1
+            raise RequestFailed("the engine did not keep the drawn token", reason="SAMPLER_OVERRIDDEN")
+        return report
+
+    def _make_prompt_event(self, result: Any, completion: Any) -> PromptEvent:
+        wanted = self._request.sampling.prompt_logprobs
+        cached = getattr(result, "cached_tokens", None)
+        if wanted is None:
+            return PromptEvent(cached)
+        prompt = self._request.prompt_token_ids
+        entries = list(completion.prompt_logprobs or [])
+        if len(entries) != len(prompt) - 1:
+            raise RequestFailed(
+                f"the engine gave {len(entries)} prompt logprobs for {len(prompt)} tokens",
+                reason="LOGPROBS_LOST",
+            )
+        formatter = self._context.formatter
+        return PromptEvent(
+            cached,
+            tuple(
+                formatter.from_engine(token_id, entry, wanted)
+                for token_id, entry in zip(prompt[1:], entries, strict=True)
+            ),
+        )
+
+
+def _abort(result: Any) -> None:
+    try:
+        result.abort()
+    except Exception as error:  # noqa: BLE001 - the executor may be gone, and then so is the request
+        log.warning("cannot abort a request in the engine: %s", error)

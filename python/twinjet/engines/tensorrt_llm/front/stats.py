@@ -1,0 +1,190 @@
+"""One reader each of the engine's statistics and KV events, fanned out to all who ask.
+
+Both iterators of the LLM API are single, shared and destructive: an element read is gone. They end after a
+silence and work again once a request has been submitted, so the readers wait for requests, not for time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from twinjet.engines.base import EngineLoad, KvCache, KvCleared, KvEvent, KvRemoved, KvStored
+from twinjet.engines.tensorrt_llm.front.processes import end_tasks
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 2.0
+_MAX_PENDING_BATCHES = 1024
+_HASH_MASK = 2**64 - 1
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """The engine's latest statistics, as far as it gives any; counts since start: paused, num_rows."""
+
+    kv_cache: KvCache | None = None
+    kv_blocks_used: int | None = None
+    running: int | None = None
+    waiting: int | None = None
+    num_paused: int = 0
+    num_rows: int = 0
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """Take one row; any part of it may be missing or null."""
+        self.num_rows += 1
+        self._arrived.set()
+        self.running = row.get("numActiveRequests", self.running)
+        self.waiting = row.get("numQueuedRequests", self.waiting)
+        kv = row.get("kvCacheStats") or {}
+        if kv.get("maxNumBlocks") and kv.get("tokensPerBlock"):
+            self.kv_cache = KvCache(int(kv["maxNumBlocks"]), int(kv["tokensPerBlock"]))
+        if kv.get("usedNumBlocks") is not None:
+            self.kv_blocks_used = int(kv["usedNumBlocks"])
+        batching = row.get("inflightBatchingStats") or {}
+        self.num_paused += int(batching.get("numPausedRequests") or 0)
+
+    async def wait_for_row(self) -> None:
+        """Return once a row has come."""
+        await self._arrived.wait()
+
+    def load(self, *, in_flight: int) -> EngineLoad:
+        """Give the load. An idle engine says nothing, but with no request in flight nothing is held."""
+        known = self.num_rows > 0
+        idle = in_flight == 0
+        return EngineLoad(
+            waiting=0 if idle else self.waiting,
+            running=0 if idle else self.running if self.running is not None else in_flight,
+            kv_blocks_total=None if self.kv_cache is None else self.kv_cache.num_blocks,
+            kv_blocks_used=0 if idle else self.kv_blocks_used,
+            preemptions=self.num_paused if known else None,
+        )
+
+
+class DestructiveReader:
+    """Reads one of the engine's iterators for ever.
+
+    open_iterator: makes it; may raise before the first request. take: gets each element. An iterator that
+    ends is opened again after the next request has been submitted (`poke`), or at once while requests run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_iterator: Callable[[], Any],
+        take: Callable[[Mapping[str, Any]], None],
+        is_busy: Callable[[], bool],
+    ) -> None:
+        self._name = name
+        self._open = open_iterator
+        self._take = take
+        self._is_busy = is_busy
+        self._poked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"tensorrt_llm {self._name}")
+
+    def poke(self) -> None:
+        """Say that a request has been submitted."""
+        self._poked.set()
+
+    async def stop(self) -> None:
+        await end_tasks([self._task])
+        self._task = None
+
+    async def _run(self) -> None:
+        while True:
+            await self._poked.wait()
+            self._poked.clear()
+            try:
+                while await self._read_once() and self._is_busy():
+                    pass
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever the engine raises, serving goes on
+                log.warning("cannot read %s: %s", self._name, error)
+
+    async def _read_once(self) -> bool:
+        """Read until silence; say whether it is worth opening the iterator again at once."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        num_read = 0
+        async for row in self._open():
+            self._take(row)
+            num_read += 1
+        # One that ends at once without an element is not armed; opening it in a loop would burn the CPU.
+        return num_read > 0 or loop.time() - began >= SILENCE_S / 2
+
+
+class KvEventFan:
+    """Converts the engine's KV events and gives them to every subscriber from its subscription on."""
+
+    def __init__(self) -> None:
+        self._queues: set[asyncio.Queue[Sequence[KvEvent] | None]] = set()
+        self._is_closed = False
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        events = convert_kv_event(row.get("data") or {})
+        if events:
+            self._publish(events)
+
+    def close(self) -> None:
+        """End all subscriptions."""
+        self._is_closed = True
+        for queue in self._queues:
+            queue.put_nowait(None)
+
+    async def subscribe(self) -> AsyncIterator[Sequence[KvEvent]]:
+        """Give batches until close(). A reader that falls far behind is told KvCleared instead of the gap."""
+        if self._is_closed:
+            return
+        queue: asyncio.Queue[Sequence[KvEvent] | None] = asyncio.Queue()
+        self._queues.add(queue)
+        try:
+            while (batch := await queue.get()) is not None:
+                yield batch
+        finally:
+            self._queues.discard(queue)
+
+    def _publish(self, events: Sequence[KvEvent]) -> None:
+        for queue in self._queues:
+            if queue.qsize() >= _MAX_PENDING_BATCHES:
+                while not queue.empty():
+                    queue.get_nowait()
+                queue.put_nowait([KvCleared()])
+            queue.put_nowait(events)
+
+
+def convert_kv_event(data: Mapping[str, Any]) -> list[KvEvent]:
+    """Convert one event. Moves between cache levels and the announcement of the pool's size give none.
+
+    The engine's 64-bit hashes become 8 bytes, most significant first.
+    """
+    kind = data.get("type")
+    if kind == "removed":
+        return [KvRemoved([hash_bytes(h) for h in data.get("block_hashes", [])])]
+    if kind != "stored":
+        return []
+    blocks = data.get("blocks", [])
+    if not blocks:
+        return []
+    size = len(blocks[0]["tokens"])
+    full = [block for block in blocks if len(block["tokens"]) == size]
+    parent = data.get("parent_hash")
+    return [
+        KvStored(
+            block_hashes=[hash_bytes(block["block_hash"]) for block in full],
+            parent_hash=b"" if parent is None else hash_bytes(parent),
+            token_ids=[token["token_id"] for block in full for token in block["tokens"]],
+            block_size=size,
+        )
+    ]
+
+
+def hash_bytes(value: int) -> bytes:
+    return (value & _HASH_MASK).to_bytes(8, "big")

@@ -1,0 +1,35 @@
+"""A wanted end of the engine is no failure to vLLM's reader of its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from twinjet.engines.vllm.front.startup import Running
+
+
+class _Llm:
+    """As AsyncLLM: a task reads what the engine sends, and the end of the engine is an error to it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sent: asyncio.Queue[Exception] = asyncio.Queue()
+        self.output_handler = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        raise await self._sent.get()
+
+    def shutdown(self, timeout: float) -> None:
+        self._loop.call_soon_threadsafe(self._sent.put_nowait, RuntimeError("the engine is dead"))
+
+
+async def test_the_reader_is_cancelled_before_the_engine_ends() -> None:
+    llm = _Llm()
+    await asyncio.sleep(0)
+    nothing: Any = SimpleNamespace(processes=[])
+    running = Running(llm, nothing, nothing, nothing, nothing, nothing)
+    running.watch(asyncio.get_running_loop(), lambda _: None)
+    await asyncio.to_thread(running.shutdown)
+    await asyncio.wait([llm.output_handler])
+    assert llm.output_handler.cancelled()
