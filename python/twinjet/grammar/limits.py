@@ -24,13 +24,14 @@ class GrammarLimits:
     """What one compilation may use, and how many there may be at once.
 
     memory_bytes: address space beyond what an idle worker has. cpu_s: processor time. wall_s: also waiting for a
-    processor. workers: compilations at once, of one tenant at most half of them (at least one). waiting: compilations
+    processor. niceness: below the engine's, which shares the processors. workers: compilations at once, of one tenant at most half of them (at least one). waiting: compilations
     that may wait for one, for each tenant. cache_bytes: compiled grammars kept on disk.
     """
 
     memory_bytes: int = 1 << 30
     cpu_s: float = 5.0
     wall_s: float = 20.0
+    niceness: int = 15
     workers: int = 2
     waiting: int = 16
     cache_bytes: int = 256 << 20

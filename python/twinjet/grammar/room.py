@@ -39,6 +39,8 @@ logger = logging.getLogger("twinjet.grammar")
 _RETRY_AFTER_S = 1.0
 _COSTLY_FOR_S = 60.0
 _VERIFY_CPU_S = 2.0
+_VERIFY_NICENESS = 5
+"""A finished output waits for its check, so that is not put behind everything else."""
 _MAX_REMEMBERED = 4096
 _MAX_ANSWER_BYTES = 1 << 20
 
@@ -209,7 +211,9 @@ class GrammarRoom:
     async def verify(self, schema: str, text: str, *, is_exact: bool, tenant: str = "") -> bool:
         """Tell whether a finished output satisfies its schema; True where that cannot be told within limits."""
         job = Job("verify", schema, text=text, is_exact=is_exact)
-        limits = replace(self.limits, cpu_s=_VERIFY_CPU_S, wall_s=2 * _VERIFY_CPU_S)
+        limits = replace(
+            self.limits, cpu_s=_VERIFY_CPU_S, wall_s=2 * _VERIFY_CPU_S, niceness=_VERIFY_NICENESS
+        )
         answer = await self._run(job, limits)
         if "done" not in answer:
             logger.warning("an output could not be checked against its schema: %s", answer)

@@ -23,7 +23,6 @@ from typing import Any
 
 _HEADER = struct.Struct("!I")
 MAX_JOB_BYTES = 16 << 20
-NICENESS = 10
 
 
 def send(connection: socket.socket, data: bytes) -> None:
@@ -59,7 +58,7 @@ def _limit(limits: dict[str, Any]) -> None:
     # The default action of both signals ends the process, also in the middle of native code.
     signal.setitimer(signal.ITIMER_REAL, limits["wall_s"])
     with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+        os.nice(int(limits["niceness"]))
 
 
 def _child(connection: socket.socket) -> None:

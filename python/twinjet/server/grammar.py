@@ -52,7 +52,13 @@ class Grammars:
         task = self._vocabularies.get(engine)
         if task is None:
             task = self._vocabularies[engine] = asyncio.get_running_loop().create_task(self._write(engine))
+            task.add_done_callback(lambda done: self._written(engine, done))
         return task
+
+    def _written(self, engine: Engine, task: asyncio.Task[Vocabulary | None]) -> None:
+        # An engine that died meanwhile is tried again, should it be asked for.
+        if (task.cancelled() or task.exception() is not None) and self._vocabularies.get(engine) is task:
+            del self._vocabularies[engine]
 
     async def _write(self, engine: Engine) -> Vocabulary | None:
         if not hasattr(engine, "vocabulary"):
