@@ -20,7 +20,7 @@ endif
 extension = -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
   -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
-.PHONY: serve venv test cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan
+.PHONY: serve venv test bench-frontend cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan
 
 # Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
 serve:
@@ -69,6 +69,16 @@ cuda: venv
 	  -DTWINJET_GPU_TESTS=ON -DTWINJET_PYTHON=ON "-DTWINJET_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" \
 	  $(extension)
 	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cuda --target _core sampler_gpu_test kv_gpu_test sampler_gpu_bench
+
+# What the front end costs behind a mock of vLLM's engine core. ARGS go to bench/frontend/run.py; VLLM_RS names
+# the binary for the row rs_http.
+bench-frontend: build/bench/load
+	@$(ready)
+	@$(run) bench/frontend/run.py $(ARGS)
+
+build/bench/load: bench/frontend/load.cc
+	mkdir -p $(@D)
+	$(CXX) -O2 -std=c++20 -Wall -Wextra $< -lnghttp2 -o $@
 
 stubs:
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python proto/generate.py python

@@ -8,7 +8,7 @@ their slots). Targets may be two servers or two deployments of one; only one has
 have fewer slots than requests in the burst for there to be a queue (max_num_seqs 8, say). AdminService must be
 open to the caller, as it is on loopback.
 
-    PYTHONPATH=python python bench/fairness_bench.py --fair 127.0.0.1:50051 --fcfs 127.0.0.1:50052 --rounds 3
+    .venv/bin/python bench/fairness_bench.py --fair 127.0.0.1:50051 --fcfs 127.0.0.1:50052 --rounds 3
 """
 
 from __future__ import annotations

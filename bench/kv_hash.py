@@ -3,7 +3,7 @@
 vLLM's side is its own code: get_request_block_hasher(sha256) on a Request, and the look-up of
 FullAttentionManager in a filled BlockPool. Variants alternate in each round; medians; microseconds.
 
-    PYTHONPATH=python python bench/kv_hash.py [--json FILE] [--block-size 16] [--rounds 15]
+    .venv/bin/python bench/kv_hash.py [--json FILE] [--block-size 16] [--rounds 15]
 """
 
 import argparse

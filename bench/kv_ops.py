@@ -3,7 +3,7 @@
 Rounds alternate between the cases; medians. "empty call" is what Python charges for any call of a C
 function with one argument, for comparison.
 
-    PYTHONPATH=python python bench/kv_ops.py [--json FILE] [--rounds 9]
+    .venv/bin/python bench/kv_ops.py [--json FILE] [--rounds 9]
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Rows of random length come and go in a pool under pressure, so blocks are evicted all the time. The
 manager's invariants are checked at each report. Ends with 1 if memory grew after the first tenth.
 
-    PYTHONPATH=python python bench/kv_soak.py [--operations 100000000] [--json FILE]
+    .venv/bin/python bench/kv_soak.py [--operations 100000000] [--json FILE]
 """
 
 import argparse

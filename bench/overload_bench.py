@@ -5,7 +5,7 @@ peak's rate, Poisson, whatever comes back. Every request must end in one of: a w
 RESOURCE_EXHAUSTED with RetryInfo, or DEADLINE_EXCEEDED if it had a deadline; anything else is lost. Exit
 status 1 if a goal is missed.
 
-    PYTHONPATH=python python bench/overload_bench.py --target 127.0.0.1:50051 --pid PID
+    .venv/bin/python bench/overload_bench.py --target 127.0.0.1:50051 --pid PID
 """
 
 from __future__ import annotations

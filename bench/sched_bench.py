@@ -6,7 +6,7 @@ to be warm: a model's step would have evicted the scheduler's data as well. Time
 steps, in microseconds of this thread's CPU time, so that other load on the machine does not count.
 With arrivals, a request is added for each that ends; steps then differ, and times are means.
 
-  PYTHONPATH=python python bench/sched_bench.py --json sched_bench.json
+  .venv/bin/python bench/sched_bench.py --json sched_bench.json
 """
 
 from __future__ import annotations

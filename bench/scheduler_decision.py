@@ -3,7 +3,7 @@
 CPU time of the policy core alone, no engine and no event loop; medians over rounds. JSON to --out or
 stdout.
 
-    PYTHONPATH=python python bench/scheduler_decision.py
+    .venv/bin/python bench/scheduler_decision.py
 """
 
 from __future__ import annotations

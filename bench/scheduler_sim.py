@@ -16,8 +16,8 @@ Shape of the trace, from published statistics of production loads:
 Engine speeds are parameters (about an 8B model on one large GPU), not measurements: read ratios, not
 seconds.
 
-    PYTHONPATH=python python bench/scheduler_sim.py --requests 20000 --replicas 4
-    PYTHONPATH=python python bench/scheduler_sim.py --requests 1000000 --replicas 64 --loads 0.9 --out 0.9.json
+    .venv/bin/python bench/scheduler_sim.py --requests 20000 --replicas 4
+    .venv/bin/python bench/scheduler_sim.py --requests 1000000 --replicas 64 --loads 0.9 --out 0.9.json
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Two engines stand side by side and take turns, so that noise of the machine meets both; an idle engine uses
 no CPU. Reports medians and the median of the rounds' ratios; writes JSON.
 
-    PYTHONPATH=python python bench/serve_sampler_bench.py --rounds 5 --streams 32 --tokens 64
+    .venv/bin/python bench/serve_sampler_bench.py --rounds 5 --streams 32 --tokens 64
 """
 
 from __future__ import annotations

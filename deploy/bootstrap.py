@@ -28,7 +28,7 @@ from twinjet.progress import Progress, format_elapsed  # noqa: E402
 REQUIREMENTS = ROOT / "deploy" / "requirements"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST, NEWEST = (3, 11), (3, 13)
-SOURCES = ("CMakeLists.txt", "pyproject.toml", "LICENSE", "cmake", "csrc", "proto", "python/twinjet")
+SOURCES = ("CMakeLists.txt", "pyproject.toml", "LICENSE", "cmake", "csrc", "proto", "python")
 """What the installed project is built from."""
 
 _PIP_STEP = re.compile(
@@ -141,11 +141,10 @@ class Bootstrap:
     def install_project(self) -> None:
         # This environment's engine runs on the CPU; the CUDA side takes minutes to compile.
         cuda = f"-Ccmake.define.TWINJET_CUDA={os.environ.get('TWINJET_CUDA', 'OFF')}"
-        self.pip(
-            f"{self.heading} building and installing Twinjet",
-            ["-v", cuda, "--no-deps", "--no-build-isolation", "--force-reinstall", str(ROOT)],
-            1,
-        )
+        flags = ["--no-deps", "--no-build-isolation", "--force-reinstall"]
+        # One after the other: an older Twinjet still owns the client's files, and removes them as it goes.
+        self.pip(f"{self.heading} building and installing Twinjet", ["-v", cuda, *flags, str(ROOT)], 1)
+        self.pip(f"{self.heading} installing its client", [*flags, str(ROOT / "python")], 1)
 
     def pip(self, phase: str, arguments: list[str], num_packages: int, *, may_fail: bool = False) -> bool:
         """Run pip install; True if it succeeded. Raises StepFailed unless may_fail."""

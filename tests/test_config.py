@@ -206,7 +206,7 @@ def _numbers(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[st
 
 
 NUMBERS = [
-    *_numbers(config.ServerSettings, ("server",)),
+    *_numbers(config.Config, ()),
     *_numbers(config.DeploymentSettings, ("deployments", "a")),
 ]
 EXTREMES = [
@@ -215,12 +215,13 @@ EXTREMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("door", ["grpc", "auto"])
 @pytest.mark.parametrize("path", NUMBERS, ids=".".join)
-async def test_each_number_is_refused_or_can_be_served_with(path: tuple[str, ...]) -> None:
+async def test_each_number_is_refused_or_can_be_served_with(path: tuple[str, ...], door: str) -> None:
     """Every extreme value ends in a ConfigError that names the setting, or in a server that answers."""
     taken = 0
     for value in EXTREMES:
-        tree: dict[str, Any] = {"server": {"port": 0}, "deployments": {"a": {"engine": "fake"}}}
+        tree: dict[str, Any] = {"server": {"port": 0, "door": door}, "deployments": {"a": {"engine": "fake"}}}
         at = tree
         for key in path[:-1]:
             at = at.setdefault(key, {})

@@ -9,8 +9,10 @@ void BindDoor(pybind11::module_& module);  // only where the door is built
 void BindKv(pybind11::module_& module);
 void BindSampler(pybind11::module_& module);
 void BindSamplerCuda(pybind11::module_& module);
+void BindSamplerSeats(pybind11::module_& module);
 void BindSched(pybind11::module_& module);
 void BindStream(pybind11::module_& module);
 void BindVllm(pybind11::module_& module);
+void BindVllmWire(pybind11::module_& module);
 
 }  // namespace twinjet::bindings

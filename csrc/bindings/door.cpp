@@ -7,10 +7,13 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <map>
 #include <mutex>
 #include <system_error>
 
 #include "bindings.h"
+#include "door/carrier.h"
+#include "stream/stream.h"
 
 namespace py = pybind11;
 
@@ -202,6 +205,17 @@ void BindDoor(py::module_& module) {
              door::Finish(self.call, {code, message, ReadMetadata(metadata)});
            })
       .def("reset", [](const PyCall& self) { door::Reset(self.call); })
+      .def(
+          "carry",
+          [](const PyCall& self, stream::Stream& stream) {
+            static std::mutex mutex;
+            static std::map<size_t, std::shared_ptr<door::StreamCarrier>> carriers;
+            const std::lock_guard lock(mutex);
+            std::shared_ptr<door::StreamCarrier>& carrier = carriers[self.write_ahead_bytes];
+            if (!carrier) carrier = std::make_shared<door::StreamCarrier>(self.write_ahead_bytes);
+            stream.Attach(carrier, self.call);
+          },
+          py::arg("stream"), "Send what steps put into the stream, whenever it is awaited; see Stream.")
       .def("acknowledge", [](const PyCall& self, size_t bytes) { door::Acknowledge(self.call, bytes); })
       .def("compress", [](const PyCall& self) { door::CompressAnswers(self.call); });
 

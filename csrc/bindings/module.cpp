@@ -9,9 +9,11 @@ PYBIND11_MODULE(_core, module) {
   twinjet::bindings::BindKv(module);
   twinjet::bindings::BindSampler(module);
   twinjet::bindings::BindSamplerCuda(module);
+  twinjet::bindings::BindSamplerSeats(module);
   twinjet::bindings::BindSched(module);
   twinjet::bindings::BindStream(module);
   twinjet::bindings::BindVllm(module);
+  twinjet::bindings::BindVllmWire(module);
 #ifdef TWINJET_WITH_DOOR
   twinjet::bindings::BindDoor(module);
 #endif

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "stream/output.h"
+#include "stream/pump.h"
 
 namespace twinjet::bindings {
 
@@ -21,6 +22,17 @@ std::shared_ptr<const stream::OutputRules> MakeRules(std::vector<std::string> st
                                                      bool skip_special);
 // (reason, token id or string or None, whether an end token), or None if it has not ended.
 pybind11::object EndingOf(const stream::Ending& ending);
+
+// A pump with what Python wants back of each request. wake_fd: an eventfd that a report is told by, or -1.
+struct PyPump {
+  explicit PyPump(int wake_fd);
+
+  stream::Pump native;
+  std::vector<pybind11::object> owners;  // by slot
+  stream::StepOutputs step;
+
+  const pybind11::object& OwnerOf(uint32_t slot) const { return owners[slot]; }
+};
 
 void BindPump(pybind11::module_& module);
 

@@ -33,22 +33,6 @@ using stream::Stream;
 using stream::StreamFacts;
 using stream::Vocabulary;
 
-// A pump with what Python wants back of each request.
-struct PyPump {
-  explicit PyPump(int wake_fd)
-      : native(wake_fd < 0 ? std::function<void()>() : [wake_fd] {
-          const uint64_t one = 1;
-          // A full counter has woken the reader already.
-          [[maybe_unused]] ssize_t size = write(wake_fd, &one, sizeof one);
-        }) {}
-
-  Pump native;
-  std::vector<py::object> owners;  // by slot
-  StepOutputs step;
-
-  const py::object& OwnerOf(uint32_t slot) const { return owners[slot]; }
-};
-
 py::list BytesOfAll(const std::vector<std::string>& messages) {
   py::list list(messages.size());
   for (size_t i = 0; i < messages.size(); ++i) list[i] = py::bytes(messages[i]);
@@ -287,6 +271,13 @@ std::shared_ptr<Stream> MakeStream(std::shared_ptr<const Vocabulary> vocabulary,
 
 }  // namespace
 
+PyPump::PyPump(int wake_fd)
+    : native(wake_fd < 0 ? std::function<void()>() : [wake_fd] {
+        const uint64_t one = 1;
+        // A full counter has woken the reader already.
+        [[maybe_unused]] ssize_t size = write(wake_fd, &one, sizeof one);
+      }) {}
+
 void BindPump(py::module_& module) {
   py::class_<Stream, std::shared_ptr<Stream>> streams(module, "Stream",
                                                       "One request on its way to its client.");
@@ -310,6 +301,7 @@ void BindPump(py::module_& module) {
       .def_property_readonly("max_pending_bytes", &Stream::max_pending_bytes)
       .def_property_readonly("num_pending_bytes", &Stream::num_pending_bytes)
       .def_property_readonly("num_outputs", &Stream::num_outputs)
+      .def_property_readonly("blocked_since", &Stream::blocked_since)
       .def_property_readonly("first_token_at", &Stream::first_token_at)
       .def_property_readonly("last_token_at", &Stream::last_token_at)
       .def_property_readonly("first_token_s", &Stream::first_token_s)
@@ -325,12 +317,13 @@ void BindPump(py::module_& module) {
       .def("collect", &Collect, py::arg("ledger"))
       .def(
           "put_prompt",
-          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs) {
+          [](PyPump& self, SequenceKey key, std::optional<uint32_t> num_cached, py::object logprobs,
+             double now) {
             LogprobList list;
             if (!logprobs.is_none()) list = ReadLogprobs(logprobs);
-            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list);
+            self.native.PutPrompt(key, num_cached, logprobs.is_none() ? nullptr : &list, now);
           },
-          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"))
+          py::arg("key"), py::arg("num_cached_tokens"), py::arg("logprobs"), py::arg("now"))
       .def(
           "put_made",
           [](PyPump& self, SequenceKey key, uint32_t output_index, std::string text, std::vector<int32_t> ids,

@@ -54,6 +54,11 @@ class Request {
   bool is_greedy() const { return constants_.is_greedy != 0; }
   uint64_t position() const { return position_offset_ + output_token_ids_.size(); }
   const std::vector<int32_t>& output_token_ids() const { return output_token_ids_; }
+  const std::vector<std::vector<int32_t>>& bad_words() const { return bad_words_; }
+  size_t min_tokens() const { return min_tokens_; }
+  const std::vector<int32_t>& stop_token_ids() const { return stop_token_ids_; }
+  // Whether a penalty asks how often each token was drawn.
+  bool counts_output() const { return counts_output_; }
 
  private:
   void CheckToken(int32_t token_id, const char* what) const;

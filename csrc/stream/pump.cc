@@ -80,8 +80,9 @@ void Pump::Step(const StepOutputs& outputs, double now) {
     Slot* slot = Find(row.key);
     if (!slot) continue;
     const uint32_t output_index = OutputOf(row.key);
-    Note(row.key, *slot, slot->stream->Put(outputs, row, output_index, now));
+    Note(row.key, *slot, slot->stream->Put(outputs, row, output_index, now), now);
   }
+  CarryParcels();
   Wake(&lock);
 }
 
@@ -90,23 +91,41 @@ void Pump::PutMade(SequenceKey first, Delta delta, double now) {
   Slot* slot = Find(first);
   if (!slot) return;
   const uint32_t output_index = delta.output_index;
-  Note(first + output_index, *slot, slot->stream->PutMade(std::move(delta), now));
+  Note(first + output_index, *slot, slot->stream->PutMade(std::move(delta), now), now);
+  CarryParcels();
   Wake(&lock);
 }
 
 void Pump::PutPrompt(SequenceKey first, std::optional<uint32_t> num_cached_tokens,
-                     const LogprobList* logprobs) {
+                     const LogprobList* logprobs, double now) {
   std::unique_lock lock(mutex_);
   Slot* slot = Find(first);
   if (!slot) return;
   Effect effect;
   effect.has_prompt = true;
   effect.is_awaited = slot->stream->PutPrompt(num_cached_tokens, logprobs);
-  Note(first, *slot, effect);
+  Note(first, *slot, effect, now);
+  CarryParcels();
   Wake(&lock);
 }
 
-void Pump::Note(SequenceKey key, Slot& slot, const Effect& effect) {
+// The lock is held until the parcels are carried: a report of a stream's end comes after its messages.
+void Pump::CarryParcels() {
+  if (parcels_.empty()) return;
+  carrier_->Carry(parcels_);
+  parcels_.clear();
+}
+
+void Pump::Note(SequenceKey key, Slot& slot, Effect effect, double now) {
+  if (effect.is_awaited) {
+    if (std::shared_ptr<Carrier> carrier = slot.stream->carrier()) {
+      if (carrier != carrier_) {
+        CarryParcels();
+        carrier_ = std::move(carrier);
+      }
+      effect.is_awaited = !slot.stream->TakeParcels(now, &parcels_);
+    }
+  }
   uint32_t happenings = 0;
   if (effect.has_prompt) happenings |= kPromptDone;
   if (effect.is_first) happenings |= kFirstToken;

@@ -5,10 +5,11 @@
 //   Report& report = pump.Collect(ledger);            // the thread of the scheduler, when it gets to it
 //   pump.Remove(first);
 //
-// A step does everything that is per token: text, ends, merging, counting. What the scheduler must hear of
-// waits for Collect(): requests whose prompt is done, that got their first tokens, that are about to leave,
-// that are over; and sums. Thread-safe, but Collect() and what it touches belong to one thread; and so does
-// everything where the vocabulary is a function (Joining::kFunction), which may take other locks than these.
+// A step does everything that is per token: text, ends, merging, counting, and, for streams with a carrier,
+// sending. What the scheduler must hear of waits for Collect(): requests whose prompt is done, that got their
+// first tokens, that are about to leave, that are over; and sums. Thread-safe, but Collect() and what it
+// touches belong to one thread; and so does everything where the vocabulary is a function
+// (Joining::kFunction), which may take other locks than these.
 #pragma once
 
 #include <cstdint>
@@ -76,7 +77,8 @@ class Pump {
   void Step(const StepOutputs& outputs, double now);
   // For engines that make text and ends themselves.
   void PutMade(SequenceKey first, Delta delta, double now);
-  void PutPrompt(SequenceKey first, std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
+  void PutPrompt(SequenceKey first, std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs,
+                 double now);
 
   // Books tokens into the ledger, if any, and gives what there is to tell; valid until the next call.
   const Report& Collect(sched::KvLedger* ledger);
@@ -95,7 +97,8 @@ class Pump {
   };
 
   Slot* Find(SequenceKey key);
-  void Note(SequenceKey key, Slot& slot, const Effect& effect);
+  void Note(SequenceKey key, Slot& slot, Effect effect, double now);
+  void CarryParcels();
   void Wake(std::unique_lock<std::mutex>* lock);
 
   std::function<void()> notify_;
@@ -106,6 +109,8 @@ class Pump {
   std::vector<SequenceKey> ended_early_;
   int64_t num_steps_ = 0;
   bool is_told_ = false;
+  std::shared_ptr<Carrier> carrier_;      // of parcels_
+  std::vector<Carrier::Parcel> parcels_;  // of one call
   Report report_;
 };
 

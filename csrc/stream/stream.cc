@@ -179,31 +179,64 @@ void Stream::Account(const Delta& pending, size_t num_bytes_before, Effect* effe
   items_.clear();
 }
 
+void Stream::Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call) {
+  std::lock_guard lock(mutex_);
+  carrier_ = std::move(carrier);
+  call_ = std::move(call);
+}
+
+std::shared_ptr<Carrier> Stream::carrier() const {
+  std::lock_guard lock(mutex_);
+  return carrier_;
+}
+
+std::optional<double> Stream::blocked_since() const {
+  std::lock_guard lock(mutex_);
+  return blocked_since_;
+}
+
+bool Stream::TakeParcels(double now, std::vector<Carrier::Parcel>* parcels) {
+  std::lock_guard lock(mutex_);
+  if (!carrier_) return false;
+  is_awaited_ = true;
+  if (!carrier_->HasRoom(call_)) {
+    if (!blocked_since_) blocked_since_ = now;
+    return true;
+  }
+  blocked_since_.reset();
+  EncodeItems([&](std::string message) { parcels->push_back({call_, std::move(message)}); });
+  return true;
+}
+
 bool Stream::Take(std::vector<std::string>* messages) {
   std::lock_guard lock(mutex_);
+  blocked_since_.reset();
   if (items_.empty()) {
     is_awaited_ = true;
     return false;
   }
+  EncodeItems([&](std::string message) { messages->push_back(std::move(message)); });
+  return true;
+}
+
+void Stream::EncodeItems(const std::function<void(std::string)>& add) {
   for (Item& item : items_) {
     if (item.kind != Item::Kind::kDelta) {
-      messages->push_back(std::move(item.message));
+      add(std::move(item.message));
       continue;
     }
     const Delta& pending = pending_[item.output_index];
     is_pending_[item.output_index] = false;
     if (!pending.text.empty() || !pending.token_ids.empty()) {
-      messages->push_back(
-          EncodeDelta(item.output_index, pending.text, pending.token_ids, pending.logprobs, *vocabulary_));
+      add(EncodeDelta(item.output_index, pending.text, pending.token_ids, pending.logprobs, *vocabulary_));
     }
     if (pending.ending) {
-      messages->push_back(EncodeFinished(item.output_index, *pending.ending,
-                                         static_cast<uint32_t>(num_tokens_[item.output_index])));
+      add(EncodeFinished(item.output_index, *pending.ending,
+                         static_cast<uint32_t>(num_tokens_[item.output_index])));
     }
   }
   items_.clear();
   num_pending_bytes_ = 0;
-  return true;
 }
 
 std::optional<PromptNews> Stream::TakePrompt() {

@@ -8,12 +8,14 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "stream/carrier.h"
 #include "stream/output.h"
 #include "stream/responses.h"
 #include "stream/step_outputs.h"
@@ -67,6 +69,16 @@ class Stream {
   // The same for an engine that makes text and ends itself. ending.text is copied.
   Effect PutMade(Delta delta, double now);
 
+  // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
+  // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.
+  void Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call);
+  // For the pump, after an Effect with is_awaited: appends what is to be carried. False: nobody carries, so
+  // whoever waits must be woken.
+  bool TakeParcels(double now, std::vector<Carrier::Parcel>* parcels);
+  std::shared_ptr<Carrier> carrier() const;
+  // Since when the carrier has had no room for what waits; unset if nothing does.
+  std::optional<double> blocked_since() const;
+
   // Takes.
   // Appends the messages that are ready; false, and the next put is told to be awaited, if there are none.
   bool Take(std::vector<std::string>* messages);
@@ -98,6 +110,7 @@ class Stream {
     uint32_t output_index = 0;
   };
 
+  void EncodeItems(const std::function<void(std::string)>& add);
   bool Awaken();
   void PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
   Delta& PendingOf(uint32_t output_index);
@@ -121,6 +134,9 @@ class Stream {
   std::deque<Item> items_;
   uint32_t num_open_;
   int64_t num_pending_bytes_ = 0;
+  std::shared_ptr<Carrier> carrier_;
+  std::shared_ptr<void> call_;
+  std::optional<double> blocked_since_;
   bool reads_deltas_ = false;
   std::optional<PromptNews> prompt_news_;  // with reads_deltas_
   bool is_awaited_ = false;

@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from twinjet.engines.base import Outlet
+
 __version__: str
 
 # --- KV cache: block manager ---------------------------------------------------------------------
@@ -444,6 +446,58 @@ class CudaSampler:  # only where HAS_CUDA
         stream: int,
     ) -> None: ...
 
+class SeatReceipt:  # only where HAS_CUDA
+    # The statuses of one draw, uint32 [rows]; once, from any thread. Waits for the draw if it is not over.
+    def read(self) -> npt.NDArray[np.uint32]: ...
+
+class SeatSampler:  # only where HAS_CUDA
+    # Draws for requests that keep their state on the device; see csrc/sampler/cuda/seat_sampler.h.
+    # Addresses are of device memory that stays until the draw is over; 0 where a result is not wanted.
+    def __init__(self, device: int, vocab_size: int, max_rows: int) -> None: ...
+    def put(self, seat: int, request: SamplerRequest) -> None: ...
+    def remove(self, seat: int) -> None: ...
+    def num_outputs(self, seat: int) -> int: ...
+    # The first row whose seat is empty, -1 if none is.
+    def first_empty(self, seats: npt.NDArray[np.int64]) -> int: ...
+    # Seats by request id (-1: none), and the rows without a seat or with another number of output tokens
+    # than the list output_token_ids of their state has.
+    def match(
+        self, request_ids: list[str], states: dict[str, object], seats: dict[str, int]
+    ) -> tuple[npt.NDArray[np.int64], list[int]]: ...
+    # advances: rows whose token becomes part of the output. dtype: 0 float32, 1 float16, 2 bfloat16.
+    def draw(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        logits: int,
+        row_stride: int,
+        dtype: int,
+        token_ids: int,
+        status: int,
+        tokens64: int,
+        tokens32: int,
+        num_sampled: int,
+        num_rejected: int,
+        num_logprobs: int,
+        processed_logprobs: bool,
+        top_ids: int,
+        top_logprobs: int,
+        ranks: int,
+        stream: int,
+    ) -> SeatReceipt: ...
+    # Enters tokens that another sampler drew; seat -1: a row without one. bits: 32 or 64.
+    def follow(
+        self,
+        seats: npt.NDArray[np.int64],
+        advances: npt.NDArray[np.bool_],
+        tokens: int,
+        stride: int,
+        bits: int,
+        stream: int,
+    ) -> None: ...
+    # How often the host had to wait for the device: "buffers", "memory", "results".
+    def waits(self) -> dict[str, int]: ...
+
 class Sampler:
     def __init__(self, num_threads: int = 0, target: str = "") -> None: ...
     def sample(
@@ -614,6 +668,10 @@ class Stream:
     @property
     def num_outputs(self) -> int: ...
     @property
+    def blocked_since(self) -> float | None:
+        """Since when the call that carries the stream has had no room for what waits."""
+
+    @property
     def first_token_at(self) -> float | None: ...
     @property
     def last_token_at(self) -> float: ...
@@ -684,6 +742,7 @@ class Pump:
         key: int,
         num_cached_tokens: int | None,
         logprobs: Sequence[tuple[Sequence[int], Sequence[float], int | None]] | None,
+        now: float,
     ) -> None:
         """Put what an engine that makes text itself tells of the prompt."""
 
@@ -949,6 +1008,43 @@ class DecodeBatch:
     def counters(self) -> dict[str, int]:
         """rows_scheduled, rows_updated, rows_adopted, rows_evicted since the start."""
 
+# vLLM's engine core: its messages.
+
+class WireError(ValueError):
+    """A message is not what the tested vLLM sends."""
+
+class CoreOutputs:
+    """The last message of a vLLM engine core, decoded: EngineCoreOutputs. For one thread at a time."""
+
+    def __init__(self) -> None: ...
+    def decode(self, frames: Sequence[bytes | memoryview]) -> None:
+        """Decode a message and the frames of its tensors; runs without the GIL. Raises WireError."""
+
+    def rows(self) -> list[tuple[int, list[int], tuple[Any, ...] | None]]:
+        """Give (key, token ids, rest) for each output whose request id carries a key.
+
+        rest: None for tokens alone; else (finish, cause, cached, logprobs, prompt logprobs). finish: 0 none,
+        1 stop, 2 length, 3 aborted, 4 failed. cause: stop token, stop string or None. cached: prompt tokens
+        from the prefix cache, -1 not known, None if the row does not tell of the prompt. logprobs: for each
+        token ([(token id, logprob), ...], rank of the first), or None.
+        """
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """Running and waiting requests and the share of KV blocks in use; None if the message has none."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool:
+        """The message answers a utility call."""
+
+    @property
+    def has_pooling(self) -> bool:
+        """At least one output is a vector."""
+
 # Only where the door is built.
 class DoorCall:
     """A handle to a client's call; without effect once the call is over."""
@@ -965,6 +1061,8 @@ class DoorCall:
     def reset(self) -> None: ...
     def acknowledge(self, num_bytes: int, /) -> None:
         """A request message of so many bytes is no longer held."""
+    def carry(self, stream: Stream) -> None:
+        """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
 class Door:
@@ -988,3 +1086,50 @@ class Door:
     def stop(self, grace_s: float, /) -> None: ...
     def totals(self) -> dict[str, int]: ...
     def connections(self) -> list[dict[str, Any]]: ...
+
+class StepRouter:
+    """Puts messages of a vLLM engine core into the pumps of the requests that they concern. For one thread."""
+
+    def __init__(self) -> None: ...
+    def open(
+        self,
+        key: int,
+        outlet: Outlet,
+        pump_key: int,
+        *,
+        num_logprobs: int,
+        num_prompt_logprobs: int,
+        is_native: bool,
+    ) -> None:
+        """Expect an output whose request id in the engine core ends in "-" and `key`, in hexadecimal.
+
+        key: at least 1, never used twice. pump_key: the output's in outlet.pump. is_native: its vocabulary is.
+        """
+
+    def close(self, key: int) -> bool:
+        """Forget an output; whether the engine had not ended it."""
+
+    def take(self, frames: Sequence[bytes | memoryview], now: float) -> list[Outlet]:
+        """Decode a message and put it into pumps, without the GIL; gives the outlets of those that got rows.
+
+        now: seconds of time.monotonic(). Raises WireError, and then has put nothing.
+        """
+
+    @property
+    def irregular(self) -> list[tuple[int, int, int, bool]]:
+        """Outputs of the last message that ended with an error, not put into their pumps.
+
+        (key, finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before); finish 1: no
+        token was admissible.
+        """
+
+    @property
+    def stats(self) -> tuple[int, int, float] | None:
+        """As CoreOutputs.stats, of the last message; so are the next two."""
+
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def has_utility(self) -> bool: ...
+    @property
+    def num_open(self) -> int: ...

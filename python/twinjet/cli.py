@@ -22,11 +22,8 @@ from twinjet.errors import ConfigError
 from twinjet.turns import TurnReader, decode
 
 if TYPE_CHECKING:
-    from google.protobuf.message import Message as ProtoMessage
-
-    from twinjet.client import Client, Event, Sampling, Stream, TwinjetClientError
+    from twinjet.client import Client, Event, Route, Sampling, Stream, TwinjetClientError
     from twinjet.config import Config
-    from twinjet.v1.routing_pb2 import Route
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -42,10 +39,14 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
-def _proto_dict(message: ProtoMessage) -> dict[str, Any]:
-    from google.protobuf.json_format import MessageToDict
-
-    return MessageToDict(message, preserving_proto_field_name=True)
+def _plain(value: Any) -> Any:
+    """Give an answer as JSON takes it, without what is not known or empty."""
+    if isinstance(value, dict):
+        plain = {key: _plain(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in plain.items() if inner not in (None, "", [], {})}
+    if isinstance(value, tuple):
+        return [_plain(inner) for inner in value]
+    return sorted(value) if isinstance(value, frozenset) else value
 
 
 def _connect(arguments: argparse.Namespace) -> Client:
@@ -116,8 +117,9 @@ class _Shown:
             print(flush=True)
 
     def add(self, text: str) -> None:
-        print(text, end="", flush=True)
+        # Kept first: Ctrl-C may come while it is being printed.
         self.text += text
+        print(text, end="", flush=True)
 
 
 def _show(stream: Stream, arguments: argparse.Namespace) -> None:
@@ -272,20 +274,17 @@ def routes(arguments: argparse.Namespace) -> int:
             )
         listed = client.get_routes()
     if arguments.json:
-        _print_json(_proto_dict(listed))
+        _print_json(_plain(asdict(listed)))
         return EXIT_OK
-    from twinjet.v1 import routing_pb2
-
     rows: list[tuple[str, ...]] = [("MODEL", "WEIGHTS", "FALLBACK", "STICKY", "MIRROR")]
     for route in listed.routes:
-        mirror = f"{route.mirror.deployment} {route.mirror.share:.0%}" if route.HasField("mirror") else "-"
-        sticky = routing_pb2.Stickiness.Name(route.sticky).removeprefix("STICKINESS_").lower()
+        mirror = f"{route.mirror.deployment} {route.mirror.share:.0%}" if route.mirror else "-"
         rows.append(
             (
                 route.model,
                 " ".join(f"{name}={weight:g}" for name, weight in sorted(route.weights.items())),
                 " ".join(route.fallback) or "-",
-                "-" if sticky == "unspecified" else sticky,
+                route.sticky or "-",
                 mirror,
             )
         )
@@ -295,42 +294,39 @@ def routes(arguments: argparse.Namespace) -> int:
 
 
 def _route(arguments: argparse.Namespace) -> Route:
-    from twinjet.v1 import routing_pb2
+    from twinjet.client import Mirror, Route
 
-    route = routing_pb2.Route(model=arguments.set or arguments.remove or "")
+    weights: dict[str, float] = {}
     for part in arguments.weight:
         name, equals, text = part.rpartition("=")
         try:
-            route.weights[name] = float(text)
+            weights[name] = float(text)
         except ValueError:
             equals = ""
         if not equals or not name:
             raise ConfigError(f"--weight {part}: write DEPLOYMENT=NUMBER")
-    route.fallback.extend(arguments.fallback)
-    if arguments.sticky is not None:
-        route.sticky = routing_pb2.Stickiness.Value(f"STICKINESS_{arguments.sticky.upper()}")
+    mirror = None
     if arguments.mirror is not None:
         name, _, text = arguments.mirror.rpartition("=")
         try:
-            route.mirror.CopyFrom(routing_pb2.Mirror(deployment=name, share=float(text)))
+            mirror = Mirror(name, float(text))
         except ValueError:
             raise ConfigError(f"--mirror {arguments.mirror}: write DEPLOYMENT=SHARE") from None
-    return route
+    model = arguments.set or arguments.remove or ""
+    return Route(model, weights, tuple(arguments.fallback), arguments.sticky or "", mirror)
 
 
 def models(arguments: argparse.Namespace) -> int:
     """List what is served."""
-    from twinjet.v1 import model_pb2
-
     with _connect(arguments) as client:
         listed = client.models()
     if arguments.json:
-        _print_json([_proto_dict(model) for model in listed])
+        _print_json([_plain(asdict(model)) for model in listed])
         return EXIT_OK
     rows: list[tuple[str, ...]] = [("MODEL", "STATE", "ENGINE", "CONTEXT", "SAMPLER", "BLOCKS")]
     for model in listed:
-        state = model_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
-        if model.HasField("loading"):
+        state: str = model.state
+        if model.loading is not None:
             state += f" {model.loading.done:.0%} ({model.loading.phase})"
         if model.failure:
             state += f" ({model.failure})"
@@ -339,9 +335,9 @@ def models(arguments: argparse.Namespace) -> int:
                 model.name,
                 state,
                 f"{model.engine.name} {model.engine.version}".strip() or "-",
-                str(model.limits.max_context_tokens or "-"),
-                model.sampler.implementation or "-",
-                model.block_manager.implementation or "-",
+                str(model.limits.max_context_tokens) if model.limits else "-",
+                model.sampler.implementation if model.sampler else "-",
+                model.block_manager.implementation if model.block_manager else "-",
             )
         )
     _print_table(rows)
@@ -353,15 +349,14 @@ def load(arguments: argparse.Namespace) -> int:
     with _connect(arguments) as client:
         loads = client.get_load(arguments.model)
     if arguments.json:
-        _print_json([_proto_dict(entry) for entry in loads])
+        _print_json([_plain(asdict(entry)) for entry in loads])
         return EXIT_OK
     fields = ("waiting", "running", "engine_waiting", "engine_running", "kv_blocks_used", "kv_blocks_total")
     rows = [("MODEL", "DEPLOYMENT", *(f.upper().replace("_", " ") for f in fields), "TOKENS/S")]
     for entry in loads:
-        values = [str(getattr(entry, f)) if entry.HasField(f) else "-" for f in fields]  # type: ignore[arg-type]
-        has_speed = entry.HasField("output_tokens_per_second")
-        speed = f"{entry.output_tokens_per_second:.1f}" if has_speed else "-"
-        rows.append((entry.model, entry.deployment, *values, speed))
+        values = ["-" if (v := getattr(entry, f)) is None else str(v) for f in fields]
+        speed = entry.output_tokens_per_second
+        rows.append((entry.model, entry.deployment, *values, "-" if speed is None else f"{speed:.1f}"))
     _print_table(rows)
     return EXIT_OK
 

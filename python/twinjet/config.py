@@ -101,6 +101,13 @@ class ServerSettings(_Section):
     max_prompt_bytes: Bytes = Field(4 << 20, description="longest prompt text")
     max_pending_bytes: Bytes = Field(4 << 20, description="most that waits for one slow reader")
     stalled_reader_s: Duration = Field(30.0, description="longest time one write may take")
+    max_streams: int = Field(16_384, ge=0, le=2**31 - 1, description="open streams in all; 0 is no limit")
+    max_streams_per_connection: int = Field(
+        0, ge=0, le=2**31 - 1, description="open streams on one connection; 0 is no limit"
+    )
+    max_streams_per_address: int = Field(
+        0, ge=0, le=2**31 - 1, description="open streams from one address; 0 is no limit"
+    )
     keepalive_s: Duration = Field(60.0, description="time between our pings on a silent connection")
     keepalive_timeout_s: Duration = Field(20.0, description="no answer to a ping: the client is gone")
     client_ping_s: Duration = Field(10.0, description="clients may ping as often as this")

@@ -67,7 +67,7 @@ def test_models_load_and_tokenize(server: Scripted, capsys: pytest.CaptureFixtur
 
     server.scripts = [[]]
     assert output("models").splitlines()[1].split()[:2] == ["m", "ready"]
-    assert json.loads(output("models", "--json")) == [{"name": "m", "state": "MODEL_STATE_READY"}]
+    assert json.loads(output("models", "--json")) == [{"name": "m", "state": "ready"}]
     assert output("load").splitlines()[1].split() == ["m", "0", "3", "-", "-", "-", "-", "-"]
     assert json.loads(output("load", "--json")) == [{"model": "m", "waiting": 0, "running": 3}]
     assert output("tokenize", "ab") == "1 2\n"

@@ -122,6 +122,13 @@ class Scripted(
         self.health: list[bytes] | None = None
         self.watched: list[bytes] = []
         self.address = ""
+        # In the initial metadata of streams.
+        self.request_id = ""
+        # Streams at one time.
+        self.running = 0
+        self.most_running = 0
+        # What GetModel says in turn; the last one repeats.
+        self.states: list[model_pb2.Model] = []
 
     @property
     def num_calls(self) -> int:
@@ -134,7 +141,11 @@ class Scripted(
         return self.scripts[min(len(self.requests), len(self.scripts)) - 1]
 
     async def _play(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
         try:
+            if self.request_id:
+                await context.send_initial_metadata((("twinjet-request-id", self.request_id),))
             for step in self._next(request, context):
                 if isinstance(step, Fails):
                     await step.abort(context)
@@ -146,6 +157,8 @@ class Scripted(
             # Also between two steps: a client may cancel before the stall has begun.
             self.cancelled.set()
             raise
+        finally:
+            self.running -= 1
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         async for message in self._play(request, context):
@@ -189,6 +202,8 @@ class Scripted(
 
     async def GetModel(self, request: Any, context: Any) -> Any:
         model = model_pb2.Model(name=request.model or "m", state=model_pb2.MODEL_STATE_READY)
+        if self.states:
+            model = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return await self._unary(request, context, model_pb2.GetModelResponse(model=model))
 
     async def GetLoad(self, request: Any, context: Any) -> Any:

@@ -32,6 +32,7 @@ from twinjet.client import (
     NotSupported,
     Options,
     Overloaded,
+    PreconditionFailed,
     RetryPolicy,
     Sampling,
     ServerFailure,
@@ -176,7 +177,7 @@ async def test_unary_calls(server: Scripted, run: Run) -> None:
     assert [m.name for m in await run(lambda c: c.models())] == ["m"]
     assert (await run(lambda c: c.get_model("other"))).name == "other"
     load = (await run(lambda c: c.get_load()))[0]
-    assert (load.waiting, load.running, load.HasField("engine_running")) == (0, 3, False)
+    assert (load.waiting, load.running, load.engine_running) == (0, 3, None)
     await run(lambda c: c.abort("r1"))
     assert server.requests[-1].request_id == "r1"
 
@@ -194,6 +195,8 @@ async def test_unary_calls(server: Scripted, run: Run) -> None:
         (StatusCode.UNAVAILABLE, Unavailable),
         (StatusCode.DEADLINE_EXCEEDED, DeadlinePassed),
         (StatusCode.CANCELLED, Cancelled),
+        (StatusCode.FAILED_PRECONDITION, PreconditionFailed),
+        (StatusCode.ABORTED, PreconditionFailed),
         (StatusCode.INTERNAL, ServerFailure),
         (StatusCode.DATA_LOSS, ServerFailure),
     ],

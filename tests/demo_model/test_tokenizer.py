@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from twinjet.engines.base import ChatTurn
 from twinjet.errors import ConfigError, InvalidRequest, Unsupported
+from twinjet.models.demo import find_gguf
+from twinjet.models.gguf import GgufFile
 from twinjet.models.tokenizer import HfTokenizer
 
 LLAMA_LIKE = (
@@ -131,6 +133,31 @@ def test_the_demo_chat_is_rendered_as_its_template_says(tokenizer: HfTokenizer) 
     last = tokenizer.encode(text, add_special_tokens=False)
     assert last[0] == 1
     assert last.count(2) == 2
+
+
+def test_a_demo_chat_without_a_system_message_gets_none(tokenizer: HfTokenizer) -> None:
+    text = tokenizer.render_chat([ChatTurn("user", "Hi")], continue_final=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def authors(demo_model_path: Path) -> HfTokenizer:
+    """The demo model's tokenizer with the template that the GGUF file carries."""
+    template = GgufFile(find_gguf()[0]).metadata["tokenizer.chat_template"]
+    assert "You are a helpful AI assistant" in template
+    return HfTokenizer(demo_model_path, template=template)
+
+
+@settings(deadline=None)
+@given(turns=st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=20))))
+def test_the_demo_chat_is_the_authors_own_after_a_system_message(
+    tokenizer: HfTokenizer, authors: HfTokenizer, turns: list[tuple[str, str]]
+) -> None:
+    """Only the default system message is gone; everything else is as the model was trained."""
+    chat = [ChatTurn("system", "s"), *(ChatTurn(role, text) for role, text in turns)]
+    assert tokenizer.render_chat(chat, continue_final=False) == authors.render_chat(
+        chat, continue_final=False
+    )
 
 
 def test_continuing_ends_inside_the_last_message(tokenizer: HfTokenizer) -> None:

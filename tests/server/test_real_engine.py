@@ -102,6 +102,26 @@ def test_a_stranger_gets_the_capital_of_france_through_reflection_alone(service:
     assert events[-1].summary.usage.output_tokens > 0
 
 
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is the capital of France?", "Paris"),
+        ("What is the capital of Germany?", "Berlin"),
+        ("What is the capital of Japan?", "Tokyo"),
+    ],
+)
+def test_a_first_question_has_a_good_answer_at_the_models_own_temperature(
+    service: Service, question: str, answer: str
+) -> None:
+    request = generation_pb2.ChatRequest(
+        messages=[{"role": "user", "content": question}], sampling=Sampling(n=16, seed=1, max_tokens=40)
+    )
+    texts = [""] * 16
+    for event in service.inference.Chat(request):
+        texts[event.delta.output_index] += event.delta.text
+    assert [text for text in texts if answer not in text] == []
+
+
 def test_the_model_describes_itself_and_the_native_parts_are_in_use(service: Service) -> None:
     model = service.models.GetModel(model_pb2.GetModelRequest()).model
     assert model.state == model_pb2.MODEL_STATE_READY

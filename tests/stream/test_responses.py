@@ -111,7 +111,7 @@ def test_the_other_events(
     stream.put_queued(1, None)
     stream.put_queued(position, wait)
     stream.set_dispatched(position, dispatched)
-    pump.put_prompt(key, cached, rows)
+    pump.put_prompt(key, cached, rows, 0.0)
     queued = pb.Queued(request_id=request_id, position=position)
     if wait is not None:
         queued.expected_wait.seconds, queued.expected_wait.nanos = _duration(wait)

@@ -5,58 +5,20 @@
 #include <cstring>
 #include <string>
 
+#include "sampler/cuda/edits.h"
+
 namespace twinjet::sampler::cuda {
 namespace {
 
-// Makes `device` current for the lifetime of the object.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device) {
-    CheckCuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) CheckCuda(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = previous_ != device;
-  }
-  ~CurrentDevice() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
+// A mask of allowed tokens, up to the next 16 bytes.
+size_t MaskBytes(int32_t vocab_size) {
+  return RoundUp16((static_cast<size_t>(vocab_size) + 31) / 32 * sizeof(uint32_t));
+}
 
 bool IsCapturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   CheckCuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
   return status != cudaStreamCaptureStatusNone;
-}
-
-// Joins a row's lists into one entry per token, in order of token.
-void AppendEdits(const RowEdits& row, std::vector<Edit>* edits) {
-  const auto begin = static_cast<std::ptrdiff_t>(edits->size());
-  for (int32_t id : row.banned) edits->push_back({id, kEditMasked, 0, 0.0f});
-  for (int32_t id : row.early_stops) edits->push_back({id, kEditEarlyStop, 0, 0.0f});
-  for (const TokenBias& bias : row.biases) edits->push_back({bias.token_id, kEditBias, 0, bias.bias});
-  for (const TokenUse& use : row.uses) {
-    if (use.in_prompt || use.output_count > 0)
-      edits->push_back({use.token_id, kEditSeen, use.output_count, 0.0f});
-  }
-  std::sort(edits->begin() + begin, edits->end(),
-            [](const Edit& a, const Edit& b) { return a.token_id < b.token_id; });
-  auto last = edits->begin() + begin;
-  for (auto next = last; next != edits->end(); ++next) {
-    if (next == last) continue;
-    if (next->token_id != last->token_id) {
-      *++last = *next;
-      continue;
-    }
-    last->flags |= next->flags;
-    last->output_count += next->output_count;  // at most one of the two has it
-    if ((next->flags & kEditBias) != 0) last->bias = next->bias;
-  }
-  if (edits->begin() + begin != edits->end()) edits->erase(last + 1, edits->end());
 }
 
 }  // namespace
@@ -70,8 +32,18 @@ void CheckCuda(cudaError_t error, const char* call) {
   throw CudaError(call, error);
 }
 
-DeviceSampler::DeviceSampler(int device, int num_slots)
-    : device_(device), slots_(static_cast<size_t>(std::max(1, num_slots))) {
+CurrentDevice::CurrentDevice(int device) {
+  CheckCuda(cudaGetDevice(&previous_), "cudaGetDevice");
+  if (previous_ != device) CheckCuda(cudaSetDevice(device), "cudaSetDevice");
+  changed_ = previous_ != device;
+}
+
+CurrentDevice::~CurrentDevice() {
+  if (changed_) cudaSetDevice(previous_);
+}
+
+DeviceSampler::DeviceSampler(int device, int num_slots, bool has_one_stream)
+    : device_(device), has_one_stream_(has_one_stream), slots_(static_cast<size_t>(std::max(1, num_slots))) {
   const CurrentDevice current(device);
   CheckCuda(QueryLimits(device, &limits_), "QueryLimits");
   CheckCuda(cudaEventCreateWithFlags(&last_work_, cudaEventDisableTiming), "cudaEventCreate");
@@ -96,6 +68,7 @@ void DeviceSampler::GrowBatch(size_t bytes) {
   if (bytes <= batch_size_) return;
   // Penalties add a token a step; freeing memory waits for the device, so it must not happen at each.
   bytes = std::bit_ceil(bytes);
+  if (batch_ != nullptr) ++waits_.memory;
   CheckCuda(cudaFree(batch_), "cudaFree");
   batch_ = nullptr;
   batch_size_ = 0;
@@ -107,6 +80,7 @@ void DeviceSampler::GrowBatch(size_t bytes) {
 
 void DeviceSampler::GrowRows(int32_t num_rows) {
   if (num_rows <= info_rows_) return;
+  if (info_ != nullptr) ++waits_.memory;
   CheckCuda(cudaFree(info_), "cudaFree");
   info_ = nullptr;
   info_rows_ = 0;
@@ -118,6 +92,7 @@ void DeviceSampler::GrowRows(int32_t num_rows) {
 
 void DeviceSampler::GrowScratch(size_t floats) {
   if (floats <= scratch_floats_) return;
+  if (scratch_ != nullptr) ++waits_.memory;
   CheckCuda(cudaFree(scratch_), "cudaFree");
   scratch_ = nullptr;
   scratch_floats_ = 0;
@@ -129,10 +104,15 @@ void DeviceSampler::GrowScratch(size_t floats) {
 
 char* DeviceSampler::TakeSlot(size_t bytes) {
   Slot& slot = slots_[next_slot_];
-  if (slot.in_flight) CheckCuda(cudaEventSynchronize(slot.copied), "cudaEventSynchronize");
+  if (slot.in_flight && cudaEventQuery(slot.copied) != cudaSuccess) {
+    cudaGetLastError();  // "not ready" is no error
+    ++waits_.buffers;
+    CheckCuda(cudaEventSynchronize(slot.copied), "cudaEventSynchronize");
+  }
   slot.in_flight = false;
   if (bytes > slot.size) {
     bytes = std::bit_ceil(bytes);
+    if (slot.data != nullptr) ++waits_.memory;
     CheckCuda(cudaFreeHost(slot.data), "cudaFreeHost");
     slot.data = nullptr;
     slot.size = 0;
@@ -151,11 +131,16 @@ void DeviceSampler::Follow(cudaStream_t stream) {
   last_stream_ = stream;
 }
 
+void DeviceSampler::RecordWork(cudaStream_t stream) {
+  if (has_one_stream_) return;
+  CheckCuda(cudaEventRecord(last_work_, stream), "cudaEventRecord");
+  has_work_ = true;
+}
+
 void DeviceSampler::Reserve(int32_t num_rows, int32_t vocab_size, size_t num_edits, size_t num_allowed_rows) {
   const CurrentDevice current(device_);
-  const size_t words = (static_cast<size_t>(vocab_size) + 31) / 32;
   const size_t bytes = RoundUp16(static_cast<size_t>(num_rows) * sizeof(DeviceRow)) +
-                       num_edits * sizeof(Edit) + RoundUp16(num_allowed_rows * words * sizeof(uint32_t));
+                       num_edits * sizeof(Edit) + num_allowed_rows * MaskBytes(vocab_size);
   GrowBatch(bytes);
   for (size_t i = 0; i < slots_.size(); ++i) {
     TakeSlot(bytes);
@@ -180,7 +165,7 @@ LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size) {
 
 void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, cudaStream_t stream) {
   const CurrentDevice current(device_);
-  const size_t words = (static_cast<size_t>(vocab_size) + 31) / 32;
+  const size_t mask_bytes = MaskBytes(vocab_size);
   edits_.clear();
   edit_begins_.clear();
   size_t num_allowed = 0;
@@ -191,50 +176,68 @@ void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, c
   }
   edits_offset_ = RoundUp16(rows.size() * sizeof(DeviceRow));
   allowed_offset_ = edits_offset_ + edits_.size() * sizeof(Edit);
-  const size_t bytes = allowed_offset_ + num_allowed * words * sizeof(uint32_t);
+  const size_t bytes = allowed_offset_ + num_allowed * mask_bytes;
   GrowBatch(bytes);
   GrowRows(static_cast<int32_t>(rows.size()));
   char* data = TakeSlot(bytes);
   auto* device_rows = reinterpret_cast<DeviceRow*>(data);
-  auto* allowed = reinterpret_cast<uint32_t*>(data + allowed_offset_);
-  int32_t allowed_row = 0;
+  size_t allowed = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     DeviceRow& out = device_rows[i];
     out = {};
     out.constants = rows[i].constants;
     out.bitmask_row = rows[i].bitmask_row;
-    out.allowed_row = -1;
+    out.allowed_at = -1;
     out.edit_begin = static_cast<int32_t>(edit_begins_[i]);
     out.edit_end = static_cast<int32_t>(i + 1 < rows.size() ? edit_begins_[i + 1] : edits_.size());
     out.has_early_stops = rows[i].edits.early_stops.size != 0 ? 1 : 0;
     if (rows[i].edits.allowed_mask != nullptr) {
-      out.allowed_row = allowed_row++;
-      std::memcpy(allowed, rows[i].edits.allowed_mask, words * sizeof(uint32_t));
-      allowed += words;
+      out.allowed_at = static_cast<int32_t>(allowed / 16);
+      const size_t words = (static_cast<size_t>(vocab_size) + 31) / 32;
+      std::memcpy(data + allowed_offset_ + allowed, rows[i].edits.allowed_mask, words * sizeof(uint32_t));
+      allowed += mask_bytes;
     }
   }
   if (!edits_.empty()) std::memcpy(data + edits_offset_, edits_.data(), edits_.size() * sizeof(Edit));
-  Follow(stream);
-  CheckCuda(cudaMemcpyAsync(batch_, data, bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+  CopySlot(batch_, bytes, stream);
+  num_rows_ = static_cast<int32_t>(rows.size());
+  vocab_size_ = vocab_size;
+}
+
+void DeviceSampler::CopySlot(void* to, size_t bytes, cudaStream_t stream) {
   Slot& slot = slots_[next_slot_];
+  Follow(stream);
+  CheckCuda(cudaMemcpyAsync(to, slot.data, bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
   CheckCuda(cudaEventRecord(slot.copied, stream), "cudaEventRecord");
   slot.in_flight = true;
   next_slot_ = (next_slot_ + 1) % slots_.size();
-  num_rows_ = static_cast<int32_t>(rows.size());
-  vocab_size_ = vocab_size;
-  CheckCuda(cudaEventRecord(last_work_, stream), "cudaEventRecord");
-  has_work_ = true;
+  RecordWork(stream);
+}
+
+void DeviceSampler::Upload(const void* data, size_t bytes, void* to, cudaStream_t stream) {
+  const CurrentDevice current(device_);
+  std::memcpy(TakeSlot(bytes), data, bytes);
+  CopySlot(to, bytes, stream);
 }
 
 void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStream_t stream) {
-  const CurrentDevice current(device_);
   if (logits.num_rows != num_rows_ || logits.vocab_size != vocab_size_) {
     throw std::invalid_argument("the logits have another shape than the rows that were prepared");
   }
-  if (num_rows_ == 0) return;
-  const LaunchShape shape = ShapeOf(num_rows_, vocab_size_);
+  SampleRows(
+      {reinterpret_cast<const DeviceRow*>(batch_), reinterpret_cast<const Edit*>(batch_ + edits_offset_),
+       reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_)},
+      logits, outputs, stream);
+}
+
+void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, const Outputs& outputs,
+                               cudaStream_t stream) {
+  const CurrentDevice current(device_);
+  if (logits.num_rows == 0) return;
+  GrowRows(logits.num_rows);
+  const LaunchShape shape = ShapeOf(logits.num_rows, logits.vocab_size);
   const bool capturing = IsCapturing(stream);
-  const size_t floats = ScratchFloats(shape, vocab_size_);
+  const size_t floats = ScratchFloats(shape, logits.vocab_size);
   if (capturing && floats > scratch_floats_) {
     throw std::invalid_argument(
         "a capture may not allocate: draw a batch of this size, or Reserve(), before it");
@@ -244,13 +247,13 @@ void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStr
   args.logits = logits.data;
   args.row_stride = logits.row_stride;
   args.dtype = logits.dtype;
-  args.num_rows = num_rows_;
-  args.vocab_size = vocab_size_;
-  args.rows = reinterpret_cast<const DeviceRow*>(batch_);
-  args.edits = reinterpret_cast<const Edit*>(batch_ + edits_offset_);
+  args.num_rows = logits.num_rows;
+  args.vocab_size = logits.vocab_size;
+  args.rows = rows.rows;
+  args.edits = rows.edits;
   args.bitmask = logits.bitmask;
   args.bitmask_stride = logits.bitmask_stride;
-  args.allowed = reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_);
+  args.allowed = rows.allowed;
   args.token_ids = outputs.token_ids;
   args.status = outputs.status;
   args.info = info_;
@@ -270,8 +273,7 @@ void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStr
     CheckCuda(LaunchLogprobs(logprobs, shape, stream), "LaunchLogprobs");
   }
   if (capturing) return;
-  CheckCuda(cudaEventRecord(last_work_, stream), "cudaEventRecord");
-  has_work_ = true;
+  RecordWork(stream);
 }
 
 }  // namespace twinjet::sampler::cuda

@@ -29,6 +29,32 @@ class CudaError : public std::runtime_error {
 
 void CheckCuda(cudaError_t error, const char* call);
 
+// Makes `device` current for the lifetime of the object.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device);
+  ~CurrentDevice();
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// How often the host had to wait for the device, by cause.
+struct Waits {
+  uint64_t buffers = 0;  // all pinned buffers were on their way
+  uint64_t memory = 0;   // memory had to grow, and freeing the old waits
+};
+
+// Rows that lie on the device already, with what they refer to.
+struct RowsOnDevice {
+  const DeviceRow* rows = nullptr;
+  const Edit* edits = nullptr;
+  const uint32_t* allowed = nullptr;
+};
+
 // One row's parameters. edits.grammar_mask is ignored: the grammar's masks are a device matrix.
 struct HostRow {
   RowConstants constants;
@@ -61,8 +87,9 @@ struct Outputs {
 
 class DeviceSampler {
  public:
-  // num_slots: batches that may be on their way to the device at once, at least 1. Throws CudaError.
-  explicit DeviceSampler(int device, int num_slots = 4);
+  // num_slots: batches that may be on their way to the device at once, at least 1. has_one_stream: the caller
+  // orders its streams itself, which spares events. Throws CudaError.
+  explicit DeviceSampler(int device, int num_slots = 4, bool has_one_stream = false);
   ~DeviceSampler();
   DeviceSampler(const DeviceSampler&) = delete;
   DeviceSampler& operator=(const DeviceSampler&) = delete;
@@ -85,6 +112,15 @@ class DeviceSampler {
   // Draws the rows that were prepared last; logits has as many. Launches one kernel, or two with logprobs.
   void Sample(const Logits& logits, const Outputs& outputs, cudaStream_t stream);
 
+  // The same for rows that the caller brought to the device.
+  void SampleRows(const RowsOnDevice& rows, const Logits& logits, const Outputs& outputs,
+                  cudaStream_t stream);
+
+  // Copies to the device through a pinned buffer, waiting as Prepare does. Borrows data for the call only.
+  void Upload(const void* data, size_t bytes, void* to, cudaStream_t stream);
+
+  const Waits& waits() const { return waits_; }
+
  private:
   struct Slot {
     char* data = nullptr;  // pinned
@@ -97,10 +133,13 @@ class DeviceSampler {
   void GrowRows(int32_t num_rows);
   void GrowScratch(size_t floats);
   void Follow(cudaStream_t stream);
+  void RecordWork(cudaStream_t stream);
   char* TakeSlot(size_t bytes);
+  void CopySlot(void* to, size_t bytes, cudaStream_t stream);  // the slot taken last
   LaunchShape ShapeOf(int32_t num_rows, int32_t vocab_size);
 
   int device_;
+  bool has_one_stream_;
   DeviceLimits limits_;
   int32_t force_cluster_ = 0;
   int32_t counted_cluster_ = 0;  // the shape that num_clusters_ was counted for
@@ -123,6 +162,7 @@ class DeviceSampler {
   cudaStream_t last_stream_ = nullptr;
   cudaEvent_t last_work_ = nullptr;
   bool has_work_ = false;
+  Waits waits_;
 };
 
 }  // namespace twinjet::sampler::cuda

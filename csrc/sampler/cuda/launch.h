@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "sampler/cuda/seats.h"
 #include "sampler/cuda/shape.h"
 
 namespace twinjet::sampler::cuda {
@@ -18,5 +19,25 @@ cudaError_t CountClusters(int32_t cluster, size_t shared_bytes, int* num_cluster
 // Asynchronous; capturable. Pointers are device pointers that stay valid until the kernel has run.
 cudaError_t LaunchSample(const SampleArgs& args, const LaunchShape& shape, cudaStream_t stream);
 cudaError_t LaunchLogprobs(const LogprobsArgs& args, const LaunchShape& shape, cudaStream_t stream);
+
+// What follows a draw: the seats' histories, and the results in the forms that engines want. drawn: the
+// tokens of LaunchSample; null where another sampler drew `foreign` (then only histories are kept).
+struct EndArgs {
+  SeatMemory memory = {};
+  const int32_t* drawn = nullptr;
+  const uint32_t* status = nullptr;
+  const void* foreign = nullptr;
+  int64_t foreign_stride = 1;       // elements
+  int32_t foreign_bits = 32;        // or 64
+  int64_t* tokens64 = nullptr;      // [num_rows] or null; 0 where no token is admissible
+  int32_t* tokens32 = nullptr;      // the same
+  int32_t* num_sampled = nullptr;   // [num_rows] or null: 1 for rows that advance
+  int32_t* num_rejected = nullptr;  // [num_rows], with num_sampled: 0
+  uint32_t* host_status = nullptr;  // [num_rows] in mapped host memory
+};
+
+// rows: receives the rows for LaunchSample; null where nothing is drawn.
+cudaError_t LaunchBegin(const SeatMemory& memory, int32_t num_rows, DeviceRow* rows, cudaStream_t stream);
+cudaError_t LaunchEnd(const EndArgs& args, int32_t num_rows, cudaStream_t stream);
 
 }  // namespace twinjet::sampler::cuda

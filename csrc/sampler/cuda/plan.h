@@ -41,10 +41,10 @@ constexpr uint32_t kEditEarlyStop = 8;  // -inf, unless that leaves no token
 struct DeviceRow {
   RowConstants constants;
   int32_t bitmask_row;  // row of SampleArgs::bitmask, or -1
-  int32_t allowed_row;  // row of SampleArgs::allowed, or -1
+  int32_t allowed_at;   // 16-byte unit of SampleArgs::allowed where the row's mask begins, or -1
   int32_t edit_begin;   // edits[edit_begin .. edit_end)
   int32_t edit_end;
-  uint32_t has_early_stops;  // some edit has kEditEarlyStop
+  uint32_t has_early_stops;  // edits with kEditEarlyStop count
   uint32_t reserved;
 };
 
@@ -64,7 +64,7 @@ struct SampleArgs {
   const Edit* edits = nullptr;
   const uint32_t* bitmask = nullptr;  // [*, bitmask_stride] words, bit = 1: allowed
   int64_t bitmask_stride = 0;
-  const uint32_t* allowed = nullptr;  // [*, ceil(vocab_size / 32)]
+  const uint32_t* allowed = nullptr;  // masks of ceil(vocab_size / 32) words
   int32_t* token_ids = nullptr;       // [num_rows]
   uint32_t* status = nullptr;         // [num_rows]
   DrawInfo* info = nullptr;           // [num_rows]

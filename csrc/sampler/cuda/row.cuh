@@ -79,9 +79,7 @@ __device__ __forceinline__ LoadArgs LoadArgsOf(const SampleArgs& args, const Dev
   load.mask = nullptr;
   load.allowed = nullptr;
   if (edited && input.bitmask_row >= 0) load.mask = args.bitmask + input.bitmask_row * args.bitmask_stride;
-  if (edited && input.allowed_row >= 0) {
-    load.allowed = args.allowed + static_cast<int64_t>(input.allowed_row) * ((args.vocab_size + 31) / 32);
-  }
+  if (edited && input.allowed_at >= 0) load.allowed = args.allowed + static_cast<int64_t>(input.allowed_at) * 4;
   load.aligned = IsAligned(args, row);
   return load;
 }
@@ -100,7 +98,7 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
     const bool has_nan = LoadSlice(block, load, args.dtype, attempt == 0 && IsCopied(block, args, row));
     if (has_edits) {
       __syncthreads();
-      ApplyEdits(block, input, args.edits, attempt == 0);
+      ApplyEdits(block, input, args.edits, attempt == 0 && input.has_early_stops != 0);
       __syncthreads();
       RefreshGroupMaxima(block);
     }

@@ -1,4 +1,4 @@
-"""What a call can end with, as exceptions.
+"""What a call can end with, as exceptions. StreamConsumed alone is the caller's mistake and stands apart.
 
 TwinjetClientError
 ├── BadRequest         INVALID_ARGUMENT: violations name each field
@@ -10,6 +10,7 @@ TwinjetClientError
 ├── Unavailable        UNAVAILABLE: loading, draining, dead or not reachable
 ├── DeadlinePassed     DEADLINE_EXCEEDED; reason DEADLINE_UNREACHABLE: refused at once, as it would pass
 ├── Cancelled          CANCELLED: by this client or by an operator
+├── PreconditionFailed FAILED_PRECONDITION, ABORTED: not in the present state; reason says why
 ├── ServerFailure      everything else: the server's fault
 └── IncompleteStream   the stream ended well but without a summary
 """
@@ -17,15 +18,32 @@ TwinjetClientError
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
 
-from twinjet.errors import Violation
+from twinjet.client._details import details
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_REQUEST_ID_KEY = "twinjet-request-id"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field and what is wrong with it: its path from the request ("sampling.top_p"), and a sentence."""
+
+    field: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartialOutput:
+    """What had come of one output when its stream failed."""
+
+    output_index: int
+    text: str
+    token_ids: tuple[int, ...]
 
 
 class TwinjetClientError(Exception):
@@ -33,7 +51,8 @@ class TwinjetClientError(Exception):
 
     code: the gRPC status by name. reason: the server's stable word for it, "" if the server gave none (then it
     was not Twinjet that answered). violations: field and message, for BadRequest. retry_after_s: seconds until
-    a retry makes sense, None if not said. metadata: further facts by name.
+    a retry makes sense, None if not said. metadata: further facts by name. request_id: for logs and questions, ""
+    if the call got none. outputs: what had come of each output before, by output_index.
     """
 
     def __init__(
@@ -45,6 +64,7 @@ class TwinjetClientError(Exception):
         violations: Sequence[Violation] = (),
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        request_id: str = "",
     ) -> None:
         self.message = message
         self.code = code
@@ -52,7 +72,14 @@ class TwinjetClientError(Exception):
         self.violations = tuple(violations)
         self.retry_after_s = retry_after_s
         self.metadata = dict(metadata or {})
+        self.request_id = request_id
+        self.outputs: tuple[PartialOutput, ...] = ()
         super().__init__(f"{code}: {message}")
+
+    @property
+    def text(self) -> str:
+        """Text of the first output that had come before, "" if none had."""
+        return next((output.text for output in self.outputs if output.output_index == 0), "")
 
 
 class BadRequest(TwinjetClientError):
@@ -96,12 +123,20 @@ class Cancelled(TwinjetClientError):
     """The call was cancelled, by this client or by an operator."""
 
 
+class PreconditionFailed(TwinjetClientError):
+    """The call cannot be done in the present state, of the server or of its own output; reason says why."""
+
+
 class ServerFailure(TwinjetClientError):
     """The server's fault."""
 
 
 class IncompleteStream(TwinjetClientError):
     """The stream ended with OK but without a summary: something on the way cut it."""
+
+
+class StreamConsumed(RuntimeError):
+    """A stream is read a second time; its events come once."""
 
 
 _KINDS: Mapping[grpc.StatusCode, type[TwinjetClientError]] = {
@@ -115,6 +150,8 @@ _KINDS: Mapping[grpc.StatusCode, type[TwinjetClientError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlinePassed,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.FAILED_PRECONDITION: PreconditionFailed,
+    grpc.StatusCode.ABORTED: PreconditionFailed,
 }
 
 
@@ -123,21 +160,16 @@ def from_rpc_error(error: grpc.RpcError) -> TwinjetClientError:
     # Both of gRPC's error classes are calls as well, and carry the status.
     call: Any = error
     code: grpc.StatusCode = call.code()
-    packed = next((v for k, v in call.trailing_metadata() or () if k == _DETAILS_KEY), b"")
+    packed = _first(call.trailing_metadata(), _DETAILS_KEY) or b""
     violations: list[Violation] = []
     reason, metadata, retry_after_s = "", {}, None
-    bad, info, retry = (
-        error_details_pb2.BadRequest(),
-        error_details_pb2.ErrorInfo(),
-        error_details_pb2.RetryInfo(),
-    )
-    for detail in _details(packed):
-        if detail.Unpack(bad):
-            violations += [Violation(v.field, v.description) for v in bad.field_violations]
-        elif detail.Unpack(info):
-            reason, metadata = info.reason, dict(info.metadata)
-        elif detail.Unpack(retry):
-            retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+    for kind, detail in details(packed):
+        if kind == "BadRequest":
+            violations += [Violation(v.field, v.description) for v in detail.field_violations]
+        elif kind == "ErrorInfo":
+            reason, metadata = detail.reason, dict(detail.metadata)
+        elif kind == "RetryInfo":
+            retry_after_s = detail.retry_delay.ToNanoseconds() / 1e9
     return _KINDS.get(code, ServerFailure)(
         call.details() or "",
         code=code.name,
@@ -145,12 +177,9 @@ def from_rpc_error(error: grpc.RpcError) -> TwinjetClientError:
         violations=violations,
         retry_after_s=retry_after_s,
         metadata=metadata,
+        request_id=_first(getattr(call, "initial_metadata", tuple)(), _REQUEST_ID_KEY) or "",
     )
 
 
-def _details(packed: bytes) -> list[Any]:
-    # What stands there may come from a proxy; unreadable details are no details.
-    try:
-        return list(status_pb2.Status.FromString(packed).details)
-    except DecodeError:
-        return []
+def _first(metadata: Any, key: str) -> Any:
+    return next((v for k, v in metadata or () if k == key), None)

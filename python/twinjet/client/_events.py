@@ -9,9 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from twinjet.engines.base import Logprob as Logprob
-from twinjet.engines.base import TokenLogprobs as TokenLogprobs
+from twinjet.client._errors import PartialOutput
 from twinjet.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log probability of one token, natural logarithm. rank: 1 is the most probable; None is not known."""
+
+    token_id: int
+    logprob: float
+    rank: int | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probability of a token and of its most probable rivals, best first."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +139,6 @@ class Completion:
         return self.outputs[0].text
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Token ids of a text. text: what was tokenized. max_context_tokens: to compare the count with."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    max_context_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """One vector for each input, in their order."""
-
-    vectors: tuple[tuple[float, ...], ...]
-    usage: Usage
-
-
 def event_of(message: pb.GenerateResponse) -> Event | None:
     """Translate one message; None for an event of a newer contract than this client knows."""
     match message.WhichOneof("event"):
@@ -178,6 +178,7 @@ class Collector:
         self._deltas: dict[int, list[Delta]] = {}
         self._finished: dict[int, Finished] = {}
         self._summary: Summary | None = None
+        self._request_id = ""
 
     def add(self, event: Event) -> None:
         """Take one event."""
@@ -188,12 +189,13 @@ class Collector:
                 self._finished[event.output_index] = event
             case Started():
                 self._started = event
+                self._request_id = event.request_id
             case PromptLogprobs():
                 self._prompt_logprobs = event
             case Summary():
                 self._summary = event
             case Queued():
-                pass
+                self._request_id = event.request_id
 
     def completion(self) -> Completion:
         """Give the whole. Raises ValueError if the stream was not complete."""
@@ -204,6 +206,20 @@ class Collector:
             self._prompt_logprobs,
             tuple(self._output(index) for index in sorted(self._finished)),
             self._summary,
+        )
+
+    @property
+    def request_id(self) -> str:
+        """The request's id, "" until an event has named it."""
+        return self._request_id
+
+    def partial(self) -> tuple[PartialOutput, ...]:
+        """Give what has come so far."""
+        return tuple(
+            PartialOutput(
+                index, "".join(d.text for d in deltas), tuple(t for d in deltas for t in d.token_ids)
+            )
+            for index, deltas in sorted(self._deltas.items())
         )
 
     def _output(self, index: int) -> Output:

@@ -2,60 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
 
 from twinjet.client._address import check_address, check_token
-from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
-from twinjet.client._errors import IncompleteStream, from_rpc_error
-from twinjet.client._events import (
-    Collector,
-    Completion,
-    Delta,
+from twinjet.client._answers import (
+    Adapter,
+    Drained,
     Embeddings,
-    Event,
-    Summary,
+    KvEvents,
+    LoadingProgress,
+    Model,
+    ModelLoad,
     Tokens,
-    event_of,
-    usage_of,
+    adapter_of,
+    kv_events_of,
+    load_of,
+    model_of,
 )
+from twinjet.client._calls import (
+    READY_POLL_S,
+    BatchProgress,
+    Metadata,
+    Tally,
+    check_limit,
+    merged_metadata,
+    not_ready_in_time,
+    ready_or_loading,
+    time_limit,
+)
+from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
+from twinjet.client._errors import (
+    Cancelled,
+    DeadlinePassed,
+    IncompleteStream,
+    StreamConsumed,
+    TwinjetClientError,
+    Unavailable,
+    from_rpc_error,
+)
+from twinjet.client._events import Collector, Completion, Delta, Event, Summary, event_of, usage_of
 from twinjet.client._health import wait
 from twinjet.client._requests import (
     Conversation,
-    Message,
     Options,
     Prompt,
+    Sampling,
     chat_request,
+    detokenize_request,
+    duration,
     embed_request,
+    filled,
     generate_request,
     tokenize_request,
 )
 from twinjet.client._retry import Attempts, Pause, RetryPolicy
-from twinjet.request import SamplingOverrides
-from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc, tokenization_pb2
+from twinjet.client._routes import Route, Routes, add_request, route_message, routes_of
+from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
 _Wait = Callable[[Pause], None]
+_BeginAttempts = Callable[[], Attempts]
 
 
 class Stream:
     """The events of one call, read once: `for event in stream`, or text(), pieces(), completion().
 
-    The call begins with the first read. Leaving `with stream` and close() cancel it, and the server stops
-    working on it. Reading raises the exceptions of this package.
+    The call and its time limit begin with the first read. Leaving `with stream` and close() cancel it, as does
+    cancel() from another thread, and the server stops working on it. Reading raises the exceptions of this package,
+    which carry what had come before; a second reading raises StreamConsumed.
     """
 
-    def __init__(self, open_stream: _OpenStream, wait: _Wait, attempts: Attempts) -> None:
+    def __init__(self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts) -> None:
         self._open = open_stream
         self._wait = wait
-        self._attempts = attempts
+        self._begin_attempts = begin_attempts
+        self._collector = Collector()
+        self._has_begun = False
+        self._is_over = False
+        self._call: Any = None
+        self._is_cancelled = False
+        self._lock = threading.Lock()
         self._events = self._run()
 
+    @property
+    def request_id(self) -> str:
+        """The request's id, "" until the first event."""
+        return self._collector.request_id
+
     def __iter__(self) -> Iterator[Event]:
+        self._check_unread(whole=False)
         return self._events
 
     def __enter__(self) -> Stream:
@@ -68,7 +112,15 @@ class Stream:
 
     def close(self) -> None:
         """Cancel the call if it still runs."""
+        self._is_over = True
         self._events.close()
+
+    def cancel(self) -> None:
+        """Cancel the call from any thread; who reads it gets Cancelled, now or with the first read."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._call is not None:
+                self._call.cancel()
 
     def pieces(self, output_index: int = 0) -> Iterator[str]:
         """Give the text of one output as it comes."""
@@ -79,19 +131,48 @@ class Stream:
 
     def text(self) -> str:
         """Read to the end and give the text of the first output."""
-        return self.completion().text
+        return (self.completion()).text
 
     def completion(self) -> Completion:
         """Read to the end and give everything."""
-        collector = Collector()
+        self._check_unread(whole=True)
         with self:
-            for event in self:
-                collector.add(event)
-        return collector.completion()
+            for _ in self:
+                pass
+        return self._collector.completion()
 
-    def _run(self) -> Generator[Event, None]:
+    def _check_unread(self, *, whole: bool) -> None:
+        if self._is_over or (whole and self._has_begun):
+            how = "has been read" if self._is_over else "has been read in part"
+            raise StreamConsumed(
+                f"this stream {how}, and its events come once; keep what completion() gives, or call again"
+            )
+
+    def _run(self) -> Generator[Event]:
+        self._has_begun = True
+        try:
+            with closing(self._tries()) as events:
+                for event in events:
+                    self._collector.add(event)
+                    yield event
+        except TwinjetClientError as error:
+            error.request_id = error.request_id or self._collector.request_id
+            error.outputs = self._collector.partial()
+            raise
+        finally:
+            self._is_over = True
+
+    def _begin_call(self, left_s: float | None) -> Any:
+        with self._lock:
+            if self._is_cancelled:
+                raise Cancelled("the stream was cancelled before it began", code="CANCELLED")
+            self._call = self._open(left_s)
+            return self._call
+
+    def _tries(self) -> Generator[Event]:
+        attempts = self._begin_attempts()
         while True:
-            call = self._open(self._attempts.remaining_s)
+            call = self._begin_call(attempts.remaining_s)
             last: Event | None = None
             has_begun = False
             try:
@@ -114,14 +195,15 @@ class Stream:
                 call.cancel()
             if has_begun:
                 raise error
-            self._wait(self._attempts.pause_after(error))
+            self._wait(attempts.pause_after(error))
 
 
 class Client:
-    """A connection to a Twinjet server. Close it, or use `with`.
+    """A connection to a Twinjet server, for code without an event loop; thread-safe. Close it, or use `with`.
 
     address: host:port. credentials: for TLS, None is plain text. token: the admin token. retry: when to try again.
-    timeout_s: deadline of calls that name none; None is no deadline.
+    timeout_s: deadline of calls that name none; None is no deadline. metadata: sent with every call; a call's own
+    comes before it. Raises ValueError for an address, token, time or metadata that cannot be used.
     """
 
     def __init__(
@@ -132,18 +214,19 @@ class Client:
         token: str = "",
         retry: RetryPolicy | None = None,
         timeout_s: float | None = None,
+        metadata: Metadata | None = None,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         check_address(address)
         check_token(token)
+        self._metadata = merged_metadata(call_metadata(token), metadata)
+        self._retry = retry or RetryPolicy()
+        self._timeout_s = time_limit(timeout_s)
         options = [*CHANNEL_OPTIONS, *channel_options]
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
             self._channel = grpc.secure_channel(address, credentials, options=options)
-        self._metadata = call_metadata(token)
-        self._retry = retry or RetryPolicy()
-        self._timeout_s = timeout_s
         self._inference = service_pb2_grpc.InferenceServiceStub(self._channel)
         self._models = service_pb2_grpc.ModelServiceStub(self._channel)
         self._admin = service_pb2_grpc.AdminServiceStub(self._channel)
@@ -163,47 +246,99 @@ class Client:
     def generate(
         self,
         prompt: Prompt,
-        sampling: SamplingOverrides | None = None,
+        sampling: Sampling | None = None,
         *,
         model: str = "",
         options: Options | None = None,
         timeout_s: float | None = None,
+        metadata: Metadata | None = None,
     ) -> Stream:
         """Continue a prompt, given as text or token ids."""
         request = generate_request(prompt, sampling, options, model)
-        return self._stream(self._inference.Generate, request, timeout_s)
+        return self._stream(self._inference.Generate, request, timeout_s, metadata)
 
     def chat(
         self,
         messages: Conversation,
-        sampling: SamplingOverrides | None = None,
+        sampling: Sampling | None = None,
         *,
         model: str = "",
         options: Options | None = None,
         continue_final_message: bool = False,
         parse_control_tokens: bool = False,
         timeout_s: float | None = None,
+        metadata: Metadata | None = None,
     ) -> Stream:
-        """Continue a conversation; a plain string is what the user says.
+        """Continue a conversation: Messages or dicts; a plain string is what the user says.
 
         parse_control_tokens: control tokens in the content count as such, instead of being plain text.
         """
         request = chat_request(
             messages, sampling, options, model, continue_final_message, parse_control_tokens
         )
-        return self._stream(self._inference.Chat, request, timeout_s)
+        return self._stream(self._inference.Chat, request, timeout_s, metadata)
+
+    def batch(
+        self,
+        streams: Iterable[Stream],
+        *,
+        limit: int = 16,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+    ) -> list[Completion | TwinjetClientError]:
+        """Read many streams to the end, at most limit at a time; gives their completions in order.
+
+        streams: of generate() and chat(), as a list or made as they are needed. A failure stands in its stream's
+        place and does not end the others. on_progress: called after each stream, from one thread at a time.
+        """
+        check_limit(limit)
+        tally, waiting = Tally(streams), enumerate(streams)
+        lock, running, is_over = threading.Lock(), set[Stream](), threading.Event()
+
+        def work() -> None:
+            while True:
+                with lock:
+                    if is_over.is_set() or (item := next(waiting, None)) is None:
+                        return
+                    index, stream = item
+                    running.add(stream)
+                try:
+                    result: Completion | TwinjetClientError = stream.completion()
+                except TwinjetClientError as error:
+                    result = error
+                with lock:
+                    running.discard(stream)
+                    if is_over.is_set():
+                        return
+                    progress = tally.add(index, result)
+                    if on_progress is not None:
+                        on_progress(progress)
+
+        with ThreadPoolExecutor(limit, thread_name_prefix="twinjet-batch") as pool:
+            workers = [pool.submit(work) for _ in range(limit)]
+            try:
+                for worker in as_completed(workers):
+                    worker.result()
+            except BaseException:
+                with lock:
+                    is_over.set()
+                    for stream in running:
+                        stream.cancel()
+                raise
+        return tally.results()
 
     def tokenize(
         self,
-        text: str | Sequence[Message],
+        text: Conversation,
         *,
         model: str = "",
         add_special_tokens: bool | None = None,
+        parse_control_tokens: bool = False,
         timeout_s: float | None = None,
+        metadata: Metadata | None = None,
     ) -> Tokens:
-        """Give the token ids of a text or a conversation."""
-        request = tokenize_request(text, model, add_special_tokens)
-        answer = self._unary(self._inference.Tokenize, request, timeout_s)
+        """Give the token ids of a text or a conversation. parse_control_tokens: as in chat()."""
+        request = tokenize_request(text, model, add_special_tokens, parse_control_tokens)
+        answer = self._unary(self._inference.Tokenize, request, timeout_s, metadata)
         return Tokens(tuple(answer.token_ids), answer.text, answer.max_context_tokens)
 
     def detokenize(
@@ -213,83 +348,250 @@ class Client:
         model: str = "",
         skip_special_tokens: bool | None = None,
         timeout_s: float | None = None,
+        metadata: Metadata | None = None,
     ) -> str:
         """Give the text of token ids."""
-        request = tokenization_pb2.DetokenizeRequest(
-            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
-        return self._unary(self._inference.Detokenize, request, timeout_s).text
+        request = detokenize_request(token_ids, model, skip_special_tokens)
+        return (self._unary(self._inference.Detokenize, request, timeout_s, metadata)).text
 
     def embed(
         self,
-        inputs: Sequence[Prompt],
+        inputs: str | Sequence[Prompt],
         *,
         model: str = "",
         dimensions: int | None = None,
         options: Options | None = None,
         timeout_s: float | None = None,
+        metadata: Metadata | None = None,
     ) -> Embeddings:
         """Give one vector for each input."""
         request = embed_request(inputs, dimensions, options, model)
-        answer = self._unary(self._inference.Embed, request, timeout_s)
+        answer = self._unary(self._inference.Embed, request, timeout_s, metadata)
         return Embeddings(tuple(tuple(e.values) for e in answer.embeddings), usage_of(answer.usage))
 
-    def models(self, *, timeout_s: float | None = None) -> list[model_pb2.Model]:
+    def models(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> list[Model]:
         """List what is served, loaded or not."""
-        answer = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s)
-        return list(answer.models)
+        answer = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s, metadata)
+        return [model_of(model) for model in answer.models]
 
-    def get_model(self, model: str = "", *, timeout_s: float | None = None) -> model_pb2.Model:
+    def get_model(
+        self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> Model:
         """Describe one model; answers while it loads."""
-        request = model_pb2.GetModelRequest(model=model)
-        return (self._unary(self._models.GetModel, request, timeout_s)).model
+        request = filled(model_pb2.GetModelRequest(), {"model": model})
+        return model_of((self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
 
-    def get_load(self, model: str = "", *, timeout_s: float | None = None) -> list[admin_pb2.ModelLoad]:
+    def wait_ready(
+        self,
+        model: str = "",
+        *,
+        timeout_s: float | None = None,
+        on_progress: Callable[[LoadingProgress], None] | None = None,
+        metadata: Metadata | None = None,
+    ) -> Model:
+        """Wait until a model answers, the server itself included, and describe it.
+
+        on_progress: called with how far it is, again and again. Raises DeadlinePassed after timeout_s (the
+        client's own where None), ServerFailure if the model has failed, Unavailable if it is draining.
+        """
+        limit_s = self._timeout_s if timeout_s is None else time_limit(timeout_s)
+        attempts = Attempts(RetryPolicy(attempts=1), limit_s)
+        sent, request = self._call_metadata(metadata), filled(model_pb2.GetModelRequest(), {"model": model})
+        last: LoadingProgress | None = None
+        while True:
+            try:
+                answer = self._models.GetModel(
+                    request, timeout=attempts.remaining_s, metadata=sent, wait_for_ready=True
+                )
+            except grpc.RpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                # A server that goes away while it answers is waited for as well.
+                if not isinstance(error, Unavailable | DeadlinePassed):
+                    raise error from None
+            except DeadlinePassed:
+                raise not_ready_in_time(model, last, limit_s or 0.0) from None
+            else:
+                loading = ready_or_loading(model_of(answer.model))
+                if loading is None:
+                    return model_of(answer.model)
+                last = loading
+                if on_progress is not None:
+                    on_progress(loading)
+            time.sleep(READY_POLL_S)
+
+    def load_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> bool:
+        """Load a LoRA adapter from a folder on the server; True if it was loaded before."""
+        request = filled(model_pb2.LoadAdapterRequest(), {"model": model, "name": name, "path": path})
+        answer = self._unary(self._models.LoadAdapter, request, timeout_s, metadata)
+        return bool(answer.already_loaded)
+
+    def unload_adapter(
+        self,
+        name: str,
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> None:
+        """Remove a LoRA adapter."""
+        request = filled(model_pb2.UnloadAdapterRequest(), {"model": model, "name": name})
+        self._unary(self._models.UnloadAdapter, request, timeout_s, metadata)
+
+    def adapters(
+        self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> list[Adapter]:
+        """List the LoRA adapters of a model, by name."""
+        request = filled(model_pb2.ListAdaptersRequest(), {"model": model})
+        answer = self._unary(self._models.ListAdapters, request, timeout_s, metadata)
+        return [adapter_of(adapter) for adapter in answer.adapters]
+
+    def get_load(
+        self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> list[ModelLoad]:
         """Report queues, running requests, KV blocks and speeds; needs the admin token or a local server."""
-        request = admin_pb2.GetLoadRequest(model=model)
-        return list((self._unary(self._admin.GetLoad, request, timeout_s)).models)
+        request = filled(admin_pb2.GetLoadRequest(), {"model": model})
+        answer = self._unary(self._admin.GetLoad, request, timeout_s, metadata)
+        return [load_of(load) for load in answer.models]
 
-    def get_routes(self, *, timeout_s: float | None = None) -> routing_pb2.GetRoutesResponse:
+    def get_routes(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> Routes:
         """Tell which deployments answer for each model; needs the admin token or a local server."""
         request = routing_pb2.GetRoutesRequest()
-        response: routing_pb2.GetRoutesResponse = self._unary(self._admin.GetRoutes, request, timeout_s)
-        return response
+        return routes_of(self._unary(self._admin.GetRoutes, request, timeout_s, metadata))
 
     def set_route(
         self,
-        route: routing_pb2.Route,
+        route: Route,
         *,
         revision: int | None = None,
         remove: bool = False,
         timeout_s: float | None = None,
+        metadata: Metadata | None = None,
     ) -> int:
         """Replace the route of route.model, or remove it; gives the new revision of the routes.
 
         revision: refused if the routes are at another one by now. Needs the admin token or a local server.
         """
-        request = routing_pb2.SetRouteRequest(route=route, revision=revision, remove=remove)
-        response: routing_pb2.SetRouteResponse = self._unary(self._admin.SetRoute, request, timeout_s)
-        return response.revision
+        values = {"route": route_message(route), "revision": revision, "remove": remove}
+        request = filled(routing_pb2.SetRouteRequest(), values)
+        return int((self._unary(self._admin.SetRoute, request, timeout_s, metadata)).revision)
 
-    def abort(self, request_id: str, *, timeout_s: float | None = None) -> None:
+    def add_deployment(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        public: bool = False,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> int:
+        """Start a deployment and wait until it is ready; gives the revision of the routes.
+
+        settings: those of a [deployments.NAME] section. public: make a route of its name to it. Needs the admin token
+        or a local server.
+        """
+        request = add_request(name, settings, public=public)
+        return int((self._unary(self._admin.AddDeployment, request, timeout_s, metadata)).revision)
+
+    def remove_deployment(
+        self,
+        name: str,
+        grace_s: float | None = None,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> Drained:
+        """Drain a deployment that no route names and end its engine; grace_s: as in drain()."""
+        values = {"name": name, "grace": duration("grace", grace_s)}
+        request = filled(routing_pb2.RemoveDeploymentRequest(), values)
+        answer = self._unary(self._admin.RemoveDeployment, request, timeout_s, metadata)
+        return Drained(answer.finished, answer.ended)
+
+    def abort(
+        self, request_id: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> None:
         """End a request, whoever sent it; needs the admin token or a local server."""
-        self._unary(self._admin.Abort, admin_pb2.AbortRequest(request_id=request_id), timeout_s)
+        request = filled(admin_pb2.AbortRequest(), {"request_id": request_id})
+        self._unary(self._admin.Abort, request, timeout_s, metadata)
+
+    def reset_prefix_cache(
+        self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> bool:
+        """Forget cached prefixes; False if running requests hold some. Needs the admin token or a local server."""
+        request = filled(admin_pb2.ResetPrefixCacheRequest(), {"model": model})
+        return bool((self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata)).done)
+
+    def drain(
+        self,
+        grace_s: float | None = None,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> Drained:
+        """Stop admission and wait for running streams; needs the admin token or a local server.
+
+        grace_s: how long they may go on, None is the server's own time.
+        """
+        request = filled(admin_pb2.DrainRequest(), {"grace": duration("grace", grace_s)})
+        answer = self._unary(self._admin.Drain, request, timeout_s, metadata)
+        return Drained(answer.finished, answer.ended)
+
+    def watch_kv_events(
+        self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> Generator[KvEvents]:
+        """Watch which KV blocks were stored and removed; needs the admin token or a local server.
+
+        Raises IncompleteStream when a batch was missed: forget what you know and watch again.
+        """
+        request, expected = filled(admin_pb2.WatchKvEventsRequest(), {"model": model}), 1
+        left_s = self._attempts(timeout_s).remaining_s
+        call: Any = self._admin.WatchKvEvents(request, timeout=left_s, metadata=self._call_metadata(metadata))
+        try:
+            while (message := next(call, None)) is not None:
+                if message.sequence != expected:
+                    raise IncompleteStream(f"batch {message.sequence} came instead of {expected}")
+                expected += 1
+                yield kv_events_of(message)
+        except grpc.RpcError as rpc_error:
+            raise from_rpc_error(rpc_error) from None
+        finally:
+            call.cancel()
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(self._retry, self._timeout_s if timeout_s is None else timeout_s)
+        return Attempts(self._retry, self._timeout_s if timeout_s is None else time_limit(timeout_s))
 
-    def _stream(self, method: Any, request: Any, timeout_s: float | None) -> Stream:
+    def _call_metadata(self, metadata: Metadata | None) -> tuple[tuple[str, str | bytes], ...]:
+        return merged_metadata(self._metadata, metadata)
+
+    def _stream(
+        self, method: Any, request: Any, timeout_s: float | None, metadata: Metadata | None = None
+    ) -> Stream:
+        sent = self._call_metadata(metadata)
+        time_limit(timeout_s)
         return Stream(
-            lambda left_s: method(request, timeout=left_s, metadata=self._metadata),
+            lambda left_s: method(request, timeout=left_s, metadata=sent),
             lambda pause: wait(self._channel, request.model, pause),
-            self._attempts(timeout_s),
+            lambda: self._attempts(timeout_s),
         )
 
-    def _unary(self, method: Callable[..., _Answer], request: object, timeout_s: float | None) -> _Answer:
-        attempts = self._attempts(timeout_s)
+    def _unary(
+        self,
+        method: Callable[..., _Answer],
+        request: object,
+        timeout_s: float | None,
+        metadata: Metadata | None = None,
+    ) -> _Answer:
+        attempts, sent = self._attempts(timeout_s), self._call_metadata(metadata)
         while True:
             try:
-                return method(request, timeout=attempts.remaining_s, metadata=self._metadata)
+                return method(request, timeout=attempts.remaining_s, metadata=sent)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
             wait(self._channel, getattr(request, "model", ""), attempts.pause_after(error))

@@ -1,15 +1,13 @@
-"""Effective settings of both sides, defaults filled in, side by side. Pure but for the model message it reads."""
+"""Effective settings of both sides, defaults filled in, side by side. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from google.protobuf.json_format import MessageToDict
-
 if TYPE_CHECKING:
-    from twinjet.v1 import model_pb2
+    from twinjet.client import Model
 
 MUST_MATCH = ("vocab_size", "eos_token_ids")
 """With these unequal the token ids mean different things, and nothing can be compared."""
@@ -26,25 +24,25 @@ class Difference:
     b: str
 
 
-def effective_settings(model: model_pb2.Model) -> Mapping[str, str]:
+def effective_settings(model: Model) -> Mapping[str, str]:
     """Give what a deployment really runs with, as texts by name."""
+    limits, cache = model.limits, model.kv_cache
+    defaults = {k: v for k, v in asdict(model.default_sampling).items() if v not in (None, (), {})}
     known = {
         "engine": model.engine.name,
         "version": model.engine.version,
         "source": model.engine.source,
         "deployment": model.deployment,
         "device": model.engine.device,
-        "max_context_tokens": str(model.limits.max_context_tokens),
-        "vocab_size": str(model.limits.vocab_size),
-        "max_concurrent_sequences": str(model.limits.max_concurrent_sequences),
+        "max_context_tokens": str(limits.max_context_tokens if limits else 0),
+        "vocab_size": str(limits.vocab_size if limits else 0),
+        "max_concurrent_sequences": str(limits.max_concurrent_sequences if limits else 0),
         "eos_token_ids": " ".join(map(str, sorted(model.eos_token_ids))),
-        "kv_tokens": str(model.kv_cache.num_blocks * model.kv_cache.block_size)
-        if model.HasField("kv_cache")
-        else "",
-        "kv_block_size": str(model.kv_cache.block_size) if model.HasField("kv_cache") else "",
-        "sampler": model.sampler.implementation,
-        "block_manager": model.block_manager.implementation,
-        "default_sampling": str(MessageToDict(model.default_sampling, preserving_proto_field_name=True)),
+        "kv_tokens": str(cache.num_blocks * cache.block_size) if cache else "",
+        "kv_block_size": str(cache.block_size) if cache else "",
+        "sampler": model.sampler.implementation if model.sampler else "",
+        "block_manager": model.block_manager.implementation if model.block_manager else "",
+        "default_sampling": str(defaults),
     }
     return known | dict(model.settings)
 

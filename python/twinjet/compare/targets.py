@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import fields
 
-from twinjet.client import AsyncClient, Delta, Finished, Options, RetryPolicy, Started
+from twinjet.client import (
+    AsyncClient,
+    Constraint,
+    Delta,
+    Finished,
+    Options,
+    RetryPolicy,
+    Sampling,
+    Started,
+)
 from twinjet.compare.driver import Arrived
 from twinjet.compare.workload import WorkItem
 from twinjet.errors import ConfigError
@@ -37,7 +47,7 @@ class ClientTarget:
     ) -> AsyncGenerator[Arrived, None]:
         """See driver.Target."""
         async with self._client.generate(
-            item.prompt, sampling, model=self._model, options=Options(cache_salt=cache_salt)
+            item.prompt, _for_client(sampling), model=self._model, options=Options(cache_salt=cache_salt)
         ) as stream:
             async for event in stream:
                 match event:
@@ -47,6 +57,13 @@ class ClientTarget:
                         yield Arrived(deployment=event.deployment)
                     case Finished():
                         yield Arrived(reason=event.reason)
+
+
+def _for_client(sampling: SamplingOverrides) -> Sampling:
+    values = {f.name: getattr(sampling, f.name) for f in fields(sampling)}
+    if (constraint := sampling.constraint) is not None:
+        values["constraint"] = Constraint(constraint.kind, constraint.value, constraint.choices)
+    return Sampling(**values)
 
 
 def connect(address: str, token: str = "") -> AsyncClient:

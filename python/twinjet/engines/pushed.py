@@ -66,8 +66,13 @@ async def read(engine: PushEngine, request: EngineRequest) -> AsyncGenerator[Eng
     stream.read_deltas()
     run = _Run(engine, request, stream)
     num_open = sampling.n
+    # Not within the other: what is refused must not be cancelled, as another request may have its id.
     try:
         engine.submit(request, run)
+    except BaseException:
+        run.pump.remove(run.key)
+        raise
+    try:
         while num_open:
             await run.changed.wait()
             run.changed.clear()

@@ -6,8 +6,12 @@ server then drops from the text. Imports xgrammar only when it is used.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
+import json
+import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,8 +82,63 @@ def _special_ids(hf_tokenizer: Any) -> set[int]:
     return set(hf_tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
 
+async def write_vocabulary_apart(
+    tokenizer: str,
+    *,
+    vocab_size: int,
+    end_token_ids: tuple[int, ...],
+    folder: Path,
+    is_compact: bool = False,
+) -> Vocabulary:
+    """Do the same in a process of its own, which loads the tokenizer by folder or name.
+
+    Keeps xgrammar and transformers, some hundred megabytes, out of this process. Raises GrammarUnavailable.
+    """
+    wanted = {
+        "tokenizer": tokenizer, "vocab_size": vocab_size, "end_token_ids": end_token_ids,
+        "folder": str(folder), "is_compact": is_compact,
+    }  # fmt: skip
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "twinjet.grammar.vocabulary", json.dumps(wanted),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        output, _ = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    lines = output.decode().splitlines()
+    answer = (
+        json.loads(lines[-1]) if lines else {"error": f"its process ended with code {process.returncode}"}
+    )
+    if "error" in answer:
+        raise GrammarUnavailable(answer["error"])
+    return Vocabulary(answer["path"], answer["key"], end_token_ids, is_compact)
+
+
+def _main(wanted: dict[str, Any]) -> dict[str, str]:
+    try:
+        transformers = importlib.import_module("transformers")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(wanted["tokenizer"])
+        made = write_vocabulary(
+            tokenizer,
+            vocab_size=wanted["vocab_size"],
+            end_token_ids=tuple(wanted["end_token_ids"]),
+            folder=Path(wanted["folder"]),
+        )
+    except (GrammarUnavailable, ImportError, OSError, ValueError) as error:
+        return {"error": str(error)}
+    return {"path": made.path, "key": made.key}
+
+
 @lru_cache(maxsize=8)
 def tokenizer_info(path: str) -> Any:
     """Read a vocabulary's file as xgrammar's TokenizerInfo, once in each process."""
     xgrammar = importlib.import_module("xgrammar")
     return xgrammar.TokenizerInfo.deserialize_json(Path(path).read_text())
+
+
+if __name__ == "__main__":
+    print(json.dumps(_main(json.loads(sys.argv[1]))))

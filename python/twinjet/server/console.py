@@ -14,7 +14,7 @@ from twinjet.server.main import Server, serve
 
 _QUESTION = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
-    # At its own temperature the small demo model may well answer something else.
+    # So that everybody sees the same answer.
     "sampling": {"temperature": 0},
 }
 

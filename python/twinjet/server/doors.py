@@ -111,6 +111,11 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", settings.max_request_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
+        # Else the core drops calls by itself, without details, when many come at once: those that were not taken
+        # up within 30 s, and some of those beyond 1,000. The gate and the scheduler refuse what is too much.
+        ("grpc.server_max_unrequested_time_in_server", 2**31 - 1),
+        ("grpc.server.max_pending_requests", 2**31 - 1),
+        ("grpc.server.max_pending_requests_hard_limit", 2**31 - 1),
         ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
         # The core counts an unanswered ping against its own limit, which keepalive_timeout does not change.
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),

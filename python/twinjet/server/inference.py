@@ -19,6 +19,7 @@ from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve
 from twinjet.scheduler import orca_report
 from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
+from twinjet.server.gate import Gate
 from twinjet.server.grammar import Grammars
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 REQUEST_ID_KEY = "x-request-id"
 ACCEPTED_ID_KEY = "twinjet-request-id"
-INLINE_TOKENIZE_CHARS = 8192
+INLINE_TOKENIZE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 MAX_EMBED_INPUTS = 256
 
@@ -83,9 +84,16 @@ class InferenceServicer:
         self._mirror = mirror
         self._watch = WriterWatch(settings.stalled_reader_s)
         self._grammars = grammars
+        self._gate = Gate(settings)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
+        with self._gate.enter(context.peer()):
+            await self._generate(request, context, arrival)
+
+    async def _generate(
+        self, request: generation_pb2.GenerateRequest, context: Context, arrival: _Arrival
+    ) -> None:
         model = self._deployments.resolve(request.model)
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         overrides = convert.sampling_overrides(request.sampling)
@@ -93,6 +101,7 @@ class InferenceServicer:
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "generate")
+        deployment.dispatcher.check(options.request_id, options.tenant)
         if request.token_ids:
             ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
             prompt = _Prompt(ids, "token_ids")
@@ -105,6 +114,10 @@ class InferenceServicer:
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
+        with self._gate.enter(context.peer()):
+            await self._chat(request, context, arrival)
+
+    async def _chat(self, request: generation_pb2.ChatRequest, context: Context, arrival: _Arrival) -> None:
         model = self._deployments.resolve(request.model)
         turns = convert.chat_turns(
             request.messages,
@@ -116,6 +129,7 @@ class InferenceServicer:
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "chat")
+        deployment.dispatcher.check(options.request_id, options.tenant)
         _, ids = await _encode_chat(
             engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
         )
@@ -261,7 +275,11 @@ class InferenceServicer:
                 on_overflow=writer.interrupt,
                 start=functools.partial(self._live.start, key),
             )
+            writer.watch_carried(stream, ticket.fail)
             self._watch.add(writer)
+            # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
+            if check is None and (carry := getattr(context, "carry", None)) is not None:
+                carry(stream)
             try:
                 while messages := await ticket.read():
                     if check is not None:

@@ -154,6 +154,11 @@ class CallContext(_Base):
         if self._num_writes % _WRITES_A_TURN == 0:
             await asyncio.sleep(0)
 
+    def carry(self, stream: _core.Stream) -> None:
+        """Send what steps put into the stream without waking its handler; headers must have been sent."""
+        assert self._are_headers_sent, "the initial metadata comes first"
+        self._call.carry(stream)
+
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
         self._must_be_open()
         if self._are_headers_sent:

@@ -8,9 +8,14 @@ is how long a write may be blocked, which one timer for all writers watches.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from twinjet.errors import SlowReader
+
+if TYPE_CHECKING:
+    from twinjet._core import Stream
 
 _LOOKS_A_LIMIT = 8
 """A blocked write is found at most an eighth of the limit late."""
@@ -19,13 +24,27 @@ _LOOKS_A_LIMIT = 8
 class StreamWriter:
     """Writes messages, one at a time; a write that is blocked can be interrupted."""
 
-    __slots__ = ("_interruption", "_task", "_write", "blocked_since")
+    __slots__ = ("_blocked_since", "_fail", "_interruption", "_stream", "_task", "_write")
 
     def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._write = write
+        self._stream: Stream | None = None
+        self._fail: Callable[[SlowReader], None] = lambda _: None
         self._task: asyncio.Task[object] | None = None
         self._interruption: SlowReader | None = None
-        self.blocked_since: float | None = None
+        self._blocked_since: float | None = None
+
+    def watch_carried(self, stream: Stream, fail: Callable[[SlowReader], None]) -> None:
+        """Count as blocked, too, while a door that carries the stream is; then `fail` is called."""
+        self._stream = stream
+        self._fail = fail
+
+    @property
+    def blocked_since(self) -> float | None:
+        """Since when nothing goes out though it should, in time.monotonic() seconds; None if all is well."""
+        if self._blocked_since is None and self._stream is not None:
+            return self._stream.blocked_since
+        return self._blocked_since
 
     async def write(self, message: bytes) -> None:
         """Write one message. Raises SlowReader if it was interrupted."""
@@ -34,7 +53,7 @@ class StreamWriter:
         task = self._task = asyncio.current_task()
         assert task is not None, "streams are written by tasks"
         cancelling = task.cancelling()
-        self.blocked_since = asyncio.get_running_loop().time()
+        self._blocked_since = time.monotonic()
         try:
             await self._write(message)
         except asyncio.CancelledError:
@@ -44,7 +63,7 @@ class StreamWriter:
                 raise
             raise interruption from None
         finally:
-            self.blocked_since = None
+            self._blocked_since = None
 
     def _interrupted_by(self) -> SlowReader | None:
         return self._interruption
@@ -54,8 +73,13 @@ class StreamWriter:
         if self._interruption is not None:
             return
         self._interruption = error
-        if self.blocked_since is not None and self._task is not None:
+        if self._blocked_since is not None and self._task is not None:
             self._task.cancel()
+
+    def stall(self, error: SlowReader) -> None:
+        """Interrupt whatever is blocked."""
+        self.interrupt(error)
+        self._fail(error)
 
 
 class WriterWatch:
@@ -80,9 +104,10 @@ class WriterWatch:
 
     def _look(self) -> None:
         self._timer = None
-        latest = asyncio.get_running_loop().time() - self._limit_s
-        for writer in self._writers:
-            if writer.blocked_since is not None and writer.blocked_since <= latest:
-                writer.interrupt(SlowReader(f"the client has read nothing for {self._limit_s:g} s"))
+        latest = time.monotonic() - self._limit_s
+        for writer in list(self._writers):
+            since = writer.blocked_since
+            if since is not None and since <= latest:
+                writer.stall(SlowReader(f"the client has read nothing for {self._limit_s:g} s"))
         if self._writers:
             self._set_timer()

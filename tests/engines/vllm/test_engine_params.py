@@ -59,7 +59,7 @@ def test_a_seed_of_64_bits_reaches_vllm_in_63_and_our_sampler_whole(native: bool
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, "1", None])
 def test_an_engine_seed_that_a_generator_would_refuse_is_a_wrong_setting(seed: object) -> None:
-    from twinjet.engines.vllm.front.config import engine_config
+    from twinjet.engines.vllm.config import engine_config
 
     with pytest.raises(ConfigError, match=r"options.seed .*allowed: 0 to 4294967295"):
         engine_config("model", {"seed": seed}, scheduler_cls=None, worker_cls=None)

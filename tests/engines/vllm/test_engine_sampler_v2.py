@@ -1,4 +1,4 @@
-"""The V2 runner's sampler with look-alikes of the runner's parts: what can be tried without a GPU."""
+"""The runners' samplers on a device with look-alikes of the runners' parts: what can be tried without a GPU."""
 
 import sys
 from types import ModuleType
@@ -8,62 +8,74 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.doubles.seats import HostSeats
 from tests.engines.vllm.support import native_params
-from twinjet.engines.vllm.fields import NO_TOKEN
+from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
 from twinjet.sampling import Request, Sampler
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 
 VOCAB = 64
+PROMPT = [10, 11, 12]
 
 
 class Stock:
-    """Stands for vLLM's V2 sampler: counts calls, draws nothing."""
+    """Stands for vLLM's V2 sampler: counts calls, draws token 7 in every row."""
 
     logprobs_mode = "raw_logprobs"
 
     def __init__(self) -> None:
-        import torch
-
         self.calls = 0
-        self.added: list[int] = []
-        self.req_states = Made(
-            prompt_len=Made(np=np.full(4, 3)), prefill_len=Made(np=np.full(4, 3), gpu=None),
-            all_token_ids=Made(gpu=torch.arange(40).view(4, 10)),
-        )  # fmt: skip
+        self.req_states = Made(index_to_req_id={index: f"r{index}" for index in range(4)})
+        self.num_logprobs: int | None = None
 
     def add_request(self, index: int, params: Any) -> None:
-        self.added.append(index)
+        pass
 
-    def get_logprobs_dims(self, indices: Any) -> None:
-        return None
+    def get_logprobs_dims(self, indices: Any) -> Any:
+        return None if self.num_logprobs is None else (self.num_logprobs, 0)
 
-    def __call__(self, logits: Any, batch: Any) -> str:
+    def __call__(self, logits: Any, batch: Any) -> Any:
+        import torch
+
         self.calls += 1
-        return "stock"
+        return Made(by="stock", sampled_token_ids=torch.full((len(logits), 1), 7, dtype=torch.int64))
 
 
-def batch(slots: list[int], seq_lens: list[int]) -> Made:
+def batch(seats: list[int], seq_lens: list[int]) -> Made:
     import torch
 
     return Made(
-        idx_mapping_np=np.array(slots), idx_mapping=None, num_reqs=len(slots), cu_num_logits=None,
-        seq_lens=torch.tensor(seq_lens), seq_lens_cpu_upper_bound=torch.tensor(seq_lens),
-        prefill_len_np=np.full(len(slots), 3), req_ids=[f"r{slot}" for slot in slots],
+        idx_mapping_np=np.array(seats), num_reqs=len(seats), req_ids=[f"r{seat}" for seat in seats],
+        seq_lens_cpu_upper_bound=torch.tensor(seq_lens), prefill_len_np=np.full(len(seats), 3),
     )  # fmt: skip
+
+
+def drawing() -> Any:
+    from twinjet.engines.vllm.core.device_drawing import DeviceDrawing
+
+    return DeviceDrawing(VOCAB, 4, "raw_logprobs", 0, HostSeats(VOCAB))
 
 
 @pytest.fixture
 def wrapped(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A NativeSamplerV2; vLLM's V2 modules, which need Triton, are stood in for."""
-    inputs, output = ModuleType("input_batch"), ModuleType("output")
-    inputs.get_num_sampled_and_rejected = lambda *parts: (parts[0], None)  # type: ignore[attr-defined]
+    from twinjet import _core
+
+    output = ModuleType("output")
     output.SamplerOutput = Made  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.input_batch", inputs)
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.sample.output", output)
+    monkeypatch.setattr(_core, "CUDA_MAX_LOGPROBS", 128, raising=False)
     from twinjet.engines.vllm.core.sampler_v2 import NativeSamplerV2
 
-    return NativeSamplerV2(Stock(), VOCAB)
+    return NativeSamplerV2(Stock(), drawing())
+
+
+def add(sampler: Any, index: int, output: list[int] | None = None, **changed: Any) -> None:
+    tokens = PROMPT + (output or [])
+    new = Made(prompt_token_ids=PROMPT, prompt_len=len(PROMPT), prefill_token_ids=tokens)
+    sampler.incoming = {f"r{index}": new}
+    sampler.add_request(index, native_params(**changed))
 
 
 def logits(rows: int) -> Any:
@@ -75,75 +87,179 @@ def logits(rows: int) -> Any:
 def test_it_draws_what_the_native_sampler_draws(wrapped: Any) -> None:
     import torch
 
-    wrapped.add_request(1, native_params())
+    add(wrapped, 1)
     made = wrapped(logits(1), batch([1], [3]))
-    alone = Request(VOCAB, temperature=1.0, seed=5, prompt_token_ids=[10, 11, 12])
+    alone = Request(VOCAB, temperature=1.0, seed=5, prompt_token_ids=PROMPT)
     expected = Sampler(1).sample(logits(1), [alone]).token_ids
     assert made.sampled_token_ids.dtype == torch.int64
     assert made.sampled_token_ids.tolist() == [[int(expected[0])]]
+    assert made.num_sampled.tolist() == [1]
+    assert made.num_rejected.tolist() == [0]
     second = wrapped(logits(1), batch([1], [4])).sampled_token_ids[0, 0]
     assert int(second) == int(Sampler(1).sample(logits(1), [alone]).token_ids[0])
     assert wrapped.stock.calls == 0
+    assert wrapped.drawing.target == "cuda"
 
 
-def test_what_the_device_cannot_draw_goes_to_vllms_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    from twinjet import _core
-    from twinjet.engines.vllm.core import sampler
+def test_logprobs_come_in_the_runners_form(wrapped: Any) -> None:
+    wrapped.stock.num_logprobs = 2
+    add(wrapped, 0)
+    add(wrapped, 1)
+    made = wrapped(logits(2), batch([1, 0], [3, 3]))
+    alone = [Request(VOCAB, temperature=1.0, seed=5, prompt_token_ids=PROMPT) for _ in range(2)]
+    expected = Sampler(1).sample(logits(2), alone, num_logprobs=2)
+    found = made.logprobs_tensors
+    assert expected.logprobs is not None
+    assert made.sampled_token_ids[:, 0].tolist() == expected.token_ids.tolist()
+    assert found.logprob_token_ids.tolist() == expected.logprobs.token_ids.tolist()
+    assert found.logprobs.numpy().tobytes() == expected.logprobs.logprobs.tobytes()
+    assert found.selected_token_ranks.tolist() == expected.logprobs.ranks.tolist()
 
-    drawing = sampler.Drawing(VOCAB, "raw_logprobs")
-    on_gpu: Any = Made(device=Made(type="cuda"), is_cuda=True)
-    monkeypatch.setattr(sampler, "has_cuda", lambda: False)
-    assert drawing.reason(on_gpu, None) == "device"
-    monkeypatch.setattr(sampler, "has_cuda", lambda: True)
-    monkeypatch.setattr(_core, "CUDA_MAX_LOGPROBS", 128, raising=False)
-    assert drawing.reason(on_gpu, 128) == ""
-    assert drawing.reason(on_gpu, 129) == "more_logprobs_than_on_cuda"
-    assert drawing.reason(logits(1), 129) == ""
+
+def test_what_the_device_cannot_draw_goes_to_vllms_sampler(wrapped: Any) -> None:
+    import torch
+
+    add(wrapped, 1)
+    seats, reason = np.array([1]), wrapped.drawing.reason
+    assert reason(logits(1), seats, 128) == ""
+    assert reason(logits(1), seats, 129) == "more_logprobs_than_on_cuda"
+    assert reason(logits(1).to(torch.float64), seats, None) == "logits_layout"
+    assert reason(logits(1)[:, ::2], seats, None) == "logits_layout"
+    assert reason(logits(2), seats, None) == "several_rows_a_request"
+    assert reason(logits(1), np.array([0]), None) == "dummy_run"
 
 
 def test_an_unfinished_prefill_does_not_advance(wrapped: Any) -> None:
-    wrapped.add_request(1, native_params())
-    thrown = wrapped(logits(1), batch([1], [2])).sampled_token_ids
-    kept = wrapped(logits(1), batch([1], [3])).sampled_token_ids
-    assert thrown.tolist() == kept.tolist()
+    add(wrapped, 1)
+    thrown = wrapped(logits(1), batch([1], [2]))
+    assert thrown.num_sampled.tolist() == [0]
+    kept = wrapped(logits(1), batch([1], [3]))
+    assert thrown.sampled_token_ids.tolist() == kept.sampled_token_ids.tolist()
 
 
-def test_a_foreign_request_takes_the_batch_to_vllms_sampler(wrapped: Any) -> None:
-    wrapped.add_request(0, native_params())
-    wrapped.add_request(1, native_params(extra_args=None))
-    assert wrapped(logits(2), batch([0, 1], [3, 3])) == "stock"
-    assert wrapped(logits(1), batch([0], [4])) == "stock"
-    assert wrapped.drawing.counters["stock_steps.foreign_request"] == 2
-    assert wrapped(logits(4), batch([0, 1], [3, 3])) == "stock"
-    wrapped.add_request(0, native_params())
-    assert wrapped(logits(1), batch([0], [3])) != "stock"
+def test_results_stay_while_a_step_may_be_in_flight(wrapped: Any) -> None:
+    add(wrapped, 1)
+    made = [wrapped(logits(1), batch([1], [3 + i])).sampled_token_ids for i in range(9)]
+    places = [tokens.data_ptr() for tokens in made]
+    assert all(len(set(places[i : i + 4])) == 4 for i in range(6))
+    assert len(set(places)) == 4
+
+
+def test_a_resumed_request_goes_on_where_it_was(wrapped: Any) -> None:
+    penalties = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
+    add(wrapped, 0, **penalties)
+    tokens = [int(wrapped(logits(1), batch([0], [3 + i])).sampled_token_ids[0, 0]) for i in range(6)]
+    add(wrapped, 2, tokens[:4], **penalties)
+    resumed = [int(wrapped(logits(1), batch([2], [7 + i])).sampled_token_ids[0, 0]) for i in range(2)]
+    assert resumed == tokens[4:]
+
+
+def test_rows_beside_a_foreign_one_take_over_what_vllms_sampler_draws(wrapped: Any) -> None:
+    add(wrapped, 0)
+    add(wrapped, 1, extra_args=None)
+    assert wrapped(logits(2), batch([0, 1], [3, 3])).by == "stock"
+    assert wrapped.drawing.counters["stock_steps.foreign_request"] == 1
+    assert wrapped.drawing.native.requests[0].output_token_ids.tolist() == [7]
+    made = wrapped(logits(1), batch([0], [4]))
+    alone = Request(VOCAB, temperature=1.0, seed=5, prompt_token_ids=PROMPT, output_token_ids=[7])
+    assert made.sampled_token_ids.tolist() == [[int(Sampler(1).sample(logits(1), [alone]).token_ids[0])]]
+    add(wrapped, 1)
+    assert not hasattr(wrapped(logits(2), batch([0, 1], [5, 3])), "by")
+
+
+def test_steps_of_a_warm_up_are_no_fall_backs(wrapped: Any) -> None:
+    assert wrapped(logits(2), batch([2, 3], [1, 1])).by == "stock"
+    add(wrapped, 0, extra_args=None)
+    wrapped.drawing.is_warming = True
+    assert wrapped(logits(1), batch([0], [3])).by == "stock"
+    assert not any("stock" in name for name in wrapped.drawing.counters)
+    wrapped.drawing.is_warming = False
+    assert wrapped(logits(1), batch([0], [3])).by == "stock"
+    assert wrapped.drawing.counters["stock_steps"] == 1
 
 
 def test_a_row_without_a_token_is_marked_on_the_host(wrapped: Any) -> None:
-    from twinjet.engines.vllm.core.sampler_v2 import marked_output
+    from twinjet.engines.vllm.core.device_drawing import MarkedOutput
 
-    wrapped.add_request(0, native_params(allowed_token_ids=[5], bad_words_token_ids=[[5]]))
-    wrapped.add_request(1, native_params())
+    add(wrapped, 0, allowed_token_ids=[5], bad_words_token_ids=[[5]])
+    add(wrapped, 1)
     made = wrapped(logits(2), batch([0, 1], [3, 3]))
     assert (made.sampled_token_ids >= 0).all()
-    failed = wrapped.take_failed()
-    assert failed == ["r0"]
-    assert wrapped.take_failed() == []
+    unread = wrapped.take_unread()
+    assert wrapped.take_unread() is None
     output = Made(sampled_token_ids=[[0], [9]], req_id_to_index={"r0": 0, "r1": 1})
-    marked = marked_output(Made(get_output=lambda: output), failed).get_output()
+    marked = MarkedOutput(Made(get_output=lambda: output), unread).get_output()
     assert marked.sampled_token_ids == [[NO_TOKEN], [9]]
+    assert wrapped.drawing.counters["rows_without_token"] == 1
 
 
-def test_the_hook_leaves_models_with_their_own_sampler_alone() -> None:
-    from twinjet.engines.vllm.core.sampler_v2 import NativeSamplerV2, hook_custom_sampler
+def test_a_row_without_a_token_ends_no_request_whose_prefill_goes_on(wrapped: Any) -> None:
+    add(wrapped, 0, allowed_token_ids=[5], bad_words_token_ids=[[5]])
+    wrapped(logits(1), batch([0], [2]))
+    assert wrapped.take_unread().failed() == []
 
-    def made(theirs: Any, speculative: Any) -> Any:
+
+def test_the_hook_leaves_models_with_their_own_sampler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from twinjet.engines.vllm.core import sampler_v2
+
+    monkeypatch.setattr(sampler_v2, "DeviceDrawing", lambda *args, max_in_flight: (*args, max_in_flight))
+    monkeypatch.setattr(sampler_v2, "can_draw_on", lambda device: device.type == "cuda")
+
+    def made(theirs: Any, speculative: Any, device: str = "cuda:1") -> Any:
         runner = Made(init_model_state=lambda config, *rest: Made(custom_sampler=lambda sampler: theirs))
-        hook_custom_sampler(runner, VOCAB)
-        return runner.init_model_state(Made(speculative_config=speculative), 1, 2).custom_sampler(Stock())
+        sampler_v2.hook_custom_sampler(runner, VOCAB, torch.device(device))
+        config = Made(
+            speculative_config=speculative,
+            scheduler_config=Made(max_num_seqs=4),
+            max_concurrent_batches=2,
+        )
+        return runner.init_model_state(config, 1, 2).custom_sampler(Stock())
 
     ours = made(None, None)
-    assert isinstance(ours[0], NativeSamplerV2)
+    assert isinstance(ours[0], sampler_v2.NativeSamplerV2)
+    assert ours[0].drawing == (VOCAB, 4, "raw_logprobs", 1, 2)
     assert ours[1] is None
     assert made(("s", "r"), None) == ("s", "r")
     assert made(None, object()) is None
+    assert made(None, None, "cpu") is None
+
+
+def v1_state(**changed: Any) -> Made:
+    return Made(sampling_params=native_params(**changed), prompt_token_ids=PROMPT, output_token_ids=[])
+
+
+def test_v1_seats_follow_the_runners_lists_by_length_alone() -> None:
+    """Asynchronous scheduling appends placeholders; a rollback makes the list shorter."""
+    import torch
+
+    from twinjet.engines.vllm.core.device_seats import DeviceSeats
+
+    device = drawing()
+    seats = DeviceSeats(device)
+    states = {"a": v1_state(frequency_penalty=1.0), "b": v1_state(extra_args=None)}
+    greedy = {"extra_args": {EXTRA_KEY: {"temperature": 0.0, "seed": 5, "output_index": 0}}}
+    states["c"] = v1_state(**greedy)
+
+    def step(ids: list[str]) -> list[int]:
+        found = seats.find(ids, states)
+        assert device.reason(logits(len(ids)), found, None) == ""
+        advances = np.ones(len(ids), np.bool_)
+        drawn = device.draw(logits(len(ids)), found, advances, None, ids, torch.int32)
+        assert drawn.tokens.dtype == torch.int32
+        for request_id in ids:
+            states[request_id].output_token_ids.append(-1)
+        return [row[0] for row in drawn.tokens.tolist()]
+
+    first = [step(["a", "c"])[0] for _ in range(5)]
+    assert device.reason(logits(1), seats.find(["b"], states), None) == "foreign_request"
+    states["a"].output_token_ids = first[:3]
+    assert step(["a"]) == [first[3]]
+    states["a"].output_token_ids = [*first[:3], -1, -1, -1]
+    assert device.reason(logits(1), seats.find(["a"], states), None) == "tokens_not_known"
+    seats.forget(["a", "b", "c", "unknown"])
+    assert len(seats) == 0
+    assert device.native.requests == {}
+    states["d"] = v1_state()
+    assert seats.find(["d"], states).tolist() in ([0], [1], [2]), "seats that were left are used again"

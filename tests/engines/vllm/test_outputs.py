@@ -6,7 +6,7 @@ import pytest
 
 from twinjet._core import Output, Vocabulary
 from twinjet.engines.base import Finish
-from twinjet.engines.vllm.front.outputs import failure, output_event, prompt_event, token_logprobs
+from twinjet.engines.vllm.front.outputs import failure_of, output_event, prompt_event, token_logprobs
 from twinjet.errors import NoAdmissibleToken, RequestFailed
 
 VOCABULARY = Vocabulary(
@@ -46,14 +46,14 @@ def test_what_follows_a_stop_string_in_the_same_step_is_no_output() -> None:
 
 
 def test_failures() -> None:
-    assert failure(completion(), is_constrained=False) is None
-    assert failure(completion("stop", 2), is_constrained=True) is None
-    assert isinstance(failure(completion("stop", -1), is_constrained=False), NoAdmissibleToken)
-    assert isinstance(failure(completion("error"), is_constrained=True), NoAdmissibleToken)
-    lost = failure(completion("error", ids=()), is_constrained=True)
+    assert failure_of(completion(), is_constrained=False) is None
+    assert failure_of(completion("stop", 2), is_constrained=True) is None
+    assert isinstance(failure_of(completion("stop", -1), is_constrained=False), NoAdmissibleToken)
+    assert isinstance(failure_of(completion("error"), is_constrained=True), NoAdmissibleToken)
+    lost = failure_of(completion("error", ids=()), is_constrained=True)
     assert isinstance(lost, RequestFailed)
     assert lost.reason == "ENGINE_ERROR"
-    assert isinstance(failure(completion("abort"), is_constrained=False), RequestFailed)
+    assert isinstance(failure_of(completion("abort"), is_constrained=False), RequestFailed)
 
 
 def entry(logprob: float, rank: int) -> Made:

@@ -1,10 +1,12 @@
 """Which OpenMP library engine processes load, and how its threads wait."""
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from twinjet.engines.vllm.front import prestart
+from twinjet.engines.vllm.front import prestart, process
 
 VARIABLES = ("LD_PRELOAD", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 INTEL, TORCH = Path("/i/libiomp5.so"), Path("/t/libgomp.so.1")
@@ -57,3 +59,34 @@ def test_waiting_set_by_the_user_is_kept(libraries: pytest.MonkeyPatch) -> None:
 def test_the_installed_libraries_are_found() -> None:
     for library in (prestart._intel_openmp(), prestart._torch_openmp()):
         assert library is None or library.is_file()
+
+
+@pytest.mark.parametrize(
+    ("threads", "problem"),
+    [
+        (["python3"], ""),
+        (["python3", "cuda00001800007", "jemalloc_bg_thd"], ""),
+        (["python3", "python3"], "it has 2 threads: python3, python3"),
+    ],
+)
+def test_threads_that_a_fork_would_lose_speak_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: list[str], problem: str
+) -> None:
+    for number, name in enumerate(threads):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "comm").write_text(f"{name}\n")
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert process._problem(str(tmp_path)) == problem
+
+
+def test_a_driver_that_was_initialised_before_the_fork_speaks_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    driver = SimpleNamespace(cuInit=lambda flags: 3)
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: driver)
+    assert "CUDA driver" in process._problem(str(tmp_path))
+    driver.cuInit = lambda flags: 100
+    assert process._problem(str(tmp_path)) == ""

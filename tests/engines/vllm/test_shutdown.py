@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from twinjet.engines.vllm.front.startup import Running
+from twinjet.engines.vllm.front.stock import StockLink
 
 
 class _Llm:
@@ -28,7 +29,7 @@ async def test_the_reader_is_cancelled_before_the_engine_ends() -> None:
     llm = _Llm()
     await asyncio.sleep(0)
     nothing: Any = SimpleNamespace(processes=[])
-    running = Running(llm, nothing, nothing, nothing, nothing, nothing)
+    running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing)
     running.watch(asyncio.get_running_loop(), lambda _: None)
     await asyncio.to_thread(running.shutdown)
     await asyncio.wait([llm.output_handler])

@@ -196,6 +196,7 @@ def test_status_crosses_the_process_boundary_as_plain_data() -> None:
         ("num_sampled_tokens_per_step", 0, "decode_path", "pooling"),
         ("aux_output_connector", object(), "decode_path", "aux_output"),
         ("return_sampling_mask", True, "decode_path", "sampling_mask"),
+        ("defer_block_free", True, "decode_path", "deferred_free"),
         ("adaptive_long_prefill_threshold", True, "decode_path", "adaptive_prefill"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Which vLLM the native scheduling path was tested with, and how a different one is told.
+"""Which vLLM our layers were tested with, and how a different one is told.
 
-Two fingerprints of vLLM's own source text, each over what one layer relies on. A version outside
+Fingerprints of vLLM's own source text, each over what one layer relies on. A version outside
 TESTED_VERSIONS or a fingerprint that differs turns that layer off; nothing is guessed.
 """
 
@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 # Public versions, without a local part: 0.32.0 covers 0.32.0+cpu.
@@ -58,10 +60,28 @@ _HASHER_PARTS = (
     "vllm.v1.core.kv_cache_utils:hash_block_tokens",
 )
 
+# What our own client of the engine core speaks, and what it does in AsyncLLM's place. Whole files: reading
+# them takes a millisecond at every start, finding as many classes in them a second and a half.
+_CLIENT_MODULES = (
+    "vllm.lora.request",
+    "vllm.sampling_params",
+    "vllm.v1.engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.core_client",
+    "vllm.v1.engine.input_processor",
+    "vllm.v1.engine.logprobs",
+    "vllm.v1.engine.output_processor",
+    "vllm.v1.engine.utils",
+    "vllm.v1.metrics.stats",
+    "vllm.v1.outputs",
+    "vllm.v1.serial_utils",
+)
+
 # Made by `python -m twinjet.engines.vllm.compat`; to be renewed only with the differential tests.
 MANAGER_FINGERPRINT = "3478fe4ce7b88b73be2fa52ed4fbd665"
 DECODE_FINGERPRINT = "08c973f2a0f594cd431f281655d17079"
 HASHER_FINGERPRINT = "e4c2750c45b4137118bfcafd6fc01753"
+CLIENT_FINGERPRINT = "41e7e2019e48290d20f3c2c01082dfb6"
 
 
 class UntestedVllmError(Exception):
@@ -105,6 +125,22 @@ def hasher_fingerprint() -> str:
     return _fingerprint(_HASHER_PARTS)
 
 
+@cache
+def client_fingerprint() -> str:
+    """Fingerprint of what our client relies on. Raises UntestedVllmError where it cannot be read."""
+    digest = hashlib.sha256()
+    for name in _CLIENT_MODULES:
+        try:
+            spec = find_spec(name)
+            assert spec is not None
+            assert spec.origin is not None
+            source = Path(spec.origin).read_bytes()
+        except (ImportError, AssertionError, OSError) as error:
+            raise UntestedVllmError(f"{name} cannot be read: {error}") from error
+        digest.update(f"{name}\0{len(source)}\0".encode() + source)
+    return digest.hexdigest()[:32]
+
+
 def _version() -> str:
     from vllm.version import __version__
 
@@ -118,10 +154,20 @@ def vllm_version() -> str:
 
 def check_manager() -> None:
     """Raise UntestedVllmError unless the KV-cache manager may be replaced."""
+    _check_version()
+    _check("KV-cache manager", manager_fingerprint, MANAGER_FINGERPRINT)
+
+
+def _check_version() -> None:
     version = vllm_version()
     if version.partition("+")[0] not in TESTED_VERSIONS:
         raise UntestedVllmError(f"vllm {version} is not one of {', '.join(TESTED_VERSIONS)}")
-    _check("KV-cache manager", manager_fingerprint, MANAGER_FINGERPRINT)
+
+
+def check_client() -> None:
+    """Raise UntestedVllmError unless our own client may speak to the engine core."""
+    _check_version()
+    _check("engine core's protocol", client_fingerprint, CLIENT_FINGERPRINT)
 
 
 def check_decode_path() -> None:
@@ -144,3 +190,4 @@ if __name__ == "__main__":
     print(f'MANAGER_FINGERPRINT = "{manager_fingerprint()}"')
     print(f'DECODE_FINGERPRINT = "{decode_fingerprint()}"')
     print(f'HASHER_FINGERPRINT = "{hasher_fingerprint()}"')
+    print(f'CLIENT_FINGERPRINT = "{client_fingerprint()}"')

@@ -38,6 +38,7 @@ class Reason(StrEnum):
     NO_PREFIX_CACHE = "no_prefix_cache"
     BATCH_QUEUE = "batch_queue"
     SAMPLING_MASK = "sampling_mask"
+    DEFERRED_FREE = "deferred_free"
 
 
 @dataclass

@@ -115,6 +115,8 @@ def _decode_objections(scheduler: Any) -> Iterator[Objection]:
         yield Reason.SAMPLING_MASK, "sampling masks are returned"
     if scheduler.perf_metrics is not None:
         yield Reason.PERF_METRICS, "step performance is estimated"
+    if scheduler.defer_block_free:
+        yield Reason.DEFERRED_FREE, "blocks are freed a step late, by a count of vLLM's own steps"
     if scheduler.adaptive_long_prefill_threshold:
         yield Reason.ADAPTIVE_PREFILL, "the prefill threshold follows the step's budget"
 

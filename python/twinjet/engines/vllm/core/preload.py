@@ -10,6 +10,7 @@ import gc
 import importlib
 
 MODULES = (
+    "vllm.engine.arg_utils",
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.gpu_worker",

@@ -1,15 +1,16 @@
 """The V1 model runner's sampler replaced by ours, in the engine's process; imports vLLM.
 
-A batch with anything that ours does not cover goes to vLLM's sampler, and why is counted. The grammar's bitmask
-comes with the draw and not through the runner, which would write it into the logits: log probabilities are those
-before the mask.
+A batch with anything that ours does not cover goes to vLLM's sampler, and why is counted. On a CPU the grammar's
+bitmask comes with the draw and not through the runner, which would write it into the logits: log probabilities are
+those before the mask. The draw is done when `forward` returns; on a GPU it is under way, see device_drawing, and the
+runner has applied the mask before.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,14 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.sampler import Sampler as StockSampler
 
-from twinjet import _core
+from twinjet.engines.vllm.core.device_drawing import LOGPROBS_MODES, DeviceDrawing, Unread, can_draw_on
+from twinjet.engines.vllm.core.device_seats import DeviceSeats
 from twinjet.engines.vllm.core.requests import RequestTable
 from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN, Request, Sampler
-from twinjet.sampling.cuda import has_cuda
-
-_MODES = {"raw_logprobs": "raw", "processed_logprobs": "processed"}
 
 
 class Drawing:
-    """What both runners share: the native sampler, its requests, its counters."""
+    """Drawing on the CPU: the native sampler, its requests, its counters."""
 
     def __init__(self, vocab_size: int, logprobs_mode: str) -> None:
         self.native = Sampler()
@@ -36,15 +35,17 @@ class Drawing:
         self.counters: Counter[str] = Counter()
         self.has_empty_rows = False
         self.logprobs_mode = logprobs_mode
-        self.target = self.native.target
+        self.is_warming = False
+
+    @property
+    def target(self) -> str:
+        return self.native.target
 
     def reason(self, logits: torch.Tensor, num_logprobs: int | None) -> str:
         """Say why no batch like this is ours, "" if it may be."""
-        if logits.device.type != "cpu" and not (logits.is_cuda and has_cuda()):
+        if logits.device.type != "cpu":
             return "device"
-        if logits.is_cuda and num_logprobs is not None and num_logprobs > _core.CUDA_MAX_LOGPROBS:
-            return "more_logprobs_than_on_cuda"
-        if num_logprobs is not None and self.logprobs_mode not in _MODES:
+        if num_logprobs is not None and self.logprobs_mode not in LOGPROBS_MODES:
             return "logprobs_mode"
         return ""
 
@@ -57,7 +58,7 @@ class Drawing:
         bitmask: npt.NDArray[np.int32] | None = None,
         bitmask_rows: npt.NDArray[np.int32] | None = None,
     ) -> tuple[torch.Tensor, LogprobsTensors | None]:
-        """Draw one token for each row: int32 [rows, 1] on the logits' device, -1 where there is none."""
+        """Draw one token for each row: int32 [rows, 1], -1 where there is none."""
         result = self.native.sample(
             logits,
             requests,
@@ -65,9 +66,8 @@ class Drawing:
             bitmask_rows=bitmask_rows,
             advance=advance,
             num_logprobs=num_logprobs,
-            logprobs_mode=_MODES.get(self.logprobs_mode, "raw"),  # type: ignore[arg-type]
+            logprobs_mode=LOGPROBS_MODES.get(self.logprobs_mode, "raw"),  # type: ignore[arg-type]
         )
-        self.target = "cuda" if logits.is_cuda else self.native.target
         self.counters["steps"] += 1
         self.counters["rows"] += len(requests)
         status = np.asarray(result.status)
@@ -77,19 +77,22 @@ class Drawing:
             empty = int(np.count_nonzero(status & STATUS_NO_TOKEN))
             self.counters["rows_without_token"] += empty
             self.has_empty_rows = empty > 0
-        tokens = torch.as_tensor(result.token_ids, device=logits.device).unsqueeze(-1)
+        tokens = torch.as_tensor(result.token_ids).unsqueeze(-1)
         if result.logprobs is None:
             return tokens, None
         found = result.logprobs
         tensors = LogprobsTensors(
             # Ids are turned into text also for a row that has no token and ends.
-            torch.as_tensor(found.token_ids, device=logits.device).clamp_(min=0),
-            torch.as_tensor(found.logprobs, device=logits.device),
-            torch.as_tensor(found.ranks, device=logits.device),
+            torch.as_tensor(found.token_ids).clamp_(min=0),
+            torch.as_tensor(found.logprobs),
+            torch.as_tensor(found.ranks),
         )
         return tokens, tensors
 
     def give_up(self, reason: str) -> None:
+        """Count a step that vLLM's sampler draws."""
+        if self.is_warming or reason == "dummy_run":
+            return
         self.counters["stock_steps"] += 1
         self.counters[f"stock_steps.{reason}"] += 1
 
@@ -106,8 +109,26 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         super().__init__(stock.logprobs_mode, stock.use_fp64_gumbel)
         # A plain dict entry: a module would register the runner's own modules as ours.
         self.__dict__["runner"] = runner
-        self.drawing = Drawing(runner.model_config.get_vocab_size(), stock.logprobs_mode)
+        vocab_size = runner.model_config.get_vocab_size()
+        self.drawing: Drawing | DeviceDrawing
+        if can_draw_on(runner.device):
+            max_rows = runner.scheduler_config.max_num_seqs
+            self.drawing = DeviceDrawing(
+                vocab_size,
+                max_rows,
+                stock.logprobs_mode,
+                runner.device.index or 0,
+                max_in_flight=runner.vllm_config.max_concurrent_batches,
+            )
+            self._seats = DeviceSeats(self.drawing)
+        else:
+            self.drawing = Drawing(vocab_size, stock.logprobs_mode)
         self._grammar: Any = None
+
+    @property
+    def takes_grammar(self) -> bool:
+        """Whether masks come by with_grammar(); else the runner writes them into the logits."""
+        return isinstance(self.drawing, Drawing)
 
     @contextlib.contextmanager
     def with_grammar(self, grammar: Any) -> Iterator[None]:
@@ -144,14 +165,21 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
     ) -> SamplerOutput:
         """Draw one token for each row of the batch; as vLLM's sampler."""
         drawing = self.drawing
-        requests: list[Request] = []
+        stock = super().forward
         reason = self._reason(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
-        if not reason:
-            reason = self._collect(requests)
+
+        def draw_stock(why: str) -> SamplerOutput:
+            drawing.give_up(why)
+            return stock(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
+
+        if isinstance(drawing, DeviceDrawing):
+            return self._forward_on_device(drawing, logits, sampling_metadata, reason, draw_stock)
+        requests: list[Request] = []
+        reason = (
+            reason or drawing.reason(logits, sampling_metadata.max_num_logprobs) or self._collect(requests)
+        )
         if reason:
-            if reason != "dummy_run":
-                drawing.give_up(reason)
-            return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
+            return draw_stock(reason)
         # The token of a row whose prompt is not done yet is thrown away by the runner.
         advance = ~self.runner.discard_request_mask.np[: len(requests)]
         bitmask, rows = self._masks()
@@ -161,6 +189,41 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         if drawing.has_empty_rows:
             self._end_empty_rows(tokens, logits.shape[1])
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
+
+    def _forward_on_device(
+        self,
+        drawing: DeviceDrawing,
+        logits: torch.Tensor,
+        metadata: Any,
+        reason: str,
+        draw_stock: Callable[[str], SamplerOutput],
+    ) -> SamplerOutput:
+        if reason == "dummy_run":
+            return draw_stock(reason)
+        request_ids = self.runner.input_batch.req_ids
+        seats = self._seats.find(request_ids, self.runner.requests)
+        advances = ~self.runner.discard_request_mask.np[: len(seats)]
+        reason = reason or drawing.reason(logits, seats, metadata.max_num_logprobs)
+        if reason:
+            output = draw_stock(reason)
+            if output.sampled_token_ids.shape == (len(seats), 1):
+                drawing.follow(seats, advances, output.sampled_token_ids)
+            return output
+        drawn = drawing.draw(
+            logits, seats, advances, metadata.max_num_logprobs, list(request_ids), torch.int32
+        )
+        return SamplerOutput(sampled_token_ids=drawn.tokens, logprobs_tensors=drawn.logprobs)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drop what is kept of requests that have ended."""
+        if isinstance(self.drawing, DeviceDrawing):
+            self._seats.forget(request_ids)
+        else:
+            self.drawing.table.forget(request_ids)
+
+    def take_unread(self) -> Unread | None:
+        """Give, once, the last draw on a device, whose rows without a token the host must end."""
+        return self.drawing.take_unread() if isinstance(self.drawing, DeviceDrawing) else None
 
     def _end_empty_rows(self, tokens: torch.Tensor, vocab_size: int) -> None:
         """Make the scheduler end the requests of rows that have no token.
@@ -189,10 +252,11 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         for processor in [*processors.argmax_invariant, *processors.non_argmax_invariant]:
             if type(processor) not in BUILTIN_LOGITS_PROCESSORS:
                 return "custom_logits_processor"
-        return self.drawing.reason(logits, metadata.max_num_logprobs)
+        return ""
 
     def _collect(self, requests: list[Request]) -> str:
         states = self.runner.requests
+        assert isinstance(self.drawing, Drawing)
         table = self.drawing.table
         for request_id in self.runner.input_batch.req_ids:
             state = states[request_id]

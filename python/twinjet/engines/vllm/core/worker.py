@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.platforms import current_platform
 
+from twinjet.engines.vllm.core.device_drawing import MarkedOutput, mark
 from twinjet.engines.vllm.core.sampler import NativeSampler
 from twinjet.engines.vllm.fields import COUNTERS_METHOD, NO_TOKEN
 from twinjet.sampling import SPEC_VERSION
@@ -21,6 +25,9 @@ class Worker(_StockWorker):  # type: ignore[misc]
 
     def init_device(self) -> None:
         """Make the device and the model runner, and put our sampler into it."""
+        # FlashInfer's sampler, which vLLM would compile for two minutes at the first start, would draw only
+        # what ours leaves.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner.sampler = NativeSampler(self.model_runner, self.model_runner.sampler)
@@ -32,26 +39,50 @@ class Worker(_StockWorker):  # type: ignore[misc]
 
             from twinjet.engines.vllm.core.sampler_v2 import hook_custom_sampler
 
-            hook_custom_sampler(model_runner, self.model_config.get_vocab_size())
+            hook_custom_sampler(model_runner, self.model_config.get_vocab_size(), self.device)
         super().load_model(*args, **kwargs)
+
+    def determine_available_memory(self) -> int:
+        """Profile the model; see vLLM's worker."""
+        with self._warming_up():
+            return int(super().determine_available_memory())
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile, capture graphs and warm up; see vLLM's worker."""
+        with self._warming_up():
+            return super().compile_or_warm_up_model()
+
+    @contextlib.contextmanager
+    def _warming_up(self) -> Iterator[None]:
+        drawing = getattr(self.model_runner.sampler, "drawing", None)
+        if drawing is None:
+            yield
+            return
+        drawing.is_warming = True
+        try:
+            yield
+        finally:
+            drawing.is_warming = False
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Draw the step's tokens; see vLLM's worker."""
         sampler = self.model_runner.sampler
-        if isinstance(sampler, NativeSampler) and self.vllm_config.speculative_config is None:
+        if (
+            isinstance(sampler, NativeSampler)
+            and sampler.takes_grammar
+            and self.vllm_config.speculative_config is None
+        ):
             with sampler.with_grammar(grammar_output):
                 output = super().sample_tokens(None)
         else:
             output = super().sample_tokens(grammar_output)
-        take_failed = getattr(self.model_runner.sampler, "take_failed", None)
-        failed = take_failed() if take_failed is not None else []
-        if not failed:
+        take_unread = getattr(self.model_runner.sampler, "take_unread", None)
+        unread = take_unread() if take_unread is not None else None
+        if unread is None:
             return output
-        from twinjet.engines.vllm.core.sampler_v2 import mark, marked_output
-
         if hasattr(output, "get_output"):
-            return marked_output(output, failed)
-        mark(output, failed)
+            return MarkedOutput(output, unread)
+        mark(output, unread.failed())
         return output
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -62,7 +93,9 @@ class Worker(_StockWorker):  # type: ignore[misc]
                 # vLLM's own min-tokens rule would read the id as an index from the end.
                 new.sampling_params.all_stop_token_ids.discard(NO_TOKEN)
         if isinstance(sampler, NativeSampler):
-            sampler.drawing.table.forget(scheduler_output.finished_req_ids)
+            sampler.forget(scheduler_output.finished_req_ids)
+        elif hasattr(sampler, "incoming"):
+            sampler.incoming = {new.req_id: new for new in scheduler_output.scheduled_new_reqs}
         return super().execute_model(scheduler_output)
 
 

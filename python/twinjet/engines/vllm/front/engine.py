@@ -1,34 +1,29 @@
-"""The vLLM engine: AsyncLLM behind the Engine protocol.
+"""The vLLM engine behind the Engine protocol.
 
-Importing this module does not import vLLM; `VllmEngine.start` does, in a thread, while the forkserver does
-the same in parallel (see prestart). AsyncLLM lives in this process, vLLM's engine core in its own.
+vLLM lives in the engine's process, which comes from a forkserver that has imported it (see prestart); this one
+speaks to it through a Link and imports vLLM only where AsyncLLM must be that link.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Tokenizer
-from twinjet.engines.text import make_output
+from twinjet.engines import pushed
+from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Run, Tokenizer
 from twinjet.engines.vllm.front import startup
 from twinjet.engines.vllm.front.adapters import Adapters
-from twinjet.engines.vllm.front.live import LiveRequest
-from twinjet.engines.vllm.front.outputs import failure, output_event, prompt_event
 from twinjet.errors import (
     AlreadyExists,
     EngineDied,
-    InvalidRequest,
     RequestAborted,
-    RequestFailed,
-    TwinjetError,
     Unsupported,
 )
+from twinjet.grammar.vocabulary import write_vocabulary_apart
 
 if TYPE_CHECKING:
     from twinjet.grammar.vocabulary import Vocabulary
@@ -38,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """A model on vLLM; implements Engine, EmbeddingEngine, AdapterEngine, PrefixCacheEngine and GrammarEngine.
+    """A model on vLLM; implements PushEngine, EmbeddingEngine, AdapterEngine, PrefixCacheEngine and GrammarEngine.
 
     name: the deployment's, for logs. model: a folder or a name that vLLM accepts. options: fields of vLLM's AsyncEngineArgs, passed through
     verbatim. native_sampler, native_block_manager: use ours where they apply; describe() says whether they do.
@@ -55,7 +50,7 @@ class VllmEngine:
     ) -> None:
         self._plan = startup.Plan(name, model, dict(options), native_sampler, native_block_manager)
         self._running: startup.Running | None = None
-        self._live: dict[str, LiveRequest] = {}
+        self._runs: dict[str, Run] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._died: asyncio.Future[str] | None = None
         self._stopping = False
@@ -78,137 +73,52 @@ class VllmEngine:
         await running.components.complete()
         logger.info("the engine of %s started in %.1f s", self._plan.name, time.monotonic() - began)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
         """Run one request; see Engine.generate."""
+        return pushed.read(self, request)
+
+    def submit(self, request: EngineRequest, run: Run) -> None:
+        """Begin a request; see PushEngine.submit."""
         running = self._engine()
-        if request.request_id in self._live:
+        if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)
-        live = LiveRequest(request.request_id)
-        self._live[request.request_id] = live
-        try:
-            async with contextlib.aclosing(self._events(running, live, request)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            del self._live[request.request_id]
-            await self._settle(running, live)
+        adapter = running.adapters.find(request.adapter)
+        running.link.submit(request, run, adapter, native=running.components.has_native_sampler)
+        self._runs[request.request_id] = run
 
-    async def _events(
-        self, running: startup.Running, live: LiveRequest, request: EngineRequest
-    ) -> AsyncGenerator[EngineEvent, None]:
-        sampling = request.sampling
-        await self._submit(running, live, request)
-        has_prompt = False
-        eos = running.components.info().eos_token_ids
-        vocabulary = running.tokenizer.vocabulary
-        token_text = vocabulary.token_text
-        outputs = [make_output(vocabulary, sampling, eos) for _ in range(sampling.n)]
-        while live.is_open:
-            await live.wait()
-            try:
-                fetched = live.fetch(first_only=not has_prompt)
-            except Exception as error:
-                # vLLM puts an exception into every collector when its output loop has failed.
-                reason = f"its output loop ended: {error!r}"
-                self._on_death(reason)
-                raise EngineDied(f"the engine died: {reason}") from error
-            for index, output in fetched:
-                completion = output.outputs[0]
-                failed = failure(completion, is_constrained=sampling.constraint is not None)
-                if completion.finish_reason is not None:
-                    live.finish(index)
-                if failed is not None:
-                    raise failed
-                if not has_prompt:
-                    has_prompt = True
-                    yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs, token_text)
-                event = output_event(completion, outputs[index], index, sampling.logprobs, token_text)
-                if event.finish is not None and completion.finish_reason is None:
-                    # A stop string, of which vLLM knows nothing.
-                    self._spawn(running.llm.abort([live.engine_id(index)], internal=True))
-                    live.finish(index)
-                yield event
-                if live.failure is not None:
-                    raise live.failure
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        """Stop an output or a request and forget it; see PushEngine.cancel."""
+        if output_index is None:
+            self._runs.pop(request_id, None)
+        if self._running is not None:
+            self._running.link.cancel(request_id, output_index)
 
-    async def _submit(self, running: startup.Running, live: LiveRequest, request: EngineRequest) -> None:
-        """Hand each output to vLLM as a request of its own.
-
-        vLLM's own n > 1 refuses greedy requests and seeds output i with seed + i, so that two requests with
-        neighbouring seeds would share outputs.
-        """
-        from twinjet.engines.vllm.front.params import sampling_params
-
-        adapter = running.adapters.request_for(request.adapter)
-        # Without a type, vLLM would process the prompt in a thread.
-        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.prompt_token_ids)}
-        if request.cache_salt:
-            prompt["cache_salt"] = request.cache_salt
-        for index in range(request.sampling.n):
-            add = running.llm.add_request(
-                request.request_id if request.sampling.n == 1 else f"{request.request_id}-{index}",
-                prompt,
-                sampling_params(
-                    request.sampling,
-                    index,
-                    native=running.components.has_native_sampler,
-                    grammar=request.grammar,
-                ),
-                lora_request=adapter,
-                priority=-request.priority,
-            )
-            try:
-                await live.submit(index, asyncio.ensure_future(add))
-            except Exception as error:
-                raise self._translated(error) from error
-            if live.failure is not None:
-                raise live.failure
-
-    def _translated(self, error: Exception) -> Exception:
-        """Make one of our errors of what vLLM raised on submission."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        if isinstance(error, TwinjetError):
-            return error
-        if isinstance(error, EngineDeadError):
-            return EngineDied()
-        if isinstance(error, VLLMClientError | ValueError):
-            return InvalidRequest.of(getattr(error, "parameter", None) or "sampling", str(error.args[0]))
-        return RequestFailed("the engine did not take the request", reason="ENGINE_ERROR")
-
-    async def _settle(self, running: startup.Running, live: LiveRequest) -> None:
-        """Abort what still runs of a request, also if we are cancelled meanwhile."""
-        if self._running is not running or (self._died is not None and self._died.done()):
-            return
-        await asyncio.shield(self._spawn(self._abort_unfinished(running, live)))
-
-    async def _abort_unfinished(self, running: startup.Running, live: LiveRequest) -> None:
-        ids = await live.unfinished_ids()
-        if ids:
-            await running.llm.abort(ids, internal=True)
-
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        return task
 
     async def vocabulary(self, folder: Path) -> Vocabulary:
         """Write the model's vocabulary; see GrammarEngine.vocabulary."""
-        from twinjet.engines.vllm.front.vocabulary import write
-
-        running = self._engine()
-        ends = running.components.info().eos_token_ids
-        return await asyncio.to_thread(write, running.config, ends, folder)
+        info = self._engine().components.info()
+        wanted = self._plan.options.get("structured_outputs_config") or {}
+        return await write_vocabulary_apart(
+            self._engine().tokenizer_name,
+            vocab_size=info.limits.vocab_size,
+            end_token_ids=info.eos_token_ids,
+            folder=folder,
+            is_compact=bool(wanted.get("disable_any_whitespace")),
+        )
 
     async def abort(self, request_id: str) -> None:
         """Stop a request within one step; see Engine.abort."""
-        live = self._live.get(request_id)
-        if live is None:
+        run = self._runs.get(request_id)
+        if run is None:
             return
-        live.fail(RequestAborted("an operator ended the request"))
-        await self._settle(self._engine(), live)
+        if self._running is not None:
+            # Its id stays taken until its reader has let go of it.
+            self._running.link.cancel(request_id)
+        run.fail(RequestAborted("an operator ended the request"))
 
     async def load(self) -> EngineLoad:
         running = self._engine()
@@ -234,15 +144,15 @@ class VllmEngine:
             return
         logger.error("the engine died: %s", reason)
         self._died.set_result(reason)
-        for live in self._live.values():
-            live.fail(EngineDied(f"the engine died: {reason}"))
+        for run in list(self._runs.values()):
+            run.fail(EngineDied(f"the engine died: {reason}"))
 
     async def stop(self) -> None:
         """End the engine and its processes; see Engine.stop."""
         self._stopping = True
         running, self._running = self._running, None
-        for live in self._live.values():
-            live.fail(EngineDied("the engine was stopped"))
+        for run in list(self._runs.values()):
+            run.fail(EngineDied("the engine was stopped"))
         if running is not None:
             await asyncio.to_thread(running.shutdown)
 
@@ -258,9 +168,7 @@ class VllmEngine:
         running = self._engine()
         if "embed" not in running.components.info().capabilities:
             raise Unsupported("embed")
-        from twinjet.engines.vllm.front.embedding import embed
-
-        return await embed(running.llm, request_id, prompt_token_ids, dimensions)
+        return await running.link.embed(request_id, prompt_token_ids, dimensions)
 
     async def load_adapter(self, name: str, path: str) -> bool:
         """Load a LoRA adapter; see AdapterEngine.load_adapter."""
@@ -281,5 +189,4 @@ class VllmEngine:
 
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False if running requests hold some."""
-        done: bool = await self._engine().llm.reset_prefix_cache()
-        return done
+        return await self._engine().link.reset_prefix_cache()

@@ -11,7 +11,7 @@ class LoadReader:
     """Takes the place of AsyncLLM's logger manager: keeps the last reading, prints and exports nothing."""
 
     def __init__(self, num_blocks: int | None) -> None:
-        self._num_blocks = num_blocks
+        self.num_blocks = num_blocks
         self._waiting = 0
         self._running = 0
         self._usage = 0.0
@@ -26,11 +26,21 @@ class LoadReader:
     ) -> None:
         """Take one step's statistics; called by AsyncLLM's output loop."""
         if scheduler_stats is not None:
-            self._running = scheduler_stats.num_running_reqs
-            self._waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-            self._usage = scheduler_stats.kv_cache_usage
+            self.update(
+                scheduler_stats.num_running_reqs,
+                scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                scheduler_stats.kv_cache_usage,
+            )
         if iteration_stats is not None:
-            self._preemptions += iteration_stats.num_preempted_reqs
+            self.add_preemptions(iteration_stats.num_preempted_reqs)
+
+    def update(self, num_running: int, num_waiting: int, kv_usage: float) -> None:
+        """Take one step's reading. kv_usage: share of the KV blocks in use."""
+        self._running, self._waiting, self._usage = num_running, num_waiting, kv_usage
+
+    def add_preemptions(self, count: int) -> None:
+        """Count preemptions of one step."""
+        self._preemptions += count
 
     def log(self) -> None:
         """Print nothing."""
@@ -45,7 +55,7 @@ class LoadReader:
         """Keep nothing: admission is decided before the engine."""
 
     def read(self) -> EngineLoad:
-        total = self._num_blocks
+        total = self.num_blocks
         return EngineLoad(
             waiting=self._waiting,
             running=self._running,

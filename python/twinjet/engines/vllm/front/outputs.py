@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from twinjet.engines.base import Logprob, OutputEvent, PromptEvent, TokenLogprobs
 from twinjet.engines.text import finish_of
@@ -66,13 +66,25 @@ def output_event(
     return OutputEvent(output_index, text, token_ids, entries, finish_of(output))
 
 
-def failure(completion: Any, *, is_constrained: bool) -> Exception | None:
-    """Say why this output cannot be delivered, or None if it can."""
-    reason = completion.finish_reason
+def failure(
+    reason: Literal["no_token", "error", "abort"], *, is_constrained: bool, has_new_tokens: bool
+) -> Exception:
+    """Say why an output that ended irregularly cannot be delivered.
+
+    reason: no_token is NO_TOKEN as the stop reason, the others are vLLM's own. has_new_tokens: its last delta
+    has some.
+    """
     # A grammar never rejects what was drawn under its own mask, unless nothing could be drawn.
-    is_rejected = reason == "error" and is_constrained and bool(completion.token_ids)
-    if completion.stop_reason == NO_TOKEN or is_rejected:
+    if reason == "no_token" or (reason == "error" and is_constrained and has_new_tokens):
         return NoAdmissibleToken()
-    if reason in (None, "stop", "length"):
-        return None
     return RequestFailed("the engine could not finish the request", reason="ENGINE_ERROR")
+
+
+def failure_of(completion: Any, *, is_constrained: bool) -> Exception | None:
+    """Say why vLLM's CompletionOutput cannot be delivered, or None if it can."""
+    reason = completion.finish_reason
+    if completion.stop_reason == NO_TOKEN:
+        reason = "no_token"
+    elif reason in (None, "stop", "length"):
+        return None
+    return failure(reason, is_constrained=is_constrained, has_new_tokens=bool(completion.token_ids))

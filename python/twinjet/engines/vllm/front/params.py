@@ -1,17 +1,17 @@
-"""Translate a resolved Sampling into vLLM's SamplingParams, one for each output. Pure; imports vLLM."""
+"""Translate a resolved Sampling into the fields of vLLM's SamplingParams, one set for each output. Pure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-
 from twinjet.engines.seeds import output_seed
-from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN, GrammarNote
-from twinjet.errors import InvalidRequest
+from twinjet.engines.vllm.fields import EXTRA_KEY, GrammarNote
+from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
     from twinjet.grammar.room import CompiledGrammar
     from twinjet.request import Sampling
 
@@ -19,30 +19,21 @@ VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
 
 
-class OwnParams(SamplingParams):  # type: ignore[misc]
-    """SamplingParams that may hold NO_TOKEN among the stop tokens, and a GrammarNote for a grammar."""
-
-    def _validate_structured_outputs(self, *_: Any) -> None:
-        # vLLM's checks compile the grammar in this process, and under "auto" with another compiler.
-        if self.structured_outputs is not None:
-            self.structured_outputs._backend = "xgrammar"
-
-    def _validate_stop_token_ids(self, model_config: Any) -> None:
-        ids = list(self.stop_token_ids)  # type: ignore[has-type]
-        self.stop_token_ids = [token for token in ids if token != NO_TOKEN]
-        try:
-            super()._validate_stop_token_ids(model_config)
-        finally:
-            self.stop_token_ids = ids
-
-
 def sampling_params(
     sampling: Sampling, output_index: int, *, native: bool, grammar: CompiledGrammar | None = None
 ) -> SamplingParams:
-    """Make the parameters of one output of a request; n is always 1.
+    """Make vLLM's own object of sampling_fields(); imports vLLM."""
+    from twinjet.engines.vllm.front.stock_params import make_params
 
-    native: our own sampler draws, so it gets the exact temperature, the seed and the output index.
-    grammar: what sampling.constraint was compiled to.
+    return make_params(sampling_fields(sampling, output_index, native=native, grammar=grammar), native=native)
+
+
+def sampling_fields(
+    sampling: Sampling, output_index: int, *, native: bool, grammar: CompiledGrammar | None = None
+) -> dict[str, Any]:
+    """Give the parameters of one output of a request; n is always 1.
+
+    structured_outputs is a dict, or None. grammar: what sampling.constraint was compiled to. native: our own sampler draws, so it gets the exact temperature, the seed and the output index.
     Raises InvalidRequest for a temperature that vLLM's own sampler does not take.
     """
     temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
@@ -59,46 +50,42 @@ def sampling_params(
         )
     if 0 < temperature < VLLM_MIN_TEMPERATURE:
         temperature = VLLM_MIN_TEMPERATURE
-    params = OwnParams(
-        n=1,
-        temperature=temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        logit_bias=dict(sampling.logit_bias) or None,
-        seed=output_seed(sampling.seed, output_index),
+    return {
+        "n": 1,
+        "temperature": temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "logit_bias": dict(sampling.logit_bias) or None,
+        "seed": output_seed(sampling.seed, output_index),
         # Text, and what it ends, is made of the tokens by us: vLLM would let the prompt's end into it.
-        detokenize=False,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        bad_words=list(sampling.bad_words),
-        allowed_token_ids=list(sampling.allowed_token_ids) or None,
-        logprobs=sampling.logprobs,
+        "detokenize": False,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "bad_words": list(sampling.bad_words),
+        "allowed_token_ids": list(sampling.allowed_token_ids) or None,
+        "logprobs": sampling.logprobs,
         # Every output has the same prompt, so its logprobs are asked for once.
-        prompt_logprobs=sampling.prompt_logprobs if output_index == 0 else None,
-        structured_outputs=_structured(grammar, sampling),
-        output_kind=RequestOutputKind.DELTA,
-        extra_args=extra,
-        skip_clone=True,
-    )
-    if native and sampling.constraint is None:
-        # Not among all_stop_token_ids, which vLLM's min-tokens rule masks. Grammars get the stop tokens and
-        # refuse it; there, a row without a token ends by a token that the grammar rejects.
-        params.stop_token_ids.append(NO_TOKEN)
-    return params
+        "prompt_logprobs": sampling.prompt_logprobs if output_index == 0 else None,
+        "structured_outputs": _structured(grammar, sampling),
+        "extra_args": extra,
+    }
 
 
-def _structured(grammar: CompiledGrammar | None, sampling: Sampling) -> StructuredOutputsParams | None:
+def _structured(grammar: CompiledGrammar | None, sampling: Sampling) -> dict[str, Any] | None:
     if sampling.constraint is None:
         return None
     if grammar is None or grammar.vocabulary is None:
-        raise ValueError("a constraint comes with its compiled grammar")
+        kind = sampling.constraint.kind
+        raise Unsupported(
+            "json_schema" if kind == "json_object" else kind, "no grammar can be compiled for this tokenizer"
+        )
     note = GrammarNote(
         grammar.path, grammar.vocabulary.path, grammar.vocabulary.end_token_ids, sampling.stop_token_ids
     )
-    return StructuredOutputsParams(grammar=note.encode())
+    return {"grammar": note.encode(), "_backend": "xgrammar"}

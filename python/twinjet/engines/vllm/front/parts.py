@@ -10,6 +10,7 @@ from typing import Any
 
 from twinjet.engines.base import Capability, Component, EngineInfo
 from twinjet.engines.vllm.fields import COUNTERS_METHOD
+from twinjet.engines.vllm.front.link import Link
 from twinjet.engines.vllm.status import STATUS_METHOD, SchedulerStatus
 
 SCHEDULER = "twinjet.engines.vllm.core.scheduler.make_scheduler"
@@ -38,9 +39,14 @@ class Parts:
     reason: str = ""
 
 
+def has_extension() -> bool:
+    """Tell whether twinjet._core is installed."""
+    return importlib.util.find_spec("twinjet._core") is not None
+
+
 def choose(native_sampler: bool, native_block_manager: bool) -> Parts:
     """Choose our components as far as they were asked for and the extension is there."""
-    if importlib.util.find_spec("twinjet._core") is None:
+    if not has_extension():
         return Parts(PLAIN_SCHEDULER, None, "the extension twinjet._core is not installed")
     return Parts(
         SCHEDULER if native_block_manager else PLAIN_SCHEDULER,
@@ -52,8 +58,8 @@ def choose(native_sampler: bool, native_block_manager: bool) -> Parts:
 class Components:
     """The engine's description; asks the running engine what is in use."""
 
-    def __init__(self, llm: Any, info: EngineInfo, parts: Parts) -> None:
-        self._llm = llm
+    def __init__(self, link: Link, info: EngineInfo, parts: Parts) -> None:
+        self._link = link
         self._parts = parts
         self._info = info
         self._read_at = 0.0
@@ -67,7 +73,7 @@ class Components:
 
     async def complete(self) -> None:
         """Ask once what the loaded model can do."""
-        tasks = set(await self._llm.get_supported_tasks())
+        tasks = set(await self._link.call("get_supported_tasks"))
         capabilities = set(self._info.capabilities)
         if "generate" in tasks:
             capabilities |= _GENERATION
@@ -88,9 +94,10 @@ class Components:
         sampler, manager = self._info.sampler, self._info.block_manager
         if self._parts.worker_cls is not None:
             # Every worker draws the same tokens; the first one speaks for all.
-            sampler = _sampler((await self._llm.collective_rpc(COUNTERS_METHOD))[0], self._info.version)
+            workers = await self._link.call("collective_rpc", COUNTERS_METHOD, None, (), None)
+            sampler = _sampler(workers[0], self._info.version)
         if self._parts.scheduler_cls == SCHEDULER:
-            raw = await self._llm.engine_core.call_utility_async(STATUS_METHOD)
+            raw = await self._link.call(STATUS_METHOD)
             manager = _block_manager(SchedulerStatus.from_dict(raw), self._info.version)
         self._info = replace(self._info, sampler=sampler, block_manager=manager)
 

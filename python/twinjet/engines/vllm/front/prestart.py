@@ -15,7 +15,7 @@ from importlib import metadata
 from multiprocessing import forkserver
 from pathlib import Path
 
-from twinjet.engines.vllm.front.environment import environment
+from twinjet.engines.vllm.environment import environment
 from twinjet.engines.vllm.front.process import EngineContext, probe
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,16 @@ def stop() -> None:
 
 
 def _loader_environment() -> dict[str, str]:
-    """What only counts when a process starts: the import path, the OpenMP library and how its threads wait."""
-    return {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | openmp_environment()
+    """What only counts when a process starts: the import path, the OpenMP library and how its threads wait.
+
+    Where there are GPUs, also what keeps importing torch and what it brings from starting threads: a process
+    that has asked the CUDA driver for devices, rather than NVML, cannot be forked from.
+    """
+    changes = {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
+    return changes | openmp_environment()
 
 
 def openmp_environment() -> dict[str, str]:

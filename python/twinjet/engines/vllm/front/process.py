@@ -15,11 +15,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -59,29 +61,11 @@ def _anonymous_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _reporting(executor_class: type[Any], report: Callable[[str], None]) -> type[Any]:
-    """Make an executor class that says which phase of its start it enters."""
-
-    class Reporting(executor_class):  # type: ignore[misc]
-        def _init_executor(self) -> None:
-            report("weights")
-            super()._init_executor()
-
-        def determine_available_memory(self) -> Any:
-            report("memory")
-            return super().determine_available_memory()
-
-        def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
-            report("kv_cache")
-            return super().initialize_from_config(*args, **kwargs)
-
-    Reporting.__name__ = executor_class.__name__
-    Reporting.__qualname__ = executor_class.__qualname__
-    return Reporting
-
-
 class _EngineProcess(BaseProcess):
-    """Mixed into a context's Process: carries our environment and reports phases of the start."""
+    """Mixed into a context's Process: carries our environment and the pipe for phases of the start.
+
+    A target that has a keyword argument `report` left None finds there what sends a phase.
+    """
 
     phases: Connection | None
     environment: dict[str, str]
@@ -110,8 +94,8 @@ class _EngineProcess(BaseProcess):
         _die_with_parent()
         phases = self.phases
         kwargs: dict[str, Any] = self._kwargs  # type: ignore[attr-defined]
-        if phases is not None and "executor_class" in kwargs:
-            kwargs["executor_class"] = _reporting(kwargs["executor_class"], phases.send)
+        if phases is not None and kwargs.get("report", phases) is None:
+            kwargs["report"] = phases.send
         super().run()
 
 
@@ -146,21 +130,59 @@ class EngineContext:
         return getattr(self._base, name)
 
 
+def end_processes(context: EngineContext, *, grace_s: float = 0.0) -> None:
+    """End the processes of a context; those that don't within grace_s are killed. Blocks."""
+    started = [process for process in context.processes if process.pid is not None]
+    if grace_s > 0:
+        for process in started:
+            process.terminate()
+        deadline = time.monotonic() + grace_s
+        for process in started:
+            process.join(max(0.0, deadline - time.monotonic()))
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
 def probe(answer: Connection) -> None:
     """In a child of the forkserver: say what is wrong with forking from it, "" if nothing is."""
     _die_with_parent()
-    parent = os.getppid()
-    try:
-        threads = len(os.listdir(f"/proc/{parent}/task"))
-    except FileNotFoundError:
-        threads = 1
-    torch = sys.modules.get("torch")
-    if "vllm" not in sys.modules:
-        answer.send("it could not import vllm")
-    elif threads != 1:
-        answer.send(f"it has {threads} threads")
-    elif torch is not None and torch.cuda.is_initialized():
-        answer.send("it has a CUDA context")
-    else:
-        answer.send("")
+    answer.send(_problem(f"/proc/{os.getppid()}/task"))
     answer.close()
+
+
+# Threads that libraries keep for themselves, idle and safe to fork beside: the CUDA driver's, which NVML starts
+# (`_is_driver_usable` tries whether more than that happened), and the one of pyarrow's allocator, which stops
+# it for a fork.
+_HELPER_THREADS = ("cuda", "jemalloc_bg_thd")
+
+
+def _problem(tasks: str) -> str:
+    """tasks: the folder of the parent's threads."""
+    if "vllm" not in sys.modules:
+        return "it could not import vllm"
+    names = []
+    with contextlib.suppress(FileNotFoundError):
+        names = [Path(tasks, task, "comm").read_text().strip() for task in os.listdir(tasks)]
+    others = [name for name in names if not name.startswith(_HELPER_THREADS)]
+    if len(others) > 1:
+        return f"it has {len(others)} threads: {', '.join(sorted(others))}"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "it has a CUDA context"
+    return "" if _is_driver_usable() else "the CUDA driver cannot be used in its children"
+
+
+def _is_driver_usable() -> bool:
+    """Say whether CUDA can be initialised in this process; also where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    not_initialized, no_device = 3, 100
+    code: int = driver.cuInit(0)
+    count = ctypes.c_int()
+    return code == no_device or (
+        code == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) != not_initialized
+    )

@@ -1,13 +1,11 @@
-"""Starting AsyncLLM: phases, the engine's process, and what is running afterwards."""
+"""Starting an engine: phases, the engine's process, and what is running afterwards."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
@@ -15,18 +13,25 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from twinjet.engines.base import LoadProgress, Tokenizer
-from twinjet.engines.vllm.front import parts, prestart
+from twinjet.engines.vllm.core import host
+from twinjet.engines.vllm.facts import Facts
+from twinjet.engines.vllm.front import describe, parts, prestart
 from twinjet.engines.vllm.front.adapters import Adapters
+from twinjet.engines.vllm.front.core_link import CoreLink, Endpoints
+from twinjet.engines.vllm.front.link import Link
 from twinjet.engines.vllm.front.load import LoadReader
 from twinjet.engines.vllm.front.parts import Components
-from twinjet.engines.vllm.front.process import EngineContext
+from twinjet.engines.vllm.front.process import EngineContext, end_processes
 from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
+from twinjet.models.tokenizer import HfTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Starting an engine sets names and variables of the whole process for a while, so one starts at a time.
-_LAUNCHING = threading.Lock()
+CORE: Callable[..., None] | None = None
+"""Runs in the engine's process in the place of vLLM's engine core; for measurements of the front end."""
+
+_SHUTDOWN_S = 5.0
 
 # The demo model answers worse, and otherwise on each kind of CPU, with bfloat16 arithmetic.
 _DEMO_OPTIONS = {"dtype": "float32"}
@@ -37,8 +42,9 @@ _PHASES = {
     "configure": ("reading the model's configuration", 0.55),
     "process": ("starting the engine process", 0.65),
     "weights": ("loading weights", 0.7),
-    "memory": ("measuring memory", 0.8),
+    "memory": ("profiling the model and measuring memory", 0.8),
     "kv_cache": ("preparing the KV cache", 0.85),
+    "warm_up": ("compiling, capturing graphs and warming up", 0.9),
     "ready": ("the engine is ready", 1.0),
 }
 
@@ -58,20 +64,21 @@ class Plan:
 class Running:
     """A started engine."""
 
-    llm: Any
+    link: Link
     context: EngineContext
     tokenizer: Tokenizer
     components: Components
     adapters: Adapters
     stats: LoadReader
-    config: Any
+    tokenizer_name: str
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
     _ending: asyncio.Task[None] | None = None
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
-        """Call back once one of the engine's processes has ended."""
+        """Begin to take outputs, and call back once one of the engine's processes has ended."""
         self._loop = loop
+        self.link.watch(loop, on_death)
         for process in self.context.processes:
             assert process.pid is not None
             fd = os.pidfd_open(process.pid)
@@ -90,11 +97,8 @@ class Running:
                 self._loop.call_soon_threadsafe(self._loop.remove_reader, fd)
                 self._loop.call_soon_threadsafe(os.close, fd)
             self._death_fds.clear()
-            # While it reads, vLLM takes the end of its engine for a failure and logs it.
-            if self.llm.output_handler is not None:
-                self._loop.call_soon_threadsafe(self.llm.output_handler.cancel)
-        self.llm.shutdown(timeout=5.0)
-        end_processes(self.context)
+        self.link.shutdown()
+        end_processes(self.context, grace_s=_SHUTDOWN_S)
 
 
 async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
@@ -105,15 +109,6 @@ async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
     on_death(f"the process {process.name} ({process.pid}) ended{how}")
 
 
-def end_processes(context: EngineContext) -> None:
-    for process in context.processes:
-        if process.pid is None:
-            continue
-        if process.is_alive():
-            process.kill()
-        process.join()
-
-
 async def launch(plan: Plan, report: Callable[[LoadProgress], None]) -> Running:
     """Start an engine. Raises ConfigError, EngineDied."""
     loop = asyncio.get_running_loop()
@@ -122,15 +117,13 @@ async def launch(plan: Plan, report: Callable[[LoadProgress], None]) -> Running:
     os.environ.setdefault("VLLM_PLUGINS", "")
     prestart.prestart()
     reporter.enter("import")
-    model, _ = await asyncio.gather(
+    model, problem = await asyncio.gather(
         asyncio.to_thread(_find_model, plan.model, reporter.from_thread(loop)),
-        asyncio.to_thread(_import_vllm),
+        asyncio.to_thread(prestart.wait_ready),
     )
-    reporter.enter("configure")
     options = _DEMO_OPTIONS | plan.options if plan.model == DEMO_MODEL else plan.options
-    launcher = await asyncio.to_thread(_Launcher, replace(plan, model=model, options=options))
-    problem = await asyncio.to_thread(prestart.wait_ready)
-    reporter.enter("process")
+    launcher = _Launcher(replace(plan, model=model, options=options), forked=not problem)
+    reporter.enter("configure")
     receiver, sender = multiprocessing.Pipe(duplex=False)
     loop.add_reader(receiver.fileno(), reporter.receive, loop, receiver)
     context = EngineContext(forked=not problem, phases=sender)
@@ -177,64 +170,85 @@ def _find_model(model: str, report: Callable[[str, float], None]) -> str:
     return str(demo_model(report)) if model == DEMO_MODEL else model
 
 
-def _import_vllm() -> None:
-    # The collector would walk everything imported so far again and again: a fifth of the time.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        import vllm.v1.engine.async_llm
-        import vllm.v1.structured_output.backend_xgrammar  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"vLLM cannot be imported: {error}; install twinjet[vllm]") from error
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()
-
-
 class _Launcher:
     """The blocking part, for a thread."""
 
-    def __init__(self, plan: Plan) -> None:
-        from twinjet.engines.vllm.front import config
-        from twinjet.models.tokenizer import HfTokenizer
-
+    def __init__(self, plan: Plan, *, forked: bool) -> None:
         self._plan = plan
+        self._forked = forked
         self._parts = parts.choose(plan.native_sampler, plan.native_block_manager)
-        with _LAUNCHING:
-            self._config = config.engine_config(
-                plan.model,
-                plan.options,
-                scheduler_cls=self._parts.scheduler_cls,
-                worker_cls=self._parts.worker_cls,
-            )
-        self._tokenizer: Tokenizer = HfTokenizer(self._config.model_config.tokenizer)
 
     def launch(self, context: EngineContext) -> Running:
-        import vllm.v1.engine.utils as vllm_utils
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        from twinjet.engines.vllm.front import describe
-
-        # vLLM's own choice is fork or spawn (on CPU always spawn); this is where it makes it.
-        with _LAUNCHING:
-            original = vllm_utils.get_mp_context
-            vllm_utils.get_mp_context = lambda: context
+        """Start the engine, by our own client of its core if that was tested with it."""
+        if parts.has_extension():
+            endpoints = Endpoints()
             try:
-                llm = AsyncLLM.from_vllm_config(self._config)
-            except Exception as error:
-                raise EngineDied(f"the engine did not start: {error}") from error
-            finally:
-                vllm_utils.get_mp_context = original
-        info = describe.engine_info(self._config, llm, self._tokenizer, self._parts)
-        stats = LoadReader(None if info.kv_cache is None else info.kv_cache.num_blocks)
-        llm.logger_manager = stats
-        return Running(
-            llm,
-            context,
-            self._tokenizer,
-            Components(llm, info, self._parts),
-            Adapters(llm),
-            stats,
-            self._config,
+                running = self._by_core_link(endpoints, context)
+            except BaseException:
+                endpoints.close()
+                raise
+            if running is not None:
+                return running
+            endpoints.close()
+        return self._by_async_llm(context)
+
+    def _by_core_link(self, endpoints: Endpoints, context: EngineContext) -> Running | None:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = context.Process(
+            target=host.run,
+            name="EngineCore",
+            kwargs={
+                "model": self._plan.model, "options": self._plan.options, "answer": theirs,
+                "scheduler_cls": self._parts.scheduler_cls, "worker_cls": self._parts.worker_cls,
+                "handshake_address": endpoints.address("handshake"), "report": None, "core": CORE,
+            },
+        )  # fmt: skip
+        process.start()
+        theirs.close()
+        try:
+            kind, answer = ours.recv()
+        except EOFError:
+            process.join()
+            raise EngineDied(
+                f"the engine did not start: its process ended with code {process.exitcode}"
+            ) from None
+        finally:
+            ours.close()
+        if kind == host.CONFIG_ERROR:
+            raise ConfigError(answer)
+        if kind == host.STOCK:
+            logger.info("%s is spoken to through AsyncLLM: %s", self._plan.name, answer)
+            process.join()
+            context.processes.remove(process)
+            return None
+        tokenizer = HfTokenizer(answer.tokenizer)
+        ready = endpoints.shake_hands(process)
+        blocks = ready["num_gpu_blocks"]
+        facts = replace(
+            answer,
+            max_model_len=min(answer.max_model_len, ready["max_model_len"]),
+            # Block 0 is vLLM's null block and never handed out.
+            num_blocks=blocks - 1 if blocks else None,
+            block_size=ready["block_size"],
         )
+        stats = LoadReader(facts.num_blocks)
+        link = CoreLink(endpoints, facts, tokenizer, stats)
+        return self._running(link, context, facts, tokenizer, stats)
+
+    def _by_async_llm(self, context: EngineContext) -> Running:
+        from twinjet.engines.vllm.front import stock
+
+        stats = LoadReader(None)
+        link, facts, tokenizer = stock.launch(
+            self._plan.model, self._plan.options, self._parts.scheduler_cls, self._parts.worker_cls, context,
+            stats,
+        )  # fmt: skip
+        stats.num_blocks = facts.num_blocks
+        return self._running(link, context, facts, tokenizer, stats)
+
+    def _running(
+        self, link: Link, context: EngineContext, facts: Facts, tokenizer: Tokenizer, stats: LoadReader
+    ) -> Running:
+        info = describe.engine_info(facts, tokenizer, self._parts)
+        components = Components(link, info, self._parts)
+        return Running(link, context, tokenizer, components, Adapters(link), stats, facts.tokenizer)

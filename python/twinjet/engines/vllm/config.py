@@ -1,17 +1,24 @@
-"""From a model, verbatim options and hot-path switches to vLLM's configuration. Imports vLLM."""
+"""From a model, verbatim options and hot-path switches to vLLM's configuration, and what to know of it.
+
+Imports vLLM: it runs in the engine's process, or in the front end where that holds AsyncLLM.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
-from twinjet.engines.vllm.front.environment import environment
+from twinjet.engines.vllm.environment import environment
+from twinjet.engines.vllm.facts import Facts
 from twinjet.errors import ConfigError
+from twinjet.models.eos import named_eos
 from twinjet.request import SamplingOverrides
 
 if TYPE_CHECKING:
@@ -91,21 +98,71 @@ def _cpu_kv_cache_bytes(config: VllmConfig) -> int:
     return max(_CPU_MIN_KV_CACHE_BYTES, _CPU_CONTEXTS_IN_KV_CACHE * per_token * context)
 
 
-def default_sampling(config: VllmConfig) -> SamplingOverrides:
-    """Read the model's own sampling defaults from its generation_config."""
+def default_sampling(config: VllmConfig) -> dict[str, Any]:
+    """Read the model's own sampling defaults from its generation_config: fields of SamplingOverrides."""
     found = config.model_config.get_diff_sampling_param()
     names = {f.name for f in dataclasses.fields(SamplingOverrides)}
-    return SamplingOverrides(**{k: v for k, v in found.items() if k in names})
+    return {k: v for k, v in found.items() if k in names}
 
 
-def eos_token_ids(config: VllmConfig, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """List the ids that end an output, the tokenizer's own first."""
-    from_config = config.model_config.try_get_generation_config().get("eos_token_id")
-    if from_config is None:
-        extra: list[int] = []
-    elif isinstance(from_config, int):
-        extra = [from_config]
-    else:
-        extra = list(from_config)
-    first = [] if tokenizer_eos is None else [tokenizer_eos]
-    return tuple(dict.fromkeys(first + extra))
+def generation_eos(config: VllmConfig) -> tuple[int, ...]:
+    """List the end tokens that the model's generation_config names."""
+    found = config.model_config.try_get_generation_config().get("eos_token_id")
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, int) else tuple(found)
+
+
+def facts(config: VllmConfig) -> Facts:
+    """Read what the front end must know."""
+    model, cache = config.model_config, config.cache_config
+    vocab_size = model.get_vocab_size()
+    return Facts(
+        version=vllm.__version__,
+        device=current_platform.get_device_name() or current_platform.device_type,
+        source=model.model,
+        tokenizer=model.tokenizer,
+        max_model_len=model.max_model_len,
+        vocab_size=vocab_size,
+        max_logprobs=vocab_size if model.max_logprobs == -1 else model.max_logprobs,
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        has_adapters=config.lora_config is not None,
+        has_prefix_cache=bool(cache.enable_prefix_caching),
+        has_priority=config.scheduler_config.policy == "priority",
+        default_sampling=default_sampling(config),
+        generation_eos=generation_eos(config),
+        eos=tokenizer_eos(config),
+        settings=_settings(config),
+        # Block 0 is vLLM's null block and never handed out.
+        num_blocks=cache.num_gpu_blocks - 1 if cache.num_gpu_blocks else None,
+        block_size=cache.block_size or 0,
+    )
+
+
+def tokenizer_eos(config: VllmConfig) -> int | None:
+    """Give the end token of the model's tokenizer."""
+    named = named_eos(Path(config.model_config.tokenizer))
+    if named is not None:
+        return named
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    found: int | None = cached_tokenizer_from_config(config.model_config).eos_token_id
+    return found
+
+
+def _settings(config: VllmConfig) -> dict[str, str]:
+    """What bears on speed and results, with vLLM's defaults filled in."""
+    model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+    speculative = config.speculative_config
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization or "none"),
+        "kv_cache_dtype": str(cache.cache_dtype),
+        "prefix_cache": str(bool(cache.enable_prefix_caching)).lower(),
+        "chunked_prefill": str(bool(scheduler.enable_chunked_prefill)).lower(),
+        "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
+        "async_scheduling": str(bool(scheduler.async_scheduling)).lower(),
+        "speculative_decoding": "none" if speculative is None else str(speculative.method),
+        "tensor_parallel_size": str(config.parallel_config.tensor_parallel_size),
+        "enforce_eager": str(bool(model.enforce_eager)).lower(),
+    }

@@ -1,0 +1,313 @@
+"""One vLLM engine core in this process, for engines.py: commands as JSON lines on the standard input, answers on
+the standard output.
+
+A command names a batch: mode, streams, tokens, prompt, seeded. The answer has its tokens a second while all
+streams decode, the time between tokens, and the host's microseconds a step by part. {"check": true} draws each
+row once more on the CPU and counts differences; such runs are not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8},
+    "top-k + top-p": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    "top-p": {"temperature": 0.8, "top_p": 0.95},
+    "penalties": {"temperature": 0.8, "frequency_penalty": 0.2, "repetition_penalty": 1.1},
+    "logprobs": {"temperature": 0.8, "logprobs": 5},
+    # For checks alone.
+    "everything": {
+        "temperature": 0.9, "top_k": 200, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 0.3,
+        "logit_bias": {11: 2.0, 900: -3.0}, "min_tokens": 8,
+    },
+}  # fmt: skip
+UNTIMED_STEPS = 6
+
+
+class Clock:
+    """Sums the time spent in methods."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[float]] = {}
+
+    def watch(self, owner: Any, method: str, part: str) -> None:
+        call, entry = getattr(owner, method), self.parts.setdefault(part, [0.0, 0])
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                entry[0] += time.perf_counter() - begin
+                entry[1] += 1
+
+        setattr(owner, method, timed)
+
+    def reset(self) -> None:
+        for entry in self.parts.values():
+            entry[:] = [0.0, 0]
+
+    def microseconds(self) -> dict[str, float]:
+        return {part: round(1e6 * spent / max(1, calls), 1) for part, (spent, calls) in self.parts.items()}
+
+
+class Timed:
+    """A sampler that is no module, with a clock on its call."""
+
+    def __init__(self, inner: Any, entry: list[float]) -> None:
+        self.__dict__.update(inner=inner, entry=entry)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            self.entry[0] += time.perf_counter() - begin
+            self.entry[1] += 1
+
+
+class Replay:
+    """Draws every batch of a DeviceDrawing once more on the CPU, from the same logits."""
+
+    def __init__(self, drawing: Any) -> None:
+        from twinjet.sampling import Sampler
+
+        self.rows = self.differences = 0
+        self._requests: dict[int, Any] = {}
+        self._sampler = Sampler(0)
+        self._put, self._draw = drawing.native.put, drawing.draw
+        self._drawing = drawing
+        self._native = drawing.native
+        drawing.native = self
+        drawing.draw = self.draw
+        self._pinned: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
+
+    def put(self, seat: int, request: Any) -> None:
+        self._put(seat, request)
+        self._requests[seat] = request
+
+    def draw(self, logits: Any, seats: Any, advances: Any, num_logprobs: Any, *rest: Any) -> Any:
+        import numpy as np
+        import torch
+
+        self._drawing.native = self._native
+        try:
+            drawn = self._draw(logits, seats, advances, num_logprobs, *rest)
+        finally:
+            self._drawing.native = self
+        if self._pinned is None or self._pinned.numel() < logits.numel():
+            self._pinned = torch.empty(logits.numel(), dtype=logits.dtype, pin_memory=True)
+        host = self._pinned[: logits.numel()].view(logits.shape)
+        host.copy_(logits)
+        narrow = logits.dtype == torch.bfloat16
+        expected = self._sampler.sample(
+            host.view(torch.int16).numpy() if narrow else host.numpy(),
+            [self._requests[seat] for seat in seats.tolist()],
+            advance=np.array(advances),
+            num_logprobs=num_logprobs,
+            dtype="bfloat16" if narrow else "",
+        )
+        same = drawn.tokens[:, 0].cpu().numpy() == np.maximum(expected.token_ids, 0)
+        if expected.logprobs is not None:
+            same &= (drawn.logprobs.logprobs.cpu().numpy() == expected.logprobs.logprobs).all(1)
+            same &= (drawn.logprobs.logprob_token_ids.cpu().numpy() == expected.logprobs.token_ids).all(1)
+        self.rows += len(seats)
+        self.differences += int(np.count_nonzero(~same))
+        return drawn
+
+
+class Worker:
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import torch
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor.abstract import Executor
+
+        from twinjet.engines.vllm.front import config, parts
+
+        self.spec, self.native = spec, spec["native"]
+        options = {"max_model_len": 2048, "max_num_seqs": 1024, **spec["options"]}
+        self.config = config.engine_config(
+            spec["model"],
+            options,
+            scheduler_cls=parts.SCHEDULER if self.native in ("all", "scheduler") else None,
+            worker_cls=parts.WORKER if self.native in ("all", "sampler") else None,
+        )
+        self.engine = LLMEngine(
+            self.config,
+            Executor.get_class(self.config),
+            log_stats=True,
+            multiprocess_mode=False,
+            stat_loggers=[],
+        )
+        self.core = self.engine.engine_core.engine_core
+        driver = self.core.model_executor.driver_worker
+        self.worker = getattr(driver, "worker", driver)
+        self.runner = self.worker.model_runner
+        if self.config.load_config.load_format == "dummy":
+            _shape_weights(self.runner.model)
+        self.clock = Clock()
+        self.clock.watch(self.core.scheduler, "schedule", "schedule")
+        self.clock.watch(self.core.scheduler, "update_from_output", "update")
+        self.clock.watch(self.worker, "execute_model", "execute")
+        self.clock.watch(self.worker, "sample_tokens", "sample_tokens")
+        if isinstance(self.runner.sampler, torch.nn.Module):
+            self.clock.watch(self.runner.sampler, "forward", "sampler")
+        else:
+            entry = self.clock.parts.setdefault("sampler", [0.0, 0])
+            self.runner.sampler = Timed(self.runner.sampler, entry)
+        self._num_requests = 0
+        self._tasks = self.engine.get_supported_tasks()
+        self.replay: Replay | None = None
+
+    def about(self) -> dict[str, Any]:
+        scheduler = self.core.scheduler
+        status = getattr(scheduler, "native_status", None)
+        return {
+            "v2_runner": bool(self.config.use_v2_model_runner),
+            "async_scheduling": bool(self.config.scheduler_config.async_scheduling),
+            "cuda_graphs": str(self.config.compilation_config.cudagraph_mode),
+            "blocks": self.config.cache_config.num_gpu_blocks,
+            "scheduler": type(scheduler).__name__,
+            "layers": None if status is None else status.to_dict(),
+        }
+
+    def counters(self) -> dict[str, Any]:
+        drawing = getattr(self.runner.sampler, "drawing", None)
+        status = getattr(self.core.scheduler, "scheduler_status", None)
+        return {
+            "target": getattr(drawing, "target", None),
+            "sampler": dict(drawing.counters) if drawing is not None else {},
+            "scheduler": {} if status is None else dict(status().counters),
+        }
+
+    def _add(self, command: dict[str, Any], index: int) -> None:
+        import numpy as np
+
+        from twinjet.engines.vllm.front.params import sampling_params
+        from twinjet.request import Sampling
+
+        base: dict[str, Any] = {
+            "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "frequency_penalty": 0.0, "presence_penalty": 0.0, "logit_bias": {}, "n": 1, "min_tokens": 0,
+            "stop": (), "stop_token_ids": (), "include_stop": False, "ignore_eos": True, "bad_words": (),
+            "allowed_token_ids": (), "logprobs": None, "prompt_logprobs": None,
+            "skip_special_tokens": True, "constraint": None,
+        }  # fmt: skip
+        base |= MODES[command["mode"]]
+        sampling = Sampling(**base, seed=index + 1, max_tokens=command["tokens"])
+        params = sampling_params(sampling, 0, native=self.native in ("all", "sampler"))
+        if not command.get("seeded", True):
+            params.seed = None
+        rng = np.random.default_rng([command.get("round", 0) + 1, index])
+        prompt = rng.integers(10, self.config.model_config.get_vocab_size() - 10, command["prompt"]).tolist()
+        self._num_requests += 1
+        request = self.engine.input_processor.process_inputs(
+            f"r{self._num_requests}", {"prompt_token_ids": prompt, "type": "token"}, params, self._tasks
+        )
+        self.engine.input_processor.assign_request_id(request)
+        self.engine.engine_core.add_request(request)
+
+    def run(self, command: dict[str, Any]) -> dict[str, Any]:
+        sampler = self.runner.sampler
+        if hasattr(getattr(sampler, "stock", sampler), "use_flashinfer"):
+            stock = getattr(sampler, "stock", getattr(sampler, "inner", sampler))
+            stock.use_flashinfer = command.get("flashinfer", True) and self.spec.get("flashinfer", False)
+        if command.get("check") and self.replay is None:
+            self.replay = Replay(sampler.drawing)
+        streams = command["streams"]
+        for index in range(streams):
+            self._add(command, index)
+        core = self.core
+        full: list[float] = []  # when a step of all streams had been read
+        microseconds: dict[str, float] = {}
+        while core.scheduler.has_requests() or core.batch_queue:
+            outputs, was_executed = core.step_fn()
+            core.post_step(was_executed)
+            if not outputs:
+                continue
+            made = sum(len(o.new_token_ids) for batch in outputs.values() for o in batch.outputs)
+            if made != streams:
+                continue
+            full.append(time.perf_counter())
+            if len(full) == UNTIMED_STEPS:
+                self.clock.reset()
+            microseconds = self.clock.microseconds()
+        if command.get("check"):
+            assert self.replay is not None
+            return {"rows": self.replay.rows, "differences": self.replay.differences}
+        steps = len(full) - UNTIMED_STEPS
+        if steps < 1:
+            return {"error": "all streams never decoded at once"}
+        gaps = sorted(b - a for a, b in zip(full[UNTIMED_STEPS - 1 :], full[UNTIMED_STEPS:], strict=False))
+        spent = full[-1] - full[UNTIMED_STEPS - 1]
+        return {
+            "tokens_per_s": round(streams * steps / spent, 1),
+            "itl_ms": round(1e3 * spent / steps, 4),
+            "itl_quantiles_ms": {
+                q: round(1e3 * gaps[min(len(gaps) - 1, int(q / 100 * len(gaps)))], 4) for q in (5, 50, 95, 99)
+            },
+            "steps": steps,
+            "host_us": microseconds,
+        }
+
+
+def _shape_weights(model: Any) -> None:
+    """Give random weights whose logits are spread as a language model's: some hundred tokens stand out."""
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(3)
+
+    def fill(weight: Any, scale: Any) -> None:
+        for first in range(0, weight.shape[0], 8192):
+            part = weight[first : first + 8192]
+            random = torch.randn(part.shape, device="cuda", generator=generator)
+            part.copy_(random * (scale[first : first + 8192] if torch.is_tensor(scale) else scale))
+
+    with torch.no_grad():
+        for name, weight in getattr(model, "runnable", model).named_parameters():
+            if "norm" in name:
+                weight.fill_(1.0)
+            elif "lm_head" in name or "embed_tokens" in name:
+                rows, width = weight.shape
+                scale = torch.full((rows, 1), 2.5 / width**0.5, device="cuda")
+                scale[torch.randperm(rows, device="cuda", generator=generator)[:600]] *= 2.4
+                fill(weight, scale)
+            elif weight.dim() == 2:
+                fill(weight, 0.02)
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    answers, sys.stdout = sys.stdout, sys.stderr
+    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **spec.get("environment", {})})
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = str(int(spec.get("flashinfer", False)))
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    begin = time.monotonic()
+    worker = Worker(spec)
+    say(started_s=round(time.monotonic() - begin, 1), **worker.about())
+    for line in sys.stdin:
+        command = json.loads(line)
+        say(**(worker.counters() if command.get("counters") else worker.run(command)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Twinjet's scheduler and sampler in vLLM beside stock vLLM, on one GPU: tokens a second while all streams decode.
+
+    PYTHONPATH=python python bench/gpu/engines.py --out DIR [--shapes 1b] [--streams 1 32 256 1024] [--limit 560]
+
+Needs vLLM's CUDA build and the extension with its CUDA side. For each shape one engine core of each kind runs,
+and every cell's runs alternate between them. Stock draws with seeds, as Twinjet always does (top-k and top-p by its
+own kernel), and without, by FlashInfer. Writes engines.json and engines.png, prints a table. --check instead draws
+every row once more on the CPU, inside vLLM, and exits 1 if one differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from engine_worker import MODES
+from shapes import make_shape
+
+TIMED = ("greedy", "temperature", "top-k + top-p", "top-p", "penalties", "logprobs")
+KV_BYTES = {"1b": 6_000_000_000, "8b": 13_200_000_000}
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+
+
+class Engine:
+    """A worker process and the pipe to it."""
+
+    def __init__(self, name: str, spec: dict[str, Any], out: Path) -> None:
+        self.name, self.error = name, ""
+        log = (out / f"{name}.log").open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("engine_worker.py")), json.dumps(spec)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+
+    def read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": f"exit {self._process.wait()}"}
+        self.error = answer.get("error", "")
+        return answer
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+        import vllm
+
+        self.options = options
+        self.begin = time.monotonic()
+        self.report: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "vllm": vllm.__version__,
+            "date": time.strftime("%Y-%m-%d"), "engines": {}, "runs": [], "counters": {},
+        }  # fmt: skip
+
+    def start(self, shape: str, kinds: tuple[str, ...], folder: Path) -> list[Engine]:
+        engines = []
+        for kind in kinds:
+            spec = {
+                "model": str(make_shape(shape, folder)),
+                "native": "all" if kind == "twinjet" else "off",
+                "flashinfer": kind == "stock" and not self.options.no_flashinfer,
+                "environment": dict(pair.split("=", 1) for pair in self.options.env),
+                "options": {
+                    "load_format": "dummy", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.2,
+                    "kv_cache_memory_bytes": KV_BYTES[shape],
+                    "compilation_config": {"cudagraph_capture_sizes": SIZES},
+                },
+            }  # fmt: skip
+            engines.append(Engine(f"{shape}-{kind}", spec, self.options.out))
+        for engine in engines:
+            about = self.report["engines"][engine.name] = engine.read()
+            print(f"[{self.elapsed():5.0f} s] {engine.name}: {about}", flush=True)
+        return engines
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begin
+
+    def finish(self, engines: list[Engine]) -> None:
+        for engine in engines:
+            if not engine.error:
+                self.report["counters"][engine.name] = counters = engine.ask(counters=True)
+                print(engine.name, counters, flush=True)
+            engine.stop()
+        (self.options.out / "engines.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def compare(self, shape: str, folder: Path) -> None:
+        options = self.options
+        engines = self.start(shape, ("stock", "twinjet"), folder)
+        for streams in options.streams:
+            for number in range(-1, options.rounds):
+                for mode in options.modes:
+                    for variant in _variants(mode, number):
+                        engine = engines[0] if variant["draws"] != "twinjet" else engines[1]
+                        if engine.error or self.elapsed() > options.limit:
+                            continue
+                        run = engine.ask(
+                            mode=mode,
+                            streams=streams,
+                            tokens=options.tokens * (4 if streams <= 32 else 1),
+                            prompt=32,
+                            round=number,
+                            **variant,
+                        )
+                        if run.get("error"):
+                            print("error:", engine.name, mode, streams, run, flush=True)
+                        if number >= 0:
+                            self.report["runs"].append(
+                                {"shape": shape, "streams": streams, "mode": mode, **variant, **run}
+                            )
+        self.finish(engines)
+
+    def check(self, shape: str, folder: Path) -> int:
+        engines = self.start(shape, ("twinjet",), folder)
+        differences = rows = 0
+        while rows < self.options.check and not engines[0].error and self.elapsed() < self.options.limit:
+            for mode in MODES:
+                answer = engines[0].ask(mode=mode, streams=256, tokens=64, prompt=32, check=True)
+                rows, differences = answer.get("rows", rows), answer.get("differences", -1)
+                print(f"[{self.elapsed():5.0f} s] {shape} {mode}: {answer}", flush=True)
+        self.report["check"] = {"rows": rows, "differences": differences}
+        self.finish(engines)
+        return differences
+
+
+def _variants(mode: str, number: int) -> list[dict[str, Any]]:
+    """The draws that a mode is timed with, in an order that turns from round to round."""
+    variants: list[dict[str, Any]] = [
+        {"draws": "twinjet", "seeded": True},
+        {"draws": "stock", "seeded": True},
+    ]
+    if "top-" in mode:
+        variants.append({"draws": "stock, no seeds, FlashInfer", "seeded": False, "flashinfer": True})
+    return variants[::-1] if number % 2 else variants
+
+
+def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians of each cell, with Twinjet's ratio to the fastest of stock's."""
+    cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for run in report["runs"]:
+        if not run.get("error"):
+            key = (run["shape"], run["streams"], run["mode"])
+            cells.setdefault(key, {}).setdefault(run["draws"], []).append(run)
+    summary = []
+    for (shape, streams, mode), draws in cells.items():
+        speed = {name: statistics.median(r["tokens_per_s"] for r in runs) for name, runs in draws.items()}
+        spread = {
+            name: [min(r["tokens_per_s"] for r in runs), max(r["tokens_per_s"] for r in runs)]
+            for name, runs in draws.items()
+        }
+        stock = max((value for name, value in speed.items() if name != "twinjet"), default=None)
+        host = {}
+        for name in ("twinjet", "stock"):
+            parts = [r["host_us"] for r in draws.get(name, [])]
+            host[name] = {p: statistics.median(x[p] for x in parts) for p in parts[0]} if parts else {}
+        summary.append(
+            {
+                "shape": shape, "streams": streams, "mode": mode, "tokens_per_s": speed, "spread": spread,
+                "ratio": round(speed["twinjet"] / stock, 3) if stock and "twinjet" in speed else None,
+                "host_us": host,
+            }
+        )  # fmt: skip
+    return summary
+
+
+def draw_plot(report: dict[str, Any], path: Path) -> None:
+    """Ratios to the fastest of stock's draws, by streams."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(cell["shape"] for cell in report["summary"]))
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for mode in TIMED:
+            points = [
+                (cell["streams"], cell["ratio"])
+                for cell in report["summary"]
+                if cell["shape"] == shape and cell["mode"] == mode and cell["ratio"] is not None
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=mode)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set(xscale="log", xlabel="streams", ylabel="tokens/s, Twinjet / stock", title=shape.upper())
+        axis.grid(visible=True, alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{report['device']}, vLLM {report['vllm']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], choices=list(KV_BYTES))
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 32, 256, 1024])
+    parser.add_argument("--modes", nargs="+", default=list(TIMED), choices=list(MODES))
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of a cell")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="output tokens of a stream; of few, 4 times that"
+    )
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run begins")
+    parser.add_argument("--check", type=int, metavar="ROWS", help="draw so many rows twice instead")
+    parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's compilation")
+    parser.add_argument("--env", nargs="*", default=[], metavar="NAME=VALUE", help="for the engines")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in options.shapes:
+            if options.check:
+                if bench.check(shape, Path(folder)) != 0:
+                    return 1
+            else:
+                bench.compare(shape, Path(folder))
+    if options.check:
+        return 0
+    bench.report["summary"] = summarise(bench.report)
+    (options.out / "engines.json").write_text(json.dumps(bench.report, indent=1) + "\n")
+    draw_plot(bench.report, options.out / "engines.png")
+    for cell in bench.report["summary"]:
+        print(
+            f"{cell['shape']:3} {cell['streams']:5} {cell['mode']:14} {cell['ratio']} {cell['tokens_per_s']} "
+            f"host {cell['host_us']}",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+// The host's side of the seats: who sits where, where the regions lie in the arena, and the message that
+// tells the device of a step. Needs no device.
+//
+// The host never learns a drawn token here. It counts output tokens, which is all that positions and
+// min_tokens need; what depends on the tokens themselves is kept by the device (seats.h).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "sampler/cuda/seats.h"
+#include "sampler/request.h"
+
+namespace twinjet::sampler::cuda {
+
+// Hands out ranges of units in sizes of powers of two; what is freed serves the same size again.
+class UnitArena {
+ public:
+  int32_t Take(int32_t units);
+  void Free(int32_t begin, int32_t units);  // as taken
+  static int32_t SizeOf(int32_t units);     // what Take reserves for so many
+  int32_t end() const { return end_; }      // units that were ever in use
+
+ private:
+  std::vector<std::vector<int32_t>> free_ = std::vector<std::vector<int32_t>>(31);
+  int32_t end_ = 0;
+};
+
+class SeatTable {
+ public:
+  explicit SeatTable(int32_t vocab_size) : vocab_size_(vocab_size) {}
+
+  // Seats a request with its history so far; who sat there leaves. Throws InvalidRequest for another
+  // vocabulary. seat: at least 0; the caller keeps seats dense.
+  void Put(int32_t seat, Request& request);
+  void Remove(int32_t seat);
+  bool Has(int64_t seat) const;
+  int32_t num_outputs(int64_t seat) const { return entries_[static_cast<size_t>(seat)]->num_outputs; }
+
+  // The message of a step with these rows, and the counts afterwards. seats: with kSkip for rows that are not
+  // ours. advances: the row's token becomes an output token. Valid until the next call.
+  static constexpr int64_t kSkip = -1;
+  std::span<const Unit> Build(std::span<const int64_t> seats, std::span<const uint8_t> advances);
+
+  // What the device must have room for before it takes the last message.
+  int32_t arena_units() const { return arena_.end(); }
+  int32_t num_seats() const { return static_cast<int32_t>(entries_.size()); }
+
+ private:
+  struct Entry {
+    uint64_t first_position = 0;
+    int32_t num_outputs = 0;
+    int32_t min_tokens = 0;  // 0 where there is nothing to mask before
+    bool counts_output = false;
+    int32_t begin = 0;  // of the region; -1: it has none
+    int32_t capacity = 0;
+    int32_t edits_at = 0;
+    int32_t max_edits = 0;  // at most so many are in the region
+    std::vector<Unit> fresh;
+  };
+
+  int32_t vocab_size_;
+  UnitArena arena_;
+  std::vector<std::unique_ptr<Entry>> entries_;
+  std::vector<Unit> message_;
+};
+
+}  // namespace twinjet::sampler::cuda

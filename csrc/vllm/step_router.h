@@ -1,0 +1,81 @@
+// StepRouter: from a message of vLLM's engine core into the pumps of the requests that it concerns.
+//
+//   router.Open(key, {&pump, pump_key, ...});   // the engine is given a request id that carries `key`
+//   router.Take(frames, now);                   // for each message
+//
+// Keys are the caller's and are never used twice. A sequence is forgotten when the engine has ended it, or by
+// Close(). The pumps must outlive their sequences here. Not thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "stream/pump.h"
+#include "vllm/core_outputs.h"
+
+namespace twinjet::vllm {
+
+struct Route {
+  stream::Pump* pump = nullptr;
+  stream::SequenceKey pump_key = 0;
+  // Most candidates a token and a prompt token are to have: those asked for and the token itself. The engine
+  // gives as many as any request of the batch asked for.
+  uint32_t width = 1;
+  uint32_t prompt_width = 1;
+};
+
+// A sequence whose end is an error; what its last row had is not put into its pump.
+struct IrregularEnd {
+  stream::SequenceKey key = 0;
+  stream::EngineFinish finish = stream::EngineFinish::kNone;  // kStop: no token was admissible
+  uint32_t num_tokens = 0;                                    // in the last row
+  bool had_tokens = false;                                    // in rows before
+};
+
+class StepRouter {
+ public:
+  void Open(stream::SequenceKey key, const Route& route) { sequences_[key].route = route; }
+  // Whether it was still open.
+  bool Close(stream::SequenceKey key) { return sequences_.erase(key) > 0; }
+
+  // Puts the message's rows into their pumps. Throws WireError, and then has put nothing.
+  void Take(std::span<const Frame> frames, double now);
+
+  // Of the last message.
+  const CoreMessage& message() const { return message_; }
+  const std::vector<IrregularEnd>& irregular() const { return irregular_; }
+  // Sequences that it ended, the irregular ones too.
+  const std::vector<stream::SequenceKey>& ended() const { return ended_; }
+  // Pumps that got rows.
+  const std::vector<stream::Pump*>& stepped() const { return stepped_; }
+
+  size_t num_open() const { return sequences_.size(); }
+
+ private:
+  struct Sequence {
+    Route route;
+    bool has_tokens = false;
+    bool told_prompt = false;
+    stream::StepOutputs prompt;  // parts of a long prompt's log probabilities
+  };
+  struct Group {
+    stream::Pump* pump = nullptr;
+    stream::StepOutputs outputs;
+  };
+
+  void Put(const stream::SequenceStep& row, Sequence* sequence);
+  stream::StepOutputs& OutputsOf(stream::Pump* pump);
+
+  std::unordered_map<stream::SequenceKey, Sequence> sequences_;
+  stream::StepOutputs step_;
+  CoreMessage message_;
+  std::vector<Group> groups_;  // kept for their memory; the first num_groups_ count
+  size_t num_groups_ = 0;
+  std::vector<IrregularEnd> irregular_;
+  std::vector<stream::SequenceKey> ended_;
+  std::vector<stream::Pump*> stepped_;
+};
+
+}  // namespace twinjet::vllm

@@ -1,0 +1,281 @@
+"""Drawing where the logits are, for both of vLLM's runners, without waiting for the device; imports torch.
+
+A running request has a seat: a place on the device for all that its next draw needs. It is filled when the
+request enters; afterwards the device itself enters each drawn token there, so a step sends 32 bytes a row and
+waits for nothing. What the host must learn of a draw, rows without a token, it reads once the engine has read
+the step's tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors
+
+from twinjet import _core
+from twinjet.engines.vllm.core.requests import native_request, reason_for_stock
+from twinjet.engines.vllm.fields import NO_TOKEN
+from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN
+from twinjet.sampling.cuda import has_cuda
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+LOGPROBS_MODES = {"raw_logprobs": "raw", "processed_logprobs": "processed"}
+
+# Steady decoding has one shape; more than this come and go with arrivals.
+_MAX_RINGS = 8
+
+Seats = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step's draw leaves on the device, on the stream that was current.
+
+    Attributes:
+        tokens: [rows, 1] of the dtype asked for; 0 where no token is admissible.
+        num_sampled: int32 [rows], 1 for the rows that advance, else 0.
+        num_rejected: int32 [rows] of zeros.
+        logprobs: as vLLM's sampler makes them, or None.
+    """
+
+    tokens: torch.Tensor
+    num_sampled: torch.Tensor
+    num_rejected: torch.Tensor
+    logprobs: LogprobsTensors | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """Room for a draw's results; the native sampler's arguments for it, and the views that go out."""
+
+    addresses: dict[str, int]
+    drawn: Drawn
+
+
+def _make_results(
+    rows: int, num_logprobs: int | None, token_dtype: torch.dtype, device: torch.device
+) -> _Results:
+    width = 0 if num_logprobs is None else 1 + num_logprobs
+    # int64 tokens first, then int32 lists, then logprobs.
+    packed = torch.empty((7 + 2 * width) * rows, dtype=torch.int32, device=device)
+    base, item = packed.data_ptr(), 4 * rows
+    is_wide = token_dtype == torch.int64
+    addresses = {
+        "token_ids": base + 4 * item, "status": base + 5 * item, "tokens64": base if is_wide else 0,
+        "tokens32": 0 if is_wide else base, "num_sampled": base + 2 * item,
+        "num_rejected": base + 3 * item, "ranks": base + 6 * item, "top_ids": base + 7 * item,
+        "top_logprobs": base + (7 + width) * item,
+    }  # fmt: skip
+    tokens = packed[: 2 * rows].view(torch.int64) if is_wide else packed[:rows]
+    logprobs = None
+    if num_logprobs is not None:
+        middle = (7 + width) * rows
+        logprobs = LogprobsTensors(
+            packed[7 * rows : middle].view(rows, width),
+            packed[middle:].view(torch.float32).view(rows, width),
+            packed[6 * rows : 7 * rows],
+        )
+    lists = packed[2 * rows : 3 * rows], packed[3 * rows : 4 * rows]
+    return _Results(addresses, Drawn(tokens.view(rows, 1), *lists, logprobs))
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A draw whose statuses the host has not read."""
+
+    receipt: Any
+    request_ids: Sequence[str]
+    advances: Flags
+    counters: Counter[str]
+
+    def failed(self) -> list[str]:
+        """Give the requests that have no admissible token. Waits for the draw; call it once."""
+        status = self.receipt.read()
+        if not status.any():
+            return []
+        self.counters["rows_with_nan"] += int(np.count_nonzero(status & STATUS_NAN))
+        empty = (status & STATUS_NO_TOKEN != 0) & self.advances
+        self.counters["rows_without_token"] += int(np.count_nonzero(empty))
+        return [self.request_ids[row] for row in np.flatnonzero(empty).tolist()]
+
+
+class DeviceDrawing:
+    """The seats of one engine's requests on one device, and the counters of what was drawn.
+
+    Attributes:
+        counters: what GetModel shows.
+        is_warming: the engine warms up; what goes to vLLM's sampler meanwhile is no fall-back.
+        native: the native sampler, made with `device`; tests give another.
+
+    A draw's results are overwritten by a draw that begins max_in_flight + 2 steps later: by then the engine has
+    read them.
+    """
+
+    target = "cuda"
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_rows: int,
+        logprobs_mode: str,
+        device: int,
+        native: Any = None,
+        *,
+        max_in_flight: int = 2,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.logprobs_mode = logprobs_mode
+        self.native = _core.SeatSampler(device, vocab_size, max_rows) if native is None else native
+        self.is_warming = False
+        self.reasons: dict[int, str] = {}
+        self._counters: Counter[str] = Counter()
+        self._unread: Unread | None = None
+        self._ring_size = max_in_flight + 2
+        self._rings: dict[tuple[int, int | None, torch.dtype], deque[_Results]] = {}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        waits = {f"device_waits.{cause}": count for cause, count in self.native.waits().items()}
+        return {**self._counters, **waits}
+
+    def enter(self, seat: int, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> str:
+        """Seat a request with its history, or say why vLLM's sampler must draw it."""
+        reason = reason_for_stock(params, prompt)
+        if reason:
+            self.native.remove(seat)
+            self.reasons[seat] = reason
+            return reason
+        request = native_request(params, self.vocab_size, prompt or ())
+        for token in output:
+            request.append(token)
+        self.native.put(seat, request)
+        self.reasons.pop(seat, None)
+        return ""
+
+    def leave(self, seat: int) -> None:
+        self.native.remove(seat)
+        self.reasons.pop(seat, None)
+
+    def reason(self, logits: torch.Tensor, seats: Seats, num_logprobs: int | None) -> str:
+        """Say why vLLM's sampler must draw this batch, "" if it need not."""
+        if logits.shape[0] != len(seats):
+            return "several_rows_a_request"
+        empty = self.native.first_empty(seats)
+        if empty >= 0:
+            return self.reasons.get(int(seats[empty]), "dummy_run")
+        if logits.dtype not in _DTYPES or logits.shape[1] != self.vocab_size or logits.stride(1) != 1:
+            return "logits_layout"
+        if num_logprobs is not None:
+            if num_logprobs > _core.CUDA_MAX_LOGPROBS:
+                return "more_logprobs_than_on_cuda"
+            if self.logprobs_mode not in LOGPROBS_MODES:
+                return "logprobs_mode"
+        return ""
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        seats: Seats,
+        advances: Flags,
+        num_logprobs: int | None,
+        request_ids: Sequence[str],
+        token_dtype: torch.dtype,
+    ) -> Drawn:
+        """Start the draw of one token for each row; a batch for which `reason` is "".
+
+        advances: rows whose token becomes part of the output; a row of an unfinished prefill does not.
+        token_dtype: torch.int64 or torch.int32.
+        """
+        results = self._results(len(seats), num_logprobs, token_dtype, logits.device)
+        receipt = self.native.draw(
+            seats,
+            advances,
+            logits.data_ptr(),
+            logits.stride(0),
+            _DTYPES[logits.dtype],
+            **results.addresses,
+            num_logprobs=-1 if num_logprobs is None else num_logprobs,
+            processed_logprobs=LOGPROBS_MODES.get(self.logprobs_mode) == "processed",
+            stream=torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
+        )
+        self._unread = Unread(receipt, request_ids, advances, self._counters)
+        self._counters["steps"] += 1
+        self._counters["rows"] += len(seats)
+        if results.drawn.logprobs is not None:
+            # Ids are turned into text also for a row that has no token and ends.
+            results.drawn.logprobs.logprob_token_ids.clamp_(min=0)
+        return results.drawn
+
+    def _results(
+        self, rows: int, num_logprobs: int | None, token_dtype: torch.dtype, device: torch.device
+    ) -> _Results:
+        """Give room for a draw's results: the oldest of this shape, or new."""
+        shape = (rows, num_logprobs, token_dtype)
+        ring = self._rings.pop(shape, None)
+        if ring is None:
+            ring = deque()
+            while len(self._rings) >= _MAX_RINGS:
+                self._rings.pop(next(iter(self._rings)))
+        self._rings[shape] = ring
+        if len(ring) == self._ring_size:
+            ring.rotate(-1)
+        else:
+            ring.append(_make_results(rows, num_logprobs, token_dtype, device))
+        return ring[-1]
+
+    def follow(self, seats: Seats, advances: Flags, tokens: torch.Tensor) -> None:
+        """Enter tokens that vLLM's sampler drew, [rows, 1] on the device, for the rows that have seats."""
+        ours = np.array([self.native.first_empty(seats[row : row + 1]) < 0 for row in range(len(seats))])
+        if not ours.any():
+            return
+        self.native.follow(
+            np.where(ours, seats, -1),
+            advances,
+            tokens.data_ptr(),
+            tokens.stride(0),
+            64 if tokens.dtype == torch.int64 else 32,
+            torch.cuda.current_stream(tokens.device).cuda_stream if tokens.is_cuda else 0,
+        )
+
+    def give_up(self, reason: str) -> None:
+        """Count a step that vLLM's sampler draws."""
+        if self.is_warming or reason == "dummy_run":
+            return
+        self._counters["stock_steps"] += 1
+        self._counters[f"stock_steps.{reason}"] += 1
+
+    def take_unread(self) -> Unread | None:
+        """Give, once, the last draw."""
+        unread, self._unread = self._unread, None
+        return unread
+
+
+def can_draw_on(device: torch.device) -> bool:
+    """Say whether logits on this device can be drawn there."""
+    return device.type == "cuda" and has_cuda()
+
+
+class MarkedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+    """A step's output whose requests without a token end when the host reads it."""
+
+    def __init__(self, inner: Any, unread: Unread) -> None:
+        self._inner = inner
+        self._unread = unread
+
+    def get_output(self) -> Any:
+        output = self._inner.get_output()
+        mark(output, self._unread.failed())
+        return output
+
+
+def mark(output: Any, failed: Sequence[str]) -> None:
+    """Put NO_TOKEN, a stop token of theirs, where these requests' tokens stand."""
+    for request_id in failed:
+        output.sampled_token_ids[output.req_id_to_index[request_id]] = [NO_TOKEN]

@@ -1,0 +1,307 @@
+"""Our client of vLLM's engine core: its ZeroMQ sockets and msgpack messages, without vLLM in this process.
+
+Requests are encoded here (wire.py). Each message that comes is one native call, which decodes it and puts it
+into the pumps of the requests that it concerns. Messages are taken on the event loop that watch() names, a
+bounded number a turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import zmq
+
+from twinjet import _core
+from twinjet.engines.vllm.facts import Facts
+from twinjet.engines.vllm.front import wire
+from twinjet.engines.vllm.front.link import Adapter
+from twinjet.engines.vllm.front.outputs import failure
+from twinjet.engines.vllm.front.params import sampling_fields
+from twinjet.errors import EngineDied, Unsupported
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from twinjet.engines.base import Run
+    from twinjet.engines.vllm.front.load import LoadReader
+    from twinjet.models.tokenizer import HfTokenizer
+    from twinjet.request import EngineRequest
+
+logger = logging.getLogger(__name__)
+
+_ENGINE = b"\x00\x00"
+"""The identity of the only engine: its rank in two bytes."""
+
+_DEAD = b"ENGINE_CORE_DEAD"
+_MESSAGES_A_TURN = 16
+
+_FINISHES: dict[int, Literal["no_token", "error", "abort"]] = {1: "no_token", 3: "abort", 4: "error"}
+"""What an irregular end was; numbers as in csrc/stream/step_outputs.h: EngineFinish."""
+
+
+class Endpoints:
+    """The sockets at which an engine core finds us, in a folder that only we may enter."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="twinjet-"))
+        self._context = zmq.Context()
+        self.handshake = self._bind(zmq.ROUTER, "handshake")
+        self.input = self._bind(zmq.ROUTER, "input")
+        self.output = self._bind(zmq.PULL, "output")
+        # A message for an engine that is gone raises, instead of being dropped.
+        self.input.setsockopt(zmq.ROUTER_MANDATORY, 1)
+
+    def address(self, name: str) -> str:
+        return f"ipc://{self._folder}/{name}"
+
+    def _bind(self, kind: int, name: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            socket.setsockopt(option, 0)
+        socket.bind(self.address(name))
+        return socket
+
+    def shake_hands(self, process: BaseProcess) -> dict[str, Any]:
+        """Wait until the engine has started; gives its EngineCoreReadyResponse.
+
+        Blocks. Raises EngineDied if its process ends before.
+        """
+        poller = zmq.Poller()
+        poller.register(self.handshake, zmq.POLLIN)
+        poller.register(self.input, zmq.POLLIN)
+        poller.register(process.sentinel, zmq.POLLIN)
+        ready: dict[str, Any] | None = None
+        is_started = False
+        while ready is None or not is_started:
+            events = dict(poller.poll())
+            if self.handshake in events:
+                identity, payload = self.handshake.recv_multipart()
+                if msgspec.msgpack.decode(payload)["status"] == "HELLO":
+                    self.handshake.send_multipart([identity, wire.encode(self._metadata())])
+                else:
+                    is_started = True
+            if self.input in events:
+                _, payload = self.input.recv_multipart()
+                ready = msgspec.msgpack.decode(payload)
+            if process.sentinel in events:
+                raise EngineDied(f"the engine did not start: its process ended with code {process.exitcode}")
+        return ready
+
+    def _metadata(self) -> dict[str, Any]:
+        """Give vLLM's EngineHandshakeMetadata."""
+        addresses = {
+            "inputs": [self.address("input")], "outputs": [self.address("output")], "coordinator_input": None,
+            "coordinator_output": None, "frontend_stats_publish_address": None,
+        }  # fmt: skip
+        return {"addresses": addresses, "parallel_config": {}}
+
+    def close(self) -> None:
+        """Close the sockets; idempotent."""
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Request:
+    """A request in the engine. keys: of its outputs, as the engine core's rows carry them."""
+
+    __slots__ = ("keys", "request", "run")
+
+    def __init__(self, request: EngineRequest, run: Run, keys: range) -> None:
+        self.request = request
+        self.run = run
+        self.keys = keys
+
+    def engine_id(self, key: int) -> str:
+        return f"{self.request.request_id}-{key:x}"
+
+
+class CoreLink:
+    """Implements Link. facts: with what is known since the start."""
+
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        facts: Facts,
+        tokenizer: HfTokenizer,
+        stats: LoadReader,
+    ) -> None:
+        self._endpoints = endpoints
+        self._facts = facts
+        self._tokenizer = tokenizer
+        self._stats = stats
+        self._router = _core.StepRouter()
+        self._requests: dict[str, _Request] = {}
+        self._by_key: dict[int, _Request] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._next_key = 1
+        self._call_numbers = itertools.count(1)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_death: Callable[[str], None] | None = None
+        self._is_dead = False
+
+    def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
+        self._loop, self._on_death = loop, on_death
+        loop.add_reader(self._endpoints.output.fileno(), self._on_readable)
+        # What came before is not announced again.
+        loop.call_soon(self._on_readable)
+
+    def submit(self, request: EngineRequest, run: Run, adapter: Adapter | None, *, native: bool) -> None:
+        if self._loop is None:
+            raise EngineDied("the engine is not running")
+        keys = range(self._next_key, self._next_key + request.sampling.n)
+        self._next_key = keys.stop
+        entry = _Request(request, run, keys)
+        self._send_request(entry, adapter, native=native)
+        self._requests[request.request_id] = entry
+
+    def _send_request(self, entry: _Request, adapter: Adapter | None, *, native: bool) -> None:
+        request, run = entry.request, entry.run
+        sampling = request.sampling
+        for index, key in enumerate(entry.keys):
+            fields = sampling_fields(sampling, index, native=native, grammar=request.grammar)
+            params = wire.core_params(fields, self._facts, self._tokenizer, native=native)
+            message = wire.add_request(
+                entry.engine_id(key), request.request_id, request.prompt_token_ids, params,
+                adapter=adapter, cache_salt=request.cache_salt, priority=-request.priority,
+            )  # fmt: skip
+            self._send(wire.ADD, message)
+            self._router.open(
+                key, run.outlet, run.key + index, num_logprobs=sampling.logprobs or 0,
+                num_prompt_logprobs=sampling.prompt_logprobs or 0,
+                is_native=self._tokenizer.vocabulary.is_native,
+            )  # fmt: skip
+            self._by_key[key] = entry
+
+    def cancel(self, request_id: str, output_index: int | None = None) -> None:
+        entry = self._requests.get(request_id)
+        if entry is None:
+            return
+        keys: Sequence[int] = entry.keys
+        if output_index is None:
+            del self._requests[request_id]
+            for key in keys:
+                self._by_key.pop(key, None)
+        else:
+            keys = (entry.keys[output_index],)
+        running = [entry.engine_id(key) for key in keys if self._router.close(key)]
+        if running and self._loop is not None and not self._is_dead:
+            # If it is gone, its death is noticed elsewhere, and there is nothing to stop.
+            with contextlib.suppress(EngineDied):
+                self._send(wire.ABORT, wire.encode(running))
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        assert self._loop is not None
+        number = next(self._call_numbers)
+        future = self._calls[number] = self._loop.create_future()
+        try:
+            self._send(wire.UTILITY, wire.encode((0, number, method, arguments)))
+            return await future
+        finally:
+            del self._calls[number]
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        await self.call("add_lora", wire.adapter_fields(adapter))
+
+    async def reset_prefix_cache(self) -> bool:
+        return bool(await self.call("reset_prefix_cache", False, False))
+
+    async def embed(
+        self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
+    ) -> Sequence[float]:
+        raise Unsupported("embed")
+
+    def shutdown(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            closed = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+            closed.result()
+        else:
+            self._endpoints.close()
+
+    async def _close(self) -> None:
+        """Close the sockets where they are read."""
+        assert self._loop is not None
+        self._loop.remove_reader(self._endpoints.output.fileno())
+        self._loop = None
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDied("the engine was stopped"))
+        self._endpoints.close()
+
+    def _send(self, kind: bytes, payload: bytes) -> None:
+        if self._loop is None:
+            raise EngineDied("the engine is not running")
+        try:
+            self._endpoints.input.send_multipart([_ENGINE, kind, payload], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise EngineDied(f"the engine does not take messages: {error}") from error
+
+    def _on_readable(self) -> None:
+        if self._loop is None:
+            return
+        for _ in range(_MESSAGES_A_TURN):
+            try:
+                frames = self._endpoints.output.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if frames == [_DEAD]:
+                self._tell_death("its engine core failed (EngineDeadError); its log says why")
+                return
+            try:
+                self._take(frames)
+            except _core.WireError as error:
+                self._tell_death(f"it sent a message that cannot be read: {error}")
+                return
+            except Exception as error:
+                # Whatever it is, streams would wait for ever for what was in the message.
+                logger.exception("a message of the engine was not delivered")
+                self._tell_death(f"its message was not delivered: {error!r}")
+                return
+        # The socket announces only what is new, so what is left is fetched after others had their turn.
+        self._loop.call_soon(self._on_readable)
+
+    def _tell_death(self, reason: str) -> None:
+        assert self._on_death is not None
+        self._is_dead = True
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDied(f"the engine died: {reason}"))
+        self._on_death(reason)
+
+    def _take(self, frames: Sequence[bytes]) -> None:
+        router = self._router
+        outlets = router.take(frames, time.monotonic())
+        for key, finish, num_tokens, _ in router.irregular:
+            entry = self._by_key.get(key)
+            if entry is not None:
+                is_constrained = entry.request.sampling.constraint is not None
+                entry.run.fail(
+                    failure(_FINISHES[finish], is_constrained=is_constrained, has_new_tokens=num_tokens > 0)
+                )
+        for outlet in outlets:
+            outlet.collect()
+        if (stats := router.stats) is not None:
+            self._stats.update(*stats)
+        self._stats.add_preemptions(router.num_preemptions)
+        if router.has_utility:
+            self._answer(msgspec.msgpack.decode(frames[0])[4])
+
+    def _answer(self, utility: Sequence[Any]) -> None:
+        number, failure, result = utility
+        future = self._calls.get(number)
+        if future is None or future.done():
+            return
+        if failure is not None:
+            future.set_exception(Exception(failure))
+        else:
+            # Beside the value stand the names of its types, which plain values do not need.
+            future.set_result(result[1])

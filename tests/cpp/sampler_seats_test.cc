@@ -1,0 +1,244 @@
+// What the device keeps of a request in its seat against the request itself: the device's two steps are run
+// here by one thread over memory of the host.
+#include <algorithm>
+#include <map>
+#include <optional>
+
+#include "check.h"
+#include "sampler/cuda/edits.h"
+#include "sampler/cuda/seat_table.h"
+
+using namespace twinjet::sampler;
+using namespace twinjet::sampler::cuda;
+
+namespace {
+
+constexpr int32_t kVocab = 70;  // no multiple of 32, and few enough that tokens repeat
+
+struct OneThread {
+  int32_t rank() const { return 0; }
+  int32_t size() const { return 1; }
+  void Sync() const {}
+  bool Any(bool value) const { return value; }
+  void Or(uint32_t* word, uint32_t bits) const { *word |= bits; }
+};
+
+// The device: memory that is poisoned where nobody has written.
+struct Device {
+  std::vector<Seat> seats;
+  std::vector<Unit> arena;
+  std::vector<Unit> message;
+  std::vector<DeviceRow> rows;
+
+  SeatMemory Receive(SeatTable& table, std::span<const Unit> sent, size_t num_rows) {
+    const Unit poison = {{0xa5a5a5a5u, 0xa5a5a5a5u, 0xa5a5a5a5u, 0xa5a5a5a5u}};
+    arena.resize(static_cast<size_t>(table.arena_units()), poison);
+    seats.resize(static_cast<size_t>(table.num_seats()));
+    message.assign(sent.begin(), sent.end());
+    rows.assign(num_rows, DeviceRow{});
+    return {seats.data(), arena.data(), message.data()};
+  }
+};
+
+// A token's edit, less what has no effect.
+struct Effect {
+  bool masked = false;
+  bool early_stop = false;
+  std::optional<float> bias;
+  bool seen = false;
+  uint32_t count = 0;
+  bool operator==(const Effect&) const = default;
+};
+
+std::map<int32_t, Effect> EffectsOf(const Edit* begin, const Edit* end, bool with_early_stops) {
+  std::map<int32_t, Effect> effects;
+  for (const Edit* edit = begin; edit != end; ++edit) {
+    CHECK(!effects.contains(edit->token_id));
+    Effect effect;
+    effect.masked = (edit->flags & kEditMasked) != 0;
+    effect.early_stop = with_early_stops && (edit->flags & kEditEarlyStop) != 0;
+    if ((edit->flags & kEditBias) != 0) effect.bias = edit->bias;
+    effect.seen = (edit->flags & kEditSeen) != 0;
+    effect.count = edit->output_count;
+    if (effect != Effect{}) effects[edit->token_id] = effect;
+  }
+  return effects;
+}
+
+int32_t AnyToken(std::mt19937_64& random) { return static_cast<int32_t>(random() % kVocab); }
+
+std::vector<int32_t> SomeTokens(std::mt19937_64& random, size_t most) {
+  std::vector<int32_t> tokens(random() % (most + 1));
+  for (int32_t& token : tokens) token = AnyToken(random);
+  return tokens;
+}
+
+struct Options {
+  RequestOptions options;
+  std::vector<int32_t> prompt, output, allowed;
+};
+
+void FillOptions(std::mt19937_64& random, Options* made) {
+  RequestOptions& options = made->options;
+  if (random() % 2 != 0) options.params.repetition_penalty = 1.3f;
+  if (random() % 2 != 0) options.params.frequency_penalty = 0.2f;
+  if (random() % 4 == 0) options.params.presence_penalty = 0.1f;
+  made->prompt = SomeTokens(random, 40);
+  if (!made->prompt.empty() && random() % 3 == 0) made->prompt[0] = kVocab + 5;  // another modality's
+  made->output = SomeTokens(random, random() % 2 != 0 ? 0 : 20);
+  options.prompt_token_ids = made->prompt;
+  options.output_token_ids = made->output;
+  options.position_offset = static_cast<int64_t>(made->prompt.size());
+  std::map<int32_t, float> biases;
+  for (const int32_t token : SomeTokens(random, 5)) biases[token] = static_cast<float>(random() % 9) - 4.0f;
+  for (const auto& [token, bias] : biases) options.biases.push_back({token, bias});
+  if (random() % 3 == 0) {
+    options.has_allowed = true;
+    made->allowed = SomeTokens(random, 60);
+    options.allowed_token_ids = made->allowed;
+  }
+  // Few different tokens, so that prefixes come true, and words that share their last token.
+  for (uint64_t i = random() % 6; i-- > 0;) {
+    std::vector<int32_t> word(1 + random() % 4);
+    for (int32_t& token : word) token = static_cast<int32_t>(random() % 4);
+    options.bad_words.push_back(word);
+  }
+  if (random() % 2 != 0) {
+    options.min_tokens = static_cast<int64_t>(random() % 30);
+    options.stop_token_ids = SomeTokens(random, 3);
+  }
+}
+
+void CheckRow(const Device& device, const DeviceRow& row, Request& request) {
+  const RowEdits expected = request.Edits();
+  std::vector<Edit> edits;
+  AppendEdits(expected, &edits);
+  const auto* all = reinterpret_cast<const Edit*>(device.arena.data());
+  const auto actual = EffectsOf(all + row.edit_begin, all + row.edit_end, row.has_early_stops != 0);
+  CHECK(actual == EffectsOf(edits.data(), edits.data() + edits.size(), true));
+  CHECK_EQ(row.constants.race.position, request.position());
+  CHECK_EQ(row.constants.race.seed, request.params().seed);
+  CHECK_EQ(row.bitmask_row, -1);
+  CHECK_EQ(row.allowed_at >= 0, expected.allowed_mask != nullptr);
+  if (expected.allowed_mask != nullptr) {
+    const auto* words = reinterpret_cast<const uint32_t*>(device.arena.data() + row.allowed_at);
+    CHECK(std::equal(words, words + (kVocab + 31) / 32, expected.allowed_mask));
+  }
+}
+
+}  // namespace
+
+TEST(seats_hold_what_their_requests_do) {
+  std::mt19937_64 random = test::Random();
+  for (int round = 0; round < 60; ++round) {
+    SeatTable table(kVocab);
+    Device device;
+    std::map<int64_t, std::unique_ptr<Request>> requests;
+    for (int step = 0; step < 120; ++step) {
+      for (int64_t seat = 0; seat < 12; ++seat) {
+        if (requests.contains(seat) ? random() % 40 != 0 : random() % 4 != 0) continue;
+        if (requests.contains(seat) && random() % 2 != 0) {
+          table.Remove(static_cast<int32_t>(seat));
+          CHECK(!table.Has(seat));
+          requests.erase(seat);
+          continue;
+        }
+        Options made;
+        FillOptions(random, &made);
+        made.options.params.seed = random();
+        requests[seat] = std::make_unique<Request>(kVocab, made.options);
+        table.Put(static_cast<int32_t>(seat), *requests[seat]);
+        CHECK_EQ(table.num_outputs(seat), static_cast<int32_t>(made.output.size()));
+      }
+      std::vector<int64_t> seats;
+      std::vector<uint8_t> advances;
+      for (const auto& [seat, request] : requests) {
+        if (random() % 5 == 0) continue;
+        seats.push_back(random() % 30 == 0 ? SeatTable::kSkip : seat);
+        advances.push_back(random() % 6 != 0 ? 1 : 0);
+      }
+      std::vector<size_t> order(seats.size());
+      for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+      std::shuffle(order.begin(), order.end(), random);
+      const SeatMemory memory = device.Receive(table, table.Build(seats, advances), seats.size());
+      for (const size_t i : order) BeginRow(OneThread(), memory, static_cast<int32_t>(i), device.rows.data());
+      for (size_t i = 0; i < seats.size(); ++i) {
+        if (seats[i] != SeatTable::kSkip) CheckRow(device, device.rows[i], *requests[seats[i]]);
+      }
+      for (const size_t i : order) {
+        const int32_t token = random() % 3 != 0 ? static_cast<int32_t>(random() % 4) : AnyToken(random);
+        EndRow(OneThread(), memory, static_cast<int32_t>(i), token);
+        if (seats[i] != SeatTable::kSkip && advances[i] != 0) requests[seats[i]]->Append(token);
+      }
+    }
+  }
+}
+
+TEST(a_row_without_a_token_changes_no_history) {
+  RequestOptions options;
+  options.params.frequency_penalty = 1.0f;
+  Request request(kVocab, options);
+  SeatTable table(kVocab);
+  table.Put(0, request);
+  Device device;
+  const std::vector<int64_t> seats = {0};
+  const std::vector<uint8_t> advances = {1};
+  for (int step = 0; step < 2; ++step) {
+    const SeatMemory memory = device.Receive(table, table.Build(seats, advances), 1);
+    BeginRow(OneThread(), memory, 0, device.rows.data());
+    CHECK_EQ(device.rows[0].edit_begin, device.rows[0].edit_end);
+    EndRow(OneThread(), memory, 0, -1);
+  }
+}
+
+TEST(plain_requests_send_32_bytes_a_step_and_take_no_room) {
+  SeatTable table(kVocab);
+  Request request(kVocab, RequestOptions());
+  table.Put(3, request);
+  const std::vector<int64_t> seats = {3};
+  const std::vector<uint8_t> advances = {1};
+  table.Build(seats, advances);
+  CHECK_EQ(table.Build(seats, advances).size_bytes(), size_t{32});
+  CHECK_EQ(table.arena_units(), 0);
+}
+
+TEST(regions_that_are_left_serve_again) {
+  RequestOptions options;
+  options.params.frequency_penalty = 1.0f;
+  SeatTable table(kVocab);
+  Device device;
+  const std::vector<int64_t> seats = {0};
+  const std::vector<uint8_t> advances = {1};
+  int32_t units = 0;
+  for (int round = 0; round < 50; ++round) {
+    Request request(kVocab, options);
+    table.Put(0, request);
+    for (int32_t step = 0; step < kVocab + 10; ++step) {
+      const SeatMemory memory = device.Receive(table, table.Build(seats, advances), 1);
+      BeginRow(OneThread(), memory, 0, device.rows.data());
+      EndRow(OneThread(), memory, 0, step % kVocab);
+    }
+    if (round == 0) units = table.arena_units();
+  }
+  CHECK_EQ(table.arena_units(), units);
+  CHECK(units <= 512);
+}
+
+TEST(requests_of_another_vocabulary_and_empty_seats_are_refused) {
+  SeatTable table(kVocab);
+  Request request(kVocab + 1, RequestOptions());
+  bool refused = false;
+  try {
+    table.Put(0, request);
+  } catch (const InvalidRequest&) {
+    refused = true;
+  }
+  CHECK(refused);
+  refused = false;
+  try {
+    table.Build(std::vector<int64_t>{0}, std::vector<uint8_t>{1});
+  } catch (const std::out_of_range&) {
+    refused = true;
+  }
+  CHECK(refused);
+}

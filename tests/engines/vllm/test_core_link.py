@@ -1,0 +1,342 @@
+"""CoreLink with an engine core that the test plays itself, over its real sockets; no vLLM needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+import zmq
+
+from tests.engines.vllm.support import GREEDY, request
+from twinjet.engines import pushed
+from twinjet.engines.base import Finish, OutputEvent, PromptEvent
+from twinjet.engines.vllm.facts import Facts
+from twinjet.engines.vllm.front.core_link import CoreLink, Endpoints
+from twinjet.engines.vllm.front.load import LoadReader
+from twinjet.errors import EngineDied, RequestFailed
+from twinjet.models.tokenizer import HfTokenizer
+
+EOS = 2
+
+FACTS = Facts(
+    version="0.32.0", device="cpu", source="m", tokenizer="", max_model_len=100, vocab_size=49152,
+    max_logprobs=5, max_num_seqs=4, has_adapters=False, has_prefix_cache=True, has_priority=True,
+    default_sampling={}, eos=EOS, generation_eos=(), settings={},
+)  # fmt: skip
+
+
+def output(
+    request_id: str, tokens: list[int], finish: int | None = None, stop: Any = None, cached: int | None = None
+) -> list[Any]:
+    prefill = None if cached is None else {"num_cached_tokens": cached}
+    return [request_id, tokens, None, None, None, finish, stop, None, None, None, None, prefill, None, 0,
+            None, None, None, None]  # fmt: skip
+
+
+@dataclass
+class Core:
+    """The engine core's end of the sockets."""
+
+    input: zmq.Socket[bytes]
+    output: zmq.Socket[bytes]
+    link: CoreLink
+    stats: LoadReader
+    tokenizer: HfTokenizer
+    deaths: list[str] = field(default_factory=list)
+
+    def receive(self) -> tuple[bytes, Any]:
+        assert self.input.poll(2000), "nothing came"
+        kind, payload = self.input.recv_multipart()
+        return kind, msgspec.msgpack.decode(payload)
+
+    def send(self, outputs: list[Any], stats: Any = None, utility: Any = None) -> None:
+        self.output.send(msgspec.msgpack.encode([0, outputs, stats, 1.0, utility, None, None, None, None]))
+
+
+@pytest_asyncio.fixture
+async def core(demo_model_path: Path) -> AsyncIterator[Core]:
+    endpoints = Endpoints()
+    context = zmq.Context()
+    dealer, push = context.socket(zmq.DEALER), context.socket(zmq.PUSH)
+    dealer.setsockopt(zmq.IDENTITY, b"\x00\x00")
+    dealer.connect(endpoints.address("input"))
+    push.connect(endpoints.address("output"))
+    dealer.send(b"ready")
+    assert endpoints.input.poll(2000)
+    endpoints.input.recv_multipart()
+    stats, tokenizer = LoadReader(64), HfTokenizer(demo_model_path)
+    link = CoreLink(endpoints, FACTS, tokenizer, stats)
+    played = Core(dealer, push, link, stats, tokenizer)
+    link.watch(asyncio.get_running_loop(), played.deaths.append)
+    yield played
+    await asyncio.to_thread(link.shutdown)
+    context.destroy(linger=0)
+
+
+class Requests:
+    """Stands for the engine: requests go through the link as VllmEngine hands them over."""
+
+    def __init__(self, core: Core) -> None:
+        self.tokenizer = core.tokenizer
+        self._link = core.link
+        self.cancel = core.link.cancel
+
+    def describe(self) -> Any:
+        return SimpleNamespace(eos_token_ids=(EOS,))
+
+    def submit(self, wanted: Any, run: Any) -> None:
+        self._link.submit(wanted, run, None, native=True)
+
+
+class Reader:
+    """Reads one request in a task of its own."""
+
+    def __init__(self, core: Core, request_id: str = "r", **changed: Any) -> None:
+        self.wanted = request(request_id, [5, 6], replace(GREEDY, max_tokens=999, **changed))
+        self.events: list[Any] = []
+        self.task = asyncio.create_task(self._read(Requests(core)))
+
+    async def _read(self, engine: Any) -> None:
+        async with contextlib.aclosing(pushed.read(engine, self.wanted)) as events:
+            async for event in events:
+                self.events.append(event)
+
+    def outputs(self, index: int = 0) -> list[OutputEvent]:
+        return [e for e in self.events if isinstance(e, OutputEvent) and e.output_index == index]
+
+    def token_ids(self, index: int = 0) -> list[int]:
+        return [token for event in self.outputs(index) for token in event.token_ids]
+
+    def text(self) -> str:
+        return "".join(event.text for event in self.outputs())
+
+
+async def sent(core: Core) -> list[Any]:
+    """The next request that the engine core gets."""
+    await asyncio.sleep(0)
+    kind, message = core.receive()
+    assert kind == b"\x00"
+    fields: list[Any] = message
+    return fields
+
+
+async def test_a_request_goes_out_and_its_tokens_come_back(core: Core) -> None:
+    reader = Reader(core)
+    message = await sent(core)
+    assert (message[1], message[16]) == ([5, 6], "r")
+    words = core.tokenizer.encode("two three four", add_special_tokens=False)
+    core.send([output(message[0], words[:1], cached=3)])
+    core.send([output(message[0], words[1:], finish=1)])
+    await asyncio.wait_for(reader.task, 2)
+    assert reader.events[0] == PromptEvent(3)
+    assert reader.token_ids() == words
+    assert reader.text() == core.tokenizer.decode(words, skip_special_tokens=True)
+    assert reader.outputs()[-1].finish == Finish("length")
+    assert core.deaths == []
+    assert core.link._router.num_open == 0
+
+
+async def test_outputs_are_requests_of_their_own(core: Core) -> None:
+    reader = Reader(core, n=2, temperature=1.0)
+    first, second = await sent(core), await sent(core)
+    core.send([output(second[0], [8], finish=1, cached=0), output(first[0], [7], finish=1, cached=0)])
+    await asyncio.wait_for(reader.task, 2)
+    assert (reader.token_ids(0), reader.token_ids(1)) == ([7], [8])
+    assert sum(isinstance(event, PromptEvent) for event in reader.events) == 1
+
+
+async def test_a_stop_string_aborts_in_the_engine_and_cuts_the_tokens(core: Core) -> None:
+    words = core.tokenizer.encode("two three four", add_special_tokens=False)
+    stop = core.tokenizer.decode(words[:-1], skip_special_tokens=True)[-3:]
+    reader = Reader(core, stop=(stop,))
+    message = await sent(core)
+    core.send([output(message[0], words, cached=0)])
+    await asyncio.wait_for(reader.task, 2)
+    assert reader.token_ids() == words[:-1]
+    assert reader.outputs()[-1].finish == Finish("stop", stop)
+    assert core.receive() == (b"\x01", [message[0]])
+    core.send([output(message[0], words)], stats={"num_running_reqs": 4})
+    await until(lambda: core.stats.read().running == 4)
+
+
+async def test_irregular_ends_fail_their_request_alone(core: Core) -> None:
+    masked, broken, fine = (Reader(core, name) for name in ("masked", "broken", "fine"))
+    ids = [(await sent(core))[0] for _ in range(3)]
+    core.send(
+        [
+            output(ids[0], [-1], finish=0, stop=-1),
+            output(ids[1], [], finish=3),
+            output(ids[2], [8], finish=1, cached=0),
+        ]
+    )
+    await asyncio.wait_for(fine.task, 2)
+    for reader, reason in ((masked, "NO_ADMISSIBLE_TOKEN"), (broken, "ENGINE_ERROR")):
+        with pytest.raises(RequestFailed) as raised:
+            await asyncio.wait_for(reader.task, 2)
+        assert raised.value.reason == reason
+        assert reader.token_ids() == []
+    assert fine.token_ids() == [8]
+
+
+async def test_log_probabilities_have_as_many_rivals_as_were_asked_for(core: Core) -> None:
+    """A batch's arrays are as wide as its widest request, and a long prompt's come in parts."""
+    reader = Reader(core, logprobs=1, prompt_logprobs=1)
+    message = await sent(core)
+    part = output(message[0], [])
+    part[3] = logprobs([[6, 1, 2]], [3])
+    core.send([part])
+    first = output(message[0], [9], cached=0, finish=1)
+    first[2] = logprobs([[9, 4, 9]], [2])
+    core.send([first])
+    await asyncio.wait_for(reader.task, 2)
+    prompt = reader.events[0]
+    assert [(x.chosen.token_id, x.chosen.rank) for x in prompt.logprobs] == [(6, 3)]
+    assert [[top.token_id for top in x.top] for x in prompt.logprobs] == [[1]]
+    (entry,) = reader.outputs()[0].logprobs
+    assert (entry.chosen.token_id, entry.chosen.rank, [top.token_id for top in entry.top]) == (9, 2, [4])
+
+
+def logprobs(ids: list[list[int]], ranks: list[int]) -> list[Any]:
+    def array(kind: str, shape: list[int], data: bytes) -> list[Any]:
+        return [kind, shape, msgspec.msgpack.Ext(3, data)]
+
+    shape = [len(ids), len(ids[0])]
+    values = [-0.5 * (i + 1) for _ in ids for i in range(shape[1])]
+    flat = [i for row in ids for i in row]
+    return [
+        array("<i4", shape, struct.pack(f"<{len(flat)}i", *flat)),
+        array("<f4", shape, struct.pack(f"<{len(values)}f", *values)),
+        array("<i8", [len(ranks)], struct.pack(f"<{len(ranks)}q", *ranks)),
+        None,
+    ]
+
+
+async def test_a_preempted_request_tells_of_its_prompt_once(core: Core) -> None:
+    reader = Reader(core)
+    message = await sent(core)
+    core.send([output(message[0], [7], cached=1)])
+    core.send([output(message[0], [8], cached=2, finish=1)])
+    await asyncio.wait_for(reader.task, 2)
+    assert [event for event in reader.events if isinstance(event, PromptEvent)] == [PromptEvent(1)]
+
+
+async def test_a_reader_that_leaves_aborts(core: Core) -> None:
+    reader = Reader(core)
+    message = await sent(core)
+    core.send([output(message[0], [7], cached=0)])
+    await until(lambda: reader.token_ids() == [7])
+    reader.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader.task
+    assert core.receive() == (b"\x01", [message[0]])
+    assert core.link._router.num_open == 0
+    core.send([output(message[0], [7])], stats={"num_running_reqs": 4})
+    await until(lambda: core.stats.read().running == 4)
+
+
+async def test_rows_of_unknown_requests_are_left_out(core: Core) -> None:
+    reader = Reader(core)
+    message = await sent(core)
+    core.send([output("x-ffff", [5]), output("no key", [5]), output(message[0], [7], finish=1, cached=0)])
+    await asyncio.wait_for(reader.task, 2)
+    assert reader.token_ids() == [7]
+
+
+async def until(holds: Any) -> None:
+    async with asyncio.timeout(2):
+        while not holds():
+            await asyncio.sleep(0)
+
+
+async def test_statistics_and_preemptions(core: Core) -> None:
+    stats = {
+        "num_running_reqs": 2,
+        "num_waiting_reqs": 1,
+        "num_skipped_waiting_reqs": 3,
+        "kv_cache_usage": 0.5,
+    }
+    row = output("x-1", [1])
+    row[7] = [{"type": 3, "timestamp": 1.0}, {"type": 2, "timestamp": 1.0}]
+    core.send([row], stats=stats)
+    await until(lambda: core.stats.read().running == 2)
+    load = core.stats.read()
+    assert (load.waiting, load.kv_blocks_used, load.preemptions) == (4, 32, 1)
+
+
+async def test_calls_give_results_and_failures(core: Core) -> None:
+    good = asyncio.create_task(core.link.call("get_supported_tasks", 1, "x"))
+    bad = asyncio.create_task(core.link.call("add_lora"))
+    await asyncio.sleep(0)
+    kind, (client, number, method, arguments) = core.receive()
+    assert (kind, client, method, arguments) == (b"\x03", 0, "get_supported_tasks", [1, "x"])
+    _, (_, other, _, _) = core.receive()
+    core.send([], utility=[other, "it went wrong", None])
+    core.send([], utility=[number, None, [None, ["generate"]]])
+    core.send([], utility=[987654, None, [None, 1]])
+    assert await good == ["generate"]
+    with pytest.raises(Exception, match="it went wrong"):
+        await bad
+
+
+@pytest.mark.parametrize("message", [b"ENGINE_CORE_DEAD", b"\x99\x00", b""])
+async def test_a_death_or_an_unreadable_message_ends_it(core: Core, message: bytes) -> None:
+    waiting = asyncio.create_task(core.link.call("anything"))
+    await asyncio.sleep(0)
+    core.output.send(message)
+    with pytest.raises(EngineDied):
+        await asyncio.wait_for(waiting, 2)
+    assert len(core.deaths) == 1
+
+
+async def test_many_messages_leave_the_loop_its_turns(core: Core) -> None:
+    reader = Reader(core, ignore_eos=True)
+    message = await sent(core)
+    for number in range(400):
+        core.send([output(message[0], [7])], stats={"num_running_reqs": number})
+    turns = 0
+    async with asyncio.timeout(5):
+        while core.stats.read().running < 399:
+            turns += 1
+            await asyncio.sleep(0)
+    assert turns >= 400 / 16
+    reader.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader.task
+
+
+async def test_nothing_is_sent_after_the_end(core: Core) -> None:
+    waiting = asyncio.create_task(core.link.call("anything"))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(core.link.shutdown)
+    with pytest.raises(EngineDied):
+        await waiting
+    with pytest.raises(EngineDied):
+        await Reader(core).task
+
+
+def _nothing() -> None:
+    pass
+
+
+def test_an_engine_that_ends_before_the_handshake_is_noticed() -> None:
+    endpoints = Endpoints()
+    # Forking with the threads of ZeroMQ around is not sound.
+    process = get_context("spawn").Process(target=_nothing)
+    process.start()
+    try:
+        with pytest.raises(EngineDied, match="ended with code"):
+            endpoints.shake_hands(process)
+    finally:
+        process.join()
+        endpoints.close()
+        endpoints.close()
