@@ -7,7 +7,7 @@ import pytest
 
 from tests.engines.vllm.support import GREEDY
 from twinjet.engines.vllm.fields import EXTRA_KEY
-from twinjet.errors import ConfigError, InvalidRequest
+from twinjet.errors import ConfigError, InvalidRequest, Unsupported
 from twinjet.grammar.room import CompiledGrammar
 from twinjet.grammar.vocabulary import Vocabulary
 from twinjet.request import Constraint
@@ -87,7 +87,7 @@ def test_a_constraint_goes_in_as_a_note_of_its_compiled_grammar() -> None:
     from twinjet.engines.vllm.front.params import sampling_params
 
     sampling = replace(GREEDY, constraint=Constraint("regex", "a"), stop_token_ids=(9,))
-    with pytest.raises(ValueError, match="compiled"):
+    with pytest.raises(Unsupported, match="tokenizer"):
         sampling_params(sampling, 0, native=True)
     made = sampling_params(sampling, 0, native=True, grammar=GRAMMAR)
     made._validate_structured_outputs(None, None, None)
