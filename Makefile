@@ -20,7 +20,8 @@ endif
 extension = -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
   -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
-.PHONY: serve venv test bench-frontend cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan
+.PHONY: serve venv test bench-frontend cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan \
+  fuzz-door
 
 # Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
 serve:
@@ -95,6 +96,17 @@ test-cpp test-cpp-asan test-cpp-tsan:
 	  -DTWINJET_CUDA=OFF -DTWINJET_PYTHON=OFF -DTWINJET_TESTS=ON
 	PATH=$(abspath $(BIN)):$$PATH cmake --build build/$@ -j 2 $(CPP_TEST_TARGET)
 	PATH=$(abspath $(BIN)):$$PATH ctest --test-dir build/$@ --output-on-failure $(CTEST_FLAGS)
+
+# Hostile bytes into the native door, under libFuzzer with the address and undefined-behaviour sanitizers; needs
+# clang. Not part of `make test`.
+FUZZ_CXX ?= clang++-14
+FUZZ_S ?= 300
+fuzz-door:
+	mkdir -p build/fuzz-door/corpus
+	$(FUZZ_CXX) -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc -Wall -Wextra \
+	  tests/fuzz/door_fuzz.cc csrc/door/call.cc csrc/door/mailbox.cc csrc/door/message_reader.cc csrc/door/session.cc \
+	  csrc/door/wire.cc -lnghttp2 -lz -o build/fuzz-door/door_fuzz
+	build/fuzz-door/door_fuzz -max_total_time=$(FUZZ_S) -max_len=4096 -artifact_prefix=build/fuzz-door/ build/fuzz-door/corpus
 
 # The extension itself under the address and undefined-behaviour sanitizers: its Python tests without an engine.
 # Not part of `make test`: its build alone takes some minutes.

@@ -9,7 +9,11 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
+
+#include "sampler/bad_text.h"
+#include "stream/vocabulary.h"
 
 namespace twinjet::bindings {
 namespace {
@@ -45,15 +49,13 @@ uint64_t Unsigned(const py::int_& value, const char* name, uint64_t most) {
   return result;
 }
 
-std::unique_ptr<PyRequest> MakeRequest(int64_t vocab_size, double temperature, int64_t top_k, double top_p,
-                                       double min_p, double repetition_penalty, double frequency_penalty,
-                                       double presence_penalty, const py::int_& seed,
-                                       const py::int_& output_index, std::optional<int64_t> position_offset,
-                                       const py::object& prompt_token_ids, const py::object& output_token_ids,
-                                       const std::optional<std::map<int64_t, double>>& logit_bias,
-                                       const py::object& allowed_token_ids,
-                                       const std::optional<std::vector<py::object>>& bad_words,
-                                       int64_t min_tokens, const py::object& stop_token_ids) {
+std::unique_ptr<PyRequest> MakeRequest(
+    int64_t vocab_size, double temperature, int64_t top_k, double top_p, double min_p,
+    double repetition_penalty, double frequency_penalty, double presence_penalty, const py::int_& seed,
+    const py::int_& output_index, std::optional<int64_t> position_offset, const py::object& prompt_token_ids,
+    const py::object& output_token_ids, const std::optional<std::map<int64_t, double>>& logit_bias,
+    const py::object& allowed_token_ids, const std::optional<std::vector<py::object>>& bad_words,
+    std::shared_ptr<sampler::BadText> bad_text, int64_t min_tokens, const py::object& stop_token_ids) {
   const auto narrow = [](int64_t value) {
     return static_cast<int32_t>(std::clamp<int64_t>(value, INT32_MIN, INT32_MAX));
   };
@@ -86,14 +88,61 @@ std::unique_ptr<PyRequest> MakeRequest(int64_t vocab_size, double temperature, i
   if (bad_words) {
     for (const py::object& word : *bad_words) options.bad_words.push_back(Tokens(word, "bad_words"));
   }
+  options.bad_text = std::move(bad_text);
   options.min_tokens = min_tokens;
   options.stop_token_ids = Tokens(stop_token_ids, "stop_token_ids");
   return std::make_unique<PyRequest>(sampler::Request(narrow(vocab_size), options));
 }
 
+std::shared_ptr<sampler::TokenTexts> TextsOf(const stream::Vocabulary& vocabulary) {
+  const auto size = static_cast<size_t>(vocabulary.size());
+  const bool is_native = vocabulary.joining() != stream::Joining::kFunction;
+  std::vector<std::string> made(is_native ? 0 : size);
+  std::vector<std::string_view> texts(size);
+  std::vector<uint8_t> special(size);
+  for (size_t i = 0; i < size; ++i) {
+    const auto id = static_cast<int32_t>(i);
+    const uint8_t flags = vocabulary.flags(id);
+    special[i] = (flags & stream::Vocabulary::kSpecial) != 0;
+    if ((flags & stream::Vocabulary::kKnown) == 0) continue;
+    texts[i] = is_native ? vocabulary.bytes(id) : (made[i] = vocabulary.TokenText(id));
+  }
+  return std::make_shared<sampler::TokenTexts>(texts, special);
+}
+
+void BindBadText(py::module_& module) {
+  py::class_<sampler::TokenTexts, std::shared_ptr<sampler::TokenTexts>>(
+      module, "TokenTexts",
+      "What each token of a model adds to a text, in the form that BadText needs; immutable.")
+      .def(py::init(&TextsOf), py::call_guard<py::gil_scoped_release>(), py::arg("vocabulary"))
+      .def_static(
+          "load",
+          [](const py::bytes& saved) {
+            return std::make_shared<sampler::TokenTexts>(
+                sampler::TokenTexts::Load(static_cast<std::string_view>(saved)));
+          },
+          py::arg("saved"), "Read what save() gave. Raises ValueError for anything else.")
+      .def("save", [](const sampler::TokenTexts& self) { return py::bytes(self.Save()); })
+      .def("__len__", &sampler::TokenTexts::size);
+  py::class_<sampler::BadText, std::shared_ptr<sampler::BadText>>(
+      module, "BadText",
+      R"(Strings that an output must not contain, over all ways to make them of tokens; immutable, for any requests.
+
+Args:
+    texts: of the model's tokens.
+    words: the strings; none may be empty.
+    skips_special: special tokens add nothing to the text.)")
+      .def(py::init([](std::shared_ptr<sampler::TokenTexts> texts, std::vector<std::string> words,
+                       bool skips_special) {
+             return std::make_shared<sampler::BadText>(std::move(texts), std::move(words), skips_special);
+           }),
+           py::arg("texts"), py::arg("words"), py::kw_only(), py::arg("skips_special") = true);
+}
+
 }  // namespace
 
 void BindSamplerRequest(py::module_& module) {
+  BindBadText(module);
   py::class_<PyRequest>(module, "SamplerRequest",
                         R"(One sequence's parameters and history, made once and used every step.
 
@@ -114,6 +163,7 @@ Args:
     logit_bias: token id to finite bias, added to the logit.
     allowed_token_ids: None allows all; otherwise only these.
     bad_words: token sequences that must not be completed.
+    bad_text: strings that the output's text must not contain.
     min_tokens: stop_token_ids are masked until the output has this many tokens (unless nothing else is left).
     stop_token_ids: see min_tokens.
 
@@ -129,13 +179,30 @@ Raises:
            py::arg("position_offset") = py::none(), py::arg("prompt_token_ids") = py::tuple(),
            py::arg("output_token_ids") = py::tuple(), py::arg("logit_bias") = py::none(),
            py::arg("allowed_token_ids") = py::none(), py::arg("bad_words") = py::none(),
-           py::arg("min_tokens") = 0, py::arg("stop_token_ids") = py::tuple())
+           py::arg("bad_text") = py::none(), py::arg("min_tokens") = 0,
+           py::arg("stop_token_ids") = py::tuple())
       .def(
           "append", [](PyRequest& self, int32_t token_id) { self.Idle().Append(token_id); },
           py::arg("token_id"), "Add an output token that was not drawn by a call with advance.")
       .def(
           "truncate", [](PyRequest& self, size_t n) { self.Idle().Truncate(n); },
           py::arg("num_output_tokens"), "Take back all output tokens but the first num_output_tokens.")
+      .def(
+          "banned_token_ids",
+          [](PyRequest& self) {
+            const sampler::RowEdits edits = self.Idle().Edits();
+            std::vector<int32_t> ids(edits.banned.begin(), edits.banned.end());
+            if (edits.allowed_mask != nullptr) {
+              for (int32_t id = 0; id < self.request.vocab_size(); ++id) {
+                if ((edits.allowed_mask[id / 32] >> (id % 32) & 1) == 0) ids.push_back(id);
+              }
+            }
+            return py::array_t<int32_t>(static_cast<py::ssize_t>(ids.size()), ids.data());
+          },
+          "Tokens that masks and bad words rule out now; some may come twice.")
+      .def_property_readonly(
+          "has_bad_text", [](const PyRequest& self) { return self.request.has_bad_text(); },
+          "Whether what is ruled out depends on the text of the output so far.")
       .def_property_readonly("vocab_size", [](const PyRequest& self) { return self.request.vocab_size(); })
       .def_property_readonly("seed", [](const PyRequest& self) { return self.request.params().seed; })
       .def_property_readonly("output_index",

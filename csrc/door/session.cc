@@ -22,6 +22,7 @@ constexpr size_t kHeaderBombFactor = 8;  // this many times the limit ends the c
 constexpr int64_t kLateCalls = 64;       // handlers of reset calls that may still be at work
 constexpr int kMaxPingStrikes = 2;
 constexpr double kDrainNoticeS = 1;
+constexpr double kLastWordsS = 5;              // for the socket to take what is sent before a close
 constexpr size_t kMaxTrailerBytes = 32 << 10;  // beyond which trailers are left out
 constexpr size_t kKeptOutBytes = 4 << 10;
 
@@ -848,6 +849,10 @@ void Session::OnTimer(Stream* stream) {
 bool Session::Tick() {
   const Options& limits = *loop_->options;
   const int64_t now_ns = loop_->now_ns;
+  if (is_closing_) {
+    if (closing_since_ns_ == 0) closing_since_ns_ = now_ns;
+    return now_ns - closing_since_ns_ < Nanoseconds(kLastWordsS);
+  }
   if (!is_settled_ && now_ns - started_at_ns_ >= Nanoseconds(limits.handshake_s)) return false;
   if (header_since_ns_ > 0 && now_ns - header_since_ns_ >= Nanoseconds(limits.header_s)) {
     ComplainAndClose(NGHTTP2_ENHANCE_YOUR_CALM, "slow_headers");

@@ -189,6 +189,7 @@ class Session {
   bool is_closing_ = false;  // nothing more is read
   bool is_draining_ = false;
   bool is_last_goaway_sent_ = false;
+  int64_t closing_since_ns_ = 0;  // as Tick saw it
   int64_t started_at_ns_;
   int64_t heard_at_ns_;
   int64_t pinged_at_ns_ = 0;  // 0: no ping of ours is unanswered

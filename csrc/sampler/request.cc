@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <sstream>
 
+#include "sampler/bad_text.h"
+
 namespace twinjet::sampler {
 namespace {
 
@@ -71,6 +73,8 @@ Request::Request(int32_t vocab_size, const RequestOptions& options)
     for (int32_t id : word) CheckToken(id, "bad word token");
   }
   banned_.reserve(bad_words_.size());
+  bad_text_ = options.bad_text;
+  if (bad_text_ != nullptr) MaskBadText();
   for (int32_t id : options.stop_token_ids) CheckToken(id, "stop token");
   stop_token_ids_ = options.stop_token_ids;
 
@@ -98,6 +102,7 @@ TokenUse* Request::UseOf(int32_t token_id) {
 void Request::Append(int32_t token_id) {
   CheckToken(token_id, "output token");
   output_token_ids_.push_back(token_id);
+  if (bad_text_ != nullptr) AddText(token_id);
   if (counts_output_) ++UseOf(token_id)->output_count;
 }
 
@@ -109,6 +114,28 @@ void Request::Truncate(size_t num_output_tokens) {
     if (counts_output_) --UseOf(output_token_ids_.back())->output_count;
     output_token_ids_.pop_back();
   }
+  if (bad_text_ == nullptr) return;
+  // Back as far as the tail reaches; tokens without text do not count.
+  size_t first = output_token_ids_.size();
+  for (size_t num_bytes = 0; first > 0 && num_bytes < bad_text_->num_tail_bytes();) {
+    num_bytes += bad_text_->TextOf(output_token_ids_[--first]).size();
+  }
+  tail_.clear();
+  for (size_t i = first; i < output_token_ids_.size(); ++i) AddText(output_token_ids_[i]);
+}
+
+void Request::MaskBadText() {
+  if (!bad_text_->masks_any()) return;
+  const size_t num_words = (static_cast<size_t>(vocab_size_) + 31) / 32;
+  const std::vector<uint32_t>& mask = bad_text_->allowed_mask();
+  if (allowed_mask_.empty()) allowed_mask_.assign(num_words, ~0u);
+  for (size_t i = 0; i < std::min(num_words, mask.size()); ++i) allowed_mask_[i] &= mask[i];
+}
+
+void Request::AddText(int32_t token_id) {
+  tail_ += bad_text_->TextOf(token_id);
+  const size_t most = bad_text_->num_tail_bytes();
+  if (tail_.size() > most) tail_.erase(0, tail_.size() - most);
 }
 
 RowConstants Request::Constants() const {
@@ -126,6 +153,13 @@ RowEdits Request::Edits() {
   banned_.clear();
   for (const std::vector<int32_t>& word : bad_words_) {
     if (EndsWith(std::span(word).first(word.size() - 1))) banned_.push_back(word.back());
+  }
+  if (bad_text_ != nullptr && !tail_.empty()) {
+    bad_text_->BannedAfter(tail_, &banned_);
+    // The texts may know more tokens than the model has.
+    std::erase_if(banned_, [this](int32_t id) { return id >= vocab_size_; });
+    std::sort(banned_.begin(), banned_.end());
+    banned_.erase(std::unique(banned_.begin(), banned_.end()), banned_.end());
   }
   RowEdits edits;
   edits.allowed_mask = allowed_mask_.empty() ? nullptr : allowed_mask_.data();

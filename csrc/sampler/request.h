@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -13,6 +14,8 @@
 #include "sampler/spec.h"
 
 namespace twinjet::sampler {
+
+class BadText;
 
 // A request that the specification does not allow; what() says which value and what is allowed.
 class InvalidRequest : public std::runtime_error {
@@ -29,6 +32,7 @@ struct RequestOptions {
   bool has_allowed = false;                   // true with an empty list: no token is admissible
   std::span<const int32_t> allowed_token_ids;
   std::vector<std::vector<int32_t>> bad_words;  // token sequences that must not be completed
+  std::shared_ptr<const BadText> bad_text;      // strings that must not be completed; may be null
   int64_t min_tokens = 0;                       // stop tokens are masked before this many outputs
   std::vector<int32_t> stop_token_ids;
 };
@@ -51,6 +55,8 @@ class Request {
 
   int32_t vocab_size() const { return vocab_size_; }
   const RowParams& params() const { return params_; }
+  // Whether some of Edits().banned depend on the text of the output so far.
+  bool has_bad_text() const { return bad_text_ != nullptr; }
   bool is_greedy() const { return constants_.is_greedy != 0; }
   uint64_t position() const { return position_offset_ + output_token_ids_.size(); }
   const std::vector<int32_t>& output_token_ids() const { return output_token_ids_; }
@@ -64,6 +70,8 @@ class Request {
   void CheckToken(int32_t token_id, const char* what) const;
   TokenUse* UseOf(int32_t token_id);
   bool EndsWith(std::span<const int32_t> tokens) const;
+  void MaskBadText();
+  void AddText(int32_t token_id);
 
   int32_t vocab_size_;
   RowParams params_;
@@ -78,6 +86,8 @@ class Request {
   std::vector<uint32_t> allowed_mask_;
   std::vector<std::vector<int32_t>> bad_words_;
   std::vector<int32_t> banned_;
+  std::shared_ptr<const BadText> bad_text_;
+  std::string tail_;  // the last bytes of the output's text, as far as bad_text_ asks for them
   size_t min_tokens_;
   std::vector<int32_t> stop_token_ids_;
 };

@@ -163,6 +163,9 @@ class Http2Client {
   std::vector<Goaway> goaways;
   int num_pings_received = 0;
   size_t num_data_frames = 0;
+  size_t num_data_bytes = 0;
+  size_t num_closed = 0;
+  bool does_keep_data = true;
   bool does_answer_pings = true;
 
  private:
@@ -207,10 +210,13 @@ class Http2Client {
     return 0;
   }
   static int OnData(nghttp2_session*, uint8_t, int32_t id, const uint8_t* bytes, size_t size, void* data) {
+    Of(data)->num_data_bytes += size;
+    if (!Of(data)->does_keep_data) return 0;
     Of(data)->answers_[id].data.append(reinterpret_cast<const char*>(bytes), size);
     return 0;
   }
   static int OnClose(nghttp2_session*, int32_t id, uint32_t error_code, void* data) {
+    ++Of(data)->num_closed;
     Answer& answer = Of(data)->answers_[id];
     answer.is_closed = true;
     answer.error_code = error_code;

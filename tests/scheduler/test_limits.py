@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.scheduler.helpers import make_info, make_request
 from twinjet.errors import DeadlinePassed, DeadlineUnreachable, InvalidRequest, Overloaded
-from twinjet.scheduler import SchedulerSettings, orca_report
+from twinjet.scheduler import SchedulerSettings
 from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
 from twinjet.scheduler.quota import RetryPacer, TokenBucket
@@ -213,21 +213,6 @@ def test_meters() -> None:
         rate.observe(i / 100, total, backlogged=True)
     rate.observe(20.0, total, backlogged=False)
     assert rate.rate(20.0) == pytest.approx(100, rel=0.02)
-
-
-def test_a_load_report_has_the_wire_form_of_its_message() -> None:
-    core = start(slots=4)
-    for i in range(6):
-        core.offer(make_request(f"r{i}"), 0.0)
-    while core.take(0.0) is not None:
-        pass
-    report = orca_report(core.load(0.0), max_running=4, cpu_utilization=0.5)
-    assert report.application_utilization == 1.5
-    assert report.named_metrics["waiting"] == 2.0
-    wire = report.encode()
-    assert wire[:9] == b"\x09\x00\x00\x00\x00\x00\x00\xe0\x3f"  # field 1, double 0.5
-    assert b"\x49\x00\x00\x00\x00\x00\x00\xf8\x3f" in wire  # field 9, double 1.5
-    assert b"\x42\x12\x0a\x07waiting\x11\x00\x00\x00\x00\x00\x00\x00\x40" in wire
 
 
 def test_a_quiet_time_does_not_make_the_queue_look_slow() -> None:

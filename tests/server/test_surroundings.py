@@ -7,7 +7,6 @@ import importlib
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
 from urllib.request import urlopen
 
 import grpc
@@ -17,7 +16,6 @@ from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.harness import Serve, collect, details
-from twinjet.server.inference import InferenceServicer
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 SHORT = generation_pb2.GenerateRequest(text="x", sampling=sampling_pb2.SamplingParams(max_tokens=3))
@@ -173,21 +171,6 @@ async def test_queues_refusals_and_the_engine_are_seen_over_http(serve: Serve) -
     assert after["twinjet_requests_refused_total kept queue_full"] == 1
     assert after["twinjet_requests_refused_total deadline kept"] == 0
     assert after["twinjet_requests_expired_total kept"] == 0
-
-
-async def test_a_finished_stream_carries_a_load_report(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen on the server's side, since gRPC's C core keeps this trailer from the application."""
-    sent: list[Any] = []
-    stream = InferenceServicer._stream
-
-    async def spy(self: InferenceServicer, *args: Any) -> None:
-        await stream(self, *args)
-        sent.extend(args[-2].trailing_metadata())
-
-    monkeypatch.setattr(InferenceServicer, "_stream", spy)
-    h = await serve({"max_num_seqs": 4})
-    await collect(h.inference.Generate(SHORT))
-    assert b"output_tokens_per_second" in dict(sent)["endpoint-load-metrics-bin"]
 
 
 async def test_get_load_tells_the_door(serve: Serve, door: str) -> None:

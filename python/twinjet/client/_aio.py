@@ -36,7 +36,8 @@ from twinjet.client._calls import (
     ready_or_loading,
     time_limit,
 )
-from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
+from twinjet.client._channel import call_metadata
+from twinjet.client._channel import channel_options as all_options
 from twinjet.client._errors import (
     DeadlinePassed,
     IncompleteStream,
@@ -181,9 +182,11 @@ class AsyncStream:
 class AsyncClient:
     """A connection to a Twinjet server, for one event loop. Close it, or use `async with`.
 
-    address: host:port. credentials: for TLS, None is plain text. token: the admin token. retry: when to try again.
-    timeout_s: deadline of calls that name none; None is no deadline. metadata: sent with every call; a call's own
-    comes before it. Raises ValueError for an address, token, time or metadata that cannot be used.
+    address: host:port, or several servers, among which calls are spread by their load: "dns:///HOST:PORT" for all
+    addresses of a name, "ipv4:IP:PORT,IP:PORT" for a list. credentials: for TLS, None is plain text. token: the admin
+    token. retry: when to try again. timeout_s: deadline of calls that name none; None is no deadline. metadata: sent
+    with every call; a call's own comes before it. Raises ValueError for an address, token, time or metadata that
+    cannot be used.
     """
 
     def __init__(
@@ -202,7 +205,7 @@ class AsyncClient:
         self._metadata = merged_metadata(call_metadata(token), metadata)
         self._retry = retry or RetryPolicy()
         self._timeout_s = time_limit(timeout_s)
-        options = [*CHANNEL_OPTIONS, *channel_options]
+        options = all_options(address, channel_options)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=options)
         else:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -14,6 +19,36 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # Despite its name, how long one try to connect may take.
     ("grpc.min_reconnect_backoff_ms", 5_000),
 ]
+
+
+_SEVERAL = re.compile(r"(dns|ipv4|ipv6):", re.IGNORECASE)
+
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [
+        {
+            "weighted_round_robin": {
+                "enableOobLoadReport": True,
+                "oobReportingPeriod": "1s",
+                "blackoutPeriod": "2s",
+                "weightUpdatePeriod": "1s",
+                "weightExpirationPeriod": "180s",
+                "errorUtilizationPenalty": 1.0,
+            }
+        },
+        {"round_robin": {}},
+    ],
+    "healthCheckConfig": {"serviceName": ""},
+}
+"""How calls are spread over several servers: by the load that each of them reports, past those that do not serve."""
+
+
+def channel_options(address: str, further: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Give the options of a channel. An address that may stand for several servers is balanced; further ones win."""
+    options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
+    if _SEVERAL.match(address):
+        options.append(("grpc.service_config", json.dumps(SERVICE_CONFIG)))
+    given = {name for name, _ in further}
+    return [*((name, value) for name, value in options if name not in given), *further]
 
 
 def call_metadata(token: str) -> list[tuple[str, str]]:

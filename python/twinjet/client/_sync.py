@@ -38,7 +38,8 @@ from twinjet.client._calls import (
     ready_or_loading,
     time_limit,
 )
-from twinjet.client._channel import CHANNEL_OPTIONS, call_metadata
+from twinjet.client._channel import call_metadata
+from twinjet.client._channel import channel_options as all_options
 from twinjet.client._errors import (
     Cancelled,
     DeadlinePassed,
@@ -131,7 +132,7 @@ class Stream:
 
     def text(self) -> str:
         """Read to the end and give the text of the first output."""
-        return (self.completion()).text
+        return self.completion().text
 
     def completion(self) -> Completion:
         """Read to the end and give everything."""
@@ -201,9 +202,11 @@ class Stream:
 class Client:
     """A connection to a Twinjet server, for code without an event loop; thread-safe. Close it, or use `with`.
 
-    address: host:port. credentials: for TLS, None is plain text. token: the admin token. retry: when to try again.
-    timeout_s: deadline of calls that name none; None is no deadline. metadata: sent with every call; a call's own
-    comes before it. Raises ValueError for an address, token, time or metadata that cannot be used.
+    address: host:port, or several servers, among which calls are spread by their load: "dns:///HOST:PORT" for all
+    addresses of a name, "ipv4:IP:PORT,IP:PORT" for a list. credentials: for TLS, None is plain text. token: the admin
+    token. retry: when to try again. timeout_s: deadline of calls that name none; None is no deadline. metadata: sent
+    with every call; a call's own comes before it. Raises ValueError for an address, token, time or metadata that
+    cannot be used.
     """
 
     def __init__(
@@ -222,7 +225,7 @@ class Client:
         self._metadata = merged_metadata(call_metadata(token), metadata)
         self._retry = retry or RetryPolicy()
         self._timeout_s = time_limit(timeout_s)
-        options = [*CHANNEL_OPTIONS, *channel_options]
+        options = all_options(address, channel_options)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
@@ -352,7 +355,7 @@ class Client:
     ) -> str:
         """Give the text of token ids."""
         request = detokenize_request(token_ids, model, skip_special_tokens)
-        return (self._unary(self._inference.Detokenize, request, timeout_s, metadata)).text
+        return self._unary(self._inference.Detokenize, request, timeout_s, metadata).text
 
     def embed(
         self,
@@ -379,7 +382,7 @@ class Client:
     ) -> Model:
         """Describe one model; answers while it loads."""
         request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return model_of((self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
+        return model_of(self._unary(self._models.GetModel, request, timeout_s, metadata).model)
 
     def wait_ready(
         self,
@@ -481,7 +484,7 @@ class Client:
         """
         values = {"route": route_message(route), "revision": revision, "remove": remove}
         request = filled(routing_pb2.SetRouteRequest(), values)
-        return int((self._unary(self._admin.SetRoute, request, timeout_s, metadata)).revision)
+        return int(self._unary(self._admin.SetRoute, request, timeout_s, metadata).revision)
 
     def add_deployment(
         self,
@@ -498,7 +501,7 @@ class Client:
         or a local server.
         """
         request = add_request(name, settings, public=public)
-        return int((self._unary(self._admin.AddDeployment, request, timeout_s, metadata)).revision)
+        return int(self._unary(self._admin.AddDeployment, request, timeout_s, metadata).revision)
 
     def remove_deployment(
         self,
@@ -526,7 +529,7 @@ class Client:
     ) -> bool:
         """Forget cached prefixes; False if running requests hold some. Needs the admin token or a local server."""
         request = filled(admin_pb2.ResetPrefixCacheRequest(), {"model": model})
-        return bool((self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata)).done)
+        return bool(self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata).done)
 
     def drain(
         self,

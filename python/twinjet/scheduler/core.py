@@ -134,6 +134,10 @@ class Scheduler:
         return self._ledger is None or self._ledger.reset()
 
     @property
+    def max_running(self) -> int:
+        return self._max_running
+
+    @property
     def is_idle(self) -> bool:
         return not self._entries
 

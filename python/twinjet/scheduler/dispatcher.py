@@ -157,6 +157,11 @@ class Dispatcher:
         """The load without tenants and request ids, in constant time: for reports with every call."""
         return self._core.totals(self._clock())
 
+    @property
+    def max_running(self) -> int:
+        """Sequences that may run at once; of the last engine, 0 before there was one."""
+        return self._core.max_running
+
     def load(self) -> SchedulerLoad:
         return self._core.load(self._clock())
 

@@ -17,25 +17,34 @@ from twinjet.server.wire import Malformed, deserializer
 
 if TYPE_CHECKING:
     from twinjet.server.doors import HandlerRegistry
+    from twinjet.server.load_reports import LoadReports
     from twinjet.server.metrics import Metrics
 
 logger = logging.getLogger("twinjet.server")
+
+COUNTED = frozenset({"Generate", "Chat", "Embed"})
+"""Methods that the load reports' rates are about."""
 
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
 
 def add_service(
-    server: HandlerRegistry, service: ServiceDescriptor, servicer: object, metrics: Metrics
+    server: HandlerRegistry,
+    service: ServiceDescriptor,
+    servicer: object,
+    metrics: Metrics,
+    load_reports: LoadReports,
 ) -> None:
     """Register every method of a service; the servicer has a coroutine of the same name for each."""
     handlers = {
-        method.name: _handler(method, getattr(servicer, method.name), metrics) for method in service.methods
+        method.name: _handler(method, getattr(servicer, method.name), metrics, load_reports)
+        for method in service.methods
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
 def _handler(
-    method: MethodDescriptor, behaviour: Behaviour, metrics: Metrics
+    method: MethodDescriptor, behaviour: Behaviour, metrics: Metrics, load_reports: LoadReports
 ) -> grpc.RpcMethodHandler[Any, Any]:
     make = (
         grpc.unary_stream_rpc_method_handler
@@ -43,7 +52,7 @@ def _handler(
         else grpc.unary_unary_rpc_method_handler
     )
     return make(
-        _guarded(method.name, behaviour, metrics),
+        _guarded(method.name, behaviour, metrics, load_reports),
         request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
         response_serializer=_serialize,
     )
@@ -54,43 +63,49 @@ def _serialize(message: Any) -> bytes:
     return message if type(message) is bytes else message.SerializeToString()
 
 
-def _guarded(name: str, behaviour: Behaviour, metrics: Metrics) -> Behaviour:
-    """Wrap a method so that every failure becomes exactly one status with details."""
+def _guarded(name: str, behaviour: Behaviour, metrics: Metrics, load_reports: LoadReports) -> Behaviour:
+    """Wrap a method so that every failure becomes one status with details, and every call reports the load."""
 
     async def call(request: Any, context: Any) -> Any:
         code = "CANCELLED"
         try:
-            response, failure = await _run(name, behaviour, request, context)
+            response, failure, error = await _run(name, behaviour, request, context)
             code = "OK" if failure is None else failure.code.name
         finally:
             metrics.count_call(name, code)
+        if name in COUNTED:
+            load_reports.count(error)
+        trailer = load_reports.trailer()
         if failure is not None:
             # Outside of any try: abort raises, and must not be caught again.
-            await context.abort(failure.code, failure.message, failure.trailing_metadata)
+            await context.abort(failure.code, failure.message, (*failure.trailing_metadata, *trailer))
+        context.set_trailing_metadata(trailer)
         return response
 
     return call
 
 
-async def _run(name: str, behaviour: Behaviour, request: Any, context: Any) -> tuple[Any, Failure | None]:
+async def _run(
+    name: str, behaviour: Behaviour, request: Any, context: Any
+) -> tuple[Any, Failure | None, BaseException | None]:
     try:
         if isinstance(request, Malformed):
             raise InvalidRequest(request.violations)
-        return await behaviour(request, context), None
+        return await behaviour(request, context), None, None
     except TwinjetError as error:
         logger.info("%s: %s: %s", name, type(error).__name__, error)
-        return None, to_failure(error)
+        return None, to_failure(error), error
     except BaseExceptionGroup as group:
         first = group.exceptions[0]
         if isinstance(first, TwinjetError):
-            return None, to_failure(first)
+            return None, to_failure(first), first
         logger.exception("%s failed", name)
-        return None, internal_failure()
+        return None, internal_failure(), group
     except asyncio.CancelledError:
         raise
     except grpc.aio.BaseError:
         # A write found the connection gone before gRPC had cancelled this handler.
         raise asyncio.CancelledError from None
-    except Exception:
+    except Exception as error:
         logger.exception("%s failed", name)
-        return None, internal_failure()
+        return None, internal_failure(), error

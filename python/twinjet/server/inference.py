@@ -16,8 +16,6 @@ from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, 
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
-from twinjet.scheduler import orca_report
-from twinjet.scheduler.orca import TRAILER as ORCA_TRAILER
 from twinjet.server import convert
 from twinjet.server.gate import Gate
 from twinjet.server.grammar import Grammars
@@ -288,8 +286,6 @@ class InferenceServicer:
                         await writer.write(message)
                 await writer.write(stream.summary())
                 self._metrics.observe_finished(model, deployment.name, stream)
-                report = orca_report(deployment.dispatcher.totals(), max_running=info.limits.max_num_seqs)
-                context.set_trailing_metadata(((ORCA_TRAILER, report.encode()),))
             finally:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
                 # write, by GeneratorExit, which allows no await.

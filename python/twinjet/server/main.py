@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import uvloop
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
-from grpc_health.v1 import _async as health_aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from twinjet.config import Config, DeploymentSettings, MirrorSettings
 from twinjet.engines.base import Engine
@@ -25,8 +23,11 @@ from twinjet.server.deployments import Deployments
 from twinjet.server.doors import make_door
 from twinjet.server.grammar import Grammars
 from twinjet.server.handlers import add_service
+from twinjet.server.health import SERVICE_NAME as HEALTH_SERVICE
+from twinjet.server.health import Health
 from twinjet.server.inference import InferenceServicer
 from twinjet.server.live import LiveRequests
+from twinjet.server.load_reports import LoadReports
 from twinjet.server.metrics import Metrics
 from twinjet.server.models import ModelServicer
 from twinjet.server.reflection import add_reflection
@@ -67,7 +68,8 @@ class Server:
         self.grammars = Grammars(GrammarRoom(limits), verify=config.grammar.verify)
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
-        self._health = health_aio.HealthServicer()
+        self.load_reports = LoadReports(self.deployments)
+        self._health = Health()
         self._health_updates: asyncio.Queue[str] = asyncio.Queue()
         self._door = make_door(config.server)
         self._tasks: list[asyncio.Task[None]] = []
@@ -80,9 +82,10 @@ class Server:
             self.metrics.watch(self.deployments)
             self._web = self._listen_http()
         for name in ["", *self.deployments.models, *(s.full_name for s in _SERVICES)]:
-            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+            self._health.set(name, False)
         await self._door.start()
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
+        self._tasks.append(asyncio.create_task(self.load_reports.run(), name="load reports"))
         for deployment in list(self.deployments.by_name.values()):
             deployment.supervisor.start()
 
@@ -169,12 +172,13 @@ class Server:
             ),
         ]
         for service, servicer in zip(_SERVICES, servicers, strict=True):
-            add_service(self._door, service, servicer, self.metrics)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._door)
+            add_service(self._door, service, servicer, self.metrics, self.load_reports)
+        self._health.add_to(self._door)
+        self.load_reports.add_to(self._door)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)
         names = [s.full_name for s in _SERVICES]
         names += [
-            health.SERVICE_NAME,
+            HEALTH_SERVICE,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
         ]
         add_reflection(self._door, names)
@@ -206,7 +210,6 @@ class Server:
 
     async def _publish_health(self) -> None:
         """Write health in one place and in order: each model, each service, and the server as a whole."""
-        status = health_pb2.HealthCheckResponse
         # Names that were taken away are told as not serving, since somebody may watch them.
         known: set[str] = set()
         while True:
@@ -215,9 +218,9 @@ class Server:
             known.update(serving)
             whole = any(serving.values())
             for name in ["", *(s.full_name for s in _SERVICES)]:
-                await self._health.set(name, status.SERVING if whole else status.NOT_SERVING)
+                self._health.set(name, whole)
             for model, is_serving in serving.items():
-                await self._health.set(model, status.SERVING if is_serving else status.NOT_SERVING)
+                self._health.set(model, is_serving)
 
 
 def _mirror(settings: MirrorSettings) -> Mirror:

@@ -37,6 +37,8 @@ logger = logging.getLogger("twinjet.server")
 _CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM = range(5)
 _WRITES_A_TURN = 32
 """After so many writes that did not have to wait a handler lets the others go on."""
+_CLEANUP_S = 10.0
+"""How long cancelled handlers may take to clean up."""
 _LINGER_S = 1.0
 """How long the answers of ended calls may take to leave when the door stops."""
 _TLS_CHECK_S = 5.0
@@ -390,7 +392,7 @@ class NativeDoor:
             context.finish(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
             context.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=_CLEANUP_S)
         if self._tls_watch is not None:
             self._tls_watch.cancel()
             await asyncio.gather(self._tls_watch, return_exceptions=True)

@@ -31,7 +31,7 @@ def settings(channel: ReportChannel, key: int, **changes: Any) -> DrawSettings:
     base = DrawSettings(
         key=key, report_path=channel.path, vocab_size=VOCAB, num_prompt_tokens=len(PROMPT), output_index=0,
         seed=11, temperature=0.9, top_p=0.95, top_k=40, min_p=0.0, repetition_penalty=1.2,
-        frequency_penalty=0.1, presence_penalty=0.0, logit_bias={97: 1.0}, allowed_token_ids=(), bad_words=(),
+        frequency_penalty=0.1, presence_penalty=0.0, logit_bias={97: 1.0}, allowed_token_ids=(), bad_text=None,
         min_tokens=0, max_tokens=16, end_token_ids=(256,), fault_token_id=256, num_logprobs=2,
     )  # fmt: skip
     return dataclasses.replace(base, **changes)

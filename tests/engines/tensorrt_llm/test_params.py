@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 
 from tests.engines.tensorrt_llm.test_outputs import NEUTRAL
-from twinjet.engines.fake import FakeTokenizer
 from twinjet.engines.tensorrt_llm.front.params import (
     EngineSampler,
     TokenFacts,
-    bad_word_ids,
     drawn_by_engine,
     drawn_by_us,
-    engine_priority,
 )
-from twinjet.errors import InvalidRequest, Unsupported
+from twinjet.errors import Unsupported
 from twinjet.request import Constraint, EngineRequest, Sampling
+from twinjet.sampling.bad_text import BadTextSettings
 
 TOKENS = TokenFacts(vocab_size=258, eos_token_ids=(256, 13), first_eos_token_id=256)
 NOTHING = EngineSampler(penalties=False, min_p=False, guided_backend=None, guided_decoding=None)
@@ -34,7 +32,13 @@ def request(**sampling: Any) -> EngineRequest:
 
 def ours(**sampling: Any) -> dict[str, Any]:
     return drawn_by_us(
-        request(**sampling), 2, TOKENS, key=5, report_path="/p", bad_words=((9,),), grammar=None
+        request(**sampling),
+        2,
+        TOKENS,
+        key=5,
+        report_path="/p",
+        bad_text=BadTextSettings("/texts", ("w",), True),
+        grammar=None,
     )
 
 
@@ -86,9 +90,7 @@ def test_nothing_is_left_to_the_engines_defaults() -> None:
 
 
 def test_a_forced_token_meets_no_rule_of_the_engines_own() -> None:
-    arguments = ours(
-        min_tokens=3, repetition_penalty=2.0, bad_words=("x",), logit_bias={1: 1.0}, min_p=0.5, seed=4
-    )
+    arguments = ours(min_tokens=3, repetition_penalty=2.0, logit_bias={1: 1.0}, min_p=0.5, seed=4)
     assert (arguments["top_k"], arguments["temperature"]) == (1, 1.0)
     forbidden = {"min_tokens", "bad", "embedding_bias", "guided_decoding", "repetition_penalty", "min_p"}
     assert not forbidden & arguments.keys()
@@ -150,18 +152,7 @@ def test_arguments_survive_the_way_to_the_worker() -> None:
     assert copy["logits_processor"].settings.logit_bias == {1: 2.0}
 
 
-def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
-    class SpacedTokenizer(FakeTokenizer):
-        """One token a word, another one after a space, as byte-pair tokenizers do."""
-
-        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-            return [hash(text) % 1000]
-
-    assert bad_word_ids(("a",), FakeTokenizer()) == ((97,),)
-    assert len(bad_word_ids(("a",), SpacedTokenizer())) == 2
-    with pytest.raises(InvalidRequest):
-        bad_word_ids((" ",), FakeTokenizer())
-
-
-def test_priority_spans_the_engines_range() -> None:
-    assert [engine_priority(p) for p in (-100, 0, 100)] == [0.0, 0.5, 1.0]
+def test_bad_words_are_strings_which_only_our_sampler_can_keep_out() -> None:
+    assert ours(bad_words=("w",))["logits_processor"].settings.bad_text == ("/texts", ("w",), True)
+    with pytest.raises(Unsupported, match="bad_words"):
+        engines(bad_words=("w",))

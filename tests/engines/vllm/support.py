@@ -46,7 +46,7 @@ def native_params(**changed: Any) -> Any:
     """Look like the SamplingParams that the engine makes for our sampler: seed 5, output 0."""
     fields = {
         "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0,
-        "presence_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None, "bad_words_token_ids": None,
+        "presence_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None,
         "min_tokens": 0, "all_stop_token_ids": set(), "logprobs": None, "logprob_token_ids": None,
         "thinking_token_budget": None, "trace_decode_token_ids": None,
         "extra_args": {EXTRA_KEY: {"temperature": 1.0, "seed": 5, "output_index": 0}},

@@ -95,7 +95,7 @@ class Requests:
         return SimpleNamespace(eos_token_ids=(EOS,))
 
     def submit(self, wanted: Any, run: Any) -> None:
-        self._link.submit(wanted, run, None, native=True)
+        self._link.submit(wanted, run, None, native=True, bad_text=None)
 
 
 class Reader:

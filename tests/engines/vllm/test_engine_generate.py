@@ -193,7 +193,11 @@ async def test_masks_and_biases(engine: VllmEngine) -> None:
     prompt = _prompt(engine)
     (best,) = (await collect(engine, request("m0", prompt, replace(GREEDY, max_tokens=1)))).only.token_ids
     banned = replace(GREEDY, max_tokens=1, bad_words=(" Paris",))
-    assert (await collect(engine, request("m1", prompt, banned))).only.token_ids != [best]
+    assert "bad_words" not in engine.describe().capabilities
+    with pytest.raises(Unsupported, match="bad_words"):
+        await collect(engine, request("m1", prompt, banned))
+    pushed = replace(GREEDY, max_tokens=1, logit_bias={best: -100.0})
+    assert (await collect(engine, request("m1", prompt, pushed))).only.token_ids != [best]
     allowed = replace(SAMPLED, allowed_token_ids=(5, 6), max_tokens=12, ignore_eos=True)
     drawn = (await collect(engine, request("m2", prompt, allowed))).only.token_ids
     assert len(drawn) == 12

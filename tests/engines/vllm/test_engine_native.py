@@ -135,6 +135,23 @@ async def test_every_field_is_drawn_natively(engine: VllmEngine) -> None:
     assert not any(name.startswith("stock_steps") for name in after)
 
 
+@pytest.mark.parametrize("word", ["Paris", " Paris", " ", "\n", "AB", "capital"])
+async def test_a_banned_string_is_in_no_text_whatever_its_tokens(engine: VllmEngine, word: str) -> None:
+    """Drawn hot and pushed towards the string's own tokens."""
+    spellings = (word, f" {word}", word.strip() or "x", *word)
+    pushed = {i for s in spellings for i in engine.tokenizer.encode(s, add_special_tokens=False)}
+    sampling = replace(
+        SAMPLED, temperature=1.5, n=4, bad_words=(word, "never"), max_tokens=40, ignore_eos=True,
+        logit_bias=dict.fromkeys(pushed, 8.0),
+    )  # fmt: skip
+    found = await collect(engine, request("banned", _prompt(engine), sampling))
+    assert len(found.outputs) == 4
+    for output in found.outputs.values():
+        assert len(output.token_ids) == 40
+        assert word not in output.text
+        assert word not in engine.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+
+
 async def test_temperatures_that_vllm_refuses(engine: VllmEngine) -> None:
     for temperature in (0.001, 3.0, 100.0):
         sampling = replace(SAMPLED, temperature=temperature, max_tokens=4, top_p=1.0)

@@ -11,6 +11,7 @@ from twinjet.errors import ConfigError, InvalidRequest, Unsupported
 from twinjet.grammar.room import CompiledGrammar
 from twinjet.grammar.vocabulary import Vocabulary
 from twinjet.request import Constraint
+from twinjet.sampling.bad_text import BadTextSettings
 
 GRAMMAR = CompiledGrammar("", Vocabulary("/vocabulary", "key", (2,)), 0)
 
@@ -27,23 +28,35 @@ def test_every_field_is_mapped() -> None:
         GREEDY, temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1,
         frequency_penalty=0.2, presence_penalty=-0.3, logit_bias={3: -5.0}, seed=7, n=2, max_tokens=9,
         min_tokens=2, stop=("a", "b"), stop_token_ids=(4,), include_stop=True, ignore_eos=True,
-        bad_words=("w",), allowed_token_ids=(3, 4), logprobs=2, prompt_logprobs=1, skip_special_tokens=False,
+        allowed_token_ids=(3, 4), logprobs=2, prompt_logprobs=1, skip_special_tokens=False,
         constraint=Constraint("regex", "x+"),
     )  # fmt: skip
     made = sampling_params(sampling, 0, native=False, grammar=GRAMMAR)
     found = (
         made.temperature, made.top_p, made.top_k, made.min_p, made.repetition_penalty, made.frequency_penalty,
         made.presence_penalty, made.logit_bias, made.seed, made.n, made.max_tokens, made.min_tokens, made.stop,
-        made.stop_token_ids, made.detokenize, made.ignore_eos, made.bad_words, made.allowed_token_ids,
+        made.stop_token_ids, made.detokenize, made.ignore_eos, made.allowed_token_ids,
         made.logprobs, made.prompt_logprobs,
     )  # fmt: skip
     assert found == (
-        0.7, 0.9, 40, 0.05, 1.1, 0.2, -0.3, {3: -5.0}, 7, 1, 9, 2, [], [4], False, True, ["w"], [3, 4], 2, 1,
+        0.7, 0.9, 40, 0.05, 1.1, 0.2, -0.3, {3: -5.0}, 7, 1, 9, 2, [], [4], False, True, [3, 4], 2, 1,
     )  # fmt: skip
     assert made.structured_outputs is not None
     assert GrammarNote.is_one(made.structured_outputs.grammar)
     assert made.output_kind == RequestOutputKind.DELTA
     assert sampling_params(sampling, 1, native=False, grammar=GRAMMAR).prompt_logprobs is None
+
+
+def test_bad_words_go_to_our_sampler_as_strings_and_are_refused_for_vllms() -> None:
+    from twinjet.engines.vllm.front.params import sampling_params
+
+    sampling = replace(GREEDY, bad_words=("w", "\n"))
+    settings = BadTextSettings("/texts", sampling.bad_words, True)
+    made = sampling_params(sampling, 0, native=True, bad_text=settings)
+    assert made.extra_args[EXTRA_KEY]["bad_text"] == ["/texts", ("w", "\n"), True]
+    assert not made.bad_words
+    with pytest.raises(Unsupported, match="bad_words"):
+        sampling_params(sampling, 0, native=False)
 
 
 @pytest.mark.parametrize("native", [False, True])

@@ -181,7 +181,7 @@ def test_steps_of_a_warm_up_are_no_fall_backs(wrapped: Any) -> None:
 def test_a_row_without_a_token_is_marked_on_the_host(wrapped: Any) -> None:
     from twinjet.engines.vllm.core.device_drawing import MarkedOutput
 
-    add(wrapped, 0, allowed_token_ids=[5], bad_words_token_ids=[[5]])
+    add(wrapped, 0, allowed_token_ids=[])
     add(wrapped, 1)
     made = wrapped(logits(2), batch([0, 1], [3, 3]))
     assert (made.sampled_token_ids >= 0).all()
@@ -194,7 +194,7 @@ def test_a_row_without_a_token_is_marked_on_the_host(wrapped: Any) -> None:
 
 
 def test_a_row_without_a_token_ends_no_request_whose_prefill_goes_on(wrapped: Any) -> None:
-    add(wrapped, 0, allowed_token_ids=[5], bad_words_token_ids=[[5]])
+    add(wrapped, 0, allowed_token_ids=[])
     wrapped(logits(1), batch([0], [2]))
     assert wrapped.take_unread().failed() == []
 

@@ -1,11 +1,13 @@
 """The native sampler's request table with look-alikes of vLLM's parameters; no vLLM needed."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.engines.vllm.support import native_params
+from twinjet._core import TokenTexts, Vocabulary
 from twinjet.engines.vllm.core.requests import RequestTable, reason_for_stock
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
 from twinjet.sampling import Request, Sampler
@@ -63,7 +65,10 @@ def test_tokens_that_the_host_does_not_know_yet_leave_the_request_to_vllm() -> N
     assert table.get("a", native_params(), [1], [4, 5]) == "tokens_not_known", "its position is lost for good"
 
 
-def test_every_field_reaches_the_native_request() -> None:
+def test_every_field_reaches_the_native_request(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    letters = Vocabulary("byte_level", [chr(33 + i) for i in range(VOCAB)], special=[])
+    texts.write_bytes(TokenTexts(letters).save())
     flat = np.zeros((1, VOCAB), np.float32)
 
     def first(**changed: Any) -> int:
@@ -71,13 +76,14 @@ def test_every_field_reaches_the_native_request() -> None:
         assert isinstance(request, Request)
         return draw(request, flat)
 
-    greedy = {"extra_args": {EXTRA_KEY: {"temperature": 0.0, "seed": 5, "output_index": 1}}}
+    greedy: dict[str, Any] = {"extra_args": {EXTRA_KEY: {"temperature": 0.0, "seed": 5, "output_index": 1}}}
     assert first(**greedy) == 0
-    assert first(**greedy, bad_words_token_ids=[[0]]) == 1
     assert first(**greedy, allowed_token_ids=[9, 11]) == 9
     assert first(**greedy, logit_bias={3: 2.0}) == 3
     assert first(**greedy, min_tokens=1, all_stop_token_ids={0, 1, NO_TOKEN}) == 2
-    assert first(**greedy, allowed_token_ids=[5], bad_words_token_ids=[[5]]) == -1
+    greedy["extra_args"][EXTRA_KEY]["bad_text"] = [str(texts), ["!", '"'], True]
+    assert first(**greedy) == 2
+    assert first(**greedy, allowed_token_ids=[1]) == -1
     drawn = {
         first(extra_args={EXTRA_KEY: {"temperature": 1.0, "seed": seed, "output_index": index}})
         for seed in range(8)

@@ -70,12 +70,12 @@ def _max_context_tokens(handle: EngineHandle, model: ModelFacts, kv_cache: KvCac
 def _capabilities(handle: EngineHandle, model: ModelFacts, drawing: Drawing) -> frozenset[Capability]:
     can = handle.engine_sampler
     found: set[Capability] = {
-        "generate", "logprobs", "prompt_logprobs", "logit_bias", "bad_words", "multiple_outputs", "priority",
+        "generate", "logprobs", "prompt_logprobs", "logit_bias", "multiple_outputs", "priority",
     }  # fmt: skip
     if model.tokenizer.has_chat_template:
         found.add("chat")
     if drawing.is_ours:
-        found |= {"penalties", "allowed_token_ids", "min_p", "seed"}
+        found |= {"penalties", "bad_words", "allowed_token_ids", "min_p", "seed"}
     if can.penalties:
         found |= {"penalties", "seed"}
     if can.min_p:

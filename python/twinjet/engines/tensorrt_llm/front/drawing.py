@@ -14,7 +14,6 @@ from twinjet.engines.tensorrt_llm.front.grammar import GrammarCompiler
 from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts
 from twinjet.engines.tensorrt_llm.front.params import (
-    bad_word_ids,
     drawn_by_engine,
     drawn_by_us,
     refuse_unsupported,
@@ -25,6 +24,7 @@ from twinjet.engines.tensorrt_llm.worker.device_draw import TARGET
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.grammar.handle import grammar_text
 from twinjet.grammar.vocabulary import GrammarUnavailable
+from twinjet.models.token_texts import TokenTextsFile
 from twinjet.request import Constraint, EngineRequest
 from twinjet.sampling.cuda import has_cuda
 
@@ -43,6 +43,7 @@ class Drawing:
         self._target = ""
         self._grammars: GrammarCompiler | None = None
         self._model: ModelFacts
+        self._token_texts: TokenTextsFile
 
     @property
     def is_ours(self) -> bool:
@@ -59,6 +60,7 @@ class Drawing:
     async def choose(self, test: SelfTest, model: ModelFacts) -> None:
         """Find out what works here."""
         self._model = model
+        self._token_texts = TokenTextsFile(model.tokenizer.vocabulary)
         if not self._reason and self._handle.is_prebuilt:
             self._reason = "prebuilt engines call logits processors in another way"
         if not self._reason and self._handle.settings.speculates:
@@ -101,7 +103,7 @@ class Drawing:
     async def plan(self, request: EngineRequest) -> Plan:
         """Decide who draws this request and compile its grammar.
 
-        Raises InvalidRequest for a wrong grammar or bad word, Unsupported for what nobody here can honour.
+        Raises InvalidRequest for a wrong grammar, Unsupported for what nobody here can honour.
         """
         constraint, tokens = request.sampling.constraint, self._model.tokens
         if self._reason or (self._grammar_reason and constraint is not None):
@@ -122,7 +124,12 @@ class Drawing:
         elif constraint is not None:
             assert self._grammars is not None, "no reason not to, so there is one"
             grammar = await asyncio.to_thread(self._grammars.compile, constraint)
-        bad_words = bad_word_ids(request.sampling.bad_words, self._model.tokenizer)
+        sampling = request.sampling
+        bad_text = None
+        if sampling.bad_words:
+            bad_text = self._token_texts.settings(
+                sampling.bad_words, skips_special=sampling.skip_special_tokens
+            )
         self.counters["requests_twinjet"] += 1
         return Plan(
             True,
@@ -132,7 +139,7 @@ class Drawing:
                 tokens,
                 key=key,
                 report_path=self._channel.path,
-                bad_words=bad_words,
+                bad_text=bad_text,
                 grammar=grammar,
             ),
         )

@@ -6,17 +6,17 @@ top-k together mean greedy and its max_tokens is 32. What the engine's own sampl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from twinjet.engines.base import Tokenizer
 from twinjet.engines.seeds import output_seed
 from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
-from twinjet.errors import InvalidRequest, Unsupported
+from twinjet.errors import Unsupported
 from twinjet.request import Constraint, EngineRequest, Sampling
+from twinjet.sampling.bad_text import BadTextSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def drawn_by_us(
     *,
     key: int,
     report_path: str,
-    bad_words: tuple[tuple[int, ...], ...],
+    bad_text: BadTextSettings | None,
     grammar: GrammarHandle | None,
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that our sampler draws.
@@ -97,7 +97,7 @@ def drawn_by_us(
         presence_penalty=s.presence_penalty,
         logit_bias=dict(s.logit_bias),
         allowed_token_ids=s.allowed_token_ids,
-        bad_words=bad_words,
+        bad_text=bad_text,
         min_tokens=s.min_tokens,
         max_tokens=s.max_tokens,
         end_token_ids=tuple(sorted(ends)),
@@ -139,8 +139,6 @@ def drawn_by_engine(
         kwargs["presence_penalty"] = s.presence_penalty
     if s.min_tokens > 0:
         kwargs["min_tokens"] = s.min_tokens
-    if s.bad_words:
-        kwargs["bad"] = list(s.bad_words)
     if s.logit_bias:
         kwargs["embedding_bias"] = _bias_vector(s.logit_bias, tokens.vocab_size)
     if s.logprobs is not None:
@@ -157,6 +155,8 @@ def refuse_unsupported(s: Sampling, can: EngineSampler) -> None:
         raise Unsupported("penalties", "TensorRT-LLM's own sampler ignores them")
     if s.min_p > 0 and not can.min_p:
         raise Unsupported("min_p", "TensorRT-LLM's own sampler may ignore it")
+    if s.bad_words:
+        raise Unsupported("bad_words", "TensorRT-LLM's own sampler bans token sequences, not strings")
     if s.allowed_token_ids:
         raise Unsupported("allowed_token_ids", "TensorRT-LLM's own sampler has no such setting")
     if s.constraint is not None and (can.guided_backend is None or can.guided_decoding is None):
@@ -165,24 +165,6 @@ def refuse_unsupported(s: Sampling, can: EngineSampler) -> None:
             "json_schema" if kind == "json_object" else kind,
             "set guided_decoding_backend in the deployment's options, or native_sampler",
         )
-
-
-def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Tokenize bad words: each as it stands at the start of a text and, if that differs, after a space.
-
-    Raises InvalidRequest for a word that is no token at all.
-    """
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        plain = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
-        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-        if not plain:
-            raise InvalidRequest.of("sampling.bad_words", f"{word!r} has no tokens of its own")
-        found[plain] = None
-        # A space that is a token of its own would ban nothing more than the plain form does.
-        if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
-            found[spaced] = None
-    return tuple(found)
 
 
 def engine_priority(priority: int) -> float:

@@ -66,7 +66,7 @@ class SelfTest:
             key=key, report_path=self._channel.path, vocab_size=self._tokens.vocab_size,
             num_prompt_tokens=len(self._prompt), output_index=0, seed=1, temperature=1.0, top_p=1.0, top_k=0,
             min_p=0.0, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, logit_bias={},
-            allowed_token_ids=allowed, bad_words=(), min_tokens=0, max_tokens=_NUM_TOKENS, end_token_ids=(),
+            allowed_token_ids=allowed, bad_text=None, min_tokens=0, max_tokens=_NUM_TOKENS, end_token_ids=(),
             fault_token_id=self._tokens.first_eos_token_id, num_logprobs=0, grammar=grammar,
             tells_target=True,
         )  # fmt: skip

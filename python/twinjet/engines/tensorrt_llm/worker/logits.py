@@ -34,6 +34,7 @@ from twinjet.engines.tensorrt_llm.worker.reports import (
 
 if TYPE_CHECKING:
     from twinjet.sampling import Request, Sampler, SampleResult
+    from twinjet.sampling.bad_text import BadTextSettings
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class DrawSettings:
     presence_penalty: float
     logit_bias: Mapping[int, float]
     allowed_token_ids: tuple[int, ...]
-    bad_words: tuple[tuple[int, ...], ...]
+    bad_text: BadTextSettings | None
     min_tokens: int
     max_tokens: int
     end_token_ids: tuple[int, ...]
@@ -175,6 +176,7 @@ class DrawProcessor:
 
     def _begin(self, shown: list[int]) -> _State:
         from twinjet.sampling import Request
+        from twinjet.sampling.bad_text import bad_text
 
         s = self.settings
         prompt = shown[: s.num_prompt_tokens]
@@ -194,7 +196,7 @@ class DrawProcessor:
             prompt_token_ids=prompt,
             logit_bias=dict(s.logit_bias) or None,
             allowed_token_ids=s.allowed_token_ids or None,
-            bad_words=[list(word) for word in s.bad_words] or None,
+            bad_text=None if s.bad_text is None else bad_text(s.bad_text),
             min_tokens=s.min_tokens,
             stop_token_ids=s.end_token_ids,
         )

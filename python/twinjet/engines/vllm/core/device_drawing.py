@@ -153,6 +153,11 @@ class DeviceDrawing:
             self.reasons[seat] = reason
             return reason
         request = native_request(params, self.vocab_size, prompt or ())
+        if request.has_bad_text:
+            # What it rules out next depends on tokens that are not known here in time.
+            self.native.remove(seat)
+            self.reasons[seat] = "bad_words"
+            return "bad_words"
         for token in output:
             request.append(token)
         self.native.put(seat, request)

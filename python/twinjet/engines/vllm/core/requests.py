@@ -7,6 +7,7 @@ from typing import Any
 
 from twinjet.engines.vllm.fields import EXTRA_KEY
 from twinjet.sampling import Request
+from twinjet.sampling.bad_text import BadTextSettings, bad_text
 
 
 def reason_for_stock(params: Any, prompt_token_ids: Sequence[int] | None) -> str:
@@ -33,6 +34,7 @@ def reason_for_stock(params: Any, prompt_token_ids: Sequence[int] | None) -> str
 def native_request(params: Any, vocab_size: int, prompt_token_ids: Sequence[int]) -> Request:
     """Make the native request of one output. params: vLLM's SamplingParams, made by params.py."""
     own = params.extra_args[EXTRA_KEY]
+    words = own.get("bad_text")
     return Request(
         vocab_size,
         temperature=own["temperature"],
@@ -47,7 +49,7 @@ def native_request(params: Any, vocab_size: int, prompt_token_ids: Sequence[int]
         prompt_token_ids=prompt_token_ids,
         logit_bias=params.logit_bias,
         allowed_token_ids=params.allowed_token_ids,
-        bad_words=params.bad_words_token_ids,
+        bad_text=bad_text(BadTextSettings(words[0], tuple(words[1]), words[2])) if words else None,
         min_tokens=params.min_tokens,
         stop_token_ids=[token for token in sorted(params.all_stop_token_ids) if token >= 0],
     )

@@ -23,6 +23,7 @@ from vllm.v1.sample.sampler import Sampler as StockSampler
 from twinjet.engines.vllm.core.device_drawing import LOGPROBS_MODES, DeviceDrawing, Unread, can_draw_on
 from twinjet.engines.vllm.core.device_seats import DeviceSeats
 from twinjet.engines.vllm.core.requests import RequestTable
+from twinjet.engines.vllm.fields import EXTRA_KEY
 from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN, Request, Sampler
 
 
@@ -179,6 +180,8 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
             reason or drawing.reason(logits, sampling_metadata.max_num_logprobs) or self._collect(requests)
         )
         if reason:
+            if reason != "dummy_run":
+                self._ban_text(drawing, logits)
             return draw_stock(reason)
         # The token of a row whose prompt is not done yet is thrown away by the runner.
         advance = ~self.runner.discard_request_mask.np[: len(requests)]
@@ -238,6 +241,21 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
                 refused = np.flatnonzero(~_allowed(bitmask[rows[row]], vocab_size))
                 if len(refused):
                     tokens[row, 0] = int(refused[0])
+
+    def _ban_text(self, drawing: Drawing, logits: torch.Tensor) -> None:
+        """Mask what the requests' bad words rule out, of which vLLM's sampler knows nothing."""
+        states = self.runner.requests
+        for row, request_id in enumerate(self.runner.input_batch.req_ids):
+            state = states[request_id]
+            if "bad_text" not in (state.sampling_params.extra_args or {}).get(EXTRA_KEY, {}):
+                continue
+            found = drawing.table.get(
+                request_id, state.sampling_params, state.prompt_token_ids, state.output_token_ids
+            )
+            if isinstance(found, str):
+                drawing.counters["rows_with_bad_words_not_kept"] += 1
+            else:
+                logits[row, found.banned_token_ids().astype(np.int64)] = -torch.inf
 
     def _reason(
         self, logits: torch.Tensor, metadata: Any, predict_bonus_token: bool, mode_override: Any

@@ -28,6 +28,7 @@ from twinjet.engines.vllm.front.link import Adapter
 from twinjet.engines.vllm.front.outputs import failure
 from twinjet.engines.vllm.front.params import sampling_fields
 from twinjet.errors import EngineDied, Unsupported
+from twinjet.sampling.bad_text import BadTextSettings
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -114,10 +115,13 @@ class Endpoints:
 class _Request:
     """A request in the engine. keys: of its outputs, as the engine core's rows carry them."""
 
-    __slots__ = ("keys", "request", "run")
+    __slots__ = ("bad_text", "keys", "request", "run")
 
-    def __init__(self, request: EngineRequest, run: Run, keys: range) -> None:
+    def __init__(
+        self, request: EngineRequest, run: Run, keys: range, bad_text: BadTextSettings | None
+    ) -> None:
         self.request = request
+        self.bad_text = bad_text
         self.run = run
         self.keys = keys
 
@@ -155,12 +159,20 @@ class CoreLink:
         # What came before is not announced again.
         loop.call_soon(self._on_readable)
 
-    def submit(self, request: EngineRequest, run: Run, adapter: Adapter | None, *, native: bool) -> None:
+    def submit(
+        self,
+        request: EngineRequest,
+        run: Run,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        bad_text: BadTextSettings | None,
+    ) -> None:
         if self._loop is None:
             raise EngineDied("the engine is not running")
         keys = range(self._next_key, self._next_key + request.sampling.n)
         self._next_key = keys.stop
-        entry = _Request(request, run, keys)
+        entry = _Request(request, run, keys, bad_text)
         self._send_request(entry, adapter, native=native)
         self._requests[request.request_id] = entry
 
@@ -168,8 +180,10 @@ class CoreLink:
         request, run = entry.request, entry.run
         sampling = request.sampling
         for index, key in enumerate(entry.keys):
-            fields = sampling_fields(sampling, index, native=native, grammar=request.grammar)
-            params = wire.core_params(fields, self._facts, self._tokenizer, native=native)
+            fields = sampling_fields(
+                sampling, index, native=native, grammar=request.grammar, bad_text=entry.bad_text
+            )
+            params = wire.core_params(fields, self._facts, native=native)
             message = wire.add_request(
                 entry.engine_id(key), request.request_id, request.prompt_token_ids, params,
                 adapter=adapter, cache_salt=request.cache_salt, priority=-request.priority,

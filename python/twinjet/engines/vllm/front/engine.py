@@ -83,7 +83,13 @@ class VllmEngine:
         if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)
         adapter = running.adapters.find(request.adapter)
-        running.link.submit(request, run, adapter, native=running.components.has_native_sampler)
+        sampling, native = request.sampling, running.components.has_native_sampler
+        bad_text = None
+        if sampling.bad_words and native:
+            bad_text = running.token_texts.settings(
+                sampling.bad_words, skips_special=sampling.skip_special_tokens
+            )
+        running.link.submit(request, run, adapter, native=native, bad_text=bad_text)
         self._runs[request.request_id] = run
 
     def cancel(self, request_id: str, output_index: int | None = None) -> None:

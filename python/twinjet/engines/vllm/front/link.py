@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from twinjet.engines.base import Run
 from twinjet.request import EngineRequest
+from twinjet.sampling.bad_text import BadTextSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,16 @@ class Link(Protocol):
         """Begin to take steps; on_death is called once, with why, when no more can come."""
         ...
 
-    def submit(self, request: EngineRequest, run: Run, adapter: Adapter | None, *, native: bool) -> None:
-        """Hand over a request, each output as one of its own. native: our sampler draws it.
+    def submit(
+        self,
+        request: EngineRequest,
+        run: Run,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        bad_text: BadTextSettings | None,
+    ) -> None:
+        """Hand over a request, each output as one of its own. native: our sampler draws it, without bad_text.
 
         Raises InvalidRequest for what the engine refuses and EngineDied, or fails the run with one later.
         """

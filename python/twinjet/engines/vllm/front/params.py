@@ -14,32 +14,50 @@ if TYPE_CHECKING:
 
     from twinjet.grammar.room import CompiledGrammar
     from twinjet.request import Sampling
+    from twinjet.sampling.bad_text import BadTextSettings
 
 VLLM_MIN_TEMPERATURE = 0.01
 VLLM_MAX_TEMPERATURE = 2.0
 
 
 def sampling_params(
-    sampling: Sampling, output_index: int, *, native: bool, grammar: CompiledGrammar | None = None
+    sampling: Sampling,
+    output_index: int,
+    *,
+    native: bool,
+    grammar: CompiledGrammar | None = None,
+    bad_text: BadTextSettings | None = None,
 ) -> SamplingParams:
     """Make vLLM's own object of sampling_fields(); imports vLLM."""
     from twinjet.engines.vllm.front.stock_params import make_params
 
-    return make_params(sampling_fields(sampling, output_index, native=native, grammar=grammar), native=native)
+    fields = sampling_fields(sampling, output_index, native=native, grammar=grammar, bad_text=bad_text)
+    return make_params(fields, native=native)
 
 
 def sampling_fields(
-    sampling: Sampling, output_index: int, *, native: bool, grammar: CompiledGrammar | None = None
+    sampling: Sampling,
+    output_index: int,
+    *,
+    native: bool,
+    grammar: CompiledGrammar | None = None,
+    bad_text: BadTextSettings | None = None,
 ) -> dict[str, Any]:
     """Give the parameters of one output of a request; n is always 1.
 
-    structured_outputs is a dict, or None. grammar: what sampling.constraint was compiled to. native: our own sampler draws, so it gets the exact temperature, the seed and the output index.
-    Raises InvalidRequest for a temperature that vLLM's own sampler does not take.
+    structured_outputs is a dict, or None. grammar: what sampling.constraint was compiled to. native: our own sampler draws, so it gets the exact temperature, the
+    seed and the output index, and the strings that must not be produced (bad_text); vLLM's own knows no such
+    strings, only tokens.
+    Raises InvalidRequest for a temperature that vLLM's own sampler does not take, Unsupported for bad words there.
     """
+    if sampling.bad_words and not native:
+        raise Unsupported("bad_words", "vLLM's own sampler bans token sequences, not strings")
     temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     extra: dict[str, Any] | None = None
     if native:
         extra = {EXTRA_KEY: {"temperature": temperature, "seed": sampling.seed, "output_index": output_index}}
+        if bad_text is not None:
+            extra[EXTRA_KEY]["bad_text"] = list(bad_text)
         # vLLM checks its own range even where it does not sample.
         temperature = min(temperature, VLLM_MAX_TEMPERATURE)
     elif temperature > VLLM_MAX_TEMPERATURE:
@@ -67,7 +85,6 @@ def sampling_fields(
         "ignore_eos": sampling.ignore_eos,
         "max_tokens": sampling.max_tokens,
         "min_tokens": sampling.min_tokens,
-        "bad_words": list(sampling.bad_words),
         "allowed_token_ids": list(sampling.allowed_token_ids) or None,
         "logprobs": sampling.logprobs,
         # Every output has the same prompt, so its logprobs are asked for once.

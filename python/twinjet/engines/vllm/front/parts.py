@@ -77,6 +77,9 @@ class Components:
         capabilities = set(self._info.capabilities)
         if "generate" in tasks:
             capabilities |= _GENERATION
+            if self._parts.worker_cls is None:
+                # vLLM's own sampler bans token sequences, which are some of the ways to make a string.
+                capabilities -= {"bad_words"}
         else:
             capabilities -= {"chat", "priority"}
         if "embed" in tasks:
@@ -96,6 +99,10 @@ class Components:
             # Every worker draws the same tokens; the first one speaks for all.
             workers = await self._link.call("collective_rpc", COUNTERS_METHOD, None, (), None)
             sampler = _sampler(workers[0], self._info.version)
+            if sampler.implementation != "twinjet" or sampler.target == "cuda":
+                # On a device, where tokens stay, the text so far is not known in time.
+                kept = self._info.capabilities - {"bad_words"}
+                self._info = replace(self._info, capabilities=kept)
         if self._parts.scheduler_cls == SCHEDULER:
             raw = await self._link.call(STATUS_METHOD)
             manager = _block_manager(SchedulerStatus.from_dict(raw), self._info.version)

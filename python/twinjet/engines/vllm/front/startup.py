@@ -24,6 +24,7 @@ from twinjet.engines.vllm.front.parts import Components
 from twinjet.engines.vllm.front.process import EngineContext, end_processes
 from twinjet.errors import ConfigError, EngineDied
 from twinjet.models.demo import DEMO_MODEL, demo_model
+from twinjet.models.token_texts import TokenTextsFile
 from twinjet.models.tokenizer import HfTokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,12 +40,11 @@ _DEMO_OPTIONS = {"dtype": "float32"}
 # Phase, for people, and the share of a warm start on two cores that lies before it.
 _PHASES = {
     "import": ("importing vLLM", 0.02),
-    "configure": ("reading the model's configuration", 0.55),
-    "process": ("starting the engine process", 0.65),
-    "weights": ("loading weights", 0.7),
-    "memory": ("profiling the model and measuring memory", 0.8),
-    "kv_cache": ("preparing the KV cache", 0.85),
-    "warm_up": ("compiling, capturing graphs and warming up", 0.9),
+    "configure": ("reading the model's configuration", 0.75),
+    "weights": ("loading weights", 0.8),
+    "memory": ("profiling the model and measuring memory", 0.9),
+    "kv_cache": ("preparing the KV cache", 0.92),
+    "warm_up": ("compiling, capturing graphs and warming up", 0.95),
     "ready": ("the engine is ready", 1.0),
 }
 
@@ -70,6 +70,7 @@ class Running:
     components: Components
     adapters: Adapters
     stats: LoadReader
+    token_texts: TokenTextsFile
     tokenizer_name: str
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
@@ -99,6 +100,7 @@ class Running:
             self._death_fds.clear()
         self.link.shutdown()
         end_processes(self.context, grace_s=_SHUTDOWN_S)
+        self.token_texts.remove()
 
 
 async def _tell_death(process: Any, on_death: Callable[[str], None]) -> None:
@@ -117,10 +119,12 @@ async def launch(plan: Plan, report: Callable[[LoadProgress], None]) -> Running:
     os.environ.setdefault("VLLM_PLUGINS", "")
     prestart.prestart()
     reporter.enter("import")
-    model, problem = await asyncio.gather(
-        asyncio.to_thread(_find_model, plan.model, reporter.from_thread(loop)),
-        asyncio.to_thread(prestart.wait_ready),
-    )
+    importing = asyncio.ensure_future(asyncio.to_thread(prestart.wait_ready))
+    model = await asyncio.to_thread(_find_model, plan.model, reporter.from_thread(loop))
+    if not importing.done():
+        # What was last said is of the model, and that is done.
+        reporter.enter("import")
+    problem = await importing
     options = _DEMO_OPTIONS | plan.options if plan.model == DEMO_MODEL else plan.options
     launcher = _Launcher(replace(plan, model=model, options=options), forked=not problem)
     reporter.enter("configure")
@@ -251,4 +255,5 @@ class _Launcher:
     ) -> Running:
         info = describe.engine_info(facts, tokenizer, self._parts)
         components = Components(link, info, self._parts)
-        return Running(link, context, tokenizer, components, Adapters(link), stats, facts.tokenizer)
+        texts = TokenTextsFile(tokenizer.vocabulary)
+        return Running(link, context, tokenizer, components, Adapters(link), stats, texts, facts.tokenizer)

@@ -23,6 +23,7 @@ from twinjet.engines.vllm.front.outputs import failure_of, output_event, prompt_
 from twinjet.engines.vllm.front.params import sampling_params
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestFailed, TwinjetError
 from twinjet.models.tokenizer import HfTokenizer
+from twinjet.sampling.bad_text import BadTextSettings
 
 if TYPE_CHECKING:
     from twinjet._core import Vocabulary
@@ -100,9 +101,17 @@ class StockLink:
         """AsyncLLM reads by itself, and puts an exception into every collector when that has failed."""
         self._loop, self._on_death = loop, on_death
 
-    def submit(self, request: EngineRequest, run: Run, adapter: Adapter | None, *, native: bool) -> None:
+    def submit(
+        self,
+        request: EngineRequest,
+        run: Run,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        bad_text: BadTextSettings | None,
+    ) -> None:
         assert self._loop is not None, "watch() comes first"
-        feeder = self._loop.create_task(self._feed(request, run, adapter, native=native))
+        feeder = self._loop.create_task(self._feed(request, run, adapter, native=native, bad_text=bad_text))
         self._feeders[request.request_id] = feeder
         # Kept until it has aborted what runs, also if it was cancelled meanwhile.
         self._tasks.add(feeder)
@@ -114,12 +123,20 @@ class StockLink:
         if feeder is not None:
             feeder.cancel()
 
-    async def _feed(self, request: EngineRequest, run: Run, adapter: Adapter | None, *, native: bool) -> None:
+    async def _feed(
+        self,
+        request: EngineRequest,
+        run: Run,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        bad_text: BadTextSettings | None,
+    ) -> None:
         """Put a request's events into its pump, made here: deltas of AsyncLLM come request by request."""
         live = LiveRequest(request.request_id)
         pump = run.outlet.pump
         try:
-            await self._submit(live, request, adapter, native=native)
+            await self._submit(live, request, adapter, native=native, bad_text=bad_text)
             async for event in self._events(live, request):
                 if isinstance(event, PromptEvent):
                     rows = None if event.logprobs is None else [logprob_row(e) for e in event.logprobs]
@@ -140,7 +157,13 @@ class StockLink:
                 await self._llm.abort(ids, internal=True)
 
     async def _submit(
-        self, live: LiveRequest, request: EngineRequest, adapter: Adapter | None, *, native: bool
+        self,
+        live: LiveRequest,
+        request: EngineRequest,
+        adapter: Adapter | None,
+        *,
+        native: bool,
+        bad_text: BadTextSettings | None,
     ) -> None:
         sampling = request.sampling
         # Without a type, vLLM would process the prompt in a thread.
@@ -151,7 +174,7 @@ class StockLink:
             add = self._llm.add_request(
                 request.request_id if sampling.n == 1 else f"{request.request_id}-{index}",
                 prompt,
-                sampling_params(sampling, index, native=native, grammar=request.grammar),
+                sampling_params(sampling, index, native=native, grammar=request.grammar, bad_text=bad_text),
                 lora_request=_lora(adapter),
                 priority=-request.priority,
             )

@@ -1,20 +1,18 @@
 """Requests as vLLM's engine core reads them: msgpack of EngineCoreRequest and SamplingParams. No vLLM.
 
-What AsyncLLM's input processing does to the parameters on the way is done here: the model's end tokens, bad
-words as token ids, what greedy sampling ignores. tests/engines/vllm/test_wire.py holds the result against
+What AsyncLLM's input processing does to the parameters on the way is done here: the model's end tokens, what
+greedy sampling ignores. tests/engines/vllm/test_wire.py holds the result against
 vLLM's own for every field; compat.py's fingerprint stands for the order of the fields.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from twinjet.engines.base import Tokenizer
 from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.fields import NO_TOKEN
 from twinjet.engines.vllm.front.link import Adapter
@@ -25,8 +23,6 @@ ADD = b"\x00"
 ABORT = b"\x01"
 UTILITY = b"\x03"
 
-MAX_BAD_WORDS = int(os.environ.get("VLLM_MAX_NUM_BAD_WORDS", "128"))
-"""Most sequences of tokens that the bad words of a request become."""
 
 _DELTA = 1
 _STRUCTURED_FIELDS = {
@@ -68,13 +64,11 @@ def adapter_fields(adapter: Adapter | None) -> tuple[Any, ...] | None:
     return None if adapter is None else (adapter.name, adapter.number, adapter.path, None, False, False)
 
 
-def core_params(
-    fields: dict[str, Any], facts: Facts, tokenizer: Tokenizer, *, native: bool
-) -> dict[str, Any]:
+def core_params(fields: dict[str, Any], facts: Facts, *, native: bool) -> dict[str, Any]:
     """Give SamplingParams as it leaves AsyncLLM.
 
     fields: from params.sampling_fields(); a grammar is a GrammarNote.
-    Raises InvalidRequest for bad words that are no tokens or too many, and for min_tokens above max_tokens.
+    Raises InvalidRequest for min_tokens above max_tokens.
     """
     if fields["min_tokens"] > fields["max_tokens"]:
         raise InvalidRequest.of(
@@ -82,7 +76,7 @@ def core_params(
         )
     params = {name: value for name, value in fields.items() if value is not None and name != "n"}
     params["stop_token_ids"] = stops = list(dict.fromkeys(fields["stop_token_ids"]))
-    params["bad_words"] = list(dict.fromkeys(fields["bad_words"]))
+    params["bad_words"] = []
     if fields["temperature"] < GREEDY_BELOW:
         params |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
     params |= {
@@ -101,8 +95,6 @@ def core_params(
         # grammar rejects.
         stops.append(NO_TOKEN)
     _add_end_tokens(params, facts)
-    if params["bad_words"]:
-        params["_bad_words_token_ids"] = _bad_words(params["bad_words"], facts, tokenizer)
     return params
 
 
@@ -114,23 +106,3 @@ def _add_end_tokens(params: dict[str, Any], facts: Facts) -> None:
     if facts.eos is not None:
         params["_eos_token_id"] = facts.eos
     params["stop_token_ids"] = list(dict.fromkeys(others + params["stop_token_ids"]))
-
-
-def _bad_words(words: Sequence[str], facts: Facts, tokenizer: Tokenizer) -> list[list[int]]:
-    """Tokenize each word as it stands at the beginning of a text and behind a space."""
-    found: list[list[int]] = []
-    for word in words:
-        bare = tokenizer.encode(word.lstrip(), add_special_tokens=False)
-        if not bare:
-            raise InvalidRequest.of("sampling.bad_words", f"{word!r} is no token")
-        found.append(bare)
-        spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
-        if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
-            found.append(spaced)
-    if len(found) > MAX_BAD_WORDS:
-        raise InvalidRequest.of(
-            "sampling.bad_words", f"{len(found)} sequences of tokens; allowed: at most {MAX_BAD_WORDS}"
-        )
-    if any(token >= facts.vocab_size for sequence in found for token in sequence):
-        raise InvalidRequest.of("sampling.bad_words", "a word has a token that the model lacks")
-    return found

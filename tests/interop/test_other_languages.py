@@ -1,0 +1,78 @@
+"""gRPC's interoperability cases with the stock clients of other languages, where their tools are.
+
+grpc-js comes through npm; Go needs Debian's golang-google-grpc-dev.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from twinjet.server import native_door
+
+pytestmark = pytest.mark.skipif(not native_door.is_available(), reason="this build has no native door")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+NODE_MODULES = ROOT / ".cache" / "interop" / "node_modules"
+NODE_PACKAGES = ["@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.0"]
+GO_PATH = Path("/usr/share/gocode")
+CASES = {
+    "empty_unary", "large_unary", "compressed_unary", "client_streaming", "server_streaming", "ping_pong",
+    "empty_stream", "cancel_after_begin", "cancel_after_first_response", "timeout_on_sleeping_server",
+    "status_code_and_message", "custom_metadata", "unimplemented_method_and_service",
+}  # fmt: skip
+
+
+@pytest.fixture
+def port() -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.interop.server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])},
+    )
+    with process:
+        assert process.stdout is not None and process.stdin is not None
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+def _passed(command: list[str], **environment: str) -> set[str]:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is missing")
+def test_grpc_js(port: str) -> None:
+    if not (NODE_MODULES / "@grpc" / "proto-loader").exists():
+        install = ["npm", "install", "--prefix", str(NODE_MODULES.parent), "--no-fund", "--no-audit"]
+        subprocess.run([*install, *NODE_PACKAGES], check=True, capture_output=True, timeout=240)
+    assert _passed(["node", str(HERE / "client.js"), port], NODE_PATH=str(NODE_MODULES)) == CASES
+
+
+@pytest.mark.skipif(
+    shutil.which("go") is None or not (GO_PATH / "src" / "google.golang.org" / "grpc").exists(),
+    reason="Go or its gRPC library is missing",
+)
+def test_go(port: str, tmp_path: Path) -> None:
+    client = tmp_path / "client"
+    subprocess.run(
+        ["go", "build", "-o", str(client), str(HERE / "client.go")],
+        check=True,
+        timeout=280,
+        env=os.environ | {"GO111MODULE": "off", "GOPATH": str(GO_PATH)},
+    )
+    assert _passed([str(client), port]) == CASES
