@@ -18,6 +18,7 @@ from twinjet.errors import ConfigError, InvalidRequest, Unsupported, Violation
 
 if TYPE_CHECKING:
     from twinjet.engines.base import EngineInfo
+    from twinjet.grammar.room import CompiledGrammar
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
@@ -162,7 +163,8 @@ class EngineRequest:
     """One request as an engine gets it.
 
     prompt_token_ids: at least one, each in 0 .. vocab_size - 1; with sampling.max_tokens within the context.
-    priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
+    grammar: sampling.constraint compiled for this engine's vocabulary; None only where there is no constraint or the
+    engine has none. priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
     None is none; engines may use it, the server enforces it. data_parallel_rank: a hint, at least 0, None is any.
     trace_headers: the caller's W3C trace context, empty is none.
     """
@@ -170,6 +172,7 @@ class EngineRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
+    grammar: CompiledGrammar | None = None
     priority: int = 0
     tenant: str = ""
     cache_salt: str = ""
@@ -315,6 +318,9 @@ def _fill(sent: SamplingOverrides, defaults: SamplingOverrides, *, room: int, se
     }  # fmt: skip
     values = neutral | merged
     values["top_k"] = max(0, merged.get("top_k", 0))
+    if values["constraint"] is not None:
+        # What comes after a complete grammar would no longer keep to it.
+        values["ignore_eos"] = False
     values["max_tokens"] = min(merged.get("max_tokens", room), room)
     return Sampling(**values)  # type: ignore[arg-type]
 

@@ -78,18 +78,6 @@ CASES: list[tuple[str, Any, str, str]] = [
     ),
     ("10 MB prompt", Request(text="x" * 10_000_000), "text", "10000000 bytes; at most 4194304"),
     ("constraint without kind", _text(constraint=Constraint()), "sampling.constraint", "json_schema"),
-    (
-        "schema that is no JSON",
-        _text(constraint=Constraint(json_schema="{")),
-        "sampling.constraint.json_schema",
-        "JSON",
-    ),
-    (
-        "schema that is no schema",
-        _text(constraint=Constraint(json_schema='{"type": 5}')),
-        "sampling.constraint.json_schema",
-        "not a JSON schema",
-    ),
     ("empty regex", _text(constraint=Constraint(regex="")), "sampling.constraint.regex", "empty"),
     ("empty choice", _text(constraint=Constraint(choice={})), "sampling.constraint.choice", "at least one"),
     (

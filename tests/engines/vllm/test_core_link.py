@@ -22,7 +22,6 @@ from twinjet.engines import pushed
 from twinjet.engines.base import Finish, OutputEvent, PromptEvent
 from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front.core_link import CoreLink, Endpoints
-from twinjet.engines.vllm.front.grammar_check import GrammarCheck
 from twinjet.engines.vllm.front.load import LoadReader
 from twinjet.errors import EngineDied, RequestFailed
 from twinjet.models.tokenizer import HfTokenizer
@@ -76,7 +75,7 @@ async def core(demo_model_path: Path) -> AsyncIterator[Core]:
     assert endpoints.input.poll(2000)
     endpoints.input.recv_multipart()
     stats, tokenizer = LoadReader(64), HfTokenizer(demo_model_path)
-    link = CoreLink(endpoints, FACTS, tokenizer, stats, GrammarCheck(b"", forked=False))
+    link = CoreLink(endpoints, FACTS, tokenizer, stats)
     played = Core(dealer, push, link, stats, tokenizer)
     link.watch(asyncio.get_running_loop(), played.deaths.append)
     yield played

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from dataclasses import replace
 from types import MappingProxyType
 
 from twinjet.engines.base import Component
 from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
-from twinjet.engines.tensorrt_llm.front.grammar import GrammarCompiler, GrammarUnavailable
+from twinjet.engines.tensorrt_llm.front.grammar import GrammarCompiler
 from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts
 from twinjet.engines.tensorrt_llm.front.params import (
@@ -24,8 +25,10 @@ from twinjet.engines.tensorrt_llm.front.trials import SETTINGS, EngineTrials, Se
 from twinjet.engines.tensorrt_llm.worker.device_draw import TARGET
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.errors import Unsupported
+from twinjet.grammar.handle import grammar_text
+from twinjet.grammar.vocabulary import GrammarUnavailable
 from twinjet.models.token_texts import TokenTextsFile
-from twinjet.request import EngineRequest
+from twinjet.request import Constraint, EngineRequest
 from twinjet.sampling.cuda import has_cuda
 
 log = logging.getLogger(__name__)
@@ -167,11 +170,20 @@ class Drawing:
                 # Some versions end with a grammar that is none.
                 await asyncio.to_thread(self._checker.compile, constraint)
             self.counters["requests_engine"] += 1
+            request = _as_enforced(request)
             return Plan(False, lambda index, _: drawn_by_engine(request, index, tokens, self.can))
         if request.sampling.prompt_logprobs is not None:
             raise Unsupported("prompt_logprobs", PROMPT_LOGPROBS_AND_HOOK)
         grammar: GrammarHandle | None = None
-        if constraint is not None:
+        if request.grammar is not None and request.grammar.vocabulary is not None:
+            vocabulary = request.grammar.vocabulary
+            grammar = GrammarHandle(
+                vocabulary.path,
+                path=request.grammar.path,
+                end_token_ids=vocabulary.end_token_ids,
+                stop_token_ids=request.sampling.stop_token_ids,
+            )
+        elif constraint is not None:
             assert self._grammars is not None, "no reason not to, so there is one"
             grammar = await asyncio.to_thread(self._grammars.compile, constraint)
         sampling = request.sampling
@@ -210,3 +222,14 @@ class Drawing:
         if self._grammar_reason:
             reasons.append(f"constraints use the engine's sampler: {self._grammar_reason}")
         return Component("twinjet", str(SPEC_VERSION), self._target, "; ".join(reasons), counters)
+
+
+def _as_enforced(request: EngineRequest) -> EngineRequest:
+    """The request with its constraint as the grammar room has written it, for the engine's own compiler."""
+    constraint = request.sampling.constraint
+    if constraint is None or constraint.kind != "json_schema" or request.grammar is None:
+        return request
+    if not request.grammar.path:
+        return request
+    _, text = grammar_text(request.grammar.path)
+    return replace(request, sampling=replace(request.sampling, constraint=Constraint("json_schema", text)))

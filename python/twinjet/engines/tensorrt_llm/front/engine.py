@@ -14,6 +14,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from twinjet.engines import pushed
@@ -43,6 +44,7 @@ from twinjet.errors import (
     RequestFailed,
     TwinjetError,
 )
+from twinjet.grammar.vocabulary import Vocabulary, write_vocabulary
 from twinjet.request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -167,6 +169,17 @@ class TrtLlmEngine:
         closing = asyncio.create_task(self._runs.pop(request_id).close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
+
+    async def vocabulary(self, folder: Path) -> Vocabulary:
+        """See GrammarEngine.vocabulary."""
+        tokens = self._model.tokens
+        return await asyncio.to_thread(
+            write_vocabulary,
+            self._model.tokenizer.hf,
+            vocab_size=tokens.vocab_size,
+            end_token_ids=tuple(tokens.eos_token_ids),
+            folder=folder,
+        )
 
     async def abort(self, request_id: str) -> None:
         run = self._runs.get(request_id)
