@@ -61,7 +61,7 @@ native: stubs
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_WERROR=ON -DTWINJET_CUDA=OFF \
 	  $(extension)
 	cmake --build build/dev --target _core
-	cp build/dev/csrc/bindings/_core*.so python/twinjet/
+	cp --remove-destination build/dev/csrc/bindings/_core*.so python/twinjet/
 
 # Compile the CUDA side, warnings as errors, for all its architectures. Needs nvcc, no GPU.
 CUDA_ARCHITECTURES ?= 80-real;89-real;90a-real;100-real;100-virtual

@@ -193,6 +193,7 @@ class CoreLink:
                 key, run.outlet, run.key + index, num_logprobs=sampling.logprobs or 0,
                 num_prompt_logprobs=sampling.prompt_logprobs or 0,
                 is_native=self._tokenizer.vocabulary.is_native,
+                first=entry.keys.start if index else 0,
             )  # fmt: skip
             self._by_key[key] = entry
 
