@@ -148,6 +148,16 @@ async def test_a_death_tells_who_ran_from_who_waited(engine: FakeEngine) -> None
     await asyncio.wait_for(dispatcher.wait_idle(), 5)
 
 
+async def test_a_thousand_that_wait_for_a_dead_engine_all_hear_of_it(engine: FakeEngine) -> None:
+    dispatcher = make_dispatcher(engine, max_running=1, max_waiting=0)
+    tickets = [begin(dispatcher, request(f"r{i}", max_tokens=4000)) for i in range(1500)]
+    engine.die()
+    for ticket in tickets:
+        with pytest.raises(EngineDied):
+            await read_all(ticket)
+    await asyncio.wait_for(dispatcher.wait_idle(), 5)
+
+
 async def test_a_reader_far_behind_is_told_and_ended(engine: FakeEngine) -> None:
     told: list[SlowReader] = []
     dispatcher = make_dispatcher(engine)

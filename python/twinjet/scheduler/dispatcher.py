@@ -120,6 +120,8 @@ class Dispatcher:
         self.last_step_at = 0.0
         self._to_wake: deque[Ticket] = deque()
         self._is_waking = False
+        self._is_dispatching = False
+        self._may_dispatch_more = False
         self._streams: dict[str, _Stream | Ticket] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -403,6 +405,21 @@ class Dispatcher:
 
     def _dispatch(self) -> None:
         """Hand over what may go, and set the timer for the next deadline."""
+        # What is handed over may fail at once and so make room: the loop below sees it, not a call inside it.
+        if self._is_dispatching:
+            self._may_dispatch_more = True
+            return
+        self._is_dispatching = True
+        try:
+            self._may_dispatch_more = True
+            while self._may_dispatch_more:
+                self._may_dispatch_more = False
+                self._dispatch_once()
+        finally:
+            self._is_dispatching = False
+        self._set_timer()
+
+    def _dispatch_once(self) -> None:
         if self._engine is not None:
             now = self._clock()
             # Those that wait first: a slot that an expired request leaves is not for another one.
@@ -412,7 +429,6 @@ class Dispatcher:
                 self._end(stream, DeadlinePassed(f"the deadline passed {where}"))
             while (taken := self._core.take(now)) is not None:
                 self._streams[taken.request.request_id].grant()
-        self._set_timer()
 
     def _set_timer(self) -> None:
         at = self._core.next_deadline()
