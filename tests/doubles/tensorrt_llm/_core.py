@@ -272,8 +272,9 @@ class LLM:
                 self._work.clear()
                 await self._work.wait()
             has_worked = self._step()
-            self._num_steps += 1
-            self._put_stats()
+            if has_worked:
+                self._num_steps += 1
+                self._put_stats()
             await asyncio.sleep(0 if has_worked else _IDLE_STEP_S)
 
     def _schedule(self) -> list[_Request]:

@@ -79,7 +79,8 @@ async def test_d2_nothing_blocks_the_loop(version: str, monkeypatch: pytest.Monk
         with lag.measuring():
             await collect(engine, make_request(engine, "x" * 100, max_tokens=200, ignore_eos=True))
             stalled = asyncio.create_task(collect(engine, make_request(engine, "!stall", "stalled")))
-            await asyncio.sleep(1.5)
+            # Longer than an iterator waits for more: it is opened again while the engine has nothing to give.
+            await asyncio.sleep(3.0)
             await engine.abort("stalled")
             await asyncio.gather(stalled, return_exceptions=True)
             await collect(engine, make_request(engine, max_tokens=50, ignore_eos=True))

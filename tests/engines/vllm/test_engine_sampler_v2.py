@@ -1,6 +1,7 @@
 """The runners' samplers on a device with look-alikes of the runners' parts: what can be tried without a GPU."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from types import SimpleNamespace as Made
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests.doubles.seats import HostSeats
 from tests.engines.vllm.support import native_params
+from twinjet._core import TokenTexts, Vocabulary
 from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
 from twinjet.sampling import Request, Sampler
 
@@ -224,6 +226,37 @@ def test_the_hook_leaves_models_with_their_own_sampler_alone(monkeypatch: pytest
     assert made(("s", "r"), None) == ("s", "r")
     assert made(None, object()) is None
     assert made(None, None, "cpu") is None
+
+
+def test_bad_words_follow_the_text_of_the_tokens_that_the_device_drew(wrapped: Any, tmp_path: Path) -> None:
+    """Tokens are single characters; after token 0 token 1 is ruled out, whichever sampler draws."""
+    import torch
+
+    texts = tmp_path / "texts"
+    letters = Vocabulary("byte_level", [chr(33 + i) for i in range(VOCAB)], special=[])
+    texts.write_bytes(TokenTexts(letters).save())
+    own = {"temperature": 0.0, "seed": 5, "output_index": 0, "bad_text": [str(texts), ['!"'], True]}
+    add(wrapped, 0, extra_args={EXTRA_KEY: own})
+
+    def favours(token: int) -> Any:
+        made = torch.zeros(1, VOCAB)
+        made[0, token] = 9.0
+        return made
+
+    assert wrapped(favours(0), batch([0], [3])).sampled_token_ids.tolist() == [[0]]
+    second = favours(1)
+    assert wrapped(second, batch([0], [4])).sampled_token_ids.tolist() != [[1]]
+    assert second[0].isinf().nonzero().flatten().tolist() == [1]
+    assert wrapped.drawing.counters["device_waits.bad_words"] == 1
+    assert wrapped(favours(0), batch([0], [5])).sampled_token_ids.tolist() == [[0]]
+    add(wrapped, 1, extra_args=None)
+    both = torch.cat([favours(1), favours(1)])
+    assert wrapped(both, batch([0, 1], [6, 3])).by == "stock"
+    assert both.isinf().sum(1).tolist() == [1, 0]
+    wrapped.drawing.leave(0)
+    alone = favours(1)
+    wrapped(alone, batch([1], [4]))
+    assert not alone.isinf().any()
 
 
 def v1_state(**changed: Any) -> Made:

@@ -30,7 +30,7 @@ class _Llm:
 async def test_the_reader_is_cancelled_before_the_engine_ends() -> None:
     llm = _Llm()
     await asyncio.sleep(0)
-    nothing: Any = SimpleNamespace(processes=[])
+    nothing: Any = SimpleNamespace(processes=[], remove=lambda: None)
     texts = TokenTextsFile(Vocabulary("byte_level", ["a"], special=[]))
     running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing, texts)
     running.watch(asyncio.get_running_loop(), lambda _: None)

@@ -20,8 +20,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors
 
 from twinjet import _core
 from twinjet.engines.vllm.core.requests import native_request, reason_for_stock
-from twinjet.engines.vllm.fields import NO_TOKEN
-from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN
+from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
+from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN, Request
 from twinjet.sampling.cuda import has_cuda
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -137,6 +137,9 @@ class DeviceDrawing:
         self.reasons: dict[int, str] = {}
         self._counters: Counter[str] = Counter()
         self._unread: Unread | None = None
+        # Requests with bad words, as the host knows them, by seat; and drawn tokens that it has not seen.
+        self._watched: dict[int, Request] = {}
+        self._unseen: list[tuple[torch.Tensor, list[tuple[Request, int]]]] = []
         self._ring_size = max_in_flight + 2
         self._rings: dict[tuple[int, int | None, torch.dtype], deque[_Results]] = {}
 
@@ -147,26 +150,60 @@ class DeviceDrawing:
 
     def enter(self, seat: int, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> str:
         """Seat a request with its history, or say why vLLM's sampler must draw it."""
+        self.leave(seat)
         reason = reason_for_stock(params, prompt)
         if reason:
-            self.native.remove(seat)
             self.reasons[seat] = reason
-            return reason
+        else:
+            self.native.put(seat, self._request(params, prompt, output))
+        if prompt is not None and "bad_text" in (params.extra_args or {}).get(EXTRA_KEY, {}):
+            self._watched[seat] = self._request(params, prompt, output)
+        return reason
+
+    def _request(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> Request:
         request = native_request(params, self.vocab_size, prompt or ())
-        if request.has_bad_text:
-            # What it rules out next depends on tokens that are not known here in time.
-            self.native.remove(seat)
-            self.reasons[seat] = "bad_words"
-            return "bad_words"
         for token in output:
             request.append(token)
-        self.native.put(seat, request)
-        self.reasons.pop(seat, None)
-        return ""
+        return request
 
     def leave(self, seat: int) -> None:
         self.native.remove(seat)
         self.reasons.pop(seat, None)
+        self._watched.pop(seat, None)
+
+    def ban_text(self, logits: torch.Tensor, seats: Seats) -> None:
+        """Mask what the rows' bad words rule out next, for whichever sampler draws.
+
+        That depends on the text of the tokens before, which the host alone knows: so a step after one with bad
+        words waits for its tokens.
+        """
+        if not self._watched:
+            return
+        for tokens, entries in self._unseen:
+            values = tokens[:, 0].tolist()
+            self._counters["device_waits.bad_words"] += 1
+            for request, row in entries:
+                request.append(values[row])
+        self._unseen.clear()
+        for row, seat in enumerate(seats.tolist()):
+            watched = self._watched.get(seat)
+            banned = () if watched is None else watched.banned_token_ids()
+            if len(banned):
+                index = torch.from_numpy(np.asarray(banned, np.int64)).to(logits.device)
+                logits[row].index_fill_(0, index, -torch.inf)
+
+    def _watch(self, seats: Seats, advances: Flags, tokens: torch.Tensor) -> None:
+        """Remember where the tokens of requests with bad words will be."""
+        if not self._watched:
+            return
+        rows = zip(seats.tolist(), advances.tolist(), strict=True)
+        entries = [
+            (self._watched[seat], row)
+            for row, (seat, is_kept) in enumerate(rows)
+            if is_kept and seat in self._watched
+        ]
+        if entries:
+            self._unseen.append((tokens, entries))
 
     def reason(self, logits: torch.Tensor, seats: Seats, num_logprobs: int | None) -> str:
         """Say why vLLM's sampler must draw this batch, "" if it need not."""
@@ -198,6 +235,7 @@ class DeviceDrawing:
         advances: rows whose token becomes part of the output; a row of an unfinished prefill does not.
         token_dtype: torch.int64 or torch.int32.
         """
+        self.ban_text(logits, seats)
         results = self._results(len(seats), num_logprobs, token_dtype, logits.device)
         receipt = self.native.draw(
             seats,
@@ -213,6 +251,7 @@ class DeviceDrawing:
         self._unread = Unread(receipt, request_ids, advances, self._counters)
         self._counters["steps"] += 1
         self._counters["rows"] += len(seats)
+        self._watch(seats, advances, results.drawn.tokens)
         if results.drawn.logprobs is not None:
             # Ids are turned into text also for a row that has no token and ends.
             results.drawn.logprobs.logprob_token_ids.clamp_(min=0)
@@ -237,6 +276,7 @@ class DeviceDrawing:
 
     def follow(self, seats: Seats, advances: Flags, tokens: torch.Tensor) -> None:
         """Enter tokens that vLLM's sampler drew, [rows, 1] on the device, for the rows that have seats."""
+        self._watch(seats, advances, tokens)
         ours = np.array([self.native.first_empty(seats[row : row + 1]) < 0 for row in range(len(seats))])
         if not ours.any():
             return

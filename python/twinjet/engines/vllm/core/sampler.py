@@ -161,6 +161,7 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         advances = ~self.runner.discard_request_mask.np[: len(seats)]
         reason = reason or drawing.reason(logits, seats, metadata.max_num_logprobs)
         if reason:
+            drawing.ban_text(logits, seats)
             output = draw_stock(reason)
             if output.sampled_token_ids.shape == (len(seats), 1):
                 drawing.follow(seats, advances, output.sampled_token_ids)

@@ -83,6 +83,8 @@ class NativeSamplerV2:
         reason = drawing.reason(logits, seats, num_logprobs)
         if reason:
             drawing.give_up(reason)
+            if logits.shape[0] == rows:
+                drawing.ban_text(logits, seats)
             output = self.stock(logits, input_batch)
             if reason != "dummy_run" and logits.shape[0] == rows:
                 drawing.follow(np.asarray(seats, np.int64), advances, output.sampled_token_ids)
