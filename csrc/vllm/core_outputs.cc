@@ -1,7 +1,6 @@
 #include "vllm/core_outputs.h"
 
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "vllm/msgpack_reader.h"
@@ -71,7 +70,7 @@ Matrix::Kind KindOf(std::string_view name) {
   if (name == "<i8" || name == "int64") return Matrix::Kind::kInt64;
   if (name == "<f4" || name == "float32") return Matrix::Kind::kFloat32;
   if (name == "<f8" || name == "float64") return Matrix::Kind::kFloat64;
-  throw WireError("an array of an unknown type: " + std::string(name));
+  throw WireError("an array of an unknown type");
 }
 
 Matrix ReadMatrix(MsgpackReader& reader, std::span<const Frame> frames) {

@@ -277,6 +277,9 @@ def test_a_message_without_frames_and_one_without_its_tensors() -> None:
         decoder.decode(frames[:1])
     with pytest.raises(_core.WireError, match="not as long"):
         decoder.decode([frames[0], frames[1], bytes(12)])
+    # What is wrong is told without the message's own bytes, which may be no text.
+    with pytest.raises(_core.WireError, match="unknown type"):
+        decoder.decode([bytes(frames[0]).replace(b"<f4", b"\xff\xff\xff"), *frames[1:]])
 
 
 def test_the_mock_speaks_as_the_engine_core_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
