@@ -273,12 +273,12 @@ class InferenceServicer:
                 report_queue=options.report_queue,
                 on_overflow=writer.interrupt,
             )
-            writer.watch_carried(stream, ticket.fail)
-            self._watch.add(writer)
-            # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
-            if check is None and (carry := getattr(context, "carry", None)) is not None:
-                carry(stream)
             try:
+                writer.watch_carried(stream, ticket.fail)
+                self._watch.add(writer)
+                # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
+                if check is None and (carry := getattr(context, "carry", None)) is not None:
+                    carry(stream)
                 while messages := await ticket.read():
                     if check is not None:
                         await check.look_at(messages)
