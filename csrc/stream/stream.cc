@@ -63,6 +63,7 @@ bool Stream::PutPrompt(std::optional<uint32_t> num_cached_tokens, const LogprobL
 }
 
 void Stream::PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs) {
+  is_prompt_told_ = true;
   num_cached_tokens_ = num_cached_tokens;
   if (reads_deltas_) {
     prompt_news_.emplace().num_cached_tokens = num_cached_tokens;
@@ -78,7 +79,8 @@ Effect Stream::Put(const StepOutputs& step, const SequenceStep& row, uint32_t ou
   Effect effect;
   if (is_dropped_ || output_index >= outputs_.size()) return effect;
   Output& output = outputs_[output_index];
-  if (row.has_prompt) {
+  // Engines that run each output as a request of its own tell of the prompt for each.
+  if (row.has_prompt && !is_prompt_told_) {
     effect.has_prompt = true;
     LogprobList logprobs;
     for (uint32_t i = 0; i < row.prompt_logprobs.num_rows; ++i) {

@@ -137,6 +137,7 @@ class Stream {
   std::shared_ptr<Carrier> carrier_;
   std::shared_ptr<void> call_;
   std::optional<double> blocked_since_;
+  bool is_prompt_told_ = false;
   bool reads_deltas_ = false;
   std::optional<PromptNews> prompt_news_;  // with reads_deltas_
   bool is_awaited_ = false;

@@ -308,3 +308,12 @@ def test_an_irregular_end_fails_the_request(finish: Any) -> None:
     pump.step([(key, [97], finish, None, None, None)], 0.0)
     assert [happened & Pump.FAILED for _, happened in pump.collect(None)[2]] == [Pump.FAILED]
     assert not stream.is_over
+
+
+def test_the_prompt_is_told_once_whatever_the_number_of_outputs() -> None:
+    stream, pump = make_stream(2), Pump()
+    key = pump.add(stream, "owner")
+    pump.step([(key + i, [97], None, None, (i, None), None) for i in range(2)], 0.0)
+    events = [pb.GenerateResponse.FromString(data) for data in stream.take()]
+    assert [event.WhichOneof("event") for event in events] == ["started", "delta", "delta"]
+    assert events[0].started.cached_prompt_tokens == 0
