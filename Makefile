@@ -61,7 +61,7 @@ native: stubs
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DTWINJET_WERROR=ON -DTWINJET_CUDA=OFF \
 	  $(extension)
 	cmake --build build/dev --target _core
-	cp build/dev/csrc/bindings/_core*.so python/twinjet/
+	cp --remove-destination build/dev/csrc/bindings/_core*.so python/twinjet/
 
 # Compile the CUDA side, warnings as errors, for all its architectures. Needs nvcc, no GPU.
 CUDA_ARCHITECTURES ?= 80-real;89-real;90a-real;100-real;100-virtual
@@ -111,7 +111,7 @@ fuzz-door:
 # The extension itself under the address and undefined-behaviour sanitizers: its Python tests without an engine.
 # Not part of `make test`: its build alone takes some minutes.
 CORE_ASAN := build/test-core-asan
-CORE_ASAN_TESTS ?= tests/kv tests/sampling tests/scheduler tests/engines/vllm
+CORE_ASAN_TESTS ?= tests/kv tests/sampling tests/scheduler tests/stream tests/engines/vllm
 test-core-asan: venv stubs
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(CORE_ASAN) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DTWINJET_SANITIZE=address,undefined -DTWINJET_WERROR=ON -DTWINJET_CUDA=OFF $(extension)

@@ -121,7 +121,7 @@ class Bench:
         )
 
     def twinjet(self, name: str) -> FrontEnd:
-        """Start Twinjet with its gRPC door. A checkout of another state: name it twinjet@PATH."""
+        """Start Twinjet, as twinjet_native with its own gRPC door. A checkout of another state: twinjet@PATH."""
         from google.protobuf import json_format
 
         tree = Path(name.partition("@")[2] or ROOT)
@@ -133,9 +133,10 @@ class Bench:
         options = {"max_num_seqs": SLOTS, "max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": False}
         options["max_num_batched_tokens"] = SLOTS
         config = self.folder / f"{port}.toml"
+        door = 'door = "native"\n' if name.startswith("twinjet_native") else ""
         lines = [f"{k} = {json.dumps(v)}" for k, v in options.items()]
         config.write_text(
-            f'[server]\nport = {port}\n[deployments.demo]\nmodel = "{self.model}"\n'
+            f'[server]\nport = {port}\n{door}[deployments.demo]\nmodel = "{self.model}"\n'
             "[deployments.demo.options]\n" + "\n".join(lines) + "\n[deployments.demo.scheduler]\n"
             "max_waiting = 0\n"
         )
@@ -353,7 +354,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="twinjet", help="twinjet[@PATH], rs_http, openai")
+    parser.add_argument(
+        "--rows", default="twinjet", help="twinjet[@PATH], twinjet_native[@PATH], rs_http, openai"
+    )
     parser.add_argument("--streams", default="1,32,256")
     parser.add_argument("--modes", default="lockstep,free,starts")
     parser.add_argument("--rounds", type=int, default=3)

@@ -27,8 +27,8 @@ struct Options {
   double keepalive_s = 60;           // silence before we ping; 0: never
   double keepalive_timeout_s = 20;   // without an answer before the connection is closed
   double client_ping_s = 10;         // least time between a client's pings
-  uint64_t reset_burst = 2000;       // streams that a client may reset at once
-  uint64_t reset_rate = 200;         // and a second after that
+  uint64_t reset_burst = 4096;       // streams that a client may reset at once
+  uint64_t reset_rate = 1000;        // and a second after that
   uint64_t idle_frame_burst = 1000;  // frames that carry nothing, at once
   uint64_t idle_frame_rate = 100;    // and a second after that
   // A google.rpc.Status to send as grpc-status-details-bin when a call is refused for load; empty: none.

@@ -630,7 +630,10 @@ void Session::SendHeaders(Stream* stream, const Metadata& headers) {
 void Session::AddMessage(Stream* stream, std::string_view bytes) {
   if (stream->out.size() - stream->out_pos > loop_->options->max_unsent_bytes) {
     stream->call->unsent_bytes_ -= static_cast<int64_t>(bytes.size() + kPrefixBytes);
-    return Break(stream, kResourceExhausted, "the client reads too slowly", NGHTTP2_ENHANCE_YOUR_CALM);
+    Break(stream, kResourceExhausted, "the client reads too slowly");
+    DropOutgoing(stream);
+    nghttp2_submit_rst_stream(http2_, NGHTTP2_FLAG_NONE, stream->id, NGHTTP2_ENHANCE_YOUR_CALM);
+    return;
   }
   if (!stream->are_headers_sent) SendHeaders(stream, {});
   std::string gzipped;
@@ -793,13 +796,10 @@ void Session::RefuseForLoad(Stream* stream, std::string message) {
   Finish(stream, std::move(status));
 }
 
-void Session::Break(Stream* stream, int code, const std::string& why, uint32_t http2_error) {
+// What is unsent still goes first: a message may be half sent, and RST_STREAM would hide the status.
+void Session::Break(Stream* stream, int code, const std::string& why) {
   TellHandler(stream, why);
-  if (stream->out.empty()) return Finish(stream, {code, why, {}});
-  // A message may be half sent, so that trailers would not be understood.
   Finish(stream, {code, why, {}});
-  DropOutgoing(stream);
-  nghttp2_submit_rst_stream(http2_, NGHTTP2_FLAG_NONE, stream->id, http2_error);
 }
 
 // ---- time
@@ -837,11 +837,10 @@ void Session::OnTimer(Stream* stream) {
       return;
     }
   } else if (stream->deadline_ns >= 0 && now_ns >= stream->deadline_ns) {
-    Break(stream, kDeadlineExceeded, "the deadline has passed", NGHTTP2_CANCEL);
+    Break(stream, kDeadlineExceeded, "the deadline has passed");
   } else if (stream->reader.is_in_message() &&
              now_ns >= stream->read_at_ns + Nanoseconds(limits.message_stall_s)) {
-    Break(stream, kResourceExhausted, "the client stopped in the middle of a message",
-          NGHTTP2_ENHANCE_YOUR_CALM);
+    Break(stream, kResourceExhausted, "the client stopped in the middle of a message");
   }
   SettleTimer(stream);
 }

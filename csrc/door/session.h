@@ -156,8 +156,8 @@ class Session {
   // Answers instead of a handler, which is told if it has the call.
   void Refuse(Stream* stream, int code, std::string message, const char* http_status = "200");
   void RefuseForLoad(Stream* stream, std::string message);
-  // Ends a call in the middle; its unsent bytes are dropped.
-  void Break(Stream* stream, int code, const std::string& why, uint32_t http2_error);
+  // Ends a call in the middle, and tells its handler.
+  void Break(Stream* stream, int code, const std::string& why);
   void TellHandler(Stream* stream, std::string why);
 
   void SendHeaders(Stream* stream, const Metadata& headers);

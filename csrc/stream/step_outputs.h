@@ -21,7 +21,8 @@ namespace twinjet::stream {
 // Names one sequence, that is one output of one request, from its submission to its end. 0 is none.
 using SequenceKey = uint64_t;
 
-// What the engine says of a sequence's end. kAborted: somebody asked for it. kFailed: no regular end.
+// What the engine says of a sequence's end. kAborted and kFailed are no regular ends and fail the request, if
+// it is still there: one that was cancelled is not.
 enum class EngineFinish : uint8_t { kNone, kStop, kLength, kAborted, kFailed };
 
 // What the engine names as the cause of kStop. kToken: stop_token. kText: a stop string, in stop_text.
@@ -48,8 +49,9 @@ struct SequenceStep {
   int32_t num_cached_tokens = -1;  // prompt tokens from the prefix cache, with has_prompt; -1: not known
   uint32_t first_text = 0;         // stop string with StopCause::kText, in StepOutputs::text
   uint32_t num_text_bytes = 0;
-  LogprobRows logprobs;         // one row a token, or none
-  LogprobRows prompt_logprobs;  // with has_prompt: a row for each prompt token but the first, or none
+  LogprobRows logprobs;  // one row a token, or none
+  // With has_prompt: a row for each prompt token but the first. A width of 0: they were not asked for.
+  LogprobRows prompt_logprobs;
 };
 
 struct StepOutputs {

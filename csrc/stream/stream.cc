@@ -91,7 +91,7 @@ Effect Stream::Put(const StepOutputs& step, const SequenceStep& row, uint32_t ou
   }
   if (has_ended_[output_index]) return effect;
   if (row.finish == EngineFinish::kFailed || row.finish == EngineFinish::kAborted) {
-    effect.has_failed = row.finish == EngineFinish::kFailed;
+    effect.has_failed = true;
     effect.is_awaited = Awaken();
     return effect;
   }

@@ -103,10 +103,10 @@ struct Outlet {
 class PyStepRouter {
  public:
   void Open(SequenceKey key, py::object outlet, SequenceKey pump_key, uint32_t num_logprobs,
-            uint32_t num_prompt_logprobs, bool is_native) {
+            uint32_t num_prompt_logprobs, bool is_native, SequenceKey first) {
     py::object pump = outlet.attr("pump");
     stream::Pump* native = &py::cast<PyPump&>(pump).native;
-    router_.Open(key, {native, pump_key, num_logprobs + 1, num_prompt_logprobs + 1});
+    router_.Open(key, {native, pump_key, num_logprobs + 1, num_prompt_logprobs + 1, first});
     Outlet& known = outlets_[native];
     if (known.num_sequences++ == 0) known = {std::move(pump), std::move(outlet), 1};
     sequences_[key] = {native, is_native};
@@ -200,7 +200,7 @@ void BindVllmWire(py::module_& module) {
   py::class_<PyStepRouter>(module, "StepRouter")
       .def(py::init<>())
       .def("open", &PyStepRouter::Open, py::arg("key"), py::arg("outlet"), py::arg("pump_key"), py::kw_only(),
-           py::arg("num_logprobs"), py::arg("num_prompt_logprobs"), py::arg("is_native"))
+           py::arg("num_logprobs"), py::arg("num_prompt_logprobs"), py::arg("is_native"), py::arg("first"))
       .def("close", &PyStepRouter::Close, py::arg("key"))
       .def("take", &PyStepRouter::Take, py::arg("frames"), py::arg("now"))
       .def_property_readonly("irregular", &PyStepRouter::Irregular)

@@ -1,6 +1,7 @@
 #include "vllm/step_router.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace twinjet::vllm {
 namespace {
@@ -37,6 +38,22 @@ LogprobRows Append(const StepOutputs& from, const LogprobRows& rows, uint32_t wi
   return made;
 }
 
+// Appends a row of `from` to `to`, all but what it says of the prompt.
+SequenceStep& CopyRow(const StepOutputs& from, const SequenceStep& row, stream::SequenceKey key,
+                      uint32_t width, StepOutputs* to) {
+  SequenceStep& made = to->Add(key);
+  const auto tokens = from.Tokens(row);
+  to->token_ids.insert(to->token_ids.end(), tokens.begin(), tokens.end());
+  made.num_tokens = row.num_tokens;
+  made.finish = row.finish;
+  made.stop_cause = row.stop_cause;
+  made.stop_token = row.stop_token;
+  to->text += from.StopText(row);
+  made.num_text_bytes = row.num_text_bytes;
+  if (row.logprobs.num_rows > 0) made.logprobs = Append(from, row.logprobs, width, to);
+  return made;
+}
+
 }  // namespace
 
 StepOutputs& StepRouter::OutputsOf(stream::Pump* pump) {
@@ -50,39 +67,45 @@ StepOutputs& StepRouter::OutputsOf(stream::Pump* pump) {
   return group.outputs;
 }
 
+void StepRouter::Open(stream::SequenceKey key, const Route& route) {
+  Sequence& sequence = sequences_[key];
+  sequence.route = route;
+  const auto first = route.first == 0 ? sequences_.end() : sequences_.find(route.first);
+  sequence.prompt = first == sequences_.end() ? std::make_shared<Prompt>() : first->second.prompt;
+}
+
 void StepRouter::Put(const SequenceStep& row, Sequence* sequence) {
   const Route& route = sequence->route;
-  if (row.prompt_logprobs.num_rows > 0 && !sequence->told_prompt) {
-    Append(step_, row.prompt_logprobs, route.prompt_width, &sequence->prompt);
+  Prompt& prompt = *sequence->prompt;
+  const bool is_first = route.first == 0;
+  if (is_first && !prompt.is_told && row.prompt_logprobs.num_rows > 0) {
+    Append(step_, row.prompt_logprobs, route.prompt_width, &prompt.logprobs);
   }
   // Only a part of the prompt's log probabilities; more follow.
   if (row.num_tokens == 0 && row.finish == EngineFinish::kNone) return;
-  StepOutputs& outputs = OutputsOf(route.pump);
-  SequenceStep& made = outputs.Add(route.pump_key);
-  const auto tokens = step_.Tokens(row);
-  outputs.token_ids.insert(outputs.token_ids.end(), tokens.begin(), tokens.end());
-  made.num_tokens = row.num_tokens;
-  made.finish = row.finish;
-  made.stop_cause = row.stop_cause;
-  made.stop_token = row.stop_token;
-  outputs.text += step_.StopText(row);
-  made.num_text_bytes = row.num_text_bytes;
-  if (row.logprobs.num_rows > 0) made.logprobs = Append(step_, row.logprobs, route.width, &outputs);
-  // A request that was preempted is prefilled, and tells of it, again.
-  if (row.has_prompt && !sequence->told_prompt) {
-    sequence->told_prompt = true;
-    made.has_prompt = true;
-    made.num_cached_tokens = row.num_cached_tokens;
-    StepOutputs& prompt = sequence->prompt;
-    if (!prompt.ranks.empty()) {
-      LogprobRows all;
-      all.num_rows = static_cast<uint32_t>(prompt.ranks.size());
-      all.width = static_cast<uint32_t>(prompt.candidate_ids.size() / prompt.ranks.size());
-      made.prompt_logprobs = Append(prompt, all, route.prompt_width, &outputs);
-      prompt = StepOutputs();
-    }
-  }
   sequence->has_tokens |= row.num_tokens > 0;
+  if (!is_first && !prompt.is_told) {
+    CopyRow(step_, row, route.pump_key, route.width, &prompt.waiting);
+    return;
+  }
+  StepOutputs& outputs = OutputsOf(route.pump);
+  SequenceStep& made = CopyRow(step_, row, route.pump_key, route.width, &outputs);
+  // A request that was preempted is prefilled, and tells of it, again.
+  if (!is_first || prompt.is_told || !row.has_prompt) return;
+  prompt.is_told = true;
+  made.has_prompt = true;
+  made.num_cached_tokens = row.num_cached_tokens;
+  if (const StepOutputs& all = prompt.logprobs; !all.ranks.empty()) {
+    LogprobRows rows;
+    rows.num_rows = static_cast<uint32_t>(all.ranks.size());
+    rows.width = static_cast<uint32_t>(all.candidate_ids.size() / all.ranks.size());
+    made.prompt_logprobs = Append(all, rows, route.prompt_width, &outputs);
+    prompt.logprobs = StepOutputs();
+  }
+  const StepOutputs waiting = std::exchange(prompt.waiting, StepOutputs());
+  for (const SequenceStep& other : waiting.sequences) {
+    CopyRow(waiting, other, other.key, route.width, &outputs);
+  }
 }
 
 void StepRouter::Take(std::span<const Frame> frames, double now) {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -24,6 +25,9 @@ struct Route {
   // gives as many as any request of the batch asked for.
   uint32_t width = 1;
   uint32_t prompt_width = 1;
+  // The key of the request's output 0, which is opened first; 0: this is it. That output tells of the prompt;
+  // what comes of others before waits for it.
+  stream::SequenceKey first = 0;
 };
 
 // A sequence whose end is an error; what its last row had is not put into its pump.
@@ -36,7 +40,7 @@ struct IrregularEnd {
 
 class StepRouter {
  public:
-  void Open(stream::SequenceKey key, const Route& route) { sequences_[key].route = route; }
+  void Open(stream::SequenceKey key, const Route& route);
   // Whether it was still open.
   bool Close(stream::SequenceKey key) { return sequences_.erase(key) > 0; }
 
@@ -54,11 +58,16 @@ class StepRouter {
   size_t num_open() const { return sequences_.size(); }
 
  private:
+  // What the outputs of a request share.
+  struct Prompt {
+    bool is_told = false;
+    stream::StepOutputs logprobs;  // parts of a long prompt's
+    stream::StepOutputs waiting;   // rows of other outputs
+  };
   struct Sequence {
     Route route;
     bool has_tokens = false;
-    bool told_prompt = false;
-    stream::StepOutputs prompt;  // parts of a long prompt's log probabilities
+    std::shared_ptr<Prompt> prompt;
   };
   struct Group {
     stream::Pump* pump = nullptr;

@@ -1114,10 +1114,12 @@ class StepRouter:
         num_logprobs: int,
         num_prompt_logprobs: int,
         is_native: bool,
+        first: int,
     ) -> None:
         """Expect an output whose request id in the engine core ends in "-" and `key`, in hexadecimal.
 
         key: at least 1, never used twice. pump_key: the output's in outlet.pump. is_native: its vocabulary is.
+        first: the key of the request's output 0, 0 for that output itself, which is opened first.
         """
 
     def close(self, key: int) -> bool:

@@ -164,9 +164,9 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Compare the installed TensorRT-LLM with the interface that Twinjet was written against."""
-    from twinjet.engines.tensorrt_llm.doctor import examine
+    from twinjet.engines.tensorrt_llm.doctor import run
 
-    return examine(arguments.recorded_version, as_json=arguments.json)
+    return run(arguments)
 
 
 def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -430,6 +430,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="twinjet", description="Serve language models over gRPC, and use them."
     )
+    from twinjet.engines.tensorrt_llm.doctor import add_arguments as add_doctor_arguments
+
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
@@ -471,10 +473,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--stats", action="store_true", help="show tokens and timings on stderr")
 
     command = add(doctor)
-    command.add_argument(
-        "--recorded-version", metavar="V", help="compare with this one; default: the nearest to what is there"
-    )
-    command.add_argument("--json", action="store_true", help="print a JSON list")
+    add_doctor_arguments(command)
+    command.add_argument("--json", action="store_true", help="print a JSON object")
 
     command = add(serve)
     command.add_argument("--config", type=Path, metavar="TOML", help="configuration file")

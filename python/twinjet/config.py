@@ -35,6 +35,8 @@ from twinjet.routing.table import Route, check_route
 from twinjet.scheduler import SchedulerSettings
 from twinjet.settings_tree import did_you_mean, keys_at
 
+_SECTIONS = ("server", "admin", "grammar", "deployments", "routes")
+
 LONGEST_S = 1_000_000.0
 """Longest duration that can be set, in seconds: eleven days, which gRPC's milliseconds can hold."""
 
@@ -148,6 +150,18 @@ class AdminSettings(_Section):
     token: Token = Field("", description="bearer token; empty: callers on the loopback interface only")
 
 
+class GrammarSettings(_Section):
+    """What the compilation of one request's constraint may cost, and how many may run at once."""
+
+    memory_bytes: int = Field(1 << 30, ge=64 << 20, description="address space of one compilation")
+    cpu_s: float = Field(5.0, ge=1, le=3600, description="processor time of one compilation")
+    wall_s: float = Field(20.0, gt=0, le=3600, description="time of one compilation, also for waiting")
+    workers: int = Field(2, ge=1, le=256, description="compilations at once; one tenant gets half of them")
+    waiting: int = Field(16, ge=1, le=65536, description="compilations of one tenant that may wait")
+    cache_bytes: int = Field(256 << 20, ge=0, description="compiled grammars that are kept, on disk")
+    verify: bool = Field(True, description="check finished outputs against their JSON schema")
+
+
 class DeploymentSettings(_Section):
     """One engine with one model."""
 
@@ -200,6 +214,7 @@ class Config(_Section):
 
     server: ServerSettings = ServerSettings()
     admin: AdminSettings = AdminSettings()
+    grammar: GrammarSettings = GrammarSettings()
     deployments: dict[Name, DeploymentSettings] = Field(min_length=1)
     routes: dict[Name, RouteSettings] = Field(default_factory=dict)
     mirror: MirrorSettings = MirrorSettings()

@@ -13,6 +13,7 @@ TwinjetError
 │   └── DeadlineUnreachable   it is predicted to pass before the request could be served
 ├── RequestAborted      an operator ended the request
 ├── RequestFailed       the engine could not finish this one request
+│   └── NoAdmissibleToken   the request's own conditions contradict each other
 └── ConfigError         the server's own settings are wrong
 """
 
@@ -155,6 +156,16 @@ class RequestFailed(TwinjetError):
     def __init__(self, message: str, *, reason: str = "REQUEST_FAILED") -> None:
         self.reason = reason
         super().__init__(message)
+
+
+class NoAdmissibleToken(RequestFailed):
+    """The request's masks, grammar, stops and bad words leave no token; only the run could show it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token is admissible under the request's masks, grammar and bad words; loosen one of them",
+            reason="NO_ADMISSIBLE_TOKEN",
+        )
 
 
 class ConfigError(TwinjetError):

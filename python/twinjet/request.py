@@ -18,6 +18,7 @@ from twinjet.errors import ConfigError, InvalidRequest, Unsupported, Violation
 
 if TYPE_CHECKING:
     from twinjet.engines.base import EngineInfo
+    from twinjet.grammar.room import CompiledGrammar
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
@@ -68,7 +69,7 @@ NUMBER_BOUNDS: Mapping[str, Bound] = MappingProxyType(
 hold each of them: it runs inside the engine's process, where a value that it refuses would end the engine."""
 _SCALARS = tuple(name for name in NUMBER_BOUNDS if name != "logit_bias")
 
-ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +147,40 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvRetention:
+    """How long a request's KV blocks are worth keeping. Priorities 0 to 100, None the engine's default.
+
+    duration_s: how long they hold, above 0; None for good.
+    """
+
+    prompt_priority: int | None = None
+    output_priority: int | None = None
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One request as an engine gets it.
 
     prompt_token_ids: at least one, each in 0 .. vocab_size - 1; with sampling.max_tokens within the context.
-    priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
-    None is none; engines may use it, the server enforces it.
+    grammar: sampling.constraint compiled for this engine's vocabulary; None only where there is no constraint or the
+    engine has none. priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
+    None is none; engines may use it, the server enforces it. data_parallel_rank: a hint, at least 0, None is any.
+    trace_headers: the caller's W3C trace context, empty is none.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
+    grammar: CompiledGrammar | None = None
     priority: int = 0
     tenant: str = ""
     cache_salt: str = ""
     adapter: str = ""
     deadline: float | None = None
+    data_parallel_rank: int | None = None
+    kv_retention: KvRetention | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def draw_seed() -> int:
@@ -299,6 +318,9 @@ def _fill(sent: SamplingOverrides, defaults: SamplingOverrides, *, room: int, se
     }  # fmt: skip
     values = neutral | merged
     values["top_k"] = max(0, merged.get("top_k", 0))
+    if values["constraint"] is not None:
+        # What comes after a complete grammar would no longer keep to it.
+        values["ignore_eos"] = False
     values["max_tokens"] = min(merged.get("max_tokens", room), room)
     return Sampling(**values)  # type: ignore[arg-type]
 
@@ -312,6 +334,7 @@ def _check_capabilities(sampling: Sampling, info: EngineInfo) -> None:
         "bad_words": bool(sampling.bad_words),
         "allowed_token_ids": bool(sampling.allowed_token_ids),
         "min_p": sampling.min_p > 0,
+        "min_tokens": sampling.min_tokens > 0,
         "multiple_outputs": sampling.n > 1,
         "logprobs": sampling.logprobs is not None,
         "prompt_logprobs": sampling.prompt_logprobs is not None,

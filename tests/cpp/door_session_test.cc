@@ -321,6 +321,17 @@ TEST(a_deadline_ends_the_call) {
   CHECK_EQ(rig.client.answer(id).status(), kDeadlineExceeded);
 }
 
+TEST(a_deadline_comes_after_what_was_written) {
+  Rig rig;
+  const int32_t id = rig.client.Ask("/a/b", "x", {{"grpc-timeout", "200m"}});
+  const CallRef call = rig.TakeCall();
+  rig.Write(call, "written in the same turn");
+  rig.Later(0.3);
+  CHECK_EQ(rig.client.answer(id).status(), kDeadlineExceeded);
+  CHECK_EQ(rig.client.answer(id).messages().size(), 1u);
+  CHECK_EQ(rig.client.answer(id).error_code, 0u);
+}
+
 TEST(a_reader_that_stops_holds_no_more_than_it_may) {
   Options options;
   options.max_unsent_bytes = 200'000;

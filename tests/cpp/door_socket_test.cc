@@ -13,6 +13,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <filesystem>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -307,7 +308,7 @@ TEST(a_dual_stack_address_serves_both_families) {
 }
 
 TEST(unix_sockets_serve_and_are_removed) {
-  const std::string path = "/tmp/door_test." + std::to_string(getpid());
+  const std::string path = std::filesystem::temp_directory_path() / ("door_test." + std::to_string(getpid()));
   for (int round = 0; round < 2; ++round) {
     Server server({}, Echo, nullptr, "unix:" + path);
     SocketClient client(ConnectUnix(path));

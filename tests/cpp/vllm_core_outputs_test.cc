@@ -99,7 +99,7 @@ TEST(keys_of_request_ids) {
 TEST(the_router_forgets_what_has_ended) {
   twinjet::vllm::StepRouter router;
   twinjet::stream::Pump pump;
-  router.Open(0x1f, {&pump, 1, 1, 1});
+  router.Open(0x1f, {&pump, 1, 1, 1, 0});
   const std::string text = Message({Output("r-1f", kFinished)}, kStats);
   const Frame frame = Bytes(text);
   router.Take({&frame, 1}, 0);

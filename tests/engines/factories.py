@@ -22,7 +22,10 @@ MODEL = DOUBLES / "model"
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine under test. has_words: prompts such as "!fail" make it misbehave. draws: it really samples."""
+    """An engine under test. has_words: prompts such as "!fail" make it misbehave. draws: it really samples.
+
+    With "-plain" the engine's own sampler draws.
+    """
 
     name: str
     has_words: bool
@@ -34,6 +37,8 @@ SUBJECTS = (
     Subject("fake-logits", has_words=True, draws=True),
     Subject("tensorrt_llm-1.2", has_words=True, draws=True),
     Subject("tensorrt_llm-1.3", has_words=True, draws=True),
+    Subject("tensorrt_llm-1.2-plain", has_words=True, draws=True),
+    Subject("tensorrt_llm-1.3-plain", has_words=True, draws=True),
 )
 
 
@@ -70,8 +75,11 @@ async def running(name: str, **options: Any) -> AsyncIterator[Engine]:
         if name.startswith("fake"):
             engine = FakeEngine(name, {"output": "logits"} if name == "fake-logits" else {})
         else:
-            stack.enter_context(double_installed(name.rpartition("-")[2]))
-            engine = make_trt(options)
+            _, version, *rest = name.split("-")
+            stack.enter_context(double_installed(version))
+            if rest:
+                options = {"guided_decoding_backend": "xgrammar"} | options
+            engine = make_trt(options, native_sampler=not rest)
         try:
             await engine.start(lambda _: None)
             yield engine

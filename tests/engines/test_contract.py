@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.engines.factories import SUBJECTS, Subject, make_request, running
-from twinjet.engines.base import Engine, EngineEvent, Finish, OutputEvent, PromptEvent
-from twinjet.errors import EngineDied, RequestAborted, RequestFailed
+from twinjet.engines.base import Capability, Engine, EngineEvent, Finish, OutputEvent, PromptEvent
+from twinjet.errors import EngineDied, RequestAborted, RequestFailed, Unsupported
 from twinjet.request import Constraint, EngineRequest
 
 
@@ -54,6 +54,21 @@ async def collect(engine: Engine, request: EngineRequest) -> Outcome:
         return Outcome([event async for event in engine.generate(request)])
 
 
+def honours(engine: Engine, capability: Capability, **sampling: Any) -> bool:
+    """Say whether the engine can do something; if not, make sure that it is refused by name."""
+    if capability in engine.describe().capabilities:
+        return True
+    with pytest.raises(Unsupported) as refusal:
+        make_request(engine, **sampling)
+    assert refusal.value.capability == capability
+    return False
+
+
+def repeatable(engine: Engine) -> dict[str, Any]:
+    """Give sampling parameters under which two runs draw the same tokens."""
+    return {} if "seed" in engine.describe().capabilities else {"temperature": 0.0}
+
+
 async def until_idle(engine: Engine) -> None:
     async with asyncio.timeout(10):
         while (await engine.load()).running:
@@ -89,6 +104,8 @@ async def test_each_of_n_outputs_has_its_own_finish(engine: Engine) -> None:
 
 
 async def test_the_same_seed_gives_the_same_tokens(engine: Engine) -> None:
+    if "seed" not in engine.describe().capabilities:
+        pytest.skip("does not claim seeds")
     first = await collect(engine, make_request(engine, seed=5))
     again = await collect(engine, make_request(engine, seed=5))
     other = await collect(engine, make_request(engine, seed=6))
@@ -103,6 +120,8 @@ async def test_greedy_does_not_depend_on_the_seed(engine: Engine) -> None:
 
 
 async def test_logprobs_belong_to_tokens_one_to_one(engine: Engine) -> None:
+    if not honours(engine, "logprobs", logprobs=3):
+        return
     outcome = await collect(engine, make_request(engine, logprobs=3, n=2))
     for index, tokens in outcome.tokens.items():
         assert len(outcome.logprobs[index]) == len(tokens)
@@ -111,12 +130,16 @@ async def test_logprobs_belong_to_tokens_one_to_one(engine: Engine) -> None:
 
 
 async def test_zero_logprobs_are_the_token_alone(engine: Engine) -> None:
+    if not honours(engine, "logprobs", logprobs=0):
+        return
     outcome = await collect(engine, make_request(engine, logprobs=0))
     assert len(outcome.logprobs[0]) == len(outcome.tokens[0])
     assert all(entry.top == () for entry in outcome.logprobs[0])
 
 
 async def test_prompt_logprobs_leave_out_the_first_token_only(engine: Engine) -> None:
+    if not honours(engine, "prompt_logprobs", prompt_logprobs=2):
+        return
     # Twice, since the second prompt could come from the prefix cache, without logits.
     for request_id in ("first", "second"):
         request = make_request(engine, "a prompt of more than one block " * 4, request_id, prompt_logprobs=2)
@@ -135,16 +158,22 @@ async def test_unasked_logprobs_are_absent(engine: Engine) -> None:
 
 
 async def test_a_stop_string_is_cut_and_named(engine: Engine) -> None:
-    whole = (await collect(engine, make_request(engine, ignore_eos=True))).text[0]
+    whole = (await collect(engine, make_request(engine, ignore_eos=True, **repeatable(engine)))).text[0]
     stop = whole[7:10]
-    cut = await collect(engine, make_request(engine, ignore_eos=True, stop=(stop, "never to be seen")))
-    kept = await collect(engine, make_request(engine, ignore_eos=True, stop=(stop,), include_stop=True))
+    cut = await collect(
+        engine, make_request(engine, ignore_eos=True, **repeatable(engine), stop=(stop, "never to be seen"))
+    )
+    kept = await collect(
+        engine, make_request(engine, ignore_eos=True, **repeatable(engine), stop=(stop,), include_stop=True)
+    )
     assert cut.text[0] == whole[: whole.index(stop)]
     assert kept.text[0] == whole[: whole.index(stop) + 3]
     assert cut.finish[0] == kept.finish[0] == Finish("stop", stop)
 
 
 async def test_a_stop_string_ends_its_own_output_only(engine: Engine) -> None:
+    if "seed" not in engine.describe().capabilities:
+        pytest.skip("several outputs cannot be had twice")
     whole = await collect(engine, make_request(engine, n=2, ignore_eos=True))
     stop = whole.text[0][3:8]
     assert stop not in whole.text[1]
@@ -154,10 +183,12 @@ async def test_a_stop_string_ends_its_own_output_only(engine: Engine) -> None:
 
 
 async def test_a_stop_token_ends_the_output_and_leaves_no_text(engine: Engine) -> None:
-    whole = (await collect(engine, make_request(engine, ignore_eos=True))).tokens[0]
+    whole = (await collect(engine, make_request(engine, ignore_eos=True, **repeatable(engine)))).tokens[0]
     stop = whole[6]
     at = whole.index(stop)
-    outcome = await collect(engine, make_request(engine, ignore_eos=True, stop_token_ids=(stop,)))
+    outcome = await collect(
+        engine, make_request(engine, ignore_eos=True, **repeatable(engine), stop_token_ids=(stop,))
+    )
     assert outcome.tokens[0] == whole[: at + 1], "the stop token counts"
     assert outcome.text[0] == engine.tokenizer.decode(whole[:at], skip_special_tokens=True)
     assert outcome.finish[0] == Finish("stop", stop)
@@ -183,7 +214,10 @@ async def test_half_a_character_is_cut_by_the_end(engine: Engine) -> None:
 
 
 async def test_logprobs_show_parts_of_characters(engine: Engine) -> None:
-    outcome = await collect(engine, make_request(engine, logprobs=5, prompt_logprobs=0))
+    if not honours(engine, "logprobs", logprobs=5):
+        return
+    asked = {"prompt_logprobs": 0} if honours(engine, "prompt_logprobs", prompt_logprobs=0) else {}
+    outcome = await collect(engine, make_request(engine, logprobs=5, **asked))
     for entry in outcome.logprobs[0]:
         for each in (entry.chosen, *entry.top):
             text = engine.tokenizer.decode([each.token_id], skip_special_tokens=False)
@@ -192,8 +226,11 @@ async def test_logprobs_show_parts_of_characters(engine: Engine) -> None:
 
 
 async def test_min_tokens_hold_back_a_stop_string(engine: Engine) -> None:
-    whole = (await collect(engine, make_request(engine, ignore_eos=True))).text[0]
-    once = {"ignore_eos": True, "stop": (whole[1], whole[8:10])}
+    if not honours(engine, "min_tokens", min_tokens=8):
+        return
+    steady = repeatable(engine)
+    whole = (await collect(engine, make_request(engine, ignore_eos=True, **steady))).text[0]
+    once = {**steady, "ignore_eos": True, "stop": (whole[1], whole[8:10])}
     assert (await collect(engine, make_request(engine, **once))).text[0] == whole[:1]
     held = await collect(engine, make_request(engine, min_tokens=8, **once))
     assert held.text[0] == whole[: min(whole.find(stop, 8) for stop in once["stop"] if stop in whole[8:])]
@@ -208,7 +245,10 @@ async def test_a_choice_is_kept(engine: Engine) -> None:
 
 
 async def test_many_requests_run_at_once(engine: Engine) -> None:
-    requests = [make_request(engine, request_id=f"r{i}", seed=i, max_tokens=10 + i) for i in range(12)]
+    steady = repeatable(engine)
+    requests = [
+        make_request(engine, request_id=f"r{i}", seed=i, max_tokens=10 + i, **steady) for i in range(12)
+    ]
     together = await asyncio.gather(*(collect(engine, request) for request in requests))
     alone = [await collect(engine, request) for request in requests]
     assert [o.tokens for o in together] == [o.tokens for o in alone], "others must not matter"
@@ -286,6 +326,8 @@ async def test_min_tokens_hold_back_the_end(subject: Subject, engine: Engine) ->
         pytest.skip("does not sample")
     eos = engine.describe().eos_token_ids[0]
     likely_end = {"logit_bias": {eos: 100.0}, "max_tokens": 12}
+    if not honours(engine, "min_tokens", min_tokens=5):
+        return
     at_once = await collect(engine, make_request(engine, **likely_end))
     later = await collect(engine, make_request(engine, min_tokens=5, **likely_end))
     assert at_once.tokens[0] == [eos]
@@ -297,6 +339,8 @@ async def test_allowed_and_bad_tokens_are_kept(subject: Subject, engine: Engine)
     if not subject.draws:
         pytest.skip("does not sample")
     allowed = tuple(engine.tokenizer.encode("abc", add_special_tokens=False))
+    if not honours(engine, "allowed_token_ids", allowed_token_ids=allowed):
+        return
     outcome = await collect(
         engine, make_request(engine, allowed_token_ids=allowed, ignore_eos=True, max_tokens=50)
     )
@@ -314,6 +358,8 @@ async def test_allowed_and_bad_tokens_are_kept(subject: Subject, engine: Engine)
 async def test_penalties_work(subject: Subject, engine: Engine) -> None:
     if not subject.draws:
         pytest.skip("does not sample")
+    if not honours(engine, "penalties", repetition_penalty=50.0):
+        return
     plain = await collect(engine, make_request(engine, temperature=0.0, max_tokens=30, ignore_eos=True))
     spread = await collect(
         engine,

@@ -1,6 +1,6 @@
 """gRPC's interoperability cases with the stock clients of other languages, where their tools are.
 
-grpc-js comes through npm; Go needs Debian's golang-google-grpc-dev.
+grpc-js comes through npm; C++ needs libgrpc++-dev; Go needs golang-google-grpc-dev and golang-google-protobuf-dev.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ CASES = {
     "empty_stream", "cancel_after_begin", "cancel_after_first_response", "timeout_on_sleeping_server",
     "status_code_and_message", "custom_metadata", "unimplemented_method_and_service",
 }  # fmt: skip
+
+
+def _has_grpc_cpp() -> bool:
+    if shutil.which("pkg-config") is None:
+        return False
+    return subprocess.run(["pkg-config", "--exists", "grpc++"], check=False).returncode == 0
 
 
 @pytest.fixture
@@ -75,4 +81,16 @@ def test_go(port: str, tmp_path: Path) -> None:
         timeout=280,
         env=os.environ | {"GO111MODULE": "off", "GOPATH": str(GO_PATH)},
     )
+    assert _passed([str(client), port]) == CASES
+
+
+@pytest.mark.skipif(not _has_grpc_cpp(), reason="gRPC C++ is missing")
+def test_cpp(port: str, tmp_path: Path) -> None:
+    client = tmp_path / "client"
+    flags = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "grpc++"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++17", "-O1", str(HERE / "client.cc"), *flags, "-o", str(client)]
+    subprocess.run(command, check=True, timeout=280)
     assert _passed([str(client), port]) == CASES

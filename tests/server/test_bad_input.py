@@ -25,6 +25,24 @@ def _text(**sampling: Any) -> generation_pb2.GenerateRequest:
 CASES: list[tuple[str, Any, str, str]] = [
     ("empty request", Request(), "text", "set exactly one"),
     ("text and tokens", Request(text="x", token_ids=[1]), "text", "both are set"),
+    (
+        "negative rank",
+        Request(text="x", options={"data_parallel_rank": -1}),
+        "options.data_parallel_rank",
+        "allowed: 0 or more",
+    ),
+    (
+        "retention above 100",
+        Request(text="x", options={"kv_retention": {"prompt_priority": 101}}),
+        "options.kv_retention.prompt_priority",
+        "allowed: 0 to 100",
+    ),
+    (
+        "retention for no time",
+        Request(text="x", options={"kv_retention": {"duration": {"seconds": 0}}}),
+        "options.kv_retention.duration",
+        "above 0",
+    ),
     ("negative temperature", _text(temperature=-1), "sampling.temperature", "0 to 100"),
     ("NaN temperature", _text(temperature=math.nan), "sampling.temperature", "0 to 100"),
     ("infinite temperature", _text(temperature=math.inf), "sampling.temperature", "0 to 100"),
@@ -60,18 +78,6 @@ CASES: list[tuple[str, Any, str, str]] = [
     ),
     ("10 MB prompt", Request(text="x" * 10_000_000), "text", "10000000 bytes; at most 4194304"),
     ("constraint without kind", _text(constraint=Constraint()), "sampling.constraint", "json_schema"),
-    (
-        "schema that is no JSON",
-        _text(constraint=Constraint(json_schema="{")),
-        "sampling.constraint.json_schema",
-        "JSON",
-    ),
-    (
-        "schema that is no schema",
-        _text(constraint=Constraint(json_schema='{"type": 5}')),
-        "sampling.constraint.json_schema",
-        "not a JSON schema",
-    ),
     ("empty regex", _text(constraint=Constraint(regex="")), "sampling.constraint.regex", "empty"),
     ("empty choice", _text(constraint=Constraint(choice={})), "sampling.constraint.choice", "at least one"),
     (
@@ -157,6 +163,9 @@ MISSING: list[tuple[str, Callable[[], Any], str]] = [
     ("regex", lambda: _text(constraint=Constraint(regex="a+")), "regex"),
     ("schema", lambda: _text(constraint=Constraint(json_schema="{}")), "json_schema"),
     ("allowed ids", lambda: _text(allowed_token_ids=[1]), "allowed_token_ids"),
+    ("tag", lambda: _text(constraint=Constraint(structural_tag="{}")), "structural_tag"),
+    ("rank", lambda: Request(text="x", options={"data_parallel_rank": 0}), "data_parallel_rank"),
+    ("retention", lambda: Request(text="x", options={"kv_retention": {}}), "kv_retention"),
     ("pictures", lambda: Chat(messages=[{"role": "user", "images": [b"png"]}]), "image_input"),
     ("sound", lambda: Chat(messages=[{"role": "user", "audio": [b"wav"]}]), "audio_input"),
 ]

@@ -176,7 +176,7 @@ def test_a_cancelled_stream_leaves_the_engine(service: Service) -> None:
 
 def test_a_passed_deadline_leaves_the_engine(service: Service) -> None:
     request = Request(text="x", sampling=Sampling(max_tokens=1500, ignore_eos=True))
-    error = _refused(lambda: list(service.inference.Generate(request, timeout=0.4)))
+    error = _refused(lambda: list(service.inference.Generate(request, timeout=0.1)))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     service.until_idle()
 

@@ -52,11 +52,11 @@ async def test_get_model_says_what_is_in_use(serve: Serve, version: str) -> None
 async def test_what_is_not_possible_is_refused_by_name(serve: Serve, version: str) -> None:
     deployments = {"trt": TRT["trt"] | {"native_sampler": False}}
     h = await serve(deployments=deployments)
-    request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(repetition_penalty=1.5))
+    request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(allowed_token_ids=[97]))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await h.inference.Generate(request).read()
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert details(caught.value)["ErrorInfo"].metadata["capability"].lower().endswith("penalties")
+    assert details(caught.value)["ErrorInfo"].metadata["capability"].lower().endswith("allowed_token_ids")
 
 
 async def test_a_death_is_told_and_the_engine_comes_back(serve: Serve, version: str) -> None:
@@ -69,6 +69,22 @@ async def test_a_death_is_told_and_the_engine_comes_back(serve: Serve, version: 
     await h.until_ready()
     messages = [m async for m in h.inference.Generate(Request(text="Hello", sampling={"max_tokens": 3}))]
     assert messages[-1].HasField("summary")
+
+
+async def test_the_metadatas_trace_context_reaches_the_engine(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with double_installed("1.3"):
+        h = await serve(deployments=TRT)
+        llm = h.engines[0]._handle.llm
+        seen, real = [], llm.generate_async
+        monkeypatch.setattr(llm, "generate_async", lambda *a, **k: seen.append(k) or real(*a, **k))
+        for sent in (trace, "00-nonsense"):
+            metadata = (("traceparent", sent), ("tracestate", "a=1"))
+            request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(max_tokens=1))
+            assert [m async for m in h.inference.Generate(request, metadata=metadata)]
+    assert [k.get("trace_headers") for k in seen] == [{"traceparent": trace, "tracestate": "a=1"}, None]
 
 
 CONFIG = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections import defaultdict
 from typing import Any
@@ -280,3 +281,30 @@ def test_wrong_rows_are_refused_whole(row: Any) -> None:
     with pytest.raises((TypeError, ValueError, OverflowError)):
         pump.step([(key, [97], None, None, None, None), row], 0.0)
     assert pump.collect(None)[0] == 0
+
+
+def test_a_native_step_wakes_whoever_watches_the_descriptor_once() -> None:
+    descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        stream, pump = make_stream(), Pump(descriptor)
+        key = pump.add(stream, "owner")
+        for _ in range(2):
+            pump.step([(key, [97], None, None, None, None)], 0.0)
+        assert os.eventfd_read(descriptor) == 1
+        pump.collect(None)
+        pump.step([(key + 256, [97], None, None, None, None)], 0.0)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(descriptor)
+        pump.step([(key, [97], None, None, None, None)], 0.0)
+        assert os.eventfd_read(descriptor) == 1
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("finish", ["failed", "aborted"])
+def test_an_irregular_end_fails_the_request(finish: Any) -> None:
+    stream, pump = make_stream(), Pump()
+    key = pump.add(stream, "owner")
+    pump.step([(key, [97], finish, None, None, None)], 0.0)
+    assert [happened & Pump.FAILED for _, happened in pump.collect(None)[2]] == [Pump.FAILED]
+    assert not stream.is_over

@@ -79,7 +79,8 @@ __device__ __forceinline__ LoadArgs LoadArgsOf(const SampleArgs& args, const Dev
   load.mask = nullptr;
   load.allowed = nullptr;
   if (edited && input.bitmask_row >= 0) load.mask = args.bitmask + input.bitmask_row * args.bitmask_stride;
-  if (edited && input.allowed_at >= 0) load.allowed = args.allowed + static_cast<int64_t>(input.allowed_at) * 4;
+  if (edited && input.allowed_at >= 0)
+    load.allowed = args.allowed + static_cast<int64_t>(input.allowed_at) * 4;
   load.aligned = IsAligned(args, row);
   return load;
 }

@@ -63,7 +63,7 @@ from twinjet.client._events import (
     TokenLogprobs,
     Usage,
 )
-from twinjet.client._requests import Constraint, Conversation, Message, Options, Prompt, Sampling
+from twinjet.client._requests import Constraint, Conversation, KvRetention, Message, Options, Prompt, Sampling
 from twinjet.client._retry import RetryPolicy
 from twinjet.client._routes import Mirror, Route, Routes
 from twinjet.client._sync import Client, Stream
@@ -95,6 +95,7 @@ __all__ = [
     "KvEvent",
     "KvEvents",
     "KvRemoved",
+    "KvRetention",
     "KvStored",
     "LoadingProgress",
     "Logprob",

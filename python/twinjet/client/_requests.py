@@ -29,7 +29,7 @@ _BOUNDS = {
 _LONGEST_S = 315_576_000_000
 """Longest google.protobuf.Duration: ten thousand years."""
 
-ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,18 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvRetention:
+    """How long a request's KV blocks are worth keeping; see KvRetention in the proto. None is the engine's default.
+
+    duration_s: how long the priorities hold, seconds; None for good.
+    """
+
+    prompt_priority: int | None = None
+    output_priority: int | None = None
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What concerns a request and not its tokens. "" and None mean unset. See RequestOptions in the proto."""
 
@@ -53,6 +65,8 @@ class Options:
     adapter: str = ""
     report_queue: bool | None = None
     session: str = ""
+    data_parallel_rank: int | None = None
+    kv_retention: KvRetention | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +163,15 @@ def options_message(options: Options | None) -> generation_pb2.RequestOptions | 
     if options is None:
         return None
     values = {f.name: getattr(options, f.name) for f in fields(options)}
+    if options.kv_retention is not None:
+        values["kv_retention"] = _retention_message(options.kv_retention)
     return filled(generation_pb2.RequestOptions(), values, "options.")
+
+
+def _retention_message(retention: KvRetention) -> generation_pb2.KvRetention:
+    values: dict[str, Any] = {f.name: getattr(retention, f.name) for f in fields(retention)}
+    values["duration"] = duration("options.kv_retention.duration", values.pop("duration_s"))
+    return filled(generation_pb2.KvRetention(), values, "options.kv_retention.")
 
 
 def generate_request(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -15,11 +16,13 @@ from twinjet.request import EngineRequest, SamplingOverrides
 
 if TYPE_CHECKING:
     from twinjet._core import Pump, Vocabulary
+    from twinjet.grammar.vocabulary import Vocabulary as GrammarVocabulary
 
 Capability = Literal[
     "generate", "chat", "embed", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice",
     "penalties", "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
-    "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input",
+    "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input", "min_tokens",
+    "structural_tag", "data_parallel_rank", "kv_retention", "trace_context",
 ]  # fmt: skip
 """Names of proto Capability, lower case, without the prefix."""
 
@@ -326,6 +329,14 @@ class EmbeddingEngine(Protocol):
         self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
     ) -> Sequence[float]:
         """Give the vector of one input. Raises as Engine.generate."""
+        ...
+
+
+class GrammarEngine(Protocol):
+    """An engine that takes constraints as grammars compiled by the server (EngineRequest.grammar)."""
+
+    async def vocabulary(self, folder: Path) -> GrammarVocabulary:
+        """Write the model's vocabulary into a folder. Raises GrammarUnavailable."""
         ...
 
 

@@ -55,7 +55,7 @@ VOCAB_SIZE = 258
 _CAPABILITIES: frozenset[Capability] = frozenset(
     {
         "generate", "chat", "embed", "logprobs", "prompt_logprobs", "choice", "penalties", "logit_bias",
-        "bad_words", "min_p", "seed", "multiple_outputs", "prefix_cache", "priority",
+        "bad_words", "min_p", "min_tokens", "seed", "multiple_outputs", "prefix_cache", "priority",
     }
 )  # fmt: skip
 

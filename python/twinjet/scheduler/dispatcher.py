@@ -14,9 +14,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
-from typing import Any, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TYPE_CHECKING, cast
 
 from twinjet._core import Pump, Stream
 from twinjet.engines.base import (
@@ -24,11 +23,8 @@ from twinjet.engines.base import (
     EngineEvent,
     EngineInfo,
     OutputEvent,
-    PromptEvent,
-    PushEngine,
     StepRow,
 )
-from twinjet.engines.pushed import logprob_row
 from twinjet.errors import (
     DeadlinePassed,
     EngineDied,
@@ -44,6 +40,9 @@ from twinjet.scheduler.entry import Entry, State
 from twinjet.scheduler.events import DispatchedEvent, QueuedEvent, SchedulerLoad
 from twinjet.scheduler.settings import SchedulerSettings
 from twinjet.scheduler.ticket import Ticket
+
+if TYPE_CHECKING:
+    from twinjet.engines.base import PushEngine
 
 logger = logging.getLogger("twinjet.scheduler")
 
@@ -121,6 +120,8 @@ class Dispatcher:
         self.last_step_at = 0.0
         self._to_wake: deque[Ticket] = deque()
         self._is_waking = False
+        self._is_dispatching = False
+        self._may_dispatch_more = False
         self._streams: dict[str, _Stream | Ticket] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -129,7 +130,7 @@ class Dispatcher:
         self._idle.set()
 
     def attach(self, engine: Engine, info: EngineInfo) -> None:
-        """An engine is ready: size the KV ledger to it and let requests in."""
+        """An engine is ready: size the KV ledger to it and let requests in. open() needs one that pushes."""
         self._core.attach(info)
         self._engine = engine
 
@@ -239,15 +240,13 @@ class Dispatcher:
         *,
         report_queue: bool = False,
         on_overflow: Callable[[SlowReader], None] = lambda _: None,
-        start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] = asyncio.create_task,
     ) -> Ticket:
         """Queue a request whose outputs become the messages of `stream`; close the ticket in any case.
 
-        on_overflow: called when more waits for the reader than the stream may hold. start: runs what has to be
-        waited for, if anything. Raises Unavailable, AlreadyExists, DeadlinePassed, Overloaded, InvalidRequest.
+        on_overflow: called when more waits for the reader than the stream may hold. Raises Unavailable, AlreadyExists, DeadlinePassed, Overloaded, InvalidRequest.
         """
         entry = self._core.offer(request, self._clock())
-        ticket = Ticket(self, entry, stream, reports_queue=report_queue, on_overflow=on_overflow, start=start)
+        ticket = Ticket(self, entry, stream, reports_queue=report_queue, on_overflow=on_overflow)
         self._streams[request.request_id] = ticket
         self._idle.clear()
         self._dispatch()
@@ -264,45 +263,19 @@ class Dispatcher:
 
     def hand_over(self, ticket: Ticket) -> None:
         """Give a request to the engine."""
-        entry, engine = ticket.entry, self._engine
-        assert engine is not None, "requests are taken only while there is an engine"
+        assert self._engine is not None, "requests are taken only while there is an engine"
+        entry, engine = ticket.entry, cast("PushEngine", self._engine)
         ticket.is_granted = True
         ticket.stream.set_dispatched(entry.position_at_arrival, entry.dispatched_at)
         ticket.key = self.pump.add(
             ticket.stream, ticket, tenant=entry.tenant.index, holding=entry.holding, leaves_at=entry.leaves_at
         )
-        if not hasattr(engine, "submit"):
-            ticket.feeder = ticket.start(self._feed(ticket, engine))
-            return
-        ticket.engine = cast("PushEngine", engine)
+        ticket.engine = engine
         try:
-            ticket.engine.submit(entry.request, ticket)
+            engine.submit(entry.request, ticket)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's outcome
             # The engine never had it, which matters if it is dead.
             ticket.is_granted = False
-            ticket.fail(error)
-
-    async def _feed(self, ticket: Ticket, engine: Engine) -> None:
-        """Put the events of an engine that does not push into the pump."""
-        pump, key = self.pump, ticket.key
-        try:
-            async with aclosing(engine.generate(ticket.entry.request)) as events:
-                async for event in events:
-                    if isinstance(event, PromptEvent):
-                        prompt = None if event.logprobs is None else [logprob_row(e) for e in event.logprobs]
-                        pump.put_prompt(key, event.num_cached_tokens, prompt, self._clock())
-                    else:
-                        finish = event.finish
-                        pump.put_made(
-                            key, event.output_index, event.text, event.token_ids,
-                            [logprob_row(e) for e in event.logprobs] or None,
-                            None if finish is None else (finish.reason, finish.stopped_by, finish.is_eos),
-                            self._clock(),
-                        )  # fmt: skip
-                    self.collect()
-                    if ticket.error() is not None:
-                        return
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's outcome
             ticket.fail(error)
 
     def step(self, rows: list[StepRow]) -> None:
@@ -378,9 +351,6 @@ class Dispatcher:
         self._release(entry, finished=finished)
         if ticket.engine is not None:
             ticket.engine.cancel(entry.request_id)
-        feeder = ticket.feeder
-        if feeder is not None and not finished and feeder is not asyncio.current_task():
-            feeder.cancel()
 
     def forget(self, ticket: Ticket) -> None:
         """The reader is gone."""
@@ -435,15 +405,30 @@ class Dispatcher:
 
     def _dispatch(self) -> None:
         """Hand over what may go, and set the timer for the next deadline."""
+        # What is handed over may fail at once and so make room: the loop below sees it, not a call inside it.
+        if self._is_dispatching:
+            self._may_dispatch_more = True
+            return
+        self._is_dispatching = True
+        try:
+            self._may_dispatch_more = True
+            while self._may_dispatch_more:
+                self._may_dispatch_more = False
+                self._dispatch_once()
+        finally:
+            self._is_dispatching = False
+        self._set_timer()
+
+    def _dispatch_once(self) -> None:
         if self._engine is not None:
             now = self._clock()
-            for entry in self._core.expired(now):
+            # Those that wait first: a slot that an expired request leaves is not for another one.
+            for entry in sorted(self._core.expired(now), key=lambda entry: entry.state is not State.WAITING):
                 where = "in the queue" if entry.state is State.WAITING else "while it ran"
                 stream = self._streams[entry.request.request_id]
                 self._end(stream, DeadlinePassed(f"the deadline passed {where}"))
             while (taken := self._core.take(now)) is not None:
                 self._streams[taken.request.request_id].grant()
-        self._set_timer()
 
     def _set_timer(self) -> None:
         at = self._core.next_deadline()

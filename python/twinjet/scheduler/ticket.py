@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from twinjet.errors import EngineDied, SlowReader
 
@@ -19,12 +19,12 @@ class Ticket:
     """What Dispatcher.open gives: read() until it gives nothing, then close(). Implements engines.base.Run.
 
     stream: where the outputs become messages. on_overflow: called when too much waits for the
-    reader. start: runs what has to be waited for.
+    reader.
     """
 
     __slots__ = (
         "_dispatcher", "_error", "_is_over", "_last_place", "_reports_queue", "_waiter", "engine", "entry",
-        "feeder", "is_granted", "key", "on_overflow", "start", "stream",
+        "is_granted", "key", "on_overflow", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -35,15 +35,12 @@ class Ticket:
         *,
         reports_queue: bool,
         on_overflow: Callable[[SlowReader], None],
-        start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self.entry = entry
         self.stream = stream
         self.on_overflow = on_overflow
-        self.start = start
         self.key = 0
         self.engine: PushEngine | None = None
-        self.feeder: asyncio.Task[None] | None = None
         self.is_granted = False
         self._dispatcher = dispatcher
         self._reports_queue = reports_queue

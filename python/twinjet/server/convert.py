@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,19 @@ from google.protobuf.duration_pb2 import Duration
 
 from twinjet.engines.base import ChatTurn, Component, EngineInfo
 from twinjet.errors import InvalidRequest, Unsupported, Violation
-from twinjet.request import Constraint, SamplingOverrides
+from twinjet.request import Constraint, KvRetention, SamplingOverrides
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
 
 MAX_ID_CHARS = 128
 MAX_LABEL_BYTES = 128
 MAX_MESSAGES = 4096
+MAX_RETENTION_PRIORITY = 100
+MAX_RETENTION_S = 7 * 24 * 3600
+MAX_TRACE_BYTES = 512
 ROLES = ("system", "user", "assistant", "tool")
 
 _PRINTABLE = re.compile(r"[\x21-\x7e]*")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Options:
     adapter: str = ""
     report_queue: bool = False
     session: str = ""
+    data_parallel_rank: int | None = None
+    kv_retention: KvRetention | None = None
 
 
 def request_id_violation(field: str, request_id: str) -> list[Violation]:
@@ -52,6 +58,14 @@ def options(message: generation_pb2.RequestOptions) -> Options:
     for name in ("tenant", "cache_salt", "adapter", "session"):
         if len(getattr(message, name).encode()) > MAX_LABEL_BYTES:
             violations.append(Violation(f"options.{name}", f"is longer than {MAX_LABEL_BYTES} bytes"))
+    if message.data_parallel_rank < 0:
+        violations.append(
+            Violation(
+                "options.data_parallel_rank",
+                f"{message.data_parallel_rank} is out of range; allowed: 0 or more",
+            )
+        )
+    retention = _kv_retention(message.kv_retention, violations) if message.HasField("kv_retention") else None
     if violations:
         raise InvalidRequest(violations)
     return Options(
@@ -62,7 +76,43 @@ def options(message: generation_pb2.RequestOptions) -> Options:
         message.adapter,
         message.report_queue,
         message.session,
+        message.data_parallel_rank if message.HasField("data_parallel_rank") else None,
+        retention,
     )
+
+
+def _kv_retention(message: generation_pb2.KvRetention, violations: list[Violation]) -> KvRetention:
+    """Convert KvRetention, adding what is wrong with it to violations."""
+    priorities: dict[str, int | None] = {}
+    for name in ("prompt_priority", "output_priority"):
+        value = priorities[name] = getattr(message, name) if message.HasField(name) else None
+        if value is not None and not 0 <= value <= MAX_RETENTION_PRIORITY:
+            violations.append(
+                Violation(
+                    f"options.kv_retention.{name}",
+                    f"{value} is out of range; allowed: 0 to {MAX_RETENTION_PRIORITY}",
+                )
+            )
+    seconds = None
+    if message.HasField("duration"):
+        seconds = message.duration.seconds + message.duration.nanos / 1e9
+        if not 0 < seconds <= MAX_RETENTION_S:
+            violations.append(
+                Violation(
+                    "options.kv_retention.duration",
+                    f"{seconds:g} s is out of range; allowed: above 0 to {MAX_RETENTION_S} s",
+                )
+            )
+    return KvRetention(duration_s=seconds, **priorities)
+
+
+def trace_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> Mapping[str, str]:
+    """Give the W3C trace context of a call: traceparent and tracestate, if the former is there and well formed."""
+    sent = {key: value for key, value in metadata or () if key in ("traceparent", "tracestate")}
+    found = {
+        key: value for key, value in sent.items() if isinstance(value, str) and len(value) <= MAX_TRACE_BYTES
+    }
+    return found if _TRACEPARENT.fullmatch(found.get("traceparent", "")) else {}
 
 
 def one_prompt(text: str, token_ids: Sequence[int], max_bytes: int, prefix: str = "") -> None:
@@ -149,7 +199,8 @@ def _constraint(message: sampling_pb2.Constraint) -> Constraint:
     kind = message.WhichOneof("kind")
     if kind is None:
         raise InvalidRequest.of(
-            "sampling.constraint", "no kind is set; set one of json_schema, json_object, regex, ebnf, choice"
+            "sampling.constraint",
+            "no kind is set; set one of json_schema, json_object, regex, ebnf, choice, structural_tag",
         )
     if kind == "choice":
         return Constraint("choice", choices=tuple(message.choice.values))

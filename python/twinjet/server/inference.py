@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +17,7 @@ from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.server import convert
 from twinjet.server.gate import Gate
-from twinjet.server.grammar import check_constraint
+from twinjet.server.grammar import Grammars
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
@@ -47,12 +46,14 @@ class _Arrival:
 
     at: float
     deadline: float | None
+    trace_headers: Mapping[str, str]
 
     @classmethod
     def of(cls, context: Context) -> _Arrival:
         now = time.monotonic()
         left_s = context.time_remaining()
-        return cls(now, None if left_s is None else now + left_s)
+        trace = convert.trace_headers(context.invocation_metadata())
+        return cls(now, None if left_s is None else now + left_s, trace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class InferenceServicer:
         live: LiveRequests,
         metrics: Metrics,
         mirror: Mirror,
+        grammars: Grammars,
     ) -> None:
         self._deployments = deployments
         self._settings = settings
@@ -80,6 +82,7 @@ class InferenceServicer:
         self._metrics = metrics
         self._mirror = mirror
         self._watch = WriterWatch(settings.stalled_reader_s)
+        self._grammars = grammars
         self._gate = Gate(settings)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
@@ -105,6 +108,7 @@ class InferenceServicer:
             ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
             prompt = _Prompt(ids, "text")
         accepted = _accept(prompt, overrides, options, info, arrival)
+        accepted = await self._with_grammar(accepted, engine)
         await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
@@ -129,6 +133,7 @@ class InferenceServicer:
             engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
         )
         accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, arrival)
+        accepted = await self._with_grammar(accepted, engine)
         await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Embed(
@@ -204,8 +209,19 @@ class InferenceServicer:
     def _copy(self, request: EngineRequest, model: str) -> None:
         """Send a copy of the request to the model's mirror, if it has one that can take it."""
         copy_to = self._deployments.mirror_of(model)
-        if copy_to is not None:
+        # A grammar is compiled for one engine's vocabulary.
+        if copy_to is not None and request.grammar is None:
             self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
+
+    async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
+        """Have the request's constraint compiled, if it has one. Raises InvalidRequest, DeadlinePassed, Overloaded."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return request
+        grammar = await self._grammars.prepare(
+            engine, constraint, tenant=request.tenant, deadline=request.deadline
+        )
+        return replace(request, grammar=grammar)
 
     async def _embed_prompt(
         self, item: embedding_pb2.EmbedInput, prefix: str, engine: Engine, info: EngineInfo
@@ -247,6 +263,7 @@ class InferenceServicer:
             max_pending_bytes=self._settings.max_pending_bytes,
         )
         writer = StreamWriter(context.write)
+        check = self._grammars.output_check(request)
         key = object()
         with self._live.hold(key):
             await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
@@ -255,15 +272,16 @@ class InferenceServicer:
                 stream,
                 report_queue=options.report_queue,
                 on_overflow=writer.interrupt,
-                start=functools.partial(self._live.start, key),
             )
             writer.watch_carried(stream, ticket.fail)
             self._watch.add(writer)
             # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
-            if (carry := getattr(context, "carry", None)) is not None:
+            if check is None and (carry := getattr(context, "carry", None)) is not None:
                 carry(stream)
             try:
                 while messages := await ticket.read():
+                    if check is not None:
+                        await check.look_at(messages)
                     for message in messages:
                         await writer.write(message)
                 await writer.write(stream.summary())
@@ -289,12 +307,15 @@ def _accept(
             prompt.field,
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
         )
-    check_constraint(overrides.constraint)
     sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=draw_seed())
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
         raise NotFound("adapter", options.adapter, "this model has no adapters")
+    if options.data_parallel_rank is not None:
+        _need(info, "data_parallel_rank")
+    if options.kv_retention is not None:
+        _need(info, "kv_retention")
     if arrival.deadline is not None and arrival.deadline <= time.monotonic():
         raise DeadlinePassed("the deadline passed before the request was accepted")
     return EngineRequest(
@@ -306,6 +327,9 @@ def _accept(
         cache_salt=options.cache_salt,
         adapter=options.adapter,
         deadline=arrival.deadline,
+        data_parallel_rank=options.data_parallel_rank,
+        kv_retention=options.kv_retention,
+        trace_headers=arrival.trace_headers,
     )
 
 

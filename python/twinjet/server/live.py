@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 class LiveRequests:
@@ -14,7 +13,6 @@ class LiveRequests:
 
     def __init__(self) -> None:
         self._holds: Counter[object] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -34,18 +32,6 @@ class LiveRequests:
                 del self._holds[key]
             if not self._holds:
                 self._is_idle.set()
-
-    def start(self, key: object, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a request's work as a task that is held until it has cleaned up."""
-
-        async def held() -> None:
-            with self.hold(key):
-                await work
-
-        task = asyncio.create_task(held(), name=f"request {key}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait until none is left; False if some are after timeout_s."""

@@ -15,10 +15,13 @@ from twinjet.engines.base import Engine
 from twinjet.engines.factory import make_engine, prepared
 from twinjet.engines.supervisor import State
 from twinjet.errors import ConfigError, TwinjetError, Unavailable
+from twinjet.grammar.limits import GrammarLimits
+from twinjet.grammar.room import GrammarRoom
 from twinjet.routing.mirror import Mirror, RecordFiles
 from twinjet.server.admin import AdminServicer
 from twinjet.server.deployments import Deployments
 from twinjet.server.doors import make_door
+from twinjet.server.grammar import Grammars
 from twinjet.server.handlers import add_service
 from twinjet.server.health import SERVICE_NAME as HEALTH_SERVICE
 from twinjet.server.health import Health
@@ -61,6 +64,8 @@ class Server:
         self.metrics = Metrics()
         self.mirror = _mirror(config.mirror)
         self._web: Web | None = None
+        limits = GrammarLimits(**config.grammar.model_dump(exclude={"verify"}))
+        self.grammars = Grammars(GrammarRoom(limits), verify=config.grammar.verify)
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
         self.load_reports = LoadReports(self.deployments)
@@ -91,7 +96,7 @@ class Server:
         """
         try:
             config = read()
-            for section in ("server", "admin", "mirror"):
+            for section in ("server", "admin", "grammar", "mirror"):
                 if getattr(config, section) != getattr(self.config, section):
                     raise ConfigError(f"[{section}] changed; that needs a restart")
             done = await self.deployments.reload(config, self.config.server.grace_s)
@@ -130,6 +135,7 @@ class Server:
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
             await deployment.supervisor.stop()
+        await self.grammars.close()
         if self._web is not None:
             await asyncio.to_thread(self._web.close)
         for task in self._tasks:
@@ -153,7 +159,9 @@ class Server:
 
     def _register(self) -> None:
         servicers = [
-            InferenceServicer(self.deployments, self.config.server, self.live, self.metrics, self.mirror),
+            InferenceServicer(
+                self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
+            ),
             ModelServicer(self.deployments),
             AdminServicer(
                 self.deployments,
@@ -188,6 +196,9 @@ class Server:
         return web
 
     def _model_changed(self, model: str) -> None:
+        for deployment in self.deployments.of_model(model):
+            if deployment.supervisor.state is State.READY:
+                self.grammars.warm(*deployment.ready())
         self._health_updates.put_nowait(model)
         self._on_change(self)
         # Those that no route names are being tried out by an operator, who hears of it.

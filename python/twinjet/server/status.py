@@ -72,6 +72,8 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return Failure(code.DEADLINE_EXCEEDED, str(error), [_info(error.reason)])
         case errors.RequestAborted():
             return Failure(code.CANCELLED, str(error), [_info("ABORTED")])
+        case errors.NoAdmissibleToken():
+            return Failure(code.FAILED_PRECONDITION, str(error), [_info(error.reason)])
         case errors.RequestFailed():
             return Failure(code.INTERNAL, str(error), [_info(error.reason)])
         case _:

@@ -1,7 +1,8 @@
 """A stand-in for tensorrt_llm that enforces its recorded contract; see _contract.py and _core.py.
 
 It runs a small deterministic model on the CPU. A prompt whose text contains one of these words misbehaves:
-!fail, !fail:N (that request fails, after N tokens), !die, !die:N (a fatal error, after N tokens),
+!fail, !fail:N (that request fails, after N tokens), !die, !die:N (all workers end, after N tokens), !lose, !lose:N (one
+worker ends and the others hang), !cuda, !cuda:N (the device is gone: every request fails by itself, from then on),
 !stall (that request never gets a token), !hang, !hang:N (the engine goes silent and still looks healthy).
 """
 

@@ -2,7 +2,8 @@
 
 The version comes from the environment variable TENSORRT_LLM_DOUBLE, "1.2" or "1.3", when the package is
 imported. TENSORRT_LLM_DOUBLE_PLANT names differences to plant, for tests of `twinjet doctor`: "-Class.field"
-takes a field or parameter away, "+Class.field" adds one, "~Class.field" changes its default.
+takes a field or parameter away, "+Class.field" adds one, "~Class.field" changes its default, "behaviour=on" and
+"behaviour=off" turn a recorded behaviour on or off.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,16 @@ if VERSION not in CONTRACT["versions"]:
     raise ImportError(f"TENSORRT_LLM_DOUBLE is {VERSION!r}; known: {CONTRACT['versions']}")
 
 _PLANTED = os.environ.get("TENSORRT_LLM_DOUBLE_PLANT", "").split()
-_SIMPLE: dict[str, Any] = {
-    "int": int,
-    "float": (int, float),
-    "bool": bool,
-    "str": str,
-    "dict": dict,
-    "list": list,
-    "Path": Path,
+
+BEHAVIOURS: dict[str, bool] = {
+    name: f"{name}=on" in _PLANTED or (entry[VERSION] and f"{name}=off" not in _PLANTED)
+    for name, entry in CONTRACT["behaviours"].items()
 }
+
+
+def has(behaviour: str) -> bool:
+    """Say whether the stand-in has a recorded behaviour; tests may change BEHAVIOURS at any time."""
+    return BEHAVIOURS[behaviour]
 
 
 def _plant(owner: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,8 +73,10 @@ def fits(value: Any, type_text: str) -> bool:
         if base == "Any" or base in names:
             if base != "int" or not isinstance(value, bool):
                 return True
-        elif (base == "float" and isinstance(value, int) and not isinstance(value, bool)) or (
-            base == "LogitsProcessor" and callable(value)
+        elif (
+            (base == "float" and isinstance(value, int) and not isinstance(value, bool))
+            or (base == "LogitsProcessor" and callable(value))
+            or (base == "Mapping" and isinstance(value, Mapping))
         ):
             return True
         elif base in ("TextPrompt", "TokensPrompt", "PromptInputs") and isinstance(value, dict):
@@ -161,7 +166,7 @@ def make_model(
 def signature(function: str) -> tuple[inspect.Signature, dict[str, str]]:
     """Give a method's recorded signature, self included, and its parameters' types."""
     is_init = function == "LLM.__init__"
-    entries = CONTRACT["llm"]["init"] if is_init else CONTRACT["functions"][function][VERSION]
+    entries = CONTRACT["llm"]["init"] if is_init else CONTRACT["functions"][function].get(VERSION, [])
     entries = _plant(function, entries)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("self", kind)]

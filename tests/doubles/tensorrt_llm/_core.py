@@ -1,199 +1,43 @@
-"""LLM, its results and its loop, with the recorded behaviour of the PyTorch backend.
+"""LLM and its loop, with the recorded behaviour of the PyTorch backend.
 
-What is recorded and enforced: submission only inside a running loop; SamplingParams changed by submission; one
-result object, changed in place, cumulative and shrinking when a stop is stripped; finish reasons only when
-all outputs are final; a stop string ending all outputs; request errors raised from the step without marking
-the result finished; logits processors on copies that went through pickle, shown one token too few while
-scheduling overlaps, called for each chunk of a prompt and once more after the end; fatal errors at one result only, with an engine that
-looks healthy in 1.2; single destructive iterators for statistics and KV events.
+What is recorded and enforced here and in the modules beside: submission only inside a running loop; SamplingParams
+changed by submission; one result object, changed in place, cumulative and shrinking when a stop is stripped; finish
+reasons only when all outputs are final; a stop string ending all outputs; request errors raised from the step without
+marking the result finished; logits processors on copies that went through pickle, called on the step's first rows,
+shown one token too few while scheduling overlaps, called for each chunk of a prompt and once more after the end; what
+a worker's death does to whoever meets it; single destructive iterators for statistics and KV events. Where versions
+differ, the contract's behaviours say how.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import math
+import json
 import pickle
 import re
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tensorrt_llm import _contract
+from tensorrt_llm import _contract, _guides
 from tensorrt_llm import sampling_params as sampling
-from tensorrt_llm._toy import EOS, VOCAB_SIZE, toy_logits, toy_tokenizer
-from tensorrt_llm.executor.executor import CppExecutorError
+from tensorrt_llm._executor import Executor
+from tensorrt_llm._iterations import EventLog, IterationResult, iteration_row, nothing
+from tensorrt_llm._results import RequestOutput, Response
+from tensorrt_llm._sampler import logprobs as _logprobs
+from tensorrt_llm._sampler import prompt_logprobs as _prompt_logprobs
+from tensorrt_llm._sampler import sample as _sample
+from tensorrt_llm._toy import EOS, toy_logits, toy_tokenizer
 from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.llmapi import llm_args
 
 _IS_13 = _contract.VERSION >= "1.3"
-CompletionFields = _contract.make_dataclass("CompletionOutput")
-Logprob = _contract.make_dataclass("Logprob")
-
-
-class CompletionOutput(CompletionFields):  # type: ignore[misc, valid-type]
-    """One output; the diffs are relative to this output's own last response."""
-
-    _last_text = 0
-    _last_tokens = 0
-
-    @property
-    def length(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def text_diff(self) -> str:
-        return str(self.text[self._last_text :])
-
-    @property
-    def token_ids_diff(self) -> list[int]:
-        return list(self.token_ids[self._last_tokens :])
-
-
-@dataclass
-class _Response:
-    index: int
-    tokens: list[int]
-    logprobs: list[Any]
-    reason: str | None
-    is_final: bool
-    cached_tokens: int
-    prompt_logprobs: list[Any] | None = None
-
-
-class RequestOutput:
-    """What generate_async returns; the same object is yielded at each step."""
-
-    def __init__(self, llm: Any, request: _Request) -> None:
-        self._llm = llm
-        self._request = request
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._outputs = [CompletionOutput(index=i) for i in range(request.params.best_of)]
-        self._done = False
-        self._aborted = False
-        self._is_broken = False
-        self.prompt = request.text
-        self.prompt_token_ids = list(request.prompt)
-        self.sampling_params = request.params
-        self.cached_tokens = 0
-        self.decoding_iter = 0
-        self.context_logits = None
-        self.avg_decoded_tokens_per_iter = None
-        self.metrics_dict: dict[str, float] = {}
-        self.disaggregated_params = None
-        self.mm_embedding_handle = None
-        if _IS_13:
-            self.error: str | None = None
-
-    @property
-    def request_id(self) -> int:
-        return self._request.id
-
-    @property
-    def id(self) -> int:
-        return self._request.id
-
-    @property
-    def finished(self) -> bool:
-        return self._done
-
-    @property
-    def outputs(self) -> list[Any]:
-        return self._outputs[: self.sampling_params.n]
-
-    def abort(self) -> None:
-        if self._llm._executor is None:
-            raise AssertionError("the executor is not set for this result")
-        self._llm._abort(self._request)
-        self._aborted = True
-
-    def aborted(self) -> bool:
-        return self._aborted
-
-    def result(self, timeout: float | None = None) -> Any:
-        raise AssertionError("result() would block the loop")
-
-    async def aresult(self) -> RequestOutput:
-        while not self._done:
-            await self._step()
-        return self
-
-    def __await__(self) -> Any:
-        return self.aresult().__await__()
-
-    def __aiter__(self) -> RequestOutput:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if self._done:
-            raise StopAsyncIteration
-        await self._step()
-        return self
-
-    async def _step(self) -> None:
-        if self._is_broken:
-            raise AssertionError("stepped again after an exception: this would hang")
-        response = await self._queue.get()
-        if isinstance(response, Exception):
-            self._is_broken = True
-            if _IS_13 and isinstance(response, RequestError):
-                self.error = str(response)
-            raise response
-        self._handle(response)
-
-    def _handle(self, response: _Response) -> None:
-        params = self.sampling_params
-        self._done = response.is_final
-        self.cached_tokens = response.cached_tokens
-        self.decoding_iter += 1
-        output = self._outputs[response.index]
-        output._last_tokens = len(output.token_ids)
-        output.token_ids.extend(response.tokens)
-        output.logprobs.extend(response.logprobs)
-        if response.prompt_logprobs is not None:
-            output.prompt_logprobs = response.prompt_logprobs
-        self._request.reasons[response.index] = response.reason
-        if response.reason == "CANCELLED":
-            output.finish_reason = "cancelled"
-        if self._done:
-            self._finish(output, response.reason)
-        if params.detokenize:
-            for each in self.outputs:
-                self._detokenize(each)
-
-    def _finish(self, output: Any, reason: str | None) -> None:
-        output.finish_reason = {
-            "END_ID": "stop",
-            "STOP_WORDS": "stop",
-            "LENGTH": "length",
-            "TIMED_OUT": "timeout",
-            "CANCELLED": "cancelled",
-        }.get(reason or "", output.finish_reason)
-        if reason != "STOP_WORDS":
-            return
-        for stop_reason, ids in sampling.stop_reasons(self.sampling_params):
-            if output.token_ids[-len(ids) :] == ids:
-                output.stop_reason = stop_reason
-                if not self.sampling_params.include_stop_str_in_output:
-                    output.token_ids = output.token_ids[: -len(ids)]
-                break
-
-    def _detokenize(self, output: Any) -> None:
-        params = self.sampling_params
-        output._last_text = len(output.text)
-        output.text = toy_tokenizer().decode(output.token_ids, skip_special_tokens=params.skip_special_tokens)
-        for stop_reason, _ in sampling.stop_reasons(params):
-            if isinstance(stop_reason, str) and stop_reason in output.text:
-                end = output.text.find(stop_reason)
-                end += len(stop_reason) if params.include_stop_str_in_output else 0
-                output.text = output.text[:end]
-                output.finish_reason, output.stop_reason = "stop", stop_reason
-                self.abort()
-                self._done = True
-                return
+_HOST_BYTES_PER_TOKEN = 1024
+_IDLE_STEP_S = 0.005
+_CUDA_ERROR = "CUDA error: an illegal memory access was encountered"
 
 
 @dataclass(eq=False)
@@ -201,8 +45,10 @@ class _Sequence:
     index: int
     processors: list[Any]
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
     reason: str | None = None
     called_after_end: bool = False
+    guide: Any = None
 
 
 @dataclass(eq=False)
@@ -214,10 +60,16 @@ class _Request:
     streaming: bool
     salt: str | None
     end_id: int
+    is_cpp: bool
+    priority: float
+    rank: int | None
+    retention: Any
     sequences: list[_Sequence] = field(default_factory=list)
     reasons: dict[int, str | None] = field(default_factory=dict)
     cached_tokens: int = 0
     trouble: tuple[str, int] | None = None
+    prompt_logprobs: list[Any] | None = None
+    guide_error: str | None = None
     result: Any = None
     has_prefilled: bool = False
 
@@ -226,57 +78,13 @@ class _Request:
         return [s for s in self.sequences if s.reason is None]
 
 
-class _Executor:
-    """The recorded private face: is_shutdown() says nothing of a crash in 1.2."""
-
-    def __init__(self) -> None:
-        self._is_shutdown = False
-        if _IS_13:
-            self._fatal_error: BaseException | None = None
-
-    def is_shutdown(self) -> bool:
-        return self._is_shutdown
-
-
-class _IterationResult:
-    """The single iterator of statistics or events: one consumer, destructive, ends after a silence."""
-
-    def __init__(self) -> None:
-        self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.timeout: float | None = 2
-        self._is_armed = True
-        self._has_consumer = False
-
-    def arm(self) -> None:
-        self._is_armed = True
-
-    def __aiter__(self) -> _IterationResult:
-        if self._has_consumer:
-            raise AssertionError("a second consumer would steal elements")
-        self._has_consumer = True
-        return self
-
-    async def __anext__(self) -> dict[str, Any]:
-        if not self._is_armed:
-            self._has_consumer = False
-            raise StopAsyncIteration
-        try:
-            return await asyncio.wait_for(self.queue.get(), self.timeout)
-        except TimeoutError:
-            self._is_armed = self._has_consumer = False
-            raise StopAsyncIteration from None
-        except asyncio.CancelledError:
-            self._has_consumer = False
-            raise
-
-
-async def _nothing() -> AsyncIterator[dict[str, Any]]:
-    for _ in ():
-        yield {}
-
-
 class LLM:
     """Runs the toy model. The folder given as model must exist."""
+
+    is_prebuilt = False
+    attention_windows: tuple[int, ...] = (4096,)
+    """Windows of the model, for KV events; tests may change it before the first prompt."""
+    num_dp_ranks = 1
 
     @_contract.recorded("LLM.__init__")
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -289,21 +97,25 @@ class LLM:
             raise FileNotFoundError(f"no model at {model}")
         self.args: Any = llm_args.TorchLlmArgs(**arguments)
         self.tokenizer = None if self.args.skip_tokenizer_init else _Wrapper(toy_tokenizer())
-        self._executor: _Executor | None = _Executor()
+        self._executor: Executor | None = Executor(self)
         self._is_down = False
         self._ids = itertools.count(1)
         self._active: list[_Request] = []
         self._work: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
-        self._stats: _IterationResult | None = None
-        self._events: _IterationResult | None = None
-        self._event_ids = itertools.count()
+        self._stats: IterationResult | None = None
+        self._events: IterationResult | None = None
+        self._event_log: EventLog | None = None
+        generation = Path(model) / "generation_config.json"
+        self._generation_eos = _eos_ids(json.loads(generation.read_text())) if generation.is_file() else []
         self._prefixes: dict[Any, int] = {}
         self._is_crashed = False
+        self._has_no_device = False
         self._num_steps = 0
         kv = self.args.kv_cache_config
         self._block_size = kv.tokens_per_block
         self._num_blocks = (kv.max_tokens or 65536) // self._block_size
+        self._num_host_blocks = (kv.host_cache_size or 0) // (self._block_size * _HOST_BYTES_PER_TOKEN)
 
     def __enter__(self) -> LLM:
         return self
@@ -319,18 +131,28 @@ class LLM:
         def _check_health(self) -> bool:
             return not self._is_crashed and not self._is_down
 
+        @_contract.recorded("LLM.get_kv_cache_capacity")
+        def get_kv_cache_capacity(self, arguments: dict[str, Any]) -> dict[str, int]:
+            return {
+                "maxNumBlocks": self._num_blocks,
+                "tokensPerBlock": self._block_size,
+                "maxNumTokens": self._num_blocks * self._block_size,
+            }
+
     @_contract.recorded("LLM.generate_async")
     def generate_async(self, arguments: dict[str, Any]) -> RequestOutput:
         asyncio.get_running_loop()
         if self._is_down:
             raise RuntimeError("LLM is shutting down")
+        assert self._executor is not None
+        self._executor.check_submission()
         params = arguments["sampling_params"] or sampling.SamplingParams()
         if arguments.get("priority") is not None and not 0 <= arguments["priority"] <= 1:
             raise ValueError(f"priority is {arguments['priority']}")
         prompt, text = self._tokenize(arguments["inputs"], params)
         if not self.args.enable_chunked_prefill and len(prompt) > (self.args.max_num_tokens or 8192):
             raise (RequestError if _IS_13 else ValueError)("the prompt is longer than max_num_tokens")
-        sampling.setup(params, toy_tokenizer(), self.args.stream_interval)
+        sampling.setup(params, toy_tokenizer(), self.args.stream_interval, self._generation_eos)
         if params.guided_decoding is not None and self.args.guided_decoding_backend is None:
             params.guided_decoding = None
         request = _Request(
@@ -341,27 +163,33 @@ class LLM:
             streaming=arguments["streaming"],
             salt=arguments.get("cache_salt"),
             end_id=-1 if params.ignore_eos else params.end_id,
+            is_cpp=self.is_prebuilt or self.args.sampler_type == "TRTLLMSampler",
+            priority=arguments.get("priority") or 0.5,
+            rank=self._rank(arguments["scheduling_params"]),
+            retention=arguments["kv_cache_retention_config"],
         )
         request.sequences = [_Sequence(i, _shipped(params)) for i in range(params.best_of)]
+        request.guide_error = self._begin_guides(request)
         request.trouble = _trouble_in(prompt)
         request.result = RequestOutput(self, request)
         self._begin()
         self._active.append(request)
         assert self._work is not None
         self._work.set()
+        self._executor._handle_background_error()
         return request.result  # type: ignore[no-any-return]
 
     @_contract.recorded("LLM.get_stats_async")
     def get_stats_async(self, arguments: dict[str, Any]) -> Any:
         if self._stats is None:
-            return _nothing()
-        self._stats.timeout = arguments["timeout"]
+            return nothing()
+        self._stats.fetch(arguments["timeout"])
         return self._stats
 
     @_contract.recorded("LLM.get_kv_cache_events_async")
     def get_kv_cache_events_async(self, arguments: dict[str, Any]) -> Any:
         assert self._events is not None, "no prompt has been submitted"
-        self._events.timeout = arguments["timeout"]
+        self._events.fetch(arguments["timeout"])
         return self._events
 
     @_contract.recorded("LLM.get_stats")
@@ -377,11 +205,29 @@ class LLM:
             return
         self._is_down = True
         if self._executor is not None:
-            self._executor._is_shutdown = True
-        if self._task is not None:
-            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+            self._executor.shutdown()
 
     # ---- inside ----
+
+    def _rank(self, params: Any) -> int | None:
+        """Check where a request is to run: an engine without such a rank would not answer."""
+        if params is None or params.attention_dp_rank is None:
+            return None
+        ranks = self.args.tensor_parallel_size if self.args.enable_attention_dp else 0
+        assert 0 <= params.attention_dp_rank < ranks, "a request for this rank would wait for ever"
+        assert params.attention_dp_relax is not None
+        return int(params.attention_dp_rank)
+
+    def _begin_guides(self, request: _Request) -> str | None:
+        """Compile the guide; the text of its error is told with the first step."""
+        if request.params.guided_decoding is None:
+            return None
+        try:
+            for sequence in request.sequences:
+                sequence.guide = _guides.matcher(request.params.guided_decoding)
+        except (RuntimeError, ValueError, TypeError) as error:
+            return f"Guided decoding error: {error}"
+        return None
 
     def _tokenize(self, inputs: Any, params: Any) -> tuple[list[int], str | None]:
         if isinstance(inputs, dict) and "prompt_token_ids" in inputs:
@@ -399,17 +245,24 @@ class LLM:
             self._work = asyncio.Event()
             self._task = asyncio.create_task(self._run(), name="tensorrt_llm double")
         if self.args.enable_iter_perf_stats:
-            self._stats = self._stats or _IterationResult()
+            self._stats = self._stats or IterationResult()
             self._stats.arm()
-        self._events = self._events or _IterationResult()
+        if self._events is None:
+            self._events = IterationResult()
+            self._event_log = EventLog(self._put_event, list(self.attention_windows), self.num_dp_ranks)
+            self._event_log.created(self._num_blocks, self._num_host_blocks)
         self._events.arm()
+
+    def _stop_working(self) -> None:
+        if self._task is not None:
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
     def _abort(self, request: _Request) -> None:
         if request in self._active and not self._is_crashed:
             self._active.remove(request)
             for sequence in request.open:
                 sequence.reason = "CANCELLED"
-                response = _Response(sequence.index, [], [], "CANCELLED", True, request.cached_tokens)
+                response = Response(sequence.index, [], [], "CANCELLED", True, request.cached_tokens)
                 request.result._queue.put_nowait(response)
 
     async def _run(self) -> None:
@@ -418,30 +271,81 @@ class LLM:
             if not self._active:
                 self._work.clear()
                 await self._work.wait()
-            for request in list(self._active)[: self.args.max_batch_size]:
-                if request in self._active and not self._is_crashed:
-                    self._step_request(request)
-            self._num_steps += 1
-            self._put_stats()
-            await asyncio.sleep(0)
+            has_worked = self._step()
+            if has_worked:
+                self._num_steps += 1
+                self._put_stats()
+            await asyncio.sleep(0 if has_worked else _IDLE_STEP_S)
 
-    def _step_request(self, request: _Request) -> None:
-        if request.trouble is not None and self._misbehave(request, *request.trouble):
-            return
-        if not request.has_prefilled:
-            request.has_prefilled = True
-            request.cached_tokens = self._match_prefix(request)
-            if self.args.enable_chunked_prefill:
-                self._process_early_chunks(request)
-        for sequence in list(request.open):
-            self._step_sequence(request, sequence)
+    def _schedule(self) -> list[_Request]:
+        """Choose the step's requests, prefills first."""
+        waiting = [r for r in self._active if not r.has_prefilled]
+        if (
+            getattr(self.args.scheduler_config, "waiting_queue_policy", None)
+            == llm_args.WaitingQueuePolicy["PRIORITY"]
+        ):
+            waiting.sort(key=lambda r: -r.priority)
+        running = [r for r in self._active if r.has_prefilled]
+        batch = [*running, *waiting][: self.args.max_batch_size]
+        ready = [r for r in batch if r.trouble is None or not self._misbehave(r, *r.trouble)]
+        for request in [r for r in ready if r.guide_error is not None and r in self._active]:
+            self._active.remove(request)
+            request.result._queue.put_nowait(RequestError(request.guide_error))
+        if self._has_no_device:
+            for request in [r for r in self._active if r in ready]:
+                self._active.remove(request)
+                request.result._queue.put_nowait(RequestError(_CUDA_ERROR))
+        if self._is_crashed:
+            return []
+        return sorted((r for r in ready if r in self._active), key=lambda r: r.has_prefilled)
+
+    def _step(self) -> bool:
+        """Advance every scheduled request; say whether there was one."""
+        batch = self._schedule()
+        wants_all_rows = any(not r.has_prefilled and r.params.prompt_logprobs for r in batch)
+        rows: list[torch.Tensor] = []
+        owners: list[tuple[_Request, _Sequence, int]] = []
+        num_counted = 0
+        for request in batch:
+            is_prefill = not request.has_prefilled
+            if is_prefill:
+                self._prefill(request)
+            first = len(rows)
+            if is_prefill and wants_all_rows:
+                start = request.cached_tokens + 1
+                rows += [toy_logits(request.prompt[:end]) for end in range(start, len(request.prompt))]
+            rows += [toy_logits(request.prompt + s.tokens) for s in request.open]
+            extra = len(rows) - first - len(request.open)
+            at = first + extra
+            if _contract.has("context_rows_miscounted"):
+                counted = extra if request.params.prompt_logprobs else 0
+                at = num_counted + counted
+                num_counted += counted + len(request.open)
+            owners += [(request, s, at + i) for i, s in enumerate(request.open)]
+        raw = [row.clone() for row in rows]
+        shifts = _contract.has("prompt_logprobs_shift_rows")
+        for number, (request, sequence, at) in enumerate(owners):
+            self._process(request, sequence, rows[number if shifts else at])
+        for request, sequence, at in owners:
+            self._advance(request, sequence, rows[at], raw[at])
+        for request in batch:
+            self._process_after_the_end(request)
+            if not request.open and request in self._active:
+                self._active.remove(request)
+        return bool(batch)
+
+    def _prefill(self, request: _Request) -> None:
+        request.has_prefilled = True
+        request.cached_tokens = self._match_prefix(request)
+        if self.args.enable_chunked_prefill:
+            self._process_early_chunks(request)
+
+    def _process_after_the_end(self, request: _Request) -> None:
         for sequence in request.sequences:
             if sequence.reason is not None and not sequence.called_after_end and self._overlaps:
                 # The step after the end was already under way; its token is thrown away.
                 sequence.called_after_end = True
                 self._process(request, sequence, toy_logits(request.prompt + sequence.tokens))
-        if not request.open:
-            self._active.remove(request)
 
     def _process_early_chunks(self, request: _Request) -> None:
         """Call the processors as for a first token, which is thrown away, for each chunk but the last."""
@@ -459,35 +363,35 @@ class LLM:
         for processor in sequence.processors:
             processor(request.id + 1000, logits, [request.prompt + tokens], None, None)
 
-    def _step_sequence(self, request: _Request, sequence: _Sequence) -> None:
+    def _advance(
+        self, request: _Request, sequence: _Sequence, logits: torch.Tensor, raw: torch.Tensor
+    ) -> None:
         params = request.params
-        raw = toy_logits(request.prompt + sequence.tokens)
-        logits = raw.clone()
-        self._process(request, sequence, logits)
-        token = _sample(logits.reshape(-1), params, len(sequence.tokens), sequence.index)
+        if sequence.guide is not None:
+            _guides.mask(logits.reshape(-1), sequence.guide)
+        token = _sample(logits.reshape(-1), request, sequence)
+        if sequence.guide is not None and not sequence.guide.is_terminated():
+            sequence.guide.accept_token(token)
         sequence.tokens.append(token)
         sequence.reason = self._stop_criteria(request, sequence, token)
-        logprobs = [_logprobs(raw, token, params.logprobs)] if params.logprobs else []
-        prompt_logprobs = None
+        if params.logprobs:
+            top_only = _contract.has("logprobs_top_only") and not request.is_cpp
+            sequence.logprobs.append(_logprobs(raw, token, params.logprobs, top_only=top_only))
         if params.prompt_logprobs and len(sequence.tokens) == 1:
-            # Tokens whose blocks were found in the cache went through no forward pass: no logits.
-            first = max(1, request.cached_tokens + 1)
-            prompt_logprobs = [
-                _logprobs(toy_logits(request.prompt[:i]), request.prompt[i], params.prompt_logprobs)
-                for i in range(first, len(request.prompt))
-            ]
+            request.prompt_logprobs = _prompt_logprobs(request, token)
         is_final = not request.open
         if request.streaming or sequence.reason is not None:
             tokens = [token] if request.streaming else list(sequence.tokens)
+            logprobs = sequence.logprobs[-1:] if request.streaming else list(sequence.logprobs)
             request.result._queue.put_nowait(
-                _Response(
+                Response(
                     sequence.index,
                     tokens,
                     logprobs,
                     sequence.reason,
                     is_final,
                     request.cached_tokens,
-                    prompt_logprobs,
+                    request.prompt_logprobs,
                 )
             )
 
@@ -511,54 +415,50 @@ class LLM:
         if kind == "fail":
             self._active.remove(request)
             request.result._queue.put_nowait(RequestError("told to fail"))
-        elif kind == "die":
-            error = CppExecutorError("told to die")
-            request.result._queue.put_nowait(error)
-            self.crash(error)
+        elif kind == "cuda":
+            self._has_no_device = True
+            return False
+        elif kind in ("die", "lose"):
+            assert self._executor is not None
+            if kind == "lose":
+                self._executor.workers_gone.clear()
+            self.crash(RuntimeError("told to die"))
+            # A response on its way is what lets one reader meet the error.
+            index, cached = request.sequences[0].index, request.cached_tokens
+            request.result._queue.put_nowait(Response(index, [], [], None, False, cached))
         else:
             self.crash(None)
         return True
 
     def crash(self, error: BaseException | None) -> None:
-        """Stop as a crashed engine does: whoever waits goes on waiting. With no error even 1.3 does not notice."""
+        """Stop as a crashed engine does. With no error nobody notices, not even 1.3."""
         self._is_crashed = error is not None or not _IS_13
-        if _IS_13 and error is not None and self._executor is not None:
-            self._executor._fatal_error = error
+        if error is not None and self._executor is not None:
+            self._executor.worker_failed(error)
         if self._task is not None:
             self._task.cancel()
 
     def _match_prefix(self, request: _Request) -> int:
         if not self.args.kv_cache_config.enable_block_reuse:
             return 0
+        salt = None if _contract.has("salt_ignored") else request.salt
         size, hits, parent, is_hit = self._block_size, 0, None, True
         for start in range(0, len(request.prompt) - size, size):
             block = tuple(request.prompt[start : start + size])
-            key = (request.salt, parent, block)
+            key = (salt, parent, block)
             is_hit = is_hit and key in self._prefixes
             hits += size * is_hit
             if key not in self._prefixes:
-                self._prefixes[key] = hash(key)
-                self._put_event(None if parent is None else hash(parent), hash(key), block)
+                self._prefixes[key] = len(self._prefixes)
+                assert self._event_log is not None
+                rank = request.id if request.rank is None else request.rank
+                self._event_log.stored(parent, key, block, rank, priority=_retained(request, start))
             parent = key
         return hits
 
-    def _put_event(self, parent: int | None, block_hash: int, tokens: tuple[int, ...]) -> None:
-        if not self.args.kv_cache_config.event_buffer_max_size or self._events is None:
-            return
-        block = {
-            "type": "stored_block",
-            "block_hash": block_hash,
-            "tokens": [{"type": "unique_token", "token_id": t, "token_extra_id": 0} for t in tokens],
-            "cache_level": 0,
-            "priority": 35,
-        }
-        self._events.queue.put_nowait(
-            {
-                "event_id": next(self._event_ids),
-                "data": {"type": "stored", "parent_hash": parent, "blocks": [block]},
-                "window_size": 4096,
-            }
-        )
+    def _put_event(self, event: dict[str, Any]) -> None:
+        if self.args.kv_cache_config.event_buffer_max_size and self._events is not None:
+            self._events.put(event)
 
     def _put_stats(self) -> None:
         if self._stats is None:
@@ -566,23 +466,16 @@ class LLM:
         used = sum(
             -(-(len(r.prompt) + len(s.tokens)) // self._block_size) for r in self._active for s in r.open
         )
-        row = dict.fromkeys(_contract.CONTRACT["stats"]["iteration"])
-        kv = dict.fromkeys(_contract.CONTRACT["stats"]["kvCacheStats"], 0)
-        batching = dict.fromkeys(_contract.CONTRACT["stats"]["inflightBatchingStats"], 0)
-        kv |= {
-            "maxNumBlocks": self._num_blocks,
-            "usedNumBlocks": used,
-            "freeNumBlocks": self._num_blocks - used,
-            "tokensPerBlock": self._block_size,
-        }
-        row |= {
-            "iter": self._num_steps,
-            "numActiveRequests": len(self._active),
-            "numQueuedRequests": 0,
-            "kvCacheStats": kv,
-            "inflightBatchingStats": batching,
-        }
-        self._stats.queue.put_nowait(row)
+        host = self._num_host_blocks if _contract.has("host_blocks_counted") else 0
+        self._stats.put(
+            iteration_row(
+                step=self._num_steps,
+                num_active=len(self._active),
+                num_blocks=self._num_blocks + host,
+                used=used,
+                block_size=self._block_size,
+            )
+        )
 
 
 class _Wrapper:
@@ -613,34 +506,18 @@ def _shipped(params: Any) -> list[Any]:
 
 def _trouble_in(prompt: list[int]) -> tuple[str, int] | None:
     text = bytes(t for t in prompt if t < 256).decode(errors="replace")
-    found = re.search(r"!(fail|die|stall|hang)(?::(\d+))?", text)
+    found = re.search(r"!(fail|die|lose|cuda|stall|hang)(?::(\d+))?", text)
     return (found[1], int(found[2] or 0)) if found else None
 
 
-def _sample(logits: torch.Tensor, params: Any, position: int, index: int) -> int:
-    if params.embedding_bias is not None:
-        logits = logits + torch.as_tensor(params.embedding_bias)
-    if params.min_tokens and position < params.min_tokens:
-        logits[EOS] = -math.inf
-    for word in params._bad_word_ids or []:
-        if len(word) == 1:
-            logits[word[0]] = -math.inf
-    if params._greedy_decoding:
-        return int(logits.argmax())
-    temperature = 1.0 if params.temperature is None else params.temperature
-    probs = torch.softmax(logits / temperature, dim=-1)
-    if params.top_k:
-        floor = probs.topk(min(params.top_k, VOCAB_SIZE)).values[-1]
-        probs = torch.where(probs >= floor, probs, 0)
-    generator = torch.Generator().manual_seed(
-        ((params.seed or 0) * 1_000_003 + position * 64 + index) % 2**63
-    )
-    return int(torch.multinomial(probs, 1, generator=generator))
+def _eos_ids(generation: dict[str, Any]) -> list[int]:
+    found = generation.get("eos_token_id", [])
+    return [found] if isinstance(found, int) else list(found)
 
 
-def _logprobs(logits: torch.Tensor, token: int, num: int) -> dict[int, Any]:
-    values = torch.log_softmax(logits.reshape(-1), dim=-1)
-    best = torch.topk(values, num).indices.tolist()
-    ranks = {t: rank for rank, t in enumerate(best, start=1)}
-    rank = ranks.get(token, int((values >= values[token]).sum()))
-    return {t: Logprob(logprob=float(values[t]), rank=ranks.get(t, rank)) for t in [token, *best]}
+def _retained(request: _Request, start: int) -> int:
+    """Give the priority of the block that begins at a prompt token."""
+    for each in [] if request.retention is None else request.retention.token_range_retention_configs:
+        if each.token_start <= start and (each.token_end is None or start < each.token_end):
+            return int(each.priority)
+    return 35

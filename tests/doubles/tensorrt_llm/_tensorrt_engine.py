@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensorrt_llm import _core
+from tensorrt_llm import _contract, _core
 
 
 class LLM(_core.LLM):
     """Runs the toy model for a folder with a built engine."""
+
+    is_prebuilt = True
 
     def generate_async(self, *args: Any, **kwargs: Any) -> Any:
         params = kwargs.get("sampling_params")
@@ -16,3 +18,9 @@ class LLM(_core.LLM):
         return super().generate_async(*args, **kwargs)
 
     generate_async.__signature__ = _core.LLM.generate_async.__signature__  # type: ignore[attr-defined]
+
+    def _abort(self, request: Any) -> None:
+        if request in self._active and request.params.logprobs and _contract.has("prebuilt_dies_of_logprobs"):
+            self.crash(RuntimeError("aborted with logprobs"))
+            return
+        super()._abort(request)

@@ -59,7 +59,7 @@ SamplingParams = _contract.make_dataclass(
 )
 
 
-def setup(params: Any, tokenizer: Any, stream_interval: int) -> None:
+def setup(params: Any, tokenizer: Any, stream_interval: int, generation_eos: list[int]) -> None:
     """Fill in what the package fills in at submission, changing the caller's object."""
     if params.end_id is None:
         params.end_id = tokenizer.eos_token_id
@@ -69,6 +69,9 @@ def setup(params: Any, tokenizer: Any, stream_interval: int) -> None:
             words = [words] if isinstance(words, str) else words or []
             return [tokenizer.encode(word, add_special_tokens=False) for word in words]
 
+        if _contract.has("setup_adds_eos"):
+            ends = [token for token in generation_eos if token != params.end_id]
+            params.stop_token_ids = [*(params.stop_token_ids or []), *ends] or None
         params._stop_word_ids = encode(params.stop)
         params._bad_word_ids = encode(params.bad)
     elif params.stop or params.bad:

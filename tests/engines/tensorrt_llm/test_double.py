@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import inspect
+import math
+import threading
+import time
 from typing import Any, ClassVar
 
 import pytest
 
 from tests.engines.factories import MODEL
-from twinjet.engines.tensorrt_llm import doctor
+from twinjet.engines.tensorrt_llm import surface
 
-CONTRACT = doctor.load_contract()
+CONTRACT = surface.load_contract()
 
 
 def make_llm(**kwargs: Any) -> Any:
@@ -26,12 +30,20 @@ def params(**kwargs: Any) -> Any:
     return tensorrt_llm.SamplingParams(**{"temperature": 1.0, "max_tokens": 8, "seed": 3} | kwargs)
 
 
+def behave(patch: pytest.MonkeyPatch, **behaviours: bool) -> None:
+    """Turn recorded behaviours of the installed stand-in on or off."""
+    import tensorrt_llm._contract
+
+    for name, value in behaviours.items():
+        patch.setitem(tensorrt_llm._contract.BEHAVIOURS, name, value)
+
+
 def prompt(text: str = "Hello") -> dict[str, list[int]]:
     return {"prompt_token_ids": list(text.encode())}
 
 
 def test_surface_has_not_drifted_from_the_contract(version: str) -> None:
-    assert doctor.differences(CONTRACT, version) == []
+    assert surface.differences(CONTRACT, version) == []
 
 
 def test_fields_and_parameters_are_those_recorded(version: str) -> None:
@@ -128,7 +140,8 @@ async def test_one_object_is_changed_in_place(version: str) -> None:
     llm.shutdown()
 
 
-async def test_tokens_and_text_shrink_at_a_stop(version: str) -> None:
+async def test_tokens_and_text_shrink_at_a_stop(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    behave(monkeypatch, seed_ignored=False)
     llm = make_llm()
     whole = await llm.generate_async(prompt(), sampling_params=params(max_tokens=20))
     tokens, text = list(whole.outputs[0].token_ids), whole.outputs[0].text
@@ -160,7 +173,8 @@ async def test_diffs_repeat_for_the_output_that_did_not_advance(version: str) ->
     llm.shutdown()
 
 
-async def test_a_stop_string_in_one_output_ends_all(version: str) -> None:
+async def test_a_stop_string_in_one_output_ends_all(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    behave(monkeypatch, seed_ignored=False)
     llm = make_llm()
     whole = await llm.generate_async(prompt(), sampling_params=params(n=2, max_tokens=30))
     stop = whole.outputs[0].text[4:9]
@@ -185,15 +199,74 @@ async def test_a_request_error_leaves_the_result_unfinished(version: str) -> Non
     llm.shutdown()
 
 
-async def test_a_crashed_engine_looks_healthy_in_the_older_version(version: str) -> None:
+async def test_a_dead_engine_tells_all_who_wait_or_the_first_who_looks(version: str) -> None:
     llm = make_llm()
-    with pytest.raises(RuntimeError, match="told to die"):
-        await llm.generate_async(prompt("!die"), sampling_params=params())
-    assert llm._executor.is_shutdown() is False
+    other = llm.generate_async(prompt("!stall"), sampling_params=params(), streaming=True)
+    dying = llm.generate_async(prompt("!die"), sampling_params=params(), streaming=True)
     if version == "1.3":
+        for result in (dying, other):
+            with pytest.raises(RuntimeError, match="Engine has died"):
+                await anext(result)
+        with pytest.raises(RuntimeError, match="Engine has died"):
+            llm.generate_async(prompt(), sampling_params=params())
         assert not llm._check_health()
     else:
+        async with asyncio.timeout(5):
+            while llm._executor._error_queue.empty():
+                await asyncio.sleep(0)
+        assert not llm._executor.is_shutdown(), "nobody has met the error"
         assert not hasattr(llm, "_check_health")
+        with pytest.raises(RuntimeError, match="told to die"):
+            await anext(dying)
+        assert llm._executor.joined_in == [threading.get_ident()], "the finder has joined the workers"
+        assert other._queue.empty(), "the others go on waiting"
+    llm.shutdown()
+
+
+async def test_a_device_that_is_gone_fails_each_request_by_itself(version: str) -> None:
+    from tensorrt_llm.executor.utils import RequestError
+
+    llm = make_llm()
+    for text in ("!cuda", "Hello"):
+        with pytest.raises(RequestError, match="illegal memory access"):
+            await llm.generate_async(prompt(text), sampling_params=params())
+    assert not llm._executor.is_shutdown()
+    llm.shutdown()
+
+
+async def test_prompt_logprobs_have_an_entry_for_each_token_about_the_next(version: str) -> None:
+    llm = make_llm()
+    result = await llm.generate_async(prompt("abcd"), sampling_params=params(prompt_logprobs=1, top_k=1))
+    entries = result.outputs[0].prompt_logprobs
+    assert len(entries) == 4
+    assert (ord("b") in entries[0]) == (version == "1.3"), "older ones hold the most probable token only"
+    assert result.outputs[0].token_ids[0] in entries[3]
+    llm.shutdown()
+
+
+async def test_prompt_logprobs_give_processors_the_rows_of_others(version: str) -> None:
+    llm = make_llm()
+    alone = await llm.generate_async(
+        prompt("Hello"), sampling_params=params(logits_processor=Only(65), top_k=1)
+    )
+    asking = llm.generate_async(prompt("abcd"), sampling_params=params(prompt_logprobs=1))
+    beside = llm.generate_async(prompt("Hello"), sampling_params=params(logits_processor=Only(65), top_k=1))
+    await asyncio.gather(asking.aresult(), beside.aresult())
+    assert alone.outputs[0].token_ids[0] == 65
+    assert beside.outputs[0].token_ids[0] != 65
+    assert beside.outputs[0].token_ids[1] == 65, "the step after it is well"
+    llm.shutdown()
+
+
+async def test_iterators_wait_in_the_callers_thread_where_they_do(version: str) -> None:
+    llm = make_llm(enable_iter_perf_stats=True, kv_cache_config={"event_buffer_max_size": 16})
+    await llm.generate_async(prompt(), sampling_params=params())
+    await llm.generate_async(prompt(), sampling_params=params())
+    for open_iterator in (llm.get_stats_async, llm.get_kv_cache_events_async):
+        [row async for row in open_iterator(timeout=0.05)]
+        began = time.monotonic()
+        open_iterator(timeout=0.2)
+        assert (time.monotonic() - began >= 0.2) == (version == "1.3")
     llm.shutdown()
 
 
@@ -234,6 +307,17 @@ async def test_processors_are_called_for_each_chunk_of_a_prompt(version: str) ->
         "two chunks, the first token, and the second one with a list that lags"
     )
     llm.shutdown()
+
+
+class Only:
+    """Leaves one token admissible."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, req_id: Any, logits: Any, token_ids: Any, stream_ptr: Any, client_id: Any) -> None:
+        logits.fill_(-math.inf)
+        logits[..., self.token] = 0.0
 
 
 class Shown:

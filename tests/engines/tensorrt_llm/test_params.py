@@ -20,8 +20,11 @@ from twinjet.request import Constraint, EngineRequest, Sampling
 from twinjet.sampling.bad_text import BadTextSettings
 
 TOKENS = TokenFacts(vocab_size=258, eos_token_ids=(256, 13), first_eos_token_id=256)
-NOTHING = EngineSampler(penalties=False, min_p=False, guided_backend=None, guided_decoding=None)
-ALL = EngineSampler(penalties=True, min_p=True, guided_backend="xgrammar", guided_decoding=dict)
+NOTHING = EngineSampler()
+ALL = EngineSampler(
+    penalties=True, min_p=True, logit_bias=True, min_tokens=True, logprobs=True, prompt_logprobs=True,
+    guided_backend="xgrammar", guided_decoding=dict,
+)  # fmt: skip
 
 
 def request(**sampling: Any) -> EngineRequest:
@@ -43,7 +46,16 @@ def ours(**sampling: Any) -> dict[str, Any]:
 
 
 def engines(can: EngineSampler = ALL, **sampling: Any) -> dict[str, Any]:
-    return drawn_by_engine(request(**sampling), 1, TOKENS, can)
+    return drawn_by_engine(request(**sampling), 1, one_end(sampling), can)
+
+
+def one_end(sampling: dict[str, Any]) -> TokenFacts:
+    """With min_tokens a model of one end token, which is all that the engine's sampler can hold back."""
+    return (
+        TokenFacts(vocab_size=258, eos_token_ids=(256,), first_eos_token_id=256)
+        if "min_tokens" in sampling
+        else TOKENS
+    )
 
 
 # Each field with a value that is not neutral. The run applies "elsewhere" ones itself: n as n requests, stop

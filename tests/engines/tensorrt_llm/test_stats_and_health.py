@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from twinjet.engines.base import KvCache, KvCleared, KvEvent, KvRemoved, KvStored
+from twinjet.engines.tensorrt_llm.front import stats
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.stats import (
     DestructiveReader,
@@ -48,7 +49,7 @@ def test_missing_parts_keep_what_was_known(row: dict[str, Any]) -> None:
 
 
 async def test_a_reader_opens_the_iterator_again_after_the_next_request() -> None:
-    batches = [[{"n": 1}, {"n": 2}], [{"n": 3}]]
+    batches: list[list[dict[str, int]]] = [[{"n": 1}, {"n": 2}], [], [{"n": 3}], []]
     taken: list[int] = []
     opened = 0
 
@@ -58,14 +59,17 @@ async def test_a_reader_opens_the_iterator_again_after_the_next_request() -> Non
         for row in batches.pop(0) if batches else []:
             yield row
 
-    reader = DestructiveReader("test", iterate, lambda row: taken.append(row["n"]), lambda: False)
+    reader = DestructiveReader("test", iterate, lambda row: taken.append(row["n"]), lambda: False, 0.5)
     reader.start()
     for want in ([1, 2], [1, 2, 3]):
         reader.poke()
         async with asyncio.timeout(5):
             while taken != want:
                 await asyncio.sleep(0.001)
-    assert opened == 2
+    async with asyncio.timeout(5):
+        while opened < 4:
+            await asyncio.sleep(0.001)
+    assert not batches, "each time until nothing more came"
     await reader.stop()
 
 
@@ -83,7 +87,7 @@ async def test_a_reader_outlives_an_iterator_that_raises() -> None:
             raise AssertionError("no prompt has been submitted")
         return rows()
 
-    reader = DestructiveReader("test", iterate, lambda row: taken.append(row["n"]), lambda: False)
+    reader = DestructiveReader("test", iterate, lambda row: taken.append(row["n"]), lambda: False, 0.5)
     reader.start()
     async with asyncio.timeout(5):
         while not taken:
@@ -143,6 +147,14 @@ async def test_a_subscriber_far_behind_is_told_to_forget() -> None:
     assert len(batches) < 1100
     assert [KvCleared()] in batches
     assert list(batches[-1]) == convert_kv_event(stored(2999, None))
+
+
+def test_blocks_whose_removal_is_never_told_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "_MAX_BLOCKS", 3)
+    fan = KvEventFan()
+    for i in range(100):
+        fan.take({"data": stored(i, None)})
+        assert len(fan._holders) <= 4
 
 
 class Bench:

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from twinjet.engines.base import ChatTurn, Finish, OutputEvent, PromptEvent, TokenLogprobs
 from twinjet.engines.vllm.fields import EXTRA_KEY
+from twinjet.grammar.room import GrammarRoom
 from twinjet.request import EngineRequest, Sampling
+from twinjet.server.grammar import Grammars
 
 GREEDY = Sampling(
     temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, frequency_penalty=0.0,
@@ -71,8 +73,30 @@ class Answer:
         return self.outputs[0]
 
 
+_grammars: dict[Any, Grammars] = {}
+
+
+async def prepared(engine: Any, wanted: EngineRequest) -> EngineRequest:
+    """Have a request's constraint compiled, as the server does."""
+    constraint = wanted.sampling.constraint
+    if constraint is None:
+        return wanted
+    grammars = _grammars.setdefault(engine, Grammars(GrammarRoom()))
+    return replace(
+        wanted, grammar=await grammars.prepare(engine, constraint, tenant="", deadline=wanted.deadline)
+    )
+
+
+async def stop(engine: Any) -> None:
+    """Stop an engine, and what compiled its grammars."""
+    if (grammars := _grammars.pop(engine, None)) is not None:
+        await grammars.close()
+    await engine.stop()
+
+
 async def collect(engine: Any, wanted: EngineRequest) -> Answer:
     """Run a request to its end, checking the order of its events."""
+    wanted = await prepared(engine, wanted)
     answer = Answer()
     async for event in engine.generate(wanted):
         if isinstance(event, PromptEvent):

@@ -22,7 +22,6 @@ from twinjet.engines import pushed
 from twinjet.engines.base import Finish, OutputEvent, PromptEvent
 from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front.core_link import CoreLink, Endpoints
-from twinjet.engines.vllm.front.grammar_check import GrammarCheck
 from twinjet.engines.vllm.front.load import LoadReader
 from twinjet.errors import EngineDied, RequestFailed
 from twinjet.models.tokenizer import HfTokenizer
@@ -76,7 +75,7 @@ async def core(demo_model_path: Path) -> AsyncIterator[Core]:
     assert endpoints.input.poll(2000)
     endpoints.input.recv_multipart()
     stats, tokenizer = LoadReader(64), HfTokenizer(demo_model_path)
-    link = CoreLink(endpoints, FACTS, tokenizer, stats, GrammarCheck(b"", forked=False))
+    link = CoreLink(endpoints, FACTS, tokenizer, stats)
     played = Core(dealer, push, link, stats, tokenizer)
     link.watch(asyncio.get_running_loop(), played.deaths.append)
     yield played
@@ -154,6 +153,24 @@ async def test_outputs_are_requests_of_their_own(core: Core) -> None:
     await asyncio.wait_for(reader.task, 2)
     assert (reader.token_ids(0), reader.token_ids(1)) == ([7], [8])
     assert sum(isinstance(event, PromptEvent) for event in reader.events) == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_the_prompt_is_told_once_and_first_however_outputs_come(
+    core: Core, order: tuple[int, int]
+) -> None:
+    reader = Reader(core, n=2, temperature=1.0)
+    ids = [(await sent(core))[0] for _ in range(2)]
+    for index in order:
+        core.send([output(ids[index], [7 + index], cached=index)], stats={"num_running_reqs": index + 1})
+        await until(lambda index=index: core.stats.read().running == index + 1)
+        await asyncio.sleep(0)
+    for index in order:
+        core.send([output(ids[index], [17 + index], finish=1)])
+    await asyncio.wait_for(reader.task, 2)
+    assert reader.events[0] == PromptEvent(0)
+    assert sum(isinstance(event, PromptEvent) for event in reader.events) == 1
+    assert (reader.token_ids(0), reader.token_ids(1)) == ([7, 17], [8, 18])
 
 
 async def test_a_stop_string_aborts_in_the_engine_and_cuts_the_tokens(core: Core) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request
+from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request, stop
 from twinjet.engines.base import LoadProgress, OutputEvent
 from twinjet.engines.vllm.front import prestart
 from twinjet.engines.vllm.front.engine import VllmEngine
@@ -43,7 +43,7 @@ async def engine(
     made = VllmEngine("demo", str(demo_model_path), OPTIONS, native_sampler=False, native_block_manager=False)
     await made.start(progress.append)
     yield made
-    await made.stop()
+    await stop(made)
     prestart.stop()
 
 

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import pytest_asyncio
 
-from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request
+from tests.engines.vllm.support import GREEDY, OPTIONS, QUESTIONS, chat_prompt, collect, request, stop
 from twinjet.engines.vllm.front import prestart
 from twinjet.engines.vllm.front.engine import VllmEngine
 from twinjet.errors import RequestFailed
@@ -47,7 +47,7 @@ async def engine(offline: list[dict[str, Any]], demo_model_path: Path) -> AsyncI
     made = VllmEngine("demo", str(demo_model_path), options, native_sampler=True, native_block_manager=True)
     await made.start(lambda progress: None)
     yield made
-    await made.stop()
+    await stop(made)
     prestart.stop()
 
 

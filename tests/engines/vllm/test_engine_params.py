@@ -8,8 +8,12 @@ import pytest
 from tests.engines.vllm.support import GREEDY
 from twinjet.engines.vllm.fields import EXTRA_KEY
 from twinjet.errors import ConfigError, InvalidRequest, Unsupported
+from twinjet.grammar.room import CompiledGrammar
+from twinjet.grammar.vocabulary import Vocabulary
 from twinjet.request import Constraint
 from twinjet.sampling.bad_text import BadTextSettings
+
+GRAMMAR = CompiledGrammar("", Vocabulary("/vocabulary", "key", (2,)), 0)
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 
@@ -17,6 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 def test_every_field_is_mapped() -> None:
     from vllm.sampling_params import RequestOutputKind
 
+    from twinjet.engines.vllm.fields import GrammarNote
     from twinjet.engines.vllm.front.params import sampling_params
 
     sampling = replace(
@@ -26,7 +31,7 @@ def test_every_field_is_mapped() -> None:
         allowed_token_ids=(3, 4), logprobs=2, prompt_logprobs=1, skip_special_tokens=False,
         constraint=Constraint("regex", "x+"),
     )  # fmt: skip
-    made = sampling_params(sampling, 0, native=False)
+    made = sampling_params(sampling, 0, native=False, grammar=GRAMMAR)
     found = (
         made.temperature, made.top_p, made.top_k, made.min_p, made.repetition_penalty, made.frequency_penalty,
         made.presence_penalty, made.logit_bias, made.seed, made.n, made.max_tokens, made.min_tokens, made.stop,
@@ -37,9 +42,9 @@ def test_every_field_is_mapped() -> None:
         0.7, 0.9, 40, 0.05, 1.1, 0.2, -0.3, {3: -5.0}, 7, 1, 9, 2, [], [4], False, True, [3, 4], 2, 1,
     )  # fmt: skip
     assert made.structured_outputs is not None
-    assert made.structured_outputs.regex == "x+"
+    assert GrammarNote.is_one(made.structured_outputs.grammar)
     assert made.output_kind == RequestOutputKind.DELTA
-    assert sampling_params(sampling, 1, native=False).prompt_logprobs is None
+    assert sampling_params(sampling, 1, native=False, grammar=GRAMMAR).prompt_logprobs is None
 
 
 def test_bad_words_go_to_our_sampler_as_strings_and_are_refused_for_vllms() -> None:
@@ -90,18 +95,15 @@ def test_temperatures(temperature: float, plain: float | None, native: float) ->
         assert sampling_params(sampling, 0, native=False).temperature == plain
 
 
-@pytest.mark.parametrize(
-    ("constraint", "field", "value"),
-    [
-        (Constraint("json_schema", "{}"), "json", "{}"),
-        (Constraint("json_object"), "json_object", True),
-        (Constraint("ebnf", "root ::= x"), "grammar", "root ::= x"),
-        (Constraint("choice", choices=("a", "b")), "choice", ["a", "b"]),
-    ],
-)
-def test_constraints(constraint: Constraint, field: str, value: object) -> None:
+def test_a_constraint_goes_in_as_a_note_of_its_compiled_grammar() -> None:
+    from twinjet.engines.vllm.fields import GrammarNote
     from twinjet.engines.vllm.front.params import sampling_params
 
-    made = sampling_params(replace(GREEDY, constraint=constraint), 0, native=False).structured_outputs
-    assert made is not None
-    assert getattr(made, field) == value
+    sampling = replace(GREEDY, constraint=Constraint("regex", "a"), stop_token_ids=(9,))
+    with pytest.raises(Unsupported, match="tokenizer"):
+        sampling_params(sampling, 0, native=True)
+    made = sampling_params(sampling, 0, native=True, grammar=GRAMMAR)
+    made._validate_structured_outputs(None, None, None)
+    assert made.structured_outputs is not None
+    assert made.structured_outputs._backend == "xgrammar"
+    assert GrammarNote.decode(made.structured_outputs.grammar) == GrammarNote("", "/vocabulary", (2,), (9,))

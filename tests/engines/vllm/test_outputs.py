@@ -7,8 +7,7 @@ import pytest
 from twinjet._core import Output, Vocabulary
 from twinjet.engines.base import Finish
 from twinjet.engines.vllm.front.outputs import failure_of, output_event, prompt_event, token_logprobs
-from twinjet.errors import InvalidRequest, RequestFailed
-from twinjet.request import Constraint
+from twinjet.errors import NoAdmissibleToken, RequestFailed
 
 VOCABULARY = Vocabulary(
     "byte_level", ["a", "b", "</s>", "c", "d", "e", "f", "<end>", "g", "h"], special=[2, 7]
@@ -47,20 +46,14 @@ def test_what_follows_a_stop_string_in_the_same_step_is_no_output() -> None:
 
 
 def test_failures() -> None:
-    grammar = Constraint("regex", "a")
-    assert failure_of(completion(), None, has_tokens=False) is None
-    assert failure_of(completion("stop", 2), grammar, has_tokens=False) is None
-    no_token = failure_of(completion("stop", -1), None, has_tokens=True)
-    assert isinstance(no_token, RequestFailed)
-    assert no_token.reason == "NO_ADMISSIBLE_TOKEN"
-    assert isinstance(failure_of(completion("error", ids=()), grammar, has_tokens=False), InvalidRequest)
-    lost = failure_of(completion("error", ids=()), grammar, has_tokens=True)
+    assert failure_of(completion(), is_constrained=False) is None
+    assert failure_of(completion("stop", 2), is_constrained=True) is None
+    assert isinstance(failure_of(completion("stop", -1), is_constrained=False), NoAdmissibleToken)
+    assert isinstance(failure_of(completion("error"), is_constrained=True), NoAdmissibleToken)
+    lost = failure_of(completion("error", ids=()), is_constrained=True)
     assert isinstance(lost, RequestFailed)
     assert lost.reason == "ENGINE_ERROR"
-    rejected = failure_of(completion("error"), grammar, has_tokens=False)
-    assert isinstance(rejected, RequestFailed)
-    assert rejected.reason == "NO_ADMISSIBLE_TOKEN"
-    assert isinstance(failure_of(completion("abort"), None, has_tokens=True), RequestFailed)
+    assert isinstance(failure_of(completion("abort"), is_constrained=False), RequestFailed)
 
 
 def entry(logprob: float, rank: int) -> Made:

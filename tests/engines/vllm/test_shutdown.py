@@ -6,8 +6,10 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+from twinjet._core import Vocabulary
 from twinjet.engines.vllm.front.startup import Running
 from twinjet.engines.vllm.front.stock import StockLink
+from twinjet.models.token_texts import TokenTextsFile
 
 
 class _Llm:
@@ -28,8 +30,9 @@ class _Llm:
 async def test_the_reader_is_cancelled_before_the_engine_ends() -> None:
     llm = _Llm()
     await asyncio.sleep(0)
-    nothing: Any = SimpleNamespace(processes=[])
-    running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing)
+    nothing: Any = SimpleNamespace(processes=[], remove=lambda: None)
+    texts = TokenTextsFile(Vocabulary("byte_level", ["a"], special=[]))
+    running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing, texts)
     running.watch(asyncio.get_running_loop(), lambda _: None)
     await asyncio.to_thread(running.shutdown)
     await asyncio.wait([llm.output_handler])

@@ -16,11 +16,14 @@ from twinjet.engines.vllm.front import wire
 from twinjet.engines.vllm.front.link import Adapter
 from twinjet.engines.vllm.front.params import sampling_fields
 from twinjet.errors import InvalidRequest
+from twinjet.grammar.room import CompiledGrammar
+from twinjet.grammar.vocabulary import Vocabulary as GrammarVocabulary
 from twinjet.models.tokenizer import HfTokenizer
 from twinjet.request import Constraint, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 
+GRAMMAR = CompiledGrammar("", GrammarVocabulary("/vocabulary", "key", (2,)), 0)
 VOCAB = 49152
 
 
@@ -67,7 +70,7 @@ class Stock:
         if not prompt["cache_salt"]:
             del prompt["cache_salt"]
         request = self.processor.process_inputs(
-            "r-1f", prompt, sampling_params(sampling, index, native=native), ("generate",),
+            "r-1f", prompt, sampling_params(sampling, index, native=native, grammar=GRAMMAR), ("generate",),
             arrival_time=1.0, **keywords,
         )  # fmt: skip
         request.lora_request = lora
@@ -84,7 +87,7 @@ def stock(demo_model_path: Path) -> Stock:
     config = config_module.engine_config(
         str(demo_model_path), {"max_model_len": 2048}, scheduler_cls=None, worker_cls=None
     )
-    facts = dataclasses.replace(config_module.facts(config, b""), generation_eos=(0, 2, 5))
+    facts = dataclasses.replace(config_module.facts(config), generation_eos=(0, 2, 5))
     processor = InputProcessor(config)
     processor.generation_config_fields = {"eos_token_id": [0, 2, 5]}
     return Stock(processor, facts, HfTokenizer(demo_model_path))
@@ -121,10 +124,7 @@ def test_a_request_is_what_async_llm_would_send(
             lora=LoRARequest("a", 7, "/p") if has_lora else None,
         )
     )  # fmt: skip
-    fields = sampling_fields(sampling, index, native=native)
-    if sampling.constraint is not None:
-        # The check's own process gives all fields back; what vLLM made of them is the same here.
-        fields["structured_outputs"] = dataclasses.asdict(theirs["params"]["structured_outputs"])
+    fields = sampling_fields(sampling, index, native=native, grammar=GRAMMAR)
     params = wire.core_params(fields, stock.facts, native=native)
     ours = decoded(
         wire.add_request(

@@ -1,135 +1,60 @@
-"""Compares the installed tensorrt_llm with the contract that the engine was written against.
+"""`twinjet doctor`: what the installed tensorrt_llm is like, and what Twinjet does about it.
 
-The first thing to run on a GPU machine: `twinjet doctor`, or `python -m twinjet.engines.tensorrt_llm.doctor`.
-It reads signatures and fields only: it builds no engine and needs no model.
+The first thing to run on a GPU machine, also as `python -m twinjet.engines.tensorrt_llm.doctor`. Without a model it
+compares names and signatures; with one it builds the engine and tries what no signature tells. Its report is meant to
+be sent to us: it holds no path but the model's, and no text of a prompt.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import enum
+import asyncio
 import importlib
-import inspect
-import json
+import logging
+import platform
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 from twinjet.engines.tensorrt_llm.front import features
-
-Severity = Literal["breaks", "limits", "differs"]
-
-# What the adapter cannot do without, and what it uses where it is there; the rest is recorded for people.
-_VITAL = {
-    "SamplingParams": features.NEEDED_FIELDS,
-    "LLM.generate_async": features.NEEDED_KEYWORDS,
-    "CompletionOutput": frozenset(
-        {"token_ids", "logprobs", "prompt_logprobs", "finish_reason", "stop_reason"}
-    ),
-}
-_USED = {
-    "SamplingParams": frozenset(
-        {
-            "min_p", "seed", "min_tokens", "bad", "embedding_bias", "guided_decoding", "repetition_penalty",
-            "frequency_penalty", "presence_penalty",
-        }
-    ),
-    "LLM.generate_async": frozenset({"lora_request", "cache_salt", "priority"}),
-    "TorchLlmArgs": frozenset(
-        {
-            "enable_iter_perf_stats", "num_postprocess_workers", "kv_cache_config", "scheduler_config",
-            "max_num_tokens", "max_seq_len", "max_batch_size", "enable_chunked_prefill",
-            "guided_decoding_backend", "speculative_config", "enable_lora",
-        }
-    ),
-    "KvCacheConfig": frozenset(
-        {"enable_block_reuse", "max_tokens", "tokens_per_block", "event_buffer_max_size"}
-    ),
-    "SchedulerConfig": frozenset({"capacity_scheduler_policy"}),
-}  # fmt: skip
+from twinjet.engines.tensorrt_llm.report import Line, Report
+from twinjet.engines.tensorrt_llm.surface import Difference, differences, load_contract, recorded_version
+from twinjet.errors import ConfigError, TwinjetError
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """severity: "breaks" stops the engine, "limits" takes a capability, "differs" is for people to judge."""
+def examine(
+    version: str | None = None,
+    *,
+    as_json: bool = False,
+    model: str | None = None,
+    options: Sequence[str] = (),
+) -> int:
+    """Print a report. version: the recorded one to compare with, None for the nearest.
 
-    severity: Severity
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.severity:8} {self.where}: {self.what}"
-
-
-def load_contract() -> dict[str, Any]:
-    """Read the contract that comes with the package."""
-    text = resources.files("twinjet.engines.tensorrt_llm").joinpath("contract.json").read_text()
-    contract: dict[str, Any] = json.loads(text)
-    return contract
-
-
-def recorded_version(installed: str, contract: Mapping[str, Any]) -> str:
-    """Choose the recorded version to compare with: the newest one not newer than what is installed."""
-    number = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
-    known: list[str] = list(contract["versions"])
-    fitting = [v for v in known if tuple(map(int, v.split("."))) <= number]
-    return fitting[-1] if fitting else known[0]
-
-
-def differences(contract: Mapping[str, Any], version: str) -> list[Difference]:
-    """List every difference between the installed package and the recorded version, the worst first."""
-    found: list[Difference] = []
-    for module, names in contract["exports"].items():
-        found += [
-            Difference("breaks", f"{module}.{name}", "is missing")
-            for name in names
-            if features.find([f"{module}:{name}"]) is None
-        ]
-    for name, recorded in contract["classes"].items():
-        found += _compare_class(name, recorded, version)
-    llm = features.find(["tensorrt_llm:LLM"])
-    if llm is not None:
-        found += _compare_methods(llm, contract, version)
-    for name, recorded in contract["enums"].items():
-        found += _compare_enum(name, recorded)
-    for name, recorded in contract["errors"].items():
-        found += _compare_error(name, recorded)
-    order: list[Severity] = ["breaks", "limits", "differs"]
-    return sorted(found, key=lambda d: (order.index(d.severity), d.where))
-
-
-def examine(version: str | None = None, *, as_json: bool = False) -> int:
-    """Print what differs. version: the recorded one to compare with, None for the nearest.
-
-    Returns 0 if nothing stops the engine, 1 if something does, 2 without the package or the version.
+    model: an engine is built for it and tried. options: its settings, each KEY=VALUE with a TOML value. Returns 0 if
+    nothing fails, 1 if something does, 2 without the package, or with a wrong version or option.
     """
     contract = load_contract()
     if version is not None and version not in contract["versions"]:
-        known = ", ".join(contract["versions"])
-        print(f"twinjet doctor: no version {version!r} is recorded; known: {known}", file=sys.stderr)
-        return 2
+        return _refuse(f"no version {version!r} is recorded; known: {', '.join(contract['versions'])}")
     if not features.is_installed():
-        print(f"twinjet doctor: {features.MISSING}", file=sys.stderr)
-        return 2
+        return _refuse(features.MISSING)
     try:
         module = importlib.import_module("tensorrt_llm")
+        settings = _parse(options)
     except (ImportError, OSError, RuntimeError) as error:
-        print(f"twinjet doctor: tensorrt_llm is installed but cannot be imported: {error}", file=sys.stderr)
-        return 2
+        return _refuse(f"tensorrt_llm is installed but cannot be imported: {error}")
+    except ValueError as error:
+        return _refuse(str(error))
     installed = str(getattr(module, "__version__", "unknown"))
     version = version or recorded_version(installed, contract)
-    found = differences(contract, version)
-    if as_json:
-        print(json.dumps([dataclasses.asdict(difference) for difference in found], indent=1))
-    else:
-        print(f"tensorrt_llm {installed} against the recorded contract of {version}")
-        for difference in found:
-            print(f"  {difference}")
-        print(_verdict(found))
-    return 1 if any(difference.severity == "breaks" for difference in found) else 0
+    lines = [*_surface_lines(differences(contract, version)), _defaults()]
+    if model is not None and not any(line.verdict == "fails" for line in lines):
+        lines += asyncio.run(_try(model, settings, contract, version))
+    report = Report(installed, version, _environment(), lines)
+    print(report.to_json() if as_json else report)
+    return 1 if report.fails else 0
 
 
 def run_doctor(argv: Sequence[str] | None = None) -> int:
@@ -137,171 +62,104 @@ def run_doctor(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="twinjet doctor", description="compare the installed tensorrt_llm with the recorded contract"
     )
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    arguments = parser.parse_args(argv)
+    return run(arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the doctor takes, without --json."""
     parser.add_argument("--recorded-version", metavar="V", help="default: the nearest to what is there")
-    parser.add_argument("--json", action="store_true", help="print a JSON list")
-    options = parser.parse_args(argv)
-    return examine(options.recorded_version, as_json=options.json)
+    parser.add_argument("--model", metavar="M", help="build an engine for this model and try it (minutes)")
+    parser.add_argument(
+        "--option", metavar="KEY=VALUE", action="append", default=[], dest="options",
+        help="an engine option for --model, the value in TOML; may be given several times",
+    )  # fmt: skip
 
 
-def _verdict(found: Sequence[Difference]) -> str:
-    if not found:
-        return "no differences"
-    num = {s: sum(d.severity == s for d in found) for s in ("breaks", "limits", "differs")}
-    return (
-        f"{len(found)} differences: {num['breaks']} stop the engine, {num['limits']} limit what it can do, "
-        f"{num['differs']} are for you to judge"
+def run(arguments: argparse.Namespace) -> int:
+    """Examine as parsed arguments say."""
+    return examine(
+        arguments.recorded_version, as_json=arguments.json, model=arguments.model, options=arguments.options
     )
 
 
-def _severity(owner: str, name: str) -> Severity:
-    if name in _VITAL.get(owner, ()):
-        return "breaks"
-    return "limits" if name in _USED.get(owner, ()) else "differs"
+def _refuse(reason: str) -> int:
+    print(f"twinjet doctor: {reason}", file=sys.stderr)
+    return 2
 
 
-def _in_version(entry: Mapping[str, Any], version: str) -> bool:
-    return bool(entry.get("since", version) <= version <= entry.get("until", version))
+def _parse(options: Sequence[str]) -> dict[str, Any]:
+    """Raise ValueError for what is no KEY=VALUE of TOML."""
+    try:
+        return tomllib.loads("\n".join(options))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--option: {error}") from error
 
 
-def _compare_class(name: str, recorded: Mapping[str, Any], version: str) -> list[Difference]:
-    cls = features.find([f"{recorded['module']}:{name}"])
-    if cls is None:
-        return [Difference("differs", f"{recorded['module']}.{name}", "is missing")]
-    expected = {entry["name"]: entry for entry in recorded["fields"] if _in_version(entry, version)}
-    actual = _field_defaults(cls)
-    if actual is None:
-        return [Difference("differs", name, "is neither a dataclass nor a pydantic model; not compared")]
-    found = [
-        Difference(_severity(name, field), f"{name}.{field}", "is missing")
-        for field in expected.keys() - actual.keys()
-    ]
-    found += [
-        Difference("differs", f"{name}.{field}", "is not recorded")
-        for field in actual.keys() - expected.keys()
-        if not field.startswith("_")
-    ]
-    for field in expected.keys() & actual.keys():
-        found += _compare_default(f"{name}.{field}", expected[field], actual[field])
-    return found
-
-
-_REQUIRED = object()
-_FACTORY = object()
-
-
-def _field_defaults(cls: Any) -> dict[str, Any] | None:
-    """Give fields and defaults of a dataclass or a pydantic model."""
-    if dataclasses.is_dataclass(cls):
-        return {
-            f.name: f.default
-            if f.default is not dataclasses.MISSING
-            else _FACTORY
-            if f.default_factory is not dataclasses.MISSING
-            else _REQUIRED
-            for f in dataclasses.fields(cls)
-        }
-    if hasattr(cls, "model_fields"):
-        return {
-            name: _REQUIRED
-            if info.is_required()
-            else _FACTORY
-            if info.default_factory is not None
-            else info.default
-            for name, info in cls.model_fields.items()
-        }
-    return None
-
-
-def _compare_default(where: str, expected: Mapping[str, Any], actual: Any) -> list[Difference]:
-    if expected.get("required"):
-        if actual is _REQUIRED:
-            return []
-        return [Difference("differs", where, f"has the default {_show(actual)}; recorded: required")]
-    if actual is _REQUIRED:
-        return [Difference("limits", where, "is required; recorded: it has a default")]
-    if actual is _FACTORY or "factory" in expected:
-        # What a factory makes is not compared: some need a GPU to run.
-        return []
-    if _plain(actual) == expected.get("default"):
-        return []
+def _surface_lines(found: Sequence[Difference]) -> list[Line]:
+    if not found:
+        return [Line("names and signatures", "as recorded", "no differences")]
+    effects = {
+        "breaks": "the engine cannot be used",
+        "limits": "what needs it is refused",
+        "differs": "Twinjet does not rely on it",
+    }
     return [
-        Difference(
-            "differs", where, f"has the default {_show(actual)}; recorded: {_show(expected.get('default'))}"
-        )
+        Line(d.where, "fails" if d.severity == "breaks" else "differs", d.what, effects[d.severity])
+        for d in found
     ]
 
 
-def _plain(value: Any) -> Any:
-    return value.name if isinstance(value, enum.Enum) else value
+def _defaults() -> Line:
+    """Name what this version takes where nothing is set, of what matters here."""
+    fields = getattr(features.find(["tensorrt_llm.llmapi.llm_args:TorchLlmArgs"]), "model_fields", {})
+    cache = getattr(features.find(["tensorrt_llm.llmapi:KvCacheConfig"]), "model_fields", {})
+    seen = [
+        f"{name} {fields[name].default!r}" if name in fields else f"no {name}"
+        for name in ("sampler_type", "enable_iter_perf_stats", "enable_chunked_prefill")
+    ]
+    manager = "use_kv_cache_manager_v2"
+    seen.append(f"{manager} {cache[manager].default!r}" if manager in cache else f"no {manager}")
+    hook = "logits_processor" in features.field_names(features.find(["tensorrt_llm:SamplingParams"]))
+    return Line(
+        "defaults", "as recorded" if hook else "fails", ", ".join([*seen, "hook" if hook else "no hook"])
+    )
 
 
-def _show(value: Any) -> str:
-    if value is _FACTORY:
-        return "made by a factory"
-    return "required" if value is _REQUIRED else repr(_plain(value))
+async def _try(model: str, options: dict[str, Any], contract: Mapping[str, Any], version: str) -> list[Line]:
+    from twinjet.engines.tensorrt_llm.front.engine import TrtLlmEngine
+    from twinjet.engines.tensorrt_llm.front.examination import Examination
+
+    # What start-up logs is in the report, in order.
+    logging.getLogger("twinjet").setLevel(logging.ERROR)
+    # Events are looked at, too, unless the caller says otherwise.
+    cache = {"event_buffer_max_size": 1024} | dict(options.get("kv_cache_config") or {})
+    native = bool(options.pop("native_sampler", True))
+    try:
+        engine = TrtLlmEngine("doctor", model, options | {"kv_cache_config": cache}, native_sampler=native)
+    except ConfigError as error:
+        return [Line("start", "fails", str(error))]
+    try:
+        return await Examination(engine, contract["behaviours"], version).run()
+    except TwinjetError as error:
+        return [Line("start", "fails", str(error))]
+    finally:
+        await engine.stop()
 
 
-def _compare_methods(llm: Any, contract: Mapping[str, Any], version: str) -> list[Difference]:
-    found: list[Difference] = []
-    for function, versions in contract["functions"].items():
-        owner, _, name = function.partition(".")
-        if owner != "LLM":
-            continue
-        method = getattr(llm, name, None)
-        if method is None:
-            found.append(Difference("limits", function, "is missing"))
-            continue
-        parameters = [p for p in inspect.signature(method).parameters.values() if p.name != "self"]
-        found += _compare_parameters(function, versions[version], parameters)
-    init = [p for p in inspect.signature(llm.__init__).parameters.values() if p.name != "self"]
-    found += _compare_parameters("LLM.__init__", contract["llm"]["init"], init)
+def _environment() -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return found
+    found["torch"] = str(torch.__version__)
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found[f"gpu {index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
     return found
-
-
-def _compare_parameters(
-    function: str, expected: Sequence[Mapping[str, Any]], actual: Sequence[inspect.Parameter]
-) -> list[Difference]:
-    recorded = {entry["name"]: entry for entry in expected}
-    present = {p.name: p for p in actual if p.kind is not inspect.Parameter.VAR_KEYWORD}
-    takes_any = len(present) < len(actual)
-    found = [
-        Difference(_severity(function, name), f"{function}({name})", "is missing")
-        for name in recorded.keys() - present.keys()
-        if not takes_any
-    ]
-    found += [
-        Difference("differs", f"{function}({name})", "is not recorded")
-        for name in present.keys() - recorded.keys()
-    ]
-    for name in recorded.keys() & present.keys():
-        default = present[name].default
-        found += _compare_default(
-            f"{function}({name})",
-            recorded[name],
-            _REQUIRED if default is inspect.Parameter.empty else default,
-        )
-    shared = [entry["name"] for entry in expected if entry["name"] in present]
-    if shared != [name for name in present if name in recorded]:
-        found.append(Difference("differs", function, "takes its parameters in another order"))
-    return found
-
-
-def _compare_enum(name: str, recorded: Mapping[str, Any]) -> list[Difference]:
-    cls = features.find([f"{recorded['module']}:{name}"])
-    if cls is None:
-        return [Difference("limits", name, "is missing")]
-    return [
-        Difference("limits", f"{name}.{member}", "is missing")
-        for member in recorded["members"]
-        if not hasattr(cls, member)
-    ]
-
-
-def _compare_error(name: str, recorded: Mapping[str, Any]) -> list[Difference]:
-    cls = features.find([f"{recorded['module']}:{name}"])
-    if cls is None or recorded["base"] in [base.__name__ for base in cls.__mro__]:
-        return []
-    return [Difference("limits", name, f"is no {recorded['base']}")]
 
 
 if __name__ == "__main__":

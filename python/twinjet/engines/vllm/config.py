@@ -74,6 +74,11 @@ def engine_config(
             config = AsyncEngineArgs(**settings).create_engine_config()
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"vLLM refuses the settings for {model}: {error}") from error
+    backend = config.structured_outputs_config.backend
+    if backend not in ("auto", "xgrammar"):
+        raise ConfigError(
+            f"structured_outputs_config.backend is {backend!r}; the server compiles grammars with xgrammar alone"
+        )
     if is_cpu and config.cache_config.kv_cache_memory_bytes is None:
         config.cache_config.kv_cache_memory_bytes = _cpu_kv_cache_bytes(config)
     return config
@@ -108,8 +113,8 @@ def generation_eos(config: VllmConfig) -> tuple[int, ...]:
     return (found,) if isinstance(found, int) else tuple(found)
 
 
-def facts(config: VllmConfig, checking: bytes) -> Facts:
-    """Read what the front end must know. checking: see Facts."""
+def facts(config: VllmConfig) -> Facts:
+    """Read what the front end must know."""
     model, cache = config.model_config, config.cache_config
     vocab_size = model.get_vocab_size()
     return Facts(
@@ -131,7 +136,6 @@ def facts(config: VllmConfig, checking: bytes) -> Facts:
         # Block 0 is vLLM's null block and never handed out.
         num_blocks=cache.num_gpu_blocks - 1 if cache.num_gpu_blocks else None,
         block_size=cache.block_size or 0,
-        checking=checking,
     )
 
 

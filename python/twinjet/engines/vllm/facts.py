@@ -12,8 +12,7 @@ class Facts:
 
     tokenizer: folder or name. eos: the tokenizer's end token. generation_eos: those that the model's
     generation_config names. default_sampling: fields of SamplingOverrides. settings: of EngineInfo. num_blocks: usable KV blocks, None
-    for a model without a KV cache; with block_size known only once the engine has started. checking: what the
-    process that checks grammars is given, pickled by vLLM's process.
+    for a model without a KV cache; with block_size known only once the engine has started.
     """
 
     version: str
@@ -33,7 +32,6 @@ class Facts:
     settings: dict[str, str]
     num_blocks: int | None = None
     block_size: int = 0
-    checking: bytes = b""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

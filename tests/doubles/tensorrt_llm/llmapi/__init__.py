@@ -1,5 +1,6 @@
 """Stand-in for tensorrt_llm.llmapi."""
 
+from tensorrt_llm._retention import KvCacheRetentionConfig
 from tensorrt_llm.llmapi.llm_args import (
     CapacitySchedulerPolicy,
     ContextChunkingPolicy,
@@ -16,6 +17,7 @@ __all__ = [
     "CudaGraphConfig",
     "GuidedDecodingParams",
     "KvCacheConfig",
+    "KvCacheRetentionConfig",
     "SamplingParams",
     "SchedulerConfig",
     "TorchLlmArgs",

@@ -15,7 +15,9 @@ CapacitySchedulerPolicy = enum.Enum(  # type: ignore[misc]
 ContextChunkingPolicy = enum.Enum(  # type: ignore[misc]
     "ContextChunkingPolicy", _ENUMS["ContextChunkingPolicy"]["members"]
 )
-WaitingQueuePolicy = enum.Enum("WaitingQueuePolicy", ["FCFS"])
+WaitingQueuePolicy = enum.Enum(  # type: ignore[misc]
+    "WaitingQueuePolicy", _ENUMS["WaitingQueuePolicy"]["members"]
+)
 
 
 class CudaGraphConfig(BaseModel, extra="allow"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,16 @@ class AdapterTable:
         self._adapters: dict[str, _Adapter] = {}
         self._num_loaded = 0
 
-    def load(self, name: str, path: str) -> bool:
-        """See AdapterEngine.load_adapter."""
+    def load(self, name: str, path: str, *, max_rank: int | None = None) -> bool:
+        """See AdapterEngine.load_adapter. max_rank: the engine's limit, None if not known."""
         known = self._adapters.get(name)
         if known is not None:
             if known.path != path:
                 raise AlreadyExists("adapter", name)
             return True
-        if not (Path(path) / "adapter_config.json").is_file():
-            raise InvalidRequest.of("path", f"{path!r} is no folder with an adapter_config.json")
+        rank = _rank(path)
+        if max_rank is not None and rank is not None and rank > max_rank:
+            raise InvalidRequest.of("path", f"the adapter's rank is {rank}; allowed: at most {max_rank}")
         self._num_loaded += 1
         self._adapters[name] = _Adapter(self._num_loaded, path)
         return False
@@ -54,3 +56,16 @@ class AdapterTable:
 
     def paths(self) -> Mapping[str, str]:
         return {name: adapter.path for name, adapter in self._adapters.items()}
+
+
+def _rank(path: str) -> int | None:
+    """Read the rank that an adapter says it has. Raises InvalidRequest if the folder is no adapter's."""
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file():
+        raise InvalidRequest.of("path", f"{path!r} is no folder with an adapter_config.json")
+    try:
+        tree = json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest.of("path", f"adapter_config.json cannot be read: {error}") from error
+    rank = tree.get("r") if isinstance(tree, dict) else None
+    return rank if isinstance(rank, int) else None

@@ -11,7 +11,7 @@ from twinjet.errors import ConfigError
 from twinjet.request import MAX_OUTPUTS
 
 _DEFAULT_MAX_NUM_SEQS = 2048
-_DEFAULT_BLOCK_SIZE = 32
+DEFAULT_BLOCK_SIZE = 32
 
 
 def describe(handle: EngineHandle, model: ModelFacts, drawing: Drawing, stats: EngineStats) -> EngineInfo:
@@ -48,7 +48,7 @@ def describe(handle: EngineHandle, model: ModelFacts, drawing: Drawing, stats: E
 def _kv_cache(handle: EngineHandle, stats: EngineStats) -> KvCache | None:
     known = stats.kv_cache
     if known is None and handle.kv_arg("max_tokens", None):
-        size = int(handle.kv_arg("tokens_per_block", _DEFAULT_BLOCK_SIZE))
+        size = int(handle.kv_arg("tokens_per_block", DEFAULT_BLOCK_SIZE))
         known = KvCache(int(handle.kv_arg("max_tokens", 0)) // size, size)
     if known is None:
         return None
@@ -68,23 +68,34 @@ def _max_context_tokens(handle: EngineHandle, model: ModelFacts, kv_cache: KvCac
 
 
 def _capabilities(handle: EngineHandle, model: ModelFacts, drawing: Drawing) -> frozenset[Capability]:
-    can = handle.engine_sampler
-    found: set[Capability] = {
-        "generate", "logprobs", "prompt_logprobs", "logit_bias", "multiple_outputs", "priority",
-    }  # fmt: skip
+    can = drawing.can
+    found: set[Capability] = {"generate", "multiple_outputs", "priority"}
     if model.tokenizer.has_chat_template:
         found.add("chat")
     if drawing.is_ours:
-        found |= {"penalties", "bad_words", "allowed_token_ids", "min_p", "seed"}
-    if can.penalties:
-        found |= {"penalties", "seed"}
-    if can.min_p:
-        found.add("min_p")
+        found |= {
+            "penalties", "allowed_token_ids", "min_p", "seed", "logprobs", "logit_bias", "bad_words", "min_tokens",
+        }  # fmt: skip
+    else:
+        honoured: dict[Capability, bool] = {
+            "penalties": can.penalties, "min_p": can.min_p, "seed": drawing.has_seed, "logprobs": can.logprobs,
+            "logit_bias": can.logit_bias, "min_tokens": can.min_tokens,
+            "prompt_logprobs": can.prompt_logprobs,
+        }  # fmt: skip
+        found |= {capability for capability, is_honoured in honoured.items() if is_honoured}
     if drawing.has_grammars:
         found |= {"json_schema", "regex", "ebnf", "choice"}
+    if drawing.has_structural_tags:
+        found.add("structural_tag")
+    if handle.num_dp_ranks:
+        found.add("data_parallel_rank")
+    if handle.has_retention:
+        found.add("kv_retention")
+    if handle.features.has_trace_headers:
+        found.add("trace_context")
     if has_adapters(handle):
         found.add("adapters")
-    if handle.has_block_reuse and handle.features.has_cache_salt:
+    if drawing.has_salt:
         found.add("prefix_cache")
     if handle.has_kv_events:
         found.add("kv_events")

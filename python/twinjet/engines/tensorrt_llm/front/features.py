@@ -43,6 +43,8 @@ class Package:
     sampling_params: Any
     guided_decoding: Any | None
     lora_request: Any | None
+    scheduling_params: Any | None
+    retention_config: Any | None
     config_types: dict[str, Any]
     request_errors: tuple[type[BaseException], ...]
     fatal_errors: tuple[type[BaseException], ...]
@@ -55,6 +57,7 @@ class Features:
     generate_keywords: frozenset[str]
     sampling_fields: frozenset[str]
     has_check_health: bool
+    has_capacity_call: bool
 
     @property
     def has_cache_salt(self) -> bool:
@@ -63,6 +66,10 @@ class Features:
     @property
     def has_priority(self) -> bool:
         return "priority" in self.generate_keywords
+
+    @property
+    def has_trace_headers(self) -> bool:
+        return "trace_headers" in self.generate_keywords
 
     @property
     def has_lora(self) -> bool:
@@ -100,6 +107,8 @@ def load_package() -> Package:
             ]
         ),
         lora_request=find(["tensorrt_llm.executor:LoRARequest", "tensorrt_llm.executor.request:LoRARequest"]),
+        scheduling_params=find(["tensorrt_llm.scheduling_params:SchedulingParams"]),
+        retention_config=find(["tensorrt_llm.llmapi:KvCacheRetentionConfig"]),
         config_types={
             name: cls
             for name, cls in (
@@ -112,11 +121,15 @@ def load_package() -> Package:
                 ),
                 ("capacity_scheduler_policy", find(["tensorrt_llm.llmapi:CapacitySchedulerPolicy"])),
                 ("context_chunking_policy", find(["tensorrt_llm.llmapi:ContextChunkingPolicy"])),
+                ("waiting_queue_policy", find(["tensorrt_llm.llmapi.llm_args:WaitingQueuePolicy"])),
             )
             if cls is not None
         },
         request_errors=_errors(["tensorrt_llm.executor.utils:RequestError"]),
-        fatal_errors=_errors(["tensorrt_llm.executor.executor:CppExecutorError"]),
+        fatal_errors=(
+            *_errors(["tensorrt_llm.executor.utils:EngineDeadError"]),
+            *_errors(["tensorrt_llm.executor.executor:CppExecutorError"]),
+        ),
     )
 
 
@@ -134,6 +147,7 @@ def detect(package: Package, llm_class: Any) -> Features:
         generate_keywords=keywords,
         sampling_fields=sampling_fields,
         has_check_health=callable(getattr(llm_class, "_check_health", None)),
+        has_capacity_call=callable(getattr(llm_class, "get_kv_cache_capacity", None)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Guided decoding inside our sampler: grammars compiled by xgrammar in the server, matched in the workers.
+"""Guided decoding inside our sampler: grammars compiled by the server's grammar room, matched in the workers.
 
 The engine applies its own grammar mask after the logits processor, where it could forbid the token that was
 drawn. So the mask goes into the draw instead. A compiled grammar travels with the request; the vocabulary,
@@ -14,17 +14,14 @@ from typing import Any
 
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.errors import InvalidRequest
+from twinjet.grammar.vocabulary import GrammarUnavailable
 from twinjet.request import Constraint
 
 _FILE = "tokenizer_info.json"
 
 
-class GrammarUnavailable(Exception):
-    """xgrammar cannot be used here; the text says why."""
-
-
 class GrammarCompiler:
-    """Compiles constraints; in the server, on a worker thread, since large schemas take up to seconds.
+    """Compiles what start-up tries, and constraints that come without a compiled grammar.
 
     Raises GrammarUnavailable if xgrammar is missing, too old or does not know the tokenizer's kind.
     """
@@ -69,6 +66,8 @@ class GrammarCompiler:
                 return self._compiler.compile_grammar(constraint.value)
             case "choice":
                 return self._compiler.compile_grammar(choice_grammar(constraint.choices))
+            case "structural_tag":
+                return self._compiler.compile_structural_tag(constraint.value)
 
 
 def choice_grammar(choices: tuple[str, ...]) -> str:

@@ -1,14 +1,16 @@
 """Whether the engine lives. A crashed 1.2 engine still looks healthy, so it has to show a token.
 
-Three signs of death: the package's own health check says so (where it has one), a timed one-token probe
-gets no answer, or a fatal error came out of a request. The probe runs when requests are in flight but
-nothing has moved for the no-progress limit, after an error of unknown kind, and now and then when idle.
+Four signs of death: the package's own health check says so (where it has one), a worker's error waits to be met,
+a timed one-token probe gets no answer, or a fatal error came out of a request. The probe runs when requests are in
+flight but nothing has moved for the no-progress limit, after an error of unknown kind, after several failures
+without a step between them, and now and then when idle.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -18,9 +20,27 @@ from twinjet.engines.tensorrt_llm.front.processes import end_tasks
 log = logging.getLogger(__name__)
 
 
-def own_verdict(llm: Any) -> str | None:
+def background_error(llm: Any, request_errors: tuple[type[BaseException], ...]) -> str | None:
+    """Look, without taking it out, for a worker's error that nobody has met yet.
+
+    request_errors: types that concern one request, which are no reason.
+    """
+    errors = getattr(getattr(llm, "_executor", None), "_error_queue", None)
+    if not isinstance(errors, queue.Queue):
+        return None
+    with errors.mutex:
+        waiting = list(errors.queue)
+    for error in waiting:
+        if not isinstance(error, (str, *request_errors)):
+            return f"a worker of the engine failed: {error}"
+    return None
+
+
+def own_verdict(llm: Any, request_errors: tuple[type[BaseException], ...] = ()) -> str | None:
     """Ask the package's own signs, as far as this version has them; a text is a reason to call it dead."""
     executor = getattr(llm, "_executor", None)
+    if (reason := background_error(llm, request_errors)) is not None:
+        return reason
     fatal = getattr(executor, "_fatal_error", None)
     if fatal is not None:
         return f"fatal error in the engine: {fatal}"

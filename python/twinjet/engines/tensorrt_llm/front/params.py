@@ -8,25 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+from twinjet.engines.base import Capability
 from twinjet.engines.seeds import output_seed
 from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
 from twinjet.errors import Unsupported
-from twinjet.request import Constraint, EngineRequest, Sampling
+from twinjet.request import Constraint, EngineRequest, KvRetention, Sampling
 from twinjet.sampling.bad_text import BadTextSettings
+
+DEFAULT_RETENTION = 35
+"""TensorRT-LLM's own priority of a block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSampler:
-    """What the engine's own sampler honours on this installation."""
+    """What the engine's own sampler honours on this installation, as far as it was tried or is known."""
 
-    penalties: bool
-    min_p: bool
-    guided_backend: str | None
-    guided_decoding: Any | None
+    penalties: bool = False
+    min_p: bool = False
+    logit_bias: bool = False
+    min_tokens: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    guided_backend: str | None = None
+    guided_decoding: Any | None = None
+
+    @property
+    def has_guides(self) -> bool:
+        return self.guided_backend is not None and self.guided_decoding is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +62,10 @@ def common_kwargs(sampling: Sampling, tokens: TokenFacts) -> dict[str, Any]:
     if not sampling.ignore_eos:
         stop |= set(tokens.eos_token_ids) - {tokens.first_eos_token_id}
     kwargs: dict[str, Any] = {
+        # Both given, the engine adds nothing of its own: else the model's end tokens would stop an output that
+        # is to ignore them.
+        "end_id": tokens.first_eos_token_id,
+        "pad_id": tokens.first_eos_token_id,
         "n": 1,
         "best_of": 1,
         "max_tokens": sampling.max_tokens,
@@ -115,14 +132,17 @@ def drawn_by_us(
 
 
 def drawn_by_engine(
-    request: EngineRequest, output_index: int, tokens: TokenFacts, can: EngineSampler
+    request: EngineRequest,
+    output_index: int,
+    tokens: TokenFacts,
+    can: EngineSampler,
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that the engine's sampler draws.
 
     Raises Unsupported for what it would ignore.
     """
     s = request.sampling
-    refuse_unsupported(s, can)
+    refuse_unsupported(s, tokens, can)
     kwargs = common_kwargs(s, tokens)
     if s.is_greedy:
         kwargs |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
@@ -137,10 +157,10 @@ def drawn_by_engine(
         kwargs["frequency_penalty"] = s.frequency_penalty
     if s.presence_penalty != 0:
         kwargs["presence_penalty"] = s.presence_penalty
-    if s.min_tokens > 0:
+    if s.min_tokens > 0 and not s.ignore_eos:
         kwargs["min_tokens"] = s.min_tokens
     if s.logit_bias:
-        kwargs["embedding_bias"] = _bias_vector(s.logit_bias, tokens.vocab_size)
+        kwargs["embedding_bias"] = bias_vector(s.logit_bias, tokens.vocab_size)
     if s.logprobs is not None:
         kwargs["logprobs"] = max(1, s.logprobs)
     if s.constraint is not None:
@@ -148,8 +168,20 @@ def drawn_by_engine(
     return kwargs
 
 
-def refuse_unsupported(s: Sampling, can: EngineSampler) -> None:
-    """Raise Unsupported for what the engine's own sampler would ignore in silence."""
+def refuse_unsupported(s: Sampling, tokens: TokenFacts, can: EngineSampler) -> None:
+    """Raise Unsupported for what the engine's own sampler would ignore or get wrong in silence."""
+    asked: dict[Capability, tuple[bool, bool]] = {
+        "logit_bias": (bool(s.logit_bias), can.logit_bias),
+        "min_tokens": (s.min_tokens > 0, can.min_tokens),
+        "logprobs": (s.logprobs is not None, can.logprobs),
+        "prompt_logprobs": (s.prompt_logprobs is not None, can.prompt_logprobs),
+    }
+    for capability, (is_asked, is_honoured) in asked.items():
+        if is_asked and not is_honoured:
+            raise Unsupported(capability, "TensorRT-LLM's own sampler was seen not to honour it here")
+    ends = set(s.stop_token_ids) | (set() if s.ignore_eos else set(tokens.eos_token_ids))
+    if s.min_tokens > 0 and ends - {tokens.first_eos_token_id}:
+        raise Unsupported("min_tokens", "TensorRT-LLM's own sampler holds back one end token, not several")
     penalties = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
     if penalties and not can.penalties:
         raise Unsupported("penalties", "TensorRT-LLM's own sampler ignores them")
@@ -159,12 +191,24 @@ def refuse_unsupported(s: Sampling, can: EngineSampler) -> None:
         raise Unsupported("bad_words", "TensorRT-LLM's own sampler bans token sequences, not strings")
     if s.allowed_token_ids:
         raise Unsupported("allowed_token_ids", "TensorRT-LLM's own sampler has no such setting")
-    if s.constraint is not None and (can.guided_backend is None or can.guided_decoding is None):
+    if s.constraint is not None and not can.has_guides:
         kind = s.constraint.kind
         raise Unsupported(
             "json_schema" if kind == "json_object" else kind,
             "set guided_decoding_backend in the deployment's options, or native_sampler",
         )
+
+
+def retention_config(retention: KvRetention, config_type: Any) -> Any:
+    """Make the engine's retention settings: one range over the whole prompt, and the output."""
+    lasts = None if retention.duration_s is None else timedelta(seconds=retention.duration_s)
+    prompt = DEFAULT_RETENTION if retention.prompt_priority is None else retention.prompt_priority
+    output = DEFAULT_RETENTION if retention.output_priority is None else retention.output_priority
+    return config_type(
+        [config_type.TokenRangeRetentionConfig(0, None, prompt, lasts)],
+        decode_retention_priority=output,
+        decode_duration_ms=lasts,
+    )
 
 
 def engine_priority(priority: int) -> float:
@@ -184,9 +228,12 @@ def _guide(constraint: Constraint) -> dict[str, Any]:
             return {"grammar": constraint.value}
         case "choice":
             return {"grammar": choice_grammar(constraint.choices)}
+        case "structural_tag":
+            return {"structural_tag": constraint.value}
 
 
-def _bias_vector(biases: Mapping[int, float], vocab_size: int) -> Any:
+def bias_vector(biases: Mapping[int, float], vocab_size: int) -> Any:
+    """Make the engine's embedding_bias: a float32 tensor [vocab_size]."""
     import torch
 
     vector = torch.zeros(vocab_size, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -22,6 +23,38 @@ def in_daemon_thread(call: Callable[[], T], name: str) -> asyncio.Future[T]:
 
     The loop's own pool would wait for a hung engine at exit.
     """
+    future, body = _carried_over(call)
+    threading.Thread(target=body, name=name, daemon=True).start()
+    return future
+
+
+class DaemonWorker:
+    """One thread for blocking calls that come again and again; starting one each time holds the loop up.
+
+    Calls wait for those before them. The thread does not keep the process alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def call(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """Give the call's future result."""
+        future, body = _carried_over(call)
+        self._calls.put(body)
+        return future
+
+    def end(self) -> None:
+        """Let the thread end after the calls that were made."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (body := self._calls.get()) is not None:
+            body()
+
+
+def _carried_over(call: Callable[[], T]) -> tuple[asyncio.Future[T], Callable[[], None]]:
+    """Give a future of this loop, and what a thread must run for it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -40,11 +73,10 @@ def in_daemon_thread(call: Callable[[], T], name: str) -> asyncio.Future[T]:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, future.set_result, value)
 
-    threading.Thread(target=body, name=name, daemon=True).start()
-    return future
+    return future, body
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+async def end_tasks(tasks: Iterable[asyncio.Future[Any] | None]) -> None:
     """Cancel tasks until they end.
 
     Once is not enough: Python 3.11's wait_for, which engines use, loses a cancellation that meets a result.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twinjet.engines.base import EngineEvent, OutputEvent, PromptEvent, Tokenizer, TokenLogprobs
+from twinjet.engines.base import Outlet, PromptEvent, Run, StepRow, Tokenizer, TokenLogprobs
+from twinjet.engines.pushed import logprob_row
 from twinjet.engines.tensorrt_llm.front.channel import FaultReported, Inbox, ReportChannel, ReportLost
 from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter, OutputTracker
 from twinjet.engines.tensorrt_llm.front.processes import end_tasks
@@ -31,6 +32,7 @@ class RunContext:
     formatter: LogprobFormatter
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
+    batch: StepBatch
     counters: Counter[str]
     report_timeout_s: float
 
@@ -47,70 +49,107 @@ class ResultError(Exception):
     """What newer versions write into a result's error field: a fault of that request alone."""
 
 
+class StepBatch:
+    """Gathers what a turn of the loop brings, so that all requests' tokens go into their pumps as one step."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Outlet, list[StepRow]] = {}
+
+    def add(self, outlet: Outlet, row: StepRow) -> None:
+        if not self._rows:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._rows.setdefault(outlet, []).append(row)
+
+    def flush(self) -> None:
+        """Put what was gathered now."""
+        rows, self._rows = self._rows, {}
+        for outlet, of_it in rows.items():
+            outlet.step(of_it)
+
+
 class RequestRun:
-    """Runs one request. make_plan: decides how; may take time and raise."""
+    """Runs one request. make_plan: decides how; may take time and raise. sink: where its outputs go."""
 
     def __init__(
         self,
         context: RunContext,
         request: EngineRequest,
         make_plan: Callable[[EngineRequest], Awaitable[Plan]],
+        sink: Run,
     ) -> None:
         self._context = context
         self._request = request
         self._make_plan = make_plan
+        self._sink = sink
         self._plan: Plan
         self._outputs = [
             OutputTracker(request, index, context.tokenizer, context.eos_token_ids)
             for index in range(request.sampling.n)
         ]
         self._prompt_event: PromptEvent | None = None
+        self._is_prompt_told = False
         self._error: TwinjetError | None = None
-        self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def fail(self, error: TwinjetError) -> None:
-        """End the request with an error; the first one counts."""
-        if self._error is None:
-            self._error = error
-        self._changed.set()
+    def start(self) -> None:
+        """Begin; outputs and errors go to the sink."""
+        name = f"tensorrt_llm {self._request.request_id}"
+        self._tasks.append(asyncio.create_task(self._begin(), name=name))
 
-    async def events(self) -> AsyncGenerator[EngineEvent, None]:
-        """Give the request's events; closing it aborts what still runs."""
+    def fail(self, error: TwinjetError) -> None:
+        """End the request with an error, after what came before it; the first one counts."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._push()
+        self._context.batch.flush()
+        self._sink.fail(error)
+
+    async def close(self) -> None:
+        """Stop what still runs, in the engine too; returns when that is done."""
+        await end_tasks(self._tasks)
+
+    async def _begin(self) -> None:
         try:
             self._plan = await self._make_plan(self._request)
-            if self._error is not None:
-                raise self._error
-            self._follow(0)
-            async for event in self._drain():
-                yield event
-        finally:
-            await self._release()
+        except TwinjetError as error:
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001 - the engine's errors are of many kinds; all become ours
+            self.fail(await self._context.explain(error))
+        else:
+            if self._error is None:
+                self._follow(0)
 
-    async def _drain(self) -> AsyncIterator[EngineEvent]:
-        is_prompt_told = False
-        num_open = len(self._outputs)
-        while num_open:
-            await self._changed.wait()
-            self._changed.clear()
-            if self._prompt_event is not None and not is_prompt_told:
-                is_prompt_told = True
-                yield self._prompt_event
-            for event in self._take_outputs() if is_prompt_told else []:
-                num_open -= event.finish is not None
-                yield event
-            if self._error is not None and num_open:
-                raise self._error
-
-    def _take_outputs(self) -> list[OutputEvent]:
-        return [event for output in self._outputs if (event := output.take()) is not None]
+    def _push(self) -> None:
+        """Give the sink what has come."""
+        if self._prompt_event is None:
+            return
+        for output in self._outputs:
+            event = output.take()
+            if event is None:
+                continue
+            prompt = None
+            if not self._is_prompt_told:
+                self._is_prompt_told = True
+                told = self._prompt_event.logprobs
+                rows = None if told is None else [logprob_row(entry) for entry in told]
+                prompt = (self._prompt_event.num_cached_tokens, rows)
+            finish = event.finish
+            self._context.batch.add(
+                self._sink.outlet,
+                (
+                    self._sink.key + event.output_index,
+                    event.token_ids,
+                    None if finish is None else finish.reason,
+                    None if finish is None else finish.stopped_by,
+                    prompt,
+                    [logprob_row(entry) for entry in event.logprobs] or None,
+                ),
+            )
 
     def _follow(self, index: int) -> None:
         name = f"tensorrt_llm {self._request.request_id} output {index}"
         self._tasks.append(asyncio.create_task(self._run_output(self._outputs[index]), name=name))
-
-    async def _release(self) -> None:
-        await end_tasks(self._tasks)
 
     async def _run_output(self, output: OutputTracker) -> None:
         channel = self._context.channel
@@ -132,7 +171,7 @@ class RequestRun:
             self._context.counters["outputs_copied_to_cpu"] += inbox.target is not None
             if result is not None and not result.finished:
                 _abort(result)
-            self._changed.set()
+            self._push()
 
     async def _read(self, result: Any, output: OutputTracker, inbox: Inbox) -> None:
         async for _ in result:
@@ -141,7 +180,7 @@ class RequestRun:
                 # Newer versions set it and may or may not raise as well.
                 raise await self._context.explain(ResultError(result.error))
             await self._take_step(result, output, inbox)
-            self._changed.set()
+            self._push()
             if output.finish is not None or result.finished:
                 break
         completion = result.outputs[0]
@@ -216,6 +255,9 @@ class RequestRun:
             return PromptEvent(cached)
         prompt = self._request.prompt_token_ids
         entries = list(completion.prompt_logprobs or [])
+        if len(entries) == len(prompt):
+            # Number i is about token i + 1, so the last one is about the first output token.
+            entries.pop()
         if len(entries) != len(prompt) - 1:
             raise RequestFailed(
                 f"the engine gave {len(entries)} prompt logprobs for {len(prompt)} tokens",

@@ -10,6 +10,8 @@ probe_timeout_s = 60
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,8 +69,11 @@ class EngineSettings:
         return self.kwargs.get("speculative_config") is not None
 
 
-def parse_options(name: str, options: Mapping[str, Any]) -> EngineSettings:
-    """Check what can be checked without the package. Raises ConfigError naming the setting."""
+def parse_options(name: str, options: Mapping[str, Any], *, native_sampler: bool = True) -> EngineSettings:
+    """Check what can be checked without the package. native_sampler: our sampler is to draw.
+
+    Raises ConfigError naming the setting.
+    """
     kwargs = dict(options)
     path = f"deployments.{name}.options"
     for key, why in _REFUSED.items():
@@ -76,6 +81,12 @@ def parse_options(name: str, options: Mapping[str, Any]) -> EngineSettings:
             raise ConfigError(f"{path}.{key} cannot be set: {why}")
     if (kwargs.get("max_beam_width") or 1) != 1:
         raise ConfigError(f"{path}.max_beam_width is {kwargs['max_beam_width']}; allowed: 1 (no beam search)")
+    if native_sampler and kwargs.get("enable_chunked_prefill"):
+        raise ConfigError(
+            f"{path}.enable_chunked_prefill and native_sampler exclude each other: the engine calls a logits processor "
+            "for each chunk and does not say which is the last; set enable_chunked_prefill = false and max_num_tokens "
+            f"to the longest prompt, or deployments.{name}.native_sampler = false"
+        )
     scheduler = kwargs.get("scheduler_config") or {}
     if not isinstance(scheduler, Mapping):
         raise ConfigError(f"{path}.scheduler_config must be a table")
@@ -96,9 +107,16 @@ def parse_options(name: str, options: Mapping[str, Any]) -> EngineSettings:
 def llm_kwargs(settings: EngineSettings, package: Package, args_type: Any | None) -> dict[str, Any]:
     """Make the keyword arguments of LLM(): the user's, typed where the package has types, and our defaults.
 
-    args_type: the package's class of arguments, whose fields say which defaults apply; None is not known.
+    args_type: the package's class of arguments, whose fields say which defaults apply; None is not known. Raises
+    ConfigError for an argument or a nested field that the package does not have.
     """
     known = field_names(args_type) if args_type is not None else frozenset()
+    unknown = sorted(set(settings.kwargs) - known - set(inspect.signature(package.llm.__init__).parameters))
+    if known and unknown:
+        raise ConfigError(
+            f"options.{unknown[0]}: tensorrt_llm {package.version} has no such argument"
+            + "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(unknown[0], known, n=1))
+        )
     kwargs = {key: _typed(key, value, package) for key, value in settings.kwargs.items()}
     defaults: dict[str, Any] = {
         # The source of load, of the ledger's size and of progress.
@@ -118,7 +136,7 @@ def _typed(key: str, value: Any, package: Package) -> Any:
     if cls is None or not isinstance(value, Mapping):
         return value
     fields = dict(value)
-    for enum_key in ("capacity_scheduler_policy", "context_chunking_policy"):
+    for enum_key in ("capacity_scheduler_policy", "context_chunking_policy", "waiting_queue_policy"):
         enum = package.config_types.get(enum_key)
         if enum is not None and isinstance(fields.get(enum_key), str):
             fields[enum_key] = _member(enum, enum_key, fields[enum_key])

@@ -8,31 +8,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from twinjet.engines.base import EngineLoad, KvCache, KvCleared, KvEvent, KvRemoved, KvStored
-from twinjet.engines.tensorrt_llm.front.processes import end_tasks
+from twinjet.engines.tensorrt_llm.front.processes import DaemonWorker, end_tasks
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 2.0
 _MAX_PENDING_BATCHES = 1024
+_MAX_BLOCKS = 1 << 20
+"""Blocks remembered at most; the engine drops events when its buffer is full, so some are never removed."""
 _HASH_MASK = 2**64 - 1
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """The engine's latest statistics, as far as it gives any; counts since start: paused, num_rows."""
+    """The engine's latest statistics, as far as it gives any; counts since start: paused, num_rows.
+
+    capacity: the cache's size from a better source. counts_host_blocks: the statistics' size may hold blocks in
+    host memory, which are no room for a running request, and so is not believed.
+    """
 
     kv_cache: KvCache | None = None
+    capacity: KvCache | None = None
+    counts_host_blocks: bool = False
     kv_blocks_used: int | None = None
     running: int | None = None
     waiting: int | None = None
     num_paused: int = 0
     num_rows: int = 0
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def set_capacity(self, capacity: KvCache | None) -> None:
+        """Take the cache's size from a source that is better than the statistics; None is not known."""
+        if capacity is not None:
+            self.capacity = self.kv_cache = capacity
 
     def take(self, row: Mapping[str, Any]) -> None:
         """Take one row; any part of it may be missing or null."""
@@ -41,7 +53,8 @@ class EngineStats:
         self.running = row.get("numActiveRequests", self.running)
         self.waiting = row.get("numQueuedRequests", self.waiting)
         kv = row.get("kvCacheStats") or {}
-        if kv.get("maxNumBlocks") and kv.get("tokensPerBlock"):
+        is_size_known = self.capacity is not None or self.counts_host_blocks
+        if kv.get("maxNumBlocks") and kv.get("tokensPerBlock") and not is_size_known:
             self.kv_cache = KvCache(int(kv["maxNumBlocks"]), int(kv["tokensPerBlock"]))
         if kv.get("usedNumBlocks") is not None:
             self.kv_blocks_used = int(kv["usedNumBlocks"])
@@ -68,8 +81,9 @@ class EngineStats:
 class DestructiveReader:
     """Reads one of the engine's iterators for ever.
 
-    open_iterator: makes it; may raise before the first request. take: gets each element. An iterator that
-    ends is opened again after the next request has been submitted (`poke`), or at once while requests run.
+    open_iterator: makes it, in a thread, since versions wait in it until the engine has something; may raise before
+    the first request. take: gets each element. An iterator that ends is opened again after the next request has been
+    submitted (`poke`), or at once while requests run. silence_s: time without an element after which it ends.
     """
 
     def __init__(
@@ -78,15 +92,19 @@ class DestructiveReader:
         open_iterator: Callable[[], Any],
         take: Callable[[Mapping[str, Any]], None],
         is_busy: Callable[[], bool],
+        silence_s: float,
     ) -> None:
         self._name = name
         self._open = open_iterator
         self._take = take
         self._is_busy = is_busy
+        self._silence_s = silence_s
         self._poked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._worker: DaemonWorker
 
     def start(self) -> None:
+        self._worker = DaemonWorker(f"tensorrt_llm {self._name}")
         self._task = asyncio.create_task(self._run(), name=f"tensorrt_llm {self._name}")
 
     def poke(self) -> None:
@@ -94,7 +112,9 @@ class DestructiveReader:
         self._poked.set()
 
     async def stop(self) -> None:
-        await end_tasks([self._task])
+        if self._task is not None:
+            await end_tasks([self._task])
+            self._worker.end()
         self._task = None
 
     async def _run(self) -> None:
@@ -102,7 +122,7 @@ class DestructiveReader:
             await self._poked.wait()
             self._poked.clear()
             try:
-                while await self._read_once() and self._is_busy():
+                while await self._read_once():
                     pass
             except asyncio.CancelledError:
                 raise
@@ -110,28 +130,83 @@ class DestructiveReader:
                 log.warning("cannot read %s: %s", self._name, error)
 
     async def _read_once(self) -> bool:
-        """Read until silence; say whether it is worth opening the iterator again at once."""
+        """Read until silence; say whether it is worth opening the iterator again at once.
+
+        After something was read it always is: an iterator that is filled at its opening leaves the rest behind.
+        """
         loop = asyncio.get_running_loop()
         began = loop.time()
         num_read = 0
-        async for row in self._open():
+        async for row in await self._worker.call(self._open):
             self._take(row)
             num_read += 1
         # One that ends at once without an element is not armed; opening it in a loop would burn the CPU.
-        return num_read > 0 or loop.time() - began >= SILENCE_S / 2
+        return num_read > 0 or (self._is_busy() and loop.time() - began >= self._silence_s / 2)
 
 
 class KvEventFan:
-    """Converts the engine's KV events and gives them to every subscriber from its subscription on."""
+    """Converts the engine's KV events and gives them to every subscriber from its subscription on.
+
+    Subscribers see one cache. Of several attention windows it is the widest one's, since only what that holds makes a
+    whole prefix; of several ranks (attention data parallelism), each with a cache of its own, it is all together: a
+    block is stored with the first rank that has it and removed with the last.
+    """
 
     def __init__(self) -> None:
+        self.on_created: Callable[[int], None] = lambda num_blocks: None
+        """Told the GPU's number of blocks when the engine tells its pools."""
+        self.hash_kinds: set[str] = set()
+        """Kinds of block hashes seen: "numbers", "strings"."""
+        self.windows: set[int] = set()
+        self.ranks: set[int] = set()
         self._queues: set[asyncio.Queue[Sequence[KvEvent] | None]] = set()
         self._is_closed = False
+        self._widest = 0
+        self._holders: dict[bytes, set[int]] = {}
 
     def take(self, row: Mapping[str, Any]) -> None:
-        events = convert_kv_event(row.get("data") or {})
+        """Take one event of the engine's."""
+        data = row.get("data") or {}
+        events: list[KvEvent] = []
+        if len(self._holders) > _MAX_BLOCKS:
+            self._holders.clear()
+            events.append(KvCleared())
+        window, rank = int(row.get("window_size") or 0), int(row.get("attention_dp_rank") or 0)
+        self.windows.add(window)
+        self.ranks.add(rank)
+        for block in data.get("blocks", ()):
+            self.hash_kinds.add("strings" if isinstance(block["block_hash"], str) else "numbers")
+        if window > self._widest:
+            if self._holders:
+                self._holders.clear()
+                events.append(KvCleared())
+            self._widest = window
+        if window == self._widest:
+            if data.get("type") == "created" and data.get("num_blocks_per_cache_level"):
+                self.on_created(int(data["num_blocks_per_cache_level"][0]))
+            events += [seen for event in convert_kv_event(data) if (seen := self._merge(event, rank))]
         if events:
             self._publish(events)
+
+    def _merge(self, event: KvEvent, rank: int) -> KvEvent | None:
+        """Note which rank holds the blocks; give the event if it changes what all hold together."""
+        if isinstance(event, KvStored):
+            is_new = False
+            for block_hash in event.block_hashes:
+                holders = self._holders.setdefault(block_hash, set())
+                is_new = is_new or not holders
+                holders.add(rank)
+            return event if is_new else None
+        if isinstance(event, KvRemoved):
+            gone = []
+            for block_hash in event.block_hashes:
+                holders = self._holders.get(block_hash, set())
+                holders.discard(rank)
+                if not holders:
+                    self._holders.pop(block_hash, None)
+                    gone.append(block_hash)
+            return KvRemoved(gone) if gone else None
+        return event
 
     def close(self) -> None:
         """End all subscriptions."""
@@ -139,7 +214,7 @@ class KvEventFan:
         for queue in self._queues:
             queue.put_nowait(None)
 
-    async def subscribe(self) -> AsyncIterator[Sequence[KvEvent]]:
+    async def subscribe(self) -> AsyncGenerator[Sequence[KvEvent], None]:
         """Give batches until close(). A reader that falls far behind is told KvCleared instead of the gap."""
         if self._is_closed:
             return
@@ -163,7 +238,7 @@ class KvEventFan:
 def convert_kv_event(data: Mapping[str, Any]) -> list[KvEvent]:
     """Convert one event. Moves between cache levels and the announcement of the pool's size give none.
 
-    The engine's 64-bit hashes become 8 bytes, most significant first.
+    The engine's 64-bit hashes become 8 bytes, most significant first; hexadecimal digests become their bytes.
     """
     kind = data.get("type")
     if kind == "removed":
@@ -186,5 +261,11 @@ def convert_kv_event(data: Mapping[str, Any]) -> list[KvEvent]:
     ]
 
 
-def hash_bytes(value: int) -> bytes:
+def hash_bytes(value: int | str) -> bytes:
+    """Give a block hash as bytes."""
+    if isinstance(value, str):
+        try:
+            return bytes.fromhex(value)
+        except ValueError:
+            return value.encode()
     return (value & _HASH_MASK).to_bytes(8, "big")

@@ -103,6 +103,15 @@ def is_prebuilt(model: str) -> bool:
     return (Path(model) / "rank0.engine").is_file()
 
 
+def check_prebuilt(name: str, model: str) -> None:
+    """Raise ConfigError if model is a built engine whose settings cannot be known."""
+    if is_prebuilt(model) and not _read_json(Path(model), "config.json").get("build_config"):
+        raise ConfigError(
+            f"deployments.{name}.model is a prebuilt engine without its build config: {model}/config.json has no "
+            '"build_config"; copy the whole folder that trtllm-build has written'
+        )
+
+
 def model_folder(model: str, llm: Any) -> Path | None:
     """Find the model's files: the folder itself, or where the engine has downloaded them to."""
     for candidate in (model, getattr(llm, "_hf_model_dir", None)):

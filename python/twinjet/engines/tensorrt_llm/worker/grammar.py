@@ -11,17 +11,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twinjet.grammar.handle import end_tokens, load_grammar
+
 
 @dataclass(frozen=True, slots=True)
 class GrammarHandle:
-    """A compiled grammar on its way to a worker."""
+    """A compiled grammar on its way to a worker: by its file where the server's grammar room made it.
+
+    end_token_ids: what may follow a complete grammar, besides special tokens among stop_token_ids.
+    """
 
     tokenizer_path: str
-    compiled: str
+    compiled: str = ""
+    path: str = ""
+    end_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
     def matcher(self) -> Matcher:
         """Begin a match; in the worker."""
         xgrammar = importlib.import_module("xgrammar")
+        if self.path:
+            compiled = load_grammar(self.path, self.tokenizer_path)
+            ends = end_tokens(self.tokenizer_path, self.end_token_ids, self.stop_token_ids)
+            return Matcher(xgrammar, compiled, compiled.tokenizer_info.vocab_size, ends)
         info = _tokenizer_info(self.tokenizer_path)
         return Matcher(
             xgrammar, xgrammar.CompiledGrammar.deserialize_json(self.compiled, info), info.vocab_size
@@ -31,8 +43,10 @@ class GrammarHandle:
 class Matcher:
     """Follows one output through a grammar."""
 
-    def __init__(self, xgrammar: Any, compiled: Any, vocab_size: int) -> None:
-        self._matcher = xgrammar.GrammarMatcher(compiled)
+    def __init__(
+        self, xgrammar: Any, compiled: Any, vocab_size: int, end_token_ids: list[int] | None = None
+    ) -> None:
+        self._matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=end_token_ids)
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
 
     def bitmask(self) -> npt.NDArray[np.int32] | None:

@@ -5,7 +5,6 @@ The target of the process that front/startup.py starts; loads vLLM when it runs.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -48,8 +47,7 @@ def run(
     if reason := _reason_for_stock(config):
         answer.send((STOCK, reason))
         return
-    checking = pickle.dumps((config.model_config, config.structured_outputs_config))
-    answer.send((FACTS, settings.facts(config, checking)))
+    answer.send((FACTS, settings.facts(config)))
     answer.close()
     _run_core(config, handshake_address, report, core)
 

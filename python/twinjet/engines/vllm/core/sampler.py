@@ -1,17 +1,20 @@
 """The V1 model runner's sampler replaced by ours, in the engine's process; imports vLLM.
 
-A batch with anything that ours does not cover goes to vLLM's sampler, and why is counted. The runner has
-applied the grammar's bitmask to the logits before. On a CPU the draw is done when `forward` returns; on a GPU
-it is under way, see device_drawing.
+A batch with anything that ours does not cover goes to vLLM's sampler, and why is counted. On a CPU the grammar's
+bitmask comes with the draw and not through the runner, which would write it into the logits: log probabilities are
+those before the mask. The draw is done when `forward` returns; on a GPU it is under way, see device_drawing, and the
+runner has applied the mask before.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
@@ -53,11 +56,15 @@ class Drawing:
         requests: Sequence[Request],
         advance: Any,
         num_logprobs: int | None,
+        bitmask: npt.NDArray[np.int32] | None = None,
+        bitmask_rows: npt.NDArray[np.int32] | None = None,
     ) -> tuple[torch.Tensor, LogprobsTensors | None]:
         """Draw one token for each row: int32 [rows, 1], -1 where there is none."""
         result = self.native.sample(
             logits,
             requests,
+            bitmask=bitmask,
+            bitmask_rows=bitmask_rows,
             advance=advance,
             num_logprobs=num_logprobs,
             logprobs_mode=LOGPROBS_MODES.get(self.logprobs_mode, "raw"),  # type: ignore[arg-type]
@@ -91,6 +98,11 @@ class Drawing:
         self.counters[f"stock_steps.{reason}"] += 1
 
 
+def _allowed(mask: npt.NDArray[np.int32], vocab_size: int) -> npt.NDArray[np.bool_]:
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    return bits[:vocab_size].astype(np.bool_)
+
+
 class NativeSampler(StockSampler):  # type: ignore[misc]
     """Takes the place of the V1 runner's sampler."""
 
@@ -112,6 +124,38 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
             self._seats = DeviceSeats(self.drawing)
         else:
             self.drawing = Drawing(vocab_size, stock.logprobs_mode)
+        self._grammar: Any = None
+
+    @property
+    def takes_grammar(self) -> bool:
+        """Whether masks come by with_grammar(); else the runner writes them into the logits."""
+        return isinstance(self.drawing, Drawing)
+
+    @contextlib.contextmanager
+    def with_grammar(self, grammar: Any) -> Iterator[None]:
+        """Keep a step's grammar masks for the draw; vLLM's GrammarOutput, without speculative tokens."""
+        self._grammar = grammar
+        try:
+            yield
+        finally:
+            self._grammar = None
+
+    def _masks(self) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.int32] | None]:
+        """The step's masks, and which of them is each row's."""
+        if self._grammar is None:
+            return None, None
+        places = {name: i for i, name in enumerate(self._grammar.structured_output_request_ids)}
+        rows = [places.get(name, -1) for name in self.runner.input_batch.req_ids]
+        return self._grammar.grammar_bitmask, np.asarray(rows, dtype=np.int32)
+
+    def apply_logits_processors(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        """Put the grammar's mask before vLLM's own processors, after it has read the raw logprobs."""
+        bitmask, rows = self._masks()
+        if bitmask is not None and rows is not None:
+            for row in np.flatnonzero(rows >= 0).tolist():
+                refused = torch.from_numpy(~_allowed(bitmask[rows[row]], logits.shape[1])).to(logits.device)
+                logits[row].masked_fill_(refused, -torch.inf)
+        return super().apply_logits_processors(logits, *args)
 
     def forward(
         self,
@@ -141,9 +185,12 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
             return draw_stock(reason)
         # The token of a row whose prompt is not done yet is thrown away by the runner.
         advance = ~self.runner.discard_request_mask.np[: len(requests)]
-        tokens, logprobs = drawing.draw(logits, requests, advance, sampling_metadata.max_num_logprobs)
+        bitmask, rows = self._masks()
+        tokens, logprobs = drawing.draw(
+            logits, requests, advance, sampling_metadata.max_num_logprobs, bitmask, rows
+        )
         if drawing.has_empty_rows:
-            self._end_empty_rows(tokens, logits)
+            self._end_empty_rows(tokens, logits.shape[1])
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
     def _forward_on_device(
@@ -182,18 +229,19 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         """Give, once, the last draw on a device, whose rows without a token the host must end."""
         return self.drawing.take_unread() if isinstance(self.drawing, DeviceDrawing) else None
 
-    def _end_empty_rows(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+    def _end_empty_rows(self, tokens: torch.Tensor, vocab_size: int) -> None:
         """Make the scheduler end the requests of rows that have no token.
 
-        NO_TOKEN is a stop token of theirs. Where a grammar holds, it must see a token that it rejects; some
-        are always masked.
+        NO_TOKEN is a stop token of theirs. Where a grammar holds, it must see a token that it rejects.
         """
+        bitmask, rows = self._masks()
+        if bitmask is None or rows is None:
+            return
         for row in (tokens[:, 0] < 0).nonzero().flatten().tolist():
-            request_id = self.runner.input_batch.req_ids[row]
-            if self.runner.requests[request_id].sampling_params.structured_outputs is not None:
-                masked = (logits[row] == -torch.inf).nonzero()
-                if len(masked):
-                    tokens[row, 0] = masked[0, 0]
+            if rows[row] >= 0:
+                refused = np.flatnonzero(~_allowed(bitmask[rows[row]], vocab_size))
+                if len(refused):
+                    tokens[row, 0] = int(refused[0])
 
     def _ban_text(self, drawing: Drawing, logits: torch.Tensor) -> None:
         """Mask what the requests' bad words rule out, of which vLLM's sampler knows nothing."""

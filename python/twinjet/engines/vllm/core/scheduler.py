@@ -24,7 +24,7 @@ from twinjet._core import BlockManager
 from twinjet.engines.vllm import compat
 from twinjet.engines.vllm.status import STATUS_METHOD, LayerStatus, Reason, SchedulerStatus
 
-from . import conditions, prefix_hash
+from . import conditions, grammars, prefix_hash
 from .decode_path import DecodePath
 from .kv_cache_manager import NativeKVCacheManager
 
@@ -49,6 +49,7 @@ class _NativeLayers(_Base):  # type: ignore[misc, valid-type]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        grammars.install(self.structured_output_manager)
         self.native_status = SchedulerStatus(compat.vllm_version())
         self.native_status.block_manager = conditions.judge_manager(self)
         if self.native_status.block_manager.is_native:

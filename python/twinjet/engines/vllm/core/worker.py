@@ -66,7 +66,16 @@ class Worker(_StockWorker):  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Draw the step's tokens; see vLLM's worker."""
-        output = super().sample_tokens(grammar_output)
+        sampler = self.model_runner.sampler
+        if (
+            isinstance(sampler, NativeSampler)
+            and sampler.takes_grammar
+            and self.vllm_config.speculative_config is None
+        ):
+            with sampler.with_grammar(grammar_output):
+                output = super().sample_tokens(None)
+        else:
+            output = super().sample_tokens(grammar_output)
         take_unread = getattr(self.model_runner.sampler, "take_unread", None)
         unread = take_unread() if take_unread is not None else None
         if unread is None:

@@ -24,11 +24,10 @@ import zmq
 from twinjet import _core
 from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front import wire
-from twinjet.engines.vllm.front.grammar_check import GrammarCheck
 from twinjet.engines.vllm.front.link import Adapter
 from twinjet.engines.vllm.front.outputs import failure
 from twinjet.engines.vllm.front.params import sampling_fields
-from twinjet.errors import EngineDied, RequestFailed, TwinjetError, Unsupported
+from twinjet.errors import EngineDied, Unsupported
 from twinjet.sampling.bad_text import BadTextSettings
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class Endpoints:
 class _Request:
     """A request in the engine. keys: of its outputs, as the engine core's rows carry them."""
 
-    __slots__ = ("bad_text", "check", "keys", "request", "run")
+    __slots__ = ("bad_text", "keys", "request", "run")
 
     def __init__(
         self, request: EngineRequest, run: Run, keys: range, bad_text: BadTextSettings | None
@@ -125,7 +124,6 @@ class _Request:
         self.bad_text = bad_text
         self.run = run
         self.keys = keys
-        self.check: asyncio.Task[None] | None = None
 
     def engine_id(self, key: int) -> str:
         return f"{self.request.request_id}-{key:x}"
@@ -140,13 +138,11 @@ class CoreLink:
         facts: Facts,
         tokenizer: HfTokenizer,
         stats: LoadReader,
-        grammar_check: GrammarCheck,
     ) -> None:
         self._endpoints = endpoints
         self._facts = facts
         self._tokenizer = tokenizer
         self._stats = stats
-        self._grammar_check = grammar_check
         self._router = _core.StepRouter()
         self._requests: dict[str, _Request] = {}
         self._by_key: dict[int, _Request] = {}
@@ -177,38 +173,16 @@ class CoreLink:
         keys = range(self._next_key, self._next_key + request.sampling.n)
         self._next_key = keys.stop
         entry = _Request(request, run, keys, bad_text)
-        if request.sampling.constraint is None:
-            self._send_request(entry, adapter, native=native)
-        else:
-            entry.check = self._loop.create_task(self._check_and_send(entry, adapter, native=native))
+        self._send_request(entry, adapter, native=native)
         self._requests[request.request_id] = entry
 
-    async def _check_and_send(self, entry: _Request, adapter: Adapter | None, *, native: bool) -> None:
-        try:
-            sampling = entry.request.sampling
-            assert sampling.constraint is not None
-            structured = sampling_fields(sampling, 0, native=native)["structured_outputs"]
-            checked = await self._grammar_check.check(sampling.constraint, structured)
-            self._send_request(entry, adapter, native=native, structured=checked)
-        except TwinjetError as error:
-            entry.run.fail(error)
-        except Exception:
-            logger.exception("request %s was not handed over", entry.request.request_id)
-            entry.run.fail(RequestFailed("the engine did not take the request", reason="ENGINE_ERROR"))
-
-    def _send_request(
-        self,
-        entry: _Request,
-        adapter: Adapter | None,
-        *,
-        native: bool,
-        structured: dict[str, Any] | None = None,
-    ) -> None:
+    def _send_request(self, entry: _Request, adapter: Adapter | None, *, native: bool) -> None:
         request, run = entry.request, entry.run
         sampling = request.sampling
         for index, key in enumerate(entry.keys):
-            fields = sampling_fields(sampling, index, native=native, bad_text=entry.bad_text)
-            fields["structured_outputs"] = structured
+            fields = sampling_fields(
+                sampling, index, native=native, grammar=request.grammar, bad_text=entry.bad_text
+            )
             params = wire.core_params(fields, self._facts, native=native)
             message = wire.add_request(
                 entry.engine_id(key), request.request_id, request.prompt_token_ids, params,
@@ -219,6 +193,7 @@ class CoreLink:
                 key, run.outlet, run.key + index, num_logprobs=sampling.logprobs or 0,
                 num_prompt_logprobs=sampling.prompt_logprobs or 0,
                 is_native=self._tokenizer.vocabulary.is_native,
+                first=entry.keys.start if index else 0,
             )  # fmt: skip
             self._by_key[key] = entry
 
@@ -229,8 +204,6 @@ class CoreLink:
         keys: Sequence[int] = entry.keys
         if output_index is None:
             del self._requests[request_id]
-            if entry.check is not None:
-                entry.check.cancel()
             for key in keys:
                 self._by_key.pop(key, None)
         else:
@@ -268,7 +241,6 @@ class CoreLink:
             closed.result()
         else:
             self._endpoints.close()
-        self._grammar_check.stop()
 
     async def _close(self) -> None:
         """Close the sockets where they are read."""
@@ -323,14 +295,12 @@ class CoreLink:
     def _take(self, frames: Sequence[bytes]) -> None:
         router = self._router
         outlets = router.take(frames, time.monotonic())
-        for key, finish, num_tokens, had_tokens in router.irregular:
+        for key, finish, num_tokens, _ in router.irregular:
             entry = self._by_key.get(key)
             if entry is not None:
-                constraint = entry.request.sampling.constraint
+                is_constrained = entry.request.sampling.constraint is not None
                 entry.run.fail(
-                    failure(
-                        _FINISHES[finish], constraint, has_tokens=had_tokens, has_new_tokens=num_tokens > 0
-                    )
+                    failure(_FINISHES[finish], is_constrained=is_constrained, has_new_tokens=num_tokens > 0)
                 )
         for outlet in outlets:
             outlet.collect()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinjet.engines import pushed
@@ -22,15 +23,17 @@ from twinjet.errors import (
     RequestAborted,
     Unsupported,
 )
+from twinjet.grammar.vocabulary import write_vocabulary_apart
 
 if TYPE_CHECKING:
+    from twinjet.grammar.vocabulary import Vocabulary
     from twinjet.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """A model on vLLM; implements PushEngine, EmbeddingEngine, AdapterEngine and PrefixCacheEngine.
+    """A model on vLLM; implements PushEngine, EmbeddingEngine, AdapterEngine, PrefixCacheEngine and GrammarEngine.
 
     name: the deployment's, for logs. model: a folder or a name that vLLM accepts. options: fields of vLLM's AsyncEngineArgs, passed through
     verbatim. native_sampler, native_block_manager: use ours where they apply; describe() says whether they do.
@@ -100,6 +103,18 @@ class VllmEngine:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def vocabulary(self, folder: Path) -> Vocabulary:
+        """Write the model's vocabulary; see GrammarEngine.vocabulary."""
+        info = self._engine().components.info()
+        wanted = self._plan.options.get("structured_outputs_config") or {}
+        return await write_vocabulary_apart(
+            self._engine().tokenizer_name,
+            vocab_size=info.limits.vocab_size,
+            end_token_ids=info.eos_token_ids,
+            folder=folder,
+            is_compact=bool(wanted.get("disable_any_whitespace")),
+        )
 
     async def abort(self, request_id: str) -> None:
         """Stop a request within one step; see Engine.abort."""

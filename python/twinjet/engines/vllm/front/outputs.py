@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from twinjet.engines.base import Logprob, OutputEvent, PromptEvent, TokenLogprobs
 from twinjet.engines.text import finish_of
 from twinjet.engines.vllm.fields import NO_TOKEN
-from twinjet.errors import InvalidRequest, RequestFailed
+from twinjet.errors import NoAdmissibleToken, RequestFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from twinjet._core import Output
-    from twinjet.request import Constraint
 
     TokenText = Callable[[int], str]
 
@@ -68,36 +67,24 @@ def output_event(
 
 
 def failure(
-    reason: Literal["no_token", "error", "abort"],
-    constraint: Constraint | None,
-    *,
-    has_tokens: bool,
-    has_new_tokens: bool,
+    reason: Literal["no_token", "error", "abort"], *, is_constrained: bool, has_new_tokens: bool
 ) -> Exception:
     """Say why an output that ended irregularly cannot be delivered.
 
-    reason: no_token is NO_TOKEN as the stop reason, the others are vLLM's own. has_tokens: the output had tokens
-    before. has_new_tokens: its last delta has some.
+    reason: no_token is NO_TOKEN as the stop reason, the others are vLLM's own. has_new_tokens: its last delta
+    has some.
     """
     # A grammar never rejects what was drawn under its own mask, unless nothing could be drawn.
-    is_rejected = reason == "error" and constraint is not None and has_new_tokens
-    if reason == "no_token" or is_rejected:
-        return RequestFailed(
-            "no token is admissible under the request's masks, grammar and bad words",
-            reason="NO_ADMISSIBLE_TOKEN",
-        )
-    if reason == "error" and constraint is not None and not has_tokens:
-        return InvalidRequest.of(
-            f"sampling.constraint.{constraint.kind}", "cannot be compiled for this model's vocabulary"
-        )
+    if reason == "no_token" or (reason == "error" and is_constrained and has_new_tokens):
+        return NoAdmissibleToken()
     return RequestFailed("the engine could not finish the request", reason="ENGINE_ERROR")
 
 
-def failure_of(completion: Any, constraint: Constraint | None, *, has_tokens: bool) -> Exception | None:
-    """Say why vLLM's CompletionOutput cannot be delivered, or None if it can. has_tokens: see failure()."""
+def failure_of(completion: Any, *, is_constrained: bool) -> Exception | None:
+    """Say why vLLM's CompletionOutput cannot be delivered, or None if it can."""
     reason = completion.finish_reason
     if completion.stop_reason == NO_TOKEN:
         reason = "no_token"
     elif reason in (None, "stop", "length"):
         return None
-    return failure(reason, constraint, has_tokens=has_tokens, has_new_tokens=bool(completion.token_ids))
+    return failure(reason, is_constrained=is_constrained, has_new_tokens=bool(completion.token_ids))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinjet.engines.seeds import output_seed
-from twinjet.engines.vllm.fields import EXTRA_KEY
+from twinjet.engines.vllm.fields import EXTRA_KEY, GrammarNote
 from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
-    from twinjet.request import Constraint, Sampling
+    from twinjet.grammar.room import CompiledGrammar
+    from twinjet.request import Sampling
     from twinjet.sampling.bad_text import BadTextSettings
 
 VLLM_MIN_TEMPERATURE = 0.01
@@ -20,21 +21,31 @@ VLLM_MAX_TEMPERATURE = 2.0
 
 
 def sampling_params(
-    sampling: Sampling, output_index: int, *, native: bool, bad_text: BadTextSettings | None = None
+    sampling: Sampling,
+    output_index: int,
+    *,
+    native: bool,
+    grammar: CompiledGrammar | None = None,
+    bad_text: BadTextSettings | None = None,
 ) -> SamplingParams:
     """Make vLLM's own object of sampling_fields(); imports vLLM."""
     from twinjet.engines.vllm.front.stock_params import make_params
 
-    fields = sampling_fields(sampling, output_index, native=native, bad_text=bad_text)
+    fields = sampling_fields(sampling, output_index, native=native, grammar=grammar, bad_text=bad_text)
     return make_params(fields, native=native)
 
 
 def sampling_fields(
-    sampling: Sampling, output_index: int, *, native: bool, bad_text: BadTextSettings | None = None
+    sampling: Sampling,
+    output_index: int,
+    *,
+    native: bool,
+    grammar: CompiledGrammar | None = None,
+    bad_text: BadTextSettings | None = None,
 ) -> dict[str, Any]:
     """Give the parameters of one output of a request; n is always 1.
 
-    structured_outputs is a dict, or None. native: our own sampler draws, so it gets the exact temperature, the
+    structured_outputs is a dict, or None. grammar: what sampling.constraint was compiled to. native: our own sampler draws, so it gets the exact temperature, the
     seed and the output index, and the strings that must not be produced (bad_text); vLLM's own knows no such
     strings, only tokens.
     Raises InvalidRequest for a temperature that vLLM's own sampler does not take, Unsupported for bad words there.
@@ -78,22 +89,20 @@ def sampling_fields(
         "logprobs": sampling.logprobs,
         # Every output has the same prompt, so its logprobs are asked for once.
         "prompt_logprobs": sampling.prompt_logprobs if output_index == 0 else None,
-        "structured_outputs": _structured(sampling.constraint),
+        "structured_outputs": _structured(grammar, sampling),
         "extra_args": extra,
     }
 
 
-def _structured(constraint: Constraint | None) -> dict[str, Any] | None:
-    if constraint is None:
+def _structured(grammar: CompiledGrammar | None, sampling: Sampling) -> dict[str, Any] | None:
+    if sampling.constraint is None:
         return None
-    match constraint.kind:
-        case "json_schema":
-            return {"json": constraint.value}
-        case "json_object":
-            return {"json_object": True}
-        case "regex":
-            return {"regex": constraint.value}
-        case "ebnf":
-            return {"grammar": constraint.value}
-        case "choice":
-            return {"choice": list(constraint.choices)}
+    if grammar is None or grammar.vocabulary is None:
+        kind = sampling.constraint.kind
+        raise Unsupported(
+            "json_schema" if kind == "json_object" else kind, "no grammar can be compiled for this tokenizer"
+        )
+    note = GrammarNote(
+        grammar.path, grammar.vocabulary.path, grammar.vocabulary.end_token_ids, sampling.stop_token_ids
+    )
+    return {"grammar": note.encode(), "_backend": "xgrammar"}

@@ -14,6 +14,7 @@ from twinjet.engines.vllm.front.link import Link
 from twinjet.engines.vllm.status import STATUS_METHOD, SchedulerStatus
 
 SCHEDULER = "twinjet.engines.vllm.core.scheduler.make_scheduler"
+PLAIN_SCHEDULER = "twinjet.engines.vllm.core.grammars.make_scheduler"
 WORKER = "twinjet.engines.vllm.core.worker.Worker"
 
 _REFRESH_S = 1.0
@@ -21,16 +22,19 @@ _REFRESH_S = 1.0
 _GENERATION: frozenset[Capability] = frozenset(
     {
         "generate", "logprobs", "prompt_logprobs", "json_schema", "regex", "ebnf", "choice", "penalties",
-        "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
+        "logit_bias", "bad_words", "allowed_token_ids", "min_p", "min_tokens", "seed", "multiple_outputs",
     }
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Names under which vLLM loads our classes in its process; None leaves its own, and reason says why."""
+    """Names under which vLLM loads our classes in its process; None leaves its own, and reason says why.
 
-    scheduler_cls: str | None
+    scheduler_cls: PLAIN_SCHEDULER is vLLM's own, which takes our compiled grammars.
+    """
+
+    scheduler_cls: str
     worker_cls: str | None
     reason: str = ""
 
@@ -43,9 +47,11 @@ def has_extension() -> bool:
 def choose(native_sampler: bool, native_block_manager: bool) -> Parts:
     """Choose our components as far as they were asked for and the extension is there."""
     if not has_extension():
-        return Parts(None, None, "the extension twinjet._core is not installed")
+        return Parts(PLAIN_SCHEDULER, None, "the extension twinjet._core is not installed")
     return Parts(
-        SCHEDULER if native_block_manager else None, WORKER if native_sampler else None, "switched off"
+        SCHEDULER if native_block_manager else PLAIN_SCHEDULER,
+        WORKER if native_sampler else None,
+        "switched off",
     )
 
 
@@ -97,7 +103,7 @@ class Components:
                 # On a device, where tokens stay, the text so far is not known in time.
                 kept = self._info.capabilities - {"bad_words"}
                 self._info = replace(self._info, capabilities=kept)
-        if self._parts.scheduler_cls is not None:
+        if self._parts.scheduler_cls == SCHEDULER:
             raw = await self._link.call(STATUS_METHOD)
             manager = _block_manager(SchedulerStatus.from_dict(raw), self._info.version)
         self._info = replace(self._info, sampler=sampler, block_manager=manager)

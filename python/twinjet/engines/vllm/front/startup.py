@@ -18,7 +18,6 @@ from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front import describe, parts, prestart
 from twinjet.engines.vllm.front.adapters import Adapters
 from twinjet.engines.vllm.front.core_link import CoreLink, Endpoints
-from twinjet.engines.vllm.front.grammar_check import GrammarCheck
 from twinjet.engines.vllm.front.link import Link
 from twinjet.engines.vllm.front.load import LoadReader
 from twinjet.engines.vllm.front.parts import Components
@@ -72,6 +71,7 @@ class Running:
     adapters: Adapters
     stats: LoadReader
     token_texts: TokenTextsFile
+    tokenizer_name: str
     _death_fds: list[int] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
     _ending: asyncio.Task[None] | None = None
@@ -236,8 +236,7 @@ class _Launcher:
             block_size=ready["block_size"],
         )
         stats = LoadReader(facts.num_blocks)
-        check = GrammarCheck(facts.checking, forked=self._forked)
-        link = CoreLink(endpoints, facts, tokenizer, stats, check)
+        link = CoreLink(endpoints, facts, tokenizer, stats)
         return self._running(link, context, facts, tokenizer, stats)
 
     def _by_async_llm(self, context: EngineContext) -> Running:
@@ -257,4 +256,4 @@ class _Launcher:
         info = describe.engine_info(facts, tokenizer, self._parts)
         components = Components(link, info, self._parts)
         texts = TokenTextsFile(tokenizer.vocabulary)
-        return Running(link, context, tokenizer, components, Adapters(link), stats, texts)
+        return Running(link, context, tokenizer, components, Adapters(link), stats, texts, facts.tokenizer)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from twinjet.engines.base import Run
     from twinjet.engines.vllm.front.load import LoadReader
     from twinjet.engines.vllm.front.process import EngineContext
-    from twinjet.request import EngineRequest, Sampling
+    from twinjet.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ def import_vllm() -> None:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        import vllm.v1.engine.async_llm
-        import vllm.v1.structured_output.backend_xgrammar  # noqa: F401
+        import vllm.v1.engine.async_llm  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be imported: {error}; install twinjet[vllm]") from error
     finally:
@@ -81,7 +80,7 @@ def launch(
         finally:
             vllm_utils.get_mp_context = original
     llm.logger_manager = stats
-    facts = settings.facts(config, b"")
+    facts = settings.facts(config)
     tokenizer = HfTokenizer(facts.tokenizer)
     return StockLink(llm, tokenizer.vocabulary, facts.eos_token_ids), facts, tokenizer
 
@@ -152,7 +151,7 @@ class StockLink:
                     )  # fmt: skip
                 run.outlet.collect()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's outcome
-            run.fail(error if isinstance(error, TwinjetError) else _translated(error, request.sampling))
+            run.fail(error if isinstance(error, TwinjetError) else _translated(error))
         finally:
             if ids := await live.unfinished_ids():
                 await self._llm.abort(ids, internal=True)
@@ -167,17 +166,15 @@ class StockLink:
         bad_text: BadTextSettings | None,
     ) -> None:
         sampling = request.sampling
-        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
+        # Without a type, vLLM would process the prompt in a thread.
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.prompt_token_ids)}
         if request.cache_salt:
             prompt["cache_salt"] = request.cache_salt
-        if sampling.constraint is None:
-            # Without a type, vLLM processes the prompt in a thread, which a grammar's check needs.
-            prompt["type"] = "token"
         for index in range(sampling.n):
             add = self._llm.add_request(
                 request.request_id if sampling.n == 1 else f"{request.request_id}-{index}",
                 prompt,
-                sampling_params(sampling, index, native=native, bad_text=bad_text),
+                sampling_params(sampling, index, native=native, grammar=request.grammar, bad_text=bad_text),
                 lora_request=_lora(adapter),
                 priority=-request.priority,
             )
@@ -188,7 +185,6 @@ class StockLink:
     ) -> AsyncGenerator[PromptEvent | OutputEvent, None]:
         sampling = request.sampling
         has_prompt = False
-        has_tokens: set[int] = set()
         token_text = self._vocabulary.token_text
         outputs = [make_output(self._vocabulary, sampling, self._eos) for _ in range(sampling.n)]
         while live.is_open:
@@ -203,7 +199,7 @@ class StockLink:
                 raise EngineDied(f"the engine died: {reason}") from error
             for index, output in fetched:
                 completion = output.outputs[0]
-                failed = failure_of(completion, sampling.constraint, has_tokens=index in has_tokens)
+                failed = failure_of(completion, is_constrained=sampling.constraint is not None)
                 if completion.finish_reason is not None:
                     live.finish(index)
                 if failed is not None:
@@ -211,7 +207,6 @@ class StockLink:
                 if not has_prompt:
                     has_prompt = True
                     yield prompt_event(output, request.prompt_token_ids, sampling.prompt_logprobs, token_text)
-                has_tokens.add(index)
                 event = output_event(completion, outputs[index], index, sampling.logprobs, token_text)
                 if event.finish is not None and completion.finish_reason is None:
                     # A stop string, of which vLLM knows nothing.
@@ -255,7 +250,7 @@ def _lora(adapter: Adapter | None) -> Any:
     return LoRARequest(adapter.name, adapter.number, adapter.path)
 
 
-def _translated(error: Exception, sampling: Sampling) -> Exception:
+def _translated(error: Exception) -> Exception:
     """Make one of our errors of what vLLM raised on submission."""
     from vllm.exceptions import VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -265,9 +260,6 @@ def _translated(error: Exception, sampling: Sampling) -> Exception:
     if isinstance(error, EngineDeadError):
         return EngineDied()
     if isinstance(error, VLLMClientError | ValueError):
-        field = "sampling"
-        if sampling.constraint is not None:
-            field = f"sampling.constraint.{sampling.constraint.kind}"
-        return InvalidRequest.of(getattr(error, "parameter", None) or field, str(error.args[0]))
+        return InvalidRequest.of(getattr(error, "parameter", None) or "sampling", str(error.args[0]))
     logger.error("AsyncLLM failed a request", exc_info=error)
     return RequestFailed("the engine did not take the request", reason="ENGINE_ERROR")

@@ -9,8 +9,13 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from twinjet.engines.vllm.fields import NO_TOKEN
 
 
-class NativeParams(SamplingParams):  # type: ignore[misc]
-    """SamplingParams that may hold NO_TOKEN among the stop tokens."""
+class OwnParams(SamplingParams):  # type: ignore[misc]
+    """SamplingParams that may hold NO_TOKEN among the stop tokens, and a GrammarNote for a grammar."""
+
+    def _validate_structured_outputs(self, *_: Any) -> None:
+        # vLLM's checks compile the grammar in this process, and under "auto" with another compiler.
+        if self.structured_outputs is not None:
+            self.structured_outputs._backend = "xgrammar"
 
     def _validate_stop_token_ids(self, model_config: Any) -> None:
         ids = list(self.stop_token_ids)  # type: ignore[has-type]
@@ -24,9 +29,11 @@ class NativeParams(SamplingParams):  # type: ignore[misc]
 def make_params(fields: dict[str, Any], *, native: bool) -> SamplingParams:
     """Make SamplingParams of what params.sampling_fields() gives."""
     structured = fields.pop("structured_outputs")
-    params = (NativeParams if native else SamplingParams)(
+    params = OwnParams(
         **fields,
-        structured_outputs=None if structured is None else StructuredOutputsParams(**structured),
+        structured_outputs=None
+        if structured is None
+        else StructuredOutputsParams(grammar=structured["grammar"]),
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,
     )

@@ -67,7 +67,7 @@ def adapter_fields(adapter: Adapter | None) -> tuple[Any, ...] | None:
 def core_params(fields: dict[str, Any], facts: Facts, *, native: bool) -> dict[str, Any]:
     """Give SamplingParams as it leaves AsyncLLM.
 
-    fields: from params.sampling_fields(); its structured_outputs have been checked (see grammar_check).
+    fields: from params.sampling_fields(); a grammar is a GrammarNote.
     Raises InvalidRequest for min_tokens above max_tokens.
     """
     if fields["min_tokens"] > fields["max_tokens"]:

@@ -1,0 +1,174 @@
+"""What a worker does with one job: check and normalise a constraint, compile it, try it; or check a finished text.
+
+Runs in a worker process alone, under its limits. Nothing here can be trusted to end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from twinjet.grammar.schema import SchemaRefused, normalise, parse, validator
+from twinjet.grammar.vocabulary import tokenizer_info
+
+_MAX_RULES = 700
+"""Writing a compiled grammar grows with the square of its rules; a larger one goes to the engine as text."""
+MAX_WHITESPACE = 16
+"""Characters of white space between two parts of a JSON document: enough for an indented one."""
+_TRIAL_STEPS = 48
+_MAX_MASK_S = 0.02
+
+
+class ConstraintRefused(ValueError):
+    """The constraint is wrong or too costly; the text is for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """kind, value, choices: as Constraint. vocabulary: its file, "" to check only. target: file to write.
+
+    is_compact: JSON without white space. text: for kind "verify" what is checked against the schema `value`. is_exact: text holds nothing else.
+    """
+
+    kind: str
+    value: str = ""
+    choices: tuple[str, ...] = ()
+    vocabulary: str = ""
+    target: str = ""
+    is_compact: bool = False
+    text: str = ""
+    is_exact: bool = True
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(data: bytes) -> Job:
+        fields = json.loads(data)
+        return Job(**{**fields, "choices": tuple(fields["choices"])})
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Do a job. Raises ConstraintRefused."""
+    if job.kind == "verify":
+        return {"is_valid": verify(job.value, job.text, is_exact=job.is_exact)}
+    try:
+        kind, text = written(job.kind, job.value, job.choices)
+    except SchemaRefused as error:
+        raise ConstraintRefused(str(error)) from None
+    if not job.vocabulary:
+        return {}
+    return _compile(kind, text, job)
+
+
+def written(kind: str, value: str, choices: Sequence[str]) -> tuple[str, str]:
+    """Give a constraint as what xgrammar compiles: ("schema" | "regex" | "ebnf" | "structural_tag", text). Raises SchemaRefused."""
+    match kind:
+        case "json_schema":
+            return "schema", json.dumps(normalise(value))
+        case "json_object":
+            return "schema", json.dumps({"type": "object", "additionalProperties": {}})
+        case "choice":
+            # JSON's escapes are a subset of GBNF's.
+            return "ebnf", "root ::= " + " | ".join(json.dumps(choice) for choice in choices)
+        case _:
+            return kind, value
+
+
+def compile_text(compiler: Any, kind: str, text: str, *, is_compact: bool) -> Any:
+    """Compile what written() gave with an xgrammar GrammarCompiler; raises what that raises."""
+    if kind == "schema" and is_compact:
+        return compiler.compile_json_schema(text, any_whitespace=False, separators=(",", ":"))
+    if kind == "schema":
+        # Unbounded white space is what a small model fills its output with.
+        return compiler.compile_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
+    if kind == "regex":
+        return compiler.compile_regex(text)
+    if kind == "structural_tag":
+        return compiler.compile_structural_tag(text)
+    return compiler.compile_grammar(text)
+
+
+def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
+    xgrammar = importlib.import_module("xgrammar")
+    info = tokenizer_info(job.vocabulary)
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    try:
+        compiled = compile_text(compiler, kind, text, is_compact=job.is_compact)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConstraintRefused(_reason(error)) from None
+    _try(xgrammar, compiled, info)
+    is_small = str(compiled.grammar).count("\n") <= _MAX_RULES
+    content: dict[str, Any] = {"kind": kind, "text": text, "is_compact": job.is_compact}
+    if is_small:
+        content["compiled"] = compiled.serialize_json()
+    temporary = Path(f"{job.target}.{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    size = temporary.stat().st_size
+    temporary.replace(job.target)
+    return {"num_bytes": size}
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's own message without its clock, source file and repetition of the grammar."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else "not a valid grammar"
+    if first.startswith("[") and "] " in first:
+        first = first.split("] ", 1)[1]
+    head, separator, tail = first.partition(": ")
+    if separator and (".cc:" in head or ".h:" in head):
+        first = tail
+    return first[:300]
+
+
+def _try(xgrammar: Any, compiled: Any, info: Any) -> None:
+    """Walk through the grammar for some tokens: one that starts with nothing or takes long for a mask is refused.
+
+    The engine makes a mask between any two steps, so a slow one would hold up every other request.
+    """
+    import numpy as np
+
+    matcher = xgrammar.GrammarMatcher(compiled)
+    bitmask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
+    random = np.random.default_rng(0)
+    slow = 0
+    for step in range(_TRIAL_STEPS):
+        if matcher.is_terminated():
+            return
+        began = time.thread_time()
+        matcher.fill_next_token_bitmask(bitmask)
+        slow = slow + 1 if time.thread_time() - began > _MAX_MASK_S else 0
+        if slow >= 3:
+            raise ConstraintRefused(
+                f"is too ambiguous: finding the tokens that may follow takes more than {_MAX_MASK_S * 1000:.0f} ms"
+            )
+        bits = np.unpackbits(bitmask.numpy().view(np.uint8), bitorder="little")[: info.vocab_size]
+        (ids,) = np.nonzero(bits)
+        if not len(ids):
+            if step == 0:
+                raise ConstraintRefused("no token of this model can begin an output that satisfies it")
+            return
+        if not matcher.accept_token(int(random.choice(ids))):
+            return
+
+
+def verify(schema: str, text: str, *, is_exact: bool) -> bool:
+    """Tell whether a finished text is JSON and satisfies the schema; also if that cannot be told."""
+    made = parse(schema)
+    try:
+        if is_exact:
+            value = json.loads(text)
+        else:
+            value, _ = json.JSONDecoder().raw_decode(text.lstrip())
+    except ValueError:
+        return False
+    try:
+        return bool(validator(made).is_valid(value))
+    except Exception:  # noqa: BLE001 - a pattern that Python's re cannot read, say
+        return True

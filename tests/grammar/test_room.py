@@ -1,0 +1,184 @@
+"""The room: refusals with reasons, limits that hold, and work that ends with its request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from twinjet.errors import DeadlinePassed, InvalidRequest, Overloaded
+from twinjet.grammar.limits import GrammarLimits
+from twinjet.grammar.room import GrammarRoom
+from twinjet.grammar.vocabulary import Vocabulary
+from twinjet.request import Constraint
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SLOW = {"type": "object", "properties": {f"p{i}": {"type": "string", "maxLength": 300} for i in range(3000)}}
+LIMITS = GrammarLimits(cpu_s=4.0, wall_s=60.0, memory_bytes=1 << 30, workers=2, waiting=2)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def room(vocabulary: Vocabulary) -> AsyncIterator[GrammarRoom]:
+    made = GrammarRoom(LIMITS)
+    made.warm(vocabulary)
+    await made.prepare(Constraint("regex", "a"), vocabulary)
+    yield made
+    pid, folder = made.worker_pid, made.folder
+    await made.close()
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+    assert not folder.exists()
+
+
+def _schema(schema: Any) -> Constraint:
+    return Constraint("json_schema", json.dumps(schema))
+
+
+def _children(room: GrammarRoom) -> list[psutil.Process]:
+    return psutil.Process(room.worker_pid).children()
+
+
+async def _until(condition: Any, timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "why"),
+    [
+        (Constraint("regex", "(a"), "parenthesis is not closed"),
+        (Constraint("ebnf", "root ::= other"), 'Rule "other" is not defined'),
+        (Constraint("ebnf", "root ::= root"), "no token of this model can begin"),
+        (Constraint("ebnf", 'root ::= a a a a a a a a a a\na ::= "" | [a-z] a | a a'), "too ambiguous"),
+        (_schema({"$ref": "#"}), "leads back to itself"),
+        (Constraint("json_schema", '{"type": "array", "items":' * 100 + "{}" + "}" * 100), "deep"),
+        (_schema({"type": "array", "items": {"type": "integer"}, "minItems": 10**18}), "minItems"),
+    ],
+    ids=lambda v: repr(v)[:50],
+)
+async def test_a_wrong_constraint_is_refused_with_its_reason(
+    room: GrammarRoom, vocabulary: Vocabulary, constraint: Constraint, why: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=why) as caught:
+        await room.prepare(constraint, vocabulary)
+    assert caught.value.violations[0].field == f"sampling.constraint.{constraint.kind}"
+    assert "\n" not in caught.value.violations[0].message
+
+
+async def test_a_constraint_is_compiled_once_and_its_file_lives_as_long_as_it_is_held(
+    vocabulary: Vocabulary,
+) -> None:
+    room = GrammarRoom(GrammarLimits(cache_bytes=0))
+    try:
+        first = await room.prepare(Constraint("regex", "[ab]+"), vocabulary)
+        path = first.path
+        assert os.access(path, os.R_OK)
+        del first
+        assert not os.access(path, os.R_OK), "nothing is kept in a cache of no bytes"
+    finally:
+        await room.close()
+    room = GrammarRoom()
+    try:
+        both = await asyncio.gather(
+            *(room.prepare(Constraint("regex", "[ab]+"), vocabulary) for _ in range(2))
+        )
+        again = await room.prepare(Constraint("regex", "[ab]+"), vocabulary)
+        assert both[0] is both[1] is again
+    finally:
+        await room.close()
+
+
+async def test_a_compilation_ends_with_its_deadline(room: GrammarRoom, vocabulary: Vocabulary) -> None:
+    began = time.monotonic()
+    with pytest.raises(DeadlinePassed):
+        await room.prepare(_schema(SLOW), vocabulary, deadline=began + 0.5)
+    assert time.monotonic() - began < 2
+    await _until(lambda: not _children(room))
+
+
+async def test_a_compilation_ends_with_its_cancellation_but_not_while_another_waits_for_it(
+    room: GrammarRoom, vocabulary: Vocabulary
+) -> None:
+    tasks = [asyncio.create_task(room.prepare(_schema(SLOW), vocabulary)) for _ in range(2)]
+    await _until(lambda: len(_children(room)) == 1)
+    (child,) = _children(room)
+    tasks[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[0]
+    assert child.is_running()
+    tasks[1].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[1]
+    await _until(lambda: not _children(room))
+
+
+async def test_time_and_memory_are_bounded_and_the_refusal_is_remembered(vocabulary: Vocabulary) -> None:
+    for limits, why in (
+        (GrammarLimits(cpu_s=1.0), "takes more than 1 s"),
+        (GrammarLimits(memory_bytes=64 << 20, cpu_s=60.0, wall_s=120.0), "takes more than 64 MiB"),
+    ):
+        room = GrammarRoom(limits)
+        try:
+            await room.prepare(Constraint("regex", "a"), vocabulary)
+            with pytest.raises(InvalidRequest, match=why):
+                await room.prepare(_schema(SLOW), vocabulary)
+            began = time.monotonic()
+            with pytest.raises(InvalidRequest, match=why):
+                await room.prepare(_schema(SLOW), vocabulary)
+            assert time.monotonic() - began < 0.5
+        finally:
+            await room.close()
+
+
+async def test_a_tenant_has_its_share_of_workers_and_a_bounded_line(
+    room: GrammarRoom, vocabulary: Vocabulary
+) -> None:
+    def slow(i: int) -> Constraint:
+        return _schema({**SLOW, "title": str(i)})
+
+    hostile = [asyncio.create_task(room.prepare(slow(i), vocabulary, tenant="h")) for i in range(3)]
+    await _until(lambda: len(_children(room)) == 1)
+    with pytest.raises(Overloaded) as caught:
+        await room.prepare(slow(9), vocabulary, tenant="h")
+    assert caught.value.retry_after_s > 0
+    made = await asyncio.wait_for(room.prepare(Constraint("regex", "b"), vocabulary, tenant="n"), 10)
+    assert made.num_bytes > 0
+    assert not any(task.done() for task in hostile)
+    for task in hostile:
+        task.cancel()
+    await asyncio.gather(*hostile, return_exceptions=True)
+    await _until(lambda: not _children(room))
+
+
+async def test_a_worker_that_was_killed_is_started_again(vocabulary: Vocabulary) -> None:
+    room = GrammarRoom()
+    try:
+        await room.prepare(Constraint("regex", "a"), vocabulary)
+        pid = room.worker_pid
+        assert pid is not None
+        os.kill(pid, 9)
+        await _until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+        await room.prepare(Constraint("regex", "b"), vocabulary)
+        assert room.worker_pid != pid
+    finally:
+        await room.close()
+
+
+async def test_finished_texts_are_checked_against_their_schema(room: GrammarRoom) -> None:
+    schema = '{"type": "object", "required": ["a"]}'
+    assert await room.verify(schema, '{"a": 1}', is_exact=True)
+    assert not await room.verify(schema, "{}", is_exact=True)
+    assert not await room.verify(schema, '{"a": 1', is_exact=True)
+    assert not await room.verify(schema, '{"a": 1}<|im_end|>', is_exact=True)
+    assert await room.verify(schema, '{"a": 1}<|im_end|>', is_exact=False)
+    hostile = json.dumps({"type": "string", "pattern": "^(a+)+$"})
+    assert await room.verify(hostile, json.dumps("a" * 40 + "!"), is_exact=True), "it cannot be told in time"
