@@ -32,7 +32,8 @@ class Stock:
         self.num_logprobs: int | None = None
 
     def add_request(self, index: int, params: Any) -> None:
-        pass
+        if len(params.allowed_token_ids or ()) > 8 or len(params.logit_bias or ()) > 8:
+            raise ValueError("too many")
 
     def get_logprobs_dims(self, indices: Any) -> Any:
         return None if self.num_logprobs is None else (self.num_logprobs, 0)
@@ -257,6 +258,18 @@ def test_bad_words_follow_the_text_of_the_tokens_that_the_device_drew(wrapped: A
     alone = favours(1)
     wrapped(alone, batch([1], [4]))
     assert not alone.isinf().any()
+
+
+def test_lists_too_long_for_vllms_sampler_do_not_end_the_engine(wrapped: Any) -> None:
+    allowed = list(range(20, 40))
+    add(wrapped, 0, allowed_token_ids=allowed)
+    assert wrapped(logits(1), batch([0], [3])).sampled_token_ids[0, 0].item() in allowed
+    add(wrapped, 1, extra_args=None)
+    assert wrapped(logits(2), batch([0, 1], [4, 3])).by == "stock"
+    assert wrapped.drawing.counters["rows_beyond_vllms_limits"] == 1
+    add(wrapped, 0)
+    wrapped(logits(2), batch([0, 1], [3, 4]))
+    assert wrapped.drawing.counters["rows_beyond_vllms_limits"] == 1
 
 
 def v1_state(**changed: Any) -> Made:

@@ -113,6 +113,7 @@ class DeviceDrawing:
         counters: what GetModel shows.
         is_warming: the engine warms up; what goes to vLLM's sampler meanwhile is no fall-back.
         native: the native sampler, made with `device`; tests give another.
+        beyond_stock: seats whose allowed or biased tokens vLLM's sampler has no room for, and does not know.
 
     A draw's results are overwritten by a draw that begins max_in_flight + 2 steps later: by then the engine has
     read them.
@@ -135,6 +136,7 @@ class DeviceDrawing:
         self.native = _core.SeatSampler(device, vocab_size, max_rows) if native is None else native
         self.is_warming = False
         self.reasons: dict[int, str] = {}
+        self.beyond_stock: set[int] = set()
         self._counters: Counter[str] = Counter()
         self._unread: Unread | None = None
         # Requests with bad words, as the host knows them, by seat; and drawn tokens that it has not seen.
@@ -288,6 +290,12 @@ class DeviceDrawing:
             64 if tokens.dtype == torch.int64 else 32,
             torch.cuda.current_stream(tokens.device).cuda_stream if tokens.is_cuda else 0,
         )
+
+    def count_beyond_stock(self, seats: Seats) -> None:
+        """Count the rows that vLLM's sampler draws without their allowed or biased tokens."""
+        beyond = self.beyond_stock.intersection(seats.tolist()) if self.beyond_stock else ()
+        if beyond and not self.is_warming:
+            self._counters["rows_beyond_vllms_limits"] += len(beyond)
 
     def give_up(self, reason: str) -> None:
         """Count a step that vLLM's sampler draws."""

@@ -7,6 +7,7 @@ to vLLM's sampler, and the seats of its other rows take over the tokens that it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,14 @@ def hook_custom_sampler(runner_module: Any, vocab_size: int, device: torch.devic
     runner_module.init_model_state = init_model_state
 
 
+def _within_limits(params: Any) -> Any:
+    """Copy parameters without the lists that vLLM's sampler bounds."""
+    made = copy.copy(params)
+    made.allowed_token_ids = made.logit_bias = None
+    made.min_tokens = 0
+    return made
+
+
 class NativeSamplerV2:
     """Offers what the V2 runner calls on its sampler; everything but the drawing is vLLM's.
 
@@ -62,7 +71,14 @@ class NativeSamplerV2:
 
     def add_request(self, index: int, params: Any) -> None:
         """Take a request, new or resumed, into the runner's place `index`, which is also its seat."""
-        self.stock.add_request(index, params)
+        try:
+            self.stock.add_request(index, params)
+        except ValueError:
+            # vLLM's sampler has room for 1,024 biased or allowed ids and ends the engine above; ours has not.
+            self.drawing.beyond_stock.add(index)
+            self.stock.add_request(index, _within_limits(params))
+        else:
+            self.drawing.beyond_stock.discard(index)
         new = self.incoming[self.stock.req_states.index_to_req_id[index]]
         if new.prompt_token_ids is None:
             self.drawing.enter(index, params, None, ())
@@ -84,6 +100,7 @@ class NativeSamplerV2:
         if reason:
             drawing.give_up(reason)
             if logits.shape[0] == rows:
+                drawing.count_beyond_stock(seats)
                 drawing.ban_text(logits, seats)
             output = self.stock(logits, input_batch)
             if reason != "dummy_run" and logits.shape[0] == rows:
