@@ -32,7 +32,7 @@ async def test_the_reader_is_cancelled_before_the_engine_ends() -> None:
     await asyncio.sleep(0)
     nothing: Any = SimpleNamespace(processes=[], remove=lambda: None)
     texts = TokenTextsFile(Vocabulary("byte_level", ["a"], special=[]))
-    running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing, texts)
+    running = Running(StockLink(llm, nothing, ()), nothing, nothing, nothing, nothing, nothing, texts, "")
     running.watch(asyncio.get_running_loop(), lambda _: None)
     await asyncio.to_thread(running.shutdown)
     await asyncio.wait([llm.output_handler])
