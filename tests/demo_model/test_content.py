@@ -209,7 +209,7 @@ def test_the_final_message_can_end_in_a_control_token_and_go_on(demo_model_path:
 def wrapped(request: pytest.FixtureRequest) -> Any:
     """TensorRT-LLM's tokenizers come from transformers, with a Rust tokenizer inside or in Python alone."""
     transformers = pytest.importorskip("transformers")
-    from twinjet.engines.tensorrt_llm.tokenizer import HfTokenizer as Wrapped
+    from twinjet.engines.tensorrt_llm.front.tokenizer import HfTokenizer as Wrapped
 
     if request.param == "fast":
         hf = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level())

@@ -75,8 +75,8 @@ def written(kind: str, value: str, choices: Sequence[str]) -> tuple[str, str]:
         case "json_object":
             return "schema", json.dumps({"type": "object", "additionalProperties": {}})
         case "choice":
-            # JSON's escapes are a subset of GBNF's.
-            return "ebnf", "root ::= " + " | ".join(json.dumps(choice) for choice in choices)
+            # JSON's escapes are a subset of GBNF's, but for those of surrogate pairs.
+            return "ebnf", "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
         case _:
             return kind, value
 
