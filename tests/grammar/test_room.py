@@ -124,7 +124,7 @@ async def test_a_compilation_ends_with_its_cancellation_but_not_while_another_wa
 async def test_time_and_memory_are_bounded_and_the_refusal_is_remembered(vocabulary: Vocabulary) -> None:
     for limits, why in (
         (GrammarLimits(cpu_s=1.0), "takes more than 1 s"),
-        (GrammarLimits(memory_bytes=64 << 20, cpu_s=60.0, wall_s=120.0), "takes more than 64 MiB"),
+        (GrammarLimits(memory_bytes=8 << 20, cpu_s=60.0, wall_s=120.0), "takes more than 8 MiB"),
     ):
         room = GrammarRoom(limits)
         try:

@@ -23,21 +23,28 @@ class Walker:
         self._is_space = np.array([not t.strip() for t in self._tokens])
         self._is_closer = np.array([t[:1] in (b'"', b"}", b"]", b",", b":") for t in self._tokens])
         self._is_end = np.array([t in (b'"', b"}", b"]", b'"}', b'"]', b"}}", b":") for t in self._tokens])
+        self._is_text = np.array([_is_text(t) for t in self._tokens])
         self._is_short = np.array([len(t) <= 2 for t in self._tokens])
 
     def compile(self, kind: str, value: str) -> Any:
         return compile_text(self._compiler, *written(kind, value, ()), is_compact=False)
 
     def walk(self, compiled: Any, random: np.random.Generator, most: int = 200) -> str | None:
-        """Give one complete output, or None if it was not complete after so many tokens."""
+        """Give one complete output, or None if it was not complete after so many tokens or came to a dead end."""
         matcher = xgrammar.GrammarMatcher(compiled)
         text = b""
         for step in range(most):
             matcher.fill_next_token_bitmask(self._bitmask)
             bits = np.unpackbits(self._bitmask.numpy().view(np.uint8), bitorder="little")
             (ids,) = np.nonzero(bits[: self._info.vocab_size])
+            if not len(ids):
+                # A dead end of the compiler's, which the server tells as NO_ADMISSIBLE_TOKEN.
+                return None
             can_end = bool(self._ends & set(ids.tolist()))
             going_on = ids[~self._is_space[ids] & ~np.isin(ids, list(self._ends))]
+            # The compiler's "any character" takes in bytes that no text has, such as those of lone surrogates.
+            if len(whole := going_on[self._is_text[going_on]]):
+                going_on = whole
             if can_end and (not len(going_on) or random.random() < 0.4):
                 return text.decode()
             if not len(going_on):
@@ -57,3 +64,11 @@ class Walker:
                 ids = chosen
                 break
         return int(ids[random.integers(len(ids))])
+
+
+def _is_text(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

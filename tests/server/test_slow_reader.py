@@ -13,8 +13,12 @@ from twinjet.v1 import generation_pb2, sampling_pb2
 Request = generation_pb2.GenerateRequest
 Sampling = sampling_pb2.SamplingParams
 
-SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
-"""Keeps the client's transport from reading megabytes ahead of the application."""
+SMALL_WINDOW = [
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 16_384),
+    ("grpc.max_receive_message_length", -1),
+]
+"""Keeps the client's transport from reading megabytes ahead of the application, and takes what was merged meanwhile."""
 
 BULKY = Sampling(max_tokens=50_000, logprobs=20)
 """About 800 bytes a token on the wire."""

@@ -76,7 +76,9 @@ def written(kind: str, value: str, choices: Sequence[str]) -> tuple[str, str]:
             return "schema", json.dumps({"type": "object", "additionalProperties": {}})
         case "choice":
             # JSON's escapes are a subset of GBNF's, but for those of surrogate pairs.
-            return "ebnf", "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+            return "ebnf", "root ::= " + " | ".join(
+                json.dumps(choice, ensure_ascii=False) for choice in choices
+            )
         case _:
             return kind, value
 
@@ -102,6 +104,9 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
     try:
         compiled = compile_text(compiler, kind, text, is_compact=job.is_compact)
     except (RuntimeError, ValueError, TypeError) as error:
+        if "bad_alloc" in str(error):
+            # Out of memory, which is a limit of ours and says nothing of the constraint.
+            raise MemoryError from None
         raise ConstraintRefused(_reason(error)) from None
     _try(xgrammar, compiled, info)
     is_small = str(compiled.grammar).count("\n") <= _MAX_RULES

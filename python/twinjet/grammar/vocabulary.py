@@ -6,7 +6,6 @@ server then drops from the text. Imports xgrammar only when it is used.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib
 import json
@@ -98,6 +97,9 @@ async def write_vocabulary_apart(
         "tokenizer": tokenizer, "vocab_size": vocab_size, "end_token_ids": end_token_ids,
         "folder": str(folder), "is_compact": is_compact,
     }  # fmt: skip
+    # Workers of engines import this module for its files alone.
+    import asyncio
+
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "twinjet.grammar.vocabulary", json.dumps(wanted),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,

@@ -196,7 +196,8 @@ class Server:
         return web
 
     def _model_changed(self, model: str) -> None:
-        for deployment in self.deployments.of_model(model):
+        is_routed = model in self.deployments.table.routes
+        for deployment in self.deployments.of_model(model) if is_routed else ():
             if deployment.supervisor.state is State.READY:
                 self.grammars.warm(*deployment.ready())
         self._health_updates.put_nowait(model)
