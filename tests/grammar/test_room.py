@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -137,6 +138,17 @@ async def test_time_and_memory_are_bounded_and_the_refusal_is_remembered(vocabul
             assert time.monotonic() - began < 0.5
         finally:
             await room.close()
+
+
+async def test_a_waiter_gets_the_grammar_though_the_first_one_left(
+    room: GrammarRoom, vocabulary: Vocabulary
+) -> None:
+    constraint = Constraint("regex", "[a-c]{3,40}x")
+    first, second = (asyncio.create_task(room.prepare(constraint, vocabulary)) for _ in range(2))
+    await _until(lambda: any(flight.num_waiters == 2 for flight in room._flights.values()))
+    first.cancel()
+    made = await second
+    assert await asyncio.to_thread(Path(made.path).is_file)
 
 
 async def test_a_tenant_has_its_share_of_workers_and_a_bounded_line(

@@ -131,7 +131,8 @@ async def test_a_stock_client_spreads_calls_by_the_reported_weights(
 
     monkeypatch.setattr(LoadReports, "_report", report)
     async for stub in _balanced(servers, balancing):
-        await _spread(servers, stub, lambda counts: sum(counts.values()) >= 200)
+        # Weights count from the first update after the first reports.
+        await _spread(servers, stub, lambda counts: counts[1] > 4 * counts[0] and sum(counts.values()) >= 200)
         counts = await _spread(servers, stub, lambda counts: sum(counts.values()) >= 400)
     # Within three standard errors of one call in ten.
     share = counts[0] / sum(counts.values())

@@ -69,6 +69,7 @@ class _Flight:
     """A job that some requests wait for."""
 
     task: asyncio.Task[dict[str, Any]]
+    job: Job
     num_waiters: int = 0
 
 
@@ -200,7 +201,7 @@ class GrammarRoom:
                 self.warm(vocabulary)
                 self._num_files += 1
                 job = replace(job, target=str(self.folder / f"{key[:24]}-{self._num_files}.json"))
-            answer = await self._shared(key, job, tenant, deadline)
+            job, answer = await self._shared(key, job, tenant, deadline)
             known = self._keep(key, job, vocabulary, answer)
         elif key in self._known:
             self._known.move_to_end(key)
@@ -235,18 +236,23 @@ class GrammarRoom:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
             self._folder = None
 
-    async def _shared(self, key: str, job: Job, tenant: str, deadline: float | None) -> dict[str, Any]:
-        """Run a job once for all who wait for it; it ends with the last of them."""
+    async def _shared(
+        self, key: str, job: Job, tenant: str, deadline: float | None
+    ) -> tuple[Job, dict[str, Any]]:
+        """Run a job once for all who wait for it; it ends with the last of them.
+
+        Gives the job that was run, whose file is another waiter's where that one came first.
+        """
         flight = self._flights.get(key)
         if flight is None:
             task = asyncio.get_running_loop().create_task(self._in_turn(job, tenant), name="grammar")
-            flight = self._flights[key] = _Flight(task)
+            flight = self._flights[key] = _Flight(task, job)
             task.add_done_callback(lambda _: self._landed(key, flight))
         flight.num_waiters += 1
         left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
             async with asyncio.timeout(left_s):
-                return await asyncio.shield(flight.task)
+                return flight.job, await asyncio.shield(flight.task)
         except TimeoutError:
             raise DeadlinePassed("the deadline passed while the grammar was compiled") from None
         finally:
