@@ -45,7 +45,8 @@ TEST(bans_what_completes_a_word_and_nothing_else) {
       special.push_back(Below(&random, 8) == 0);
     }
     std::vector<std::string> words;
-    for (size_t i = 1 + Below(&random, 5); i > 0; --i) words.push_back(std::string("a").append(RandomText(&random, 6)));
+    for (size_t i = 1 + Below(&random, 5); i > 0; --i)
+      words.push_back(std::string("a").append(RandomText(&random, 6)));
     const bool skips = Below(&random, 2) == 0;
     const std::vector<std::string_view> views(texts.begin(), texts.end());
     const TokenTexts made(views, special);
