@@ -178,8 +178,8 @@ def compare(
     Totals are costs, so the arm with the smaller is the faster. Nothing below the noise floor is claimed, and
     nothing at all where A differs from itself. Raises ValueError as ratio_interval.
     """
-    if ratio_interval(self_test, level=SELF_TEST_LEVEL, seed=seed).excludes(1):
-        found = ratio_interval(self_test, level=SELF_TEST_LEVEL, seed=seed)
+    found = ratio_interval(self_test, level=SELF_TEST_LEVEL, seed=seed)
+    if found.excludes(1):
         return not_comparable(
             f"{a} differs from itself by {_percent(found.ratio - 1)}% "
             f"[{_percent(found.low - 1)}, {_percent(found.high - 1)}]: the machine or the load is not steady"
