@@ -76,10 +76,15 @@ def _child(connection: socket.socket) -> None:
         answer = {"refused": str(error)}
     except MemoryError:
         answer = {"died": "memory"}
-    except Exception:  # noqa: BLE001 - told to the server, which logs it
-        answer = {"failed": traceback.format_exc()}
+    except Exception as error:  # noqa: BLE001 - told to the server, which logs it
+        answer = {"died": "memory"} if _is_out_of_memory(error) else {"failed": traceback.format_exc()}
     with contextlib.suppress(OSError):
         send(connection, json.dumps(answer).encode())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether native code, or a library that was to be mapped, got no memory: neither raises MemoryError."""
+    return "bad_alloc" in str(error) or "failed to map segment" in str(error)
 
 
 def _how(status: int) -> str:
@@ -189,7 +194,10 @@ def _load(path: str) -> None:
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    import twinjet.grammar.compilation  # noqa: F401 - children have it then
+    # Children have them then, and need none of their own memory for them.
+    import numpy.random  # noqa: F401
+
+    import twinjet.grammar.compilation  # noqa: F401
 
     gc.freeze()
     Parent(control).run()
