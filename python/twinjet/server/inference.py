@@ -16,7 +16,7 @@ from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.server import convert
-from twinjet.server.gate import Gate
+from twinjet.server.gate import Gate, address_of
 from twinjet.server.grammar import Grammars
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
@@ -108,7 +108,7 @@ class InferenceServicer:
             ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
             prompt = _Prompt(ids, "text")
         accepted = _accept(prompt, overrides, options, info, arrival)
-        accepted = await self._with_grammar(accepted, engine)
+        accepted = await self._with_grammar(accepted, engine, context)
         await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
@@ -133,7 +133,7 @@ class InferenceServicer:
             engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
         )
         accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, arrival)
-        accepted = await self._with_grammar(accepted, engine)
+        accepted = await self._with_grammar(accepted, engine, context)
         await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
     async def Embed(
@@ -213,13 +213,17 @@ class InferenceServicer:
         if copy_to is not None and request.grammar is None:
             self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
 
-    async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
+    async def _with_grammar(self, request: EngineRequest, engine: Engine, context: Context) -> EngineRequest:
         """Have the request's constraint compiled, if it has one. Raises InvalidRequest, DeadlinePassed, Overloaded."""
         constraint = request.sampling.constraint
         if constraint is None:
             return request
         grammar = await self._grammars.prepare(
-            engine, constraint, tenant=request.tenant, deadline=request.deadline
+            engine,
+            constraint,
+            # Those who name no tenant are told apart by where they call from.
+            tenant=request.tenant or f"address {address_of(context.peer())}",
+            deadline=request.deadline,
         )
         return replace(request, grammar=grammar)
 
