@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 
 from twinjet.compare import analysis, driver, workload
 from twinjet.compare.records import RunData
-from twinjet.compare.statistics import Precision
+from twinjet.compare.statistics import Precision, Verdict
 from twinjet.engines.base import OutputEvent
 from twinjet.engines.fake import FakeEngine
 from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
@@ -106,7 +106,12 @@ async def compare_twins(
     return running.data
 
 
-def outcome(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> str:
-    """The verdict's outcome. CPU time is not judged: on a simulated clock it means nothing."""
+def verdict(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> Verdict:
+    """The verdict. CPU time is not judged: on a simulated clock it means nothing."""
     settings = analysis.Settings(metric=metric, max_cpu=math.inf)
-    return analysis.judge(data, settings, seed=seed).outcome
+    return analysis.judge(data, settings, seed=seed)
+
+
+def outcome(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> str:
+    """The verdict's outcome."""
+    return verdict(seed, data, metric).outcome
