@@ -8,7 +8,7 @@ import random
 from collections.abc import AsyncGenerator
 
 from twinjet.compare import analysis, driver, workload
-from twinjet.compare.records import RunData
+from twinjet.compare.records import RunData, TokenChances
 from twinjet.compare.statistics import Precision, Verdict
 from twinjet.engines.base import OutputEvent
 from twinjet.engines.fake import FakeEngine
@@ -74,7 +74,12 @@ class EngineTarget:
         )
         async for event in self._engine.generate(request):
             if isinstance(event, OutputEvent):
-                yield driver.Arrived(event.token_ids, "" if event.finish is None else event.finish.reason)
+                chances = [
+                    TokenChances(t.chosen.logprob, tuple((r.token_id, r.logprob) for r in t.top))
+                    for t in event.logprobs
+                ]
+                reason = "" if event.finish is None else event.finish.reason
+                yield driver.Arrived(event.token_ids, reason, text=event.text, chances=chances)
 
 
 async def compare_twins(

@@ -107,6 +107,7 @@ class RichDisplay:
         from rich.live import Live
 
         self._names = names
+        self._console = console
         self._answers: dict[Arm, AnswerText] = {"a": AnswerText(), "b": AnswerText()}
         self._now: Progress | None = None
         self._began = time.monotonic()
@@ -129,7 +130,7 @@ class RichDisplay:
         from rich.text import Text
 
         panels = []
-        width = max(20, self._live.console.width // 2 - 1)
+        width = max(20, self._console.width // 2 - 1)
         for arm, name, color in (("a", self._names[0], "blue"), ("b", self._names[1], "red")):
             answer = self._answers[arm]  # type: ignore[index]
             lines = answer.text.splitlines()[-8:]

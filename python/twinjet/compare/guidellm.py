@@ -50,7 +50,15 @@ def write_report(data: RunData, path: Path) -> None:
             "python_version": platform.python_version(),
             "platform": platform.platform(),
         },
-        "config": {"metadata": {"labels": {"tool": "twinjet compare", "a": names[0], "b": names[1]}}},
+        "config": {
+            "metadata": {"labels": {"tool": "twinjet compare", "a": names[0], "b": names[1]}},
+            # Required by the format, which knows HTTP backends alone; what was really asked are the names.
+            "spec": {
+                "backend": {"kind": "openai_http", "target": " and ".join(names)},
+                "profile": _profile(data),
+                "data": [{"kind": "in_memory_item_list", "data": [str(data.header.get("digest", ""))]}],
+            },
+        },
         "benchmarks": benchmarks,
     }
     path.write_text(json.dumps(report), encoding="utf-8")
@@ -134,6 +142,17 @@ def _strategy(data: RunData, rate: float) -> Mapping[str, Any]:
     if load.get("kind") == "trace":
         return {"type_": "trace"}
     return {"type_": "concurrent", "streams": load.get("concurrency", 1)}
+
+
+def _profile(data: RunData) -> Mapping[str, Any]:
+    strategy = _strategy(data, 0.0)
+    match strategy["type_"]:
+        case "concurrent":
+            return {"kind": "concurrent", "streams": [strategy["streams"]]}
+        case "trace":
+            return {"kind": "replay"}
+        case kind:
+            return {"kind": kind, "rate": [strategy["rate"]]}
 
 
 def _scheduler_metrics(
@@ -319,6 +338,8 @@ def _benchmarks(path: Path) -> Sequence[Mapping[str, Any]]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a report of guidellm: {error!r}") from None
+    if not all(isinstance(benchmark, dict) for benchmark in benchmarks):
+        raise ConfigError(f"{path}: not a benchmark as guidellm writes them: no object")
     if version != FORMAT:
         raise ConfigError(f"{path}: guidellm's report version {version}; known: {FORMAT}")
     return benchmarks
