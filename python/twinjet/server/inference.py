@@ -15,6 +15,7 @@ from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, 
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
 from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
+from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
 from twinjet.server.gate import Gate
 from twinjet.server.grammar import Grammars
@@ -266,7 +267,7 @@ class InferenceServicer:
         check = self._grammars.output_check(request)
         key = object()
         with self._live.hold(key):
-            await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
+            await context.send_initial_metadata(_told_at_once(request))
             ticket = deployment.dispatcher.open(
                 request,
                 stream,
@@ -331,6 +332,13 @@ def _accept(
         kv_retention=options.kv_retention,
         trace_headers=arrival.trace_headers,
     )
+
+
+def _told_at_once(request: EngineRequest) -> tuple[tuple[str, str], ...]:
+    """Initial metadata of an accepted request."""
+    accepted_id = (ACCEPTED_ID_KEY, request.request_id)
+    key = prefix_key(request.prompt_token_ids, request.cache_salt, request.adapter)
+    return (accepted_id, (PREFIX_KEY, key)) if key else (accepted_id,)
 
 
 def _need(info: EngineInfo, capability: str) -> None:
