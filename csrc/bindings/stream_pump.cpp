@@ -306,7 +306,8 @@ void BindPump(py::module_& module) {
       .def_property_readonly("last_token_at", &Stream::last_token_at)
       .def_property_readonly("first_token_s", &Stream::first_token_s)
       .def_property_readonly("per_token_s", &Stream::per_token_s)
-      .def_property_readonly("is_over", &Stream::is_over);
+      .def_property_readonly("is_over", &Stream::is_over)
+      .def_property_readonly("has_begun", &Stream::has_begun);
   AddFastMethods(streams, {&TakeDef});
 
   py::class_<PyPump> pumps(module, "Pump", "Puts an engine's steps into all streams that they concern.");

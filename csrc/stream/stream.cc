@@ -321,4 +321,9 @@ bool Stream::is_over() const {
   return num_open_ == 0;
 }
 
+bool Stream::has_begun() const {
+  std::lock_guard lock(mutex_);
+  return is_prompt_told_ || first_token_at_.has_value();
+}
+
 }  // namespace twinjet::stream

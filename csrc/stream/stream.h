@@ -102,6 +102,8 @@ class Stream {
   std::optional<double> first_token_s() const;
   std::optional<double> per_token_s() const;
   bool is_over() const;
+  // Whether the engine has told of the prompt: something of the answer may have left from then on.
+  bool has_begun() const;
 
  private:
   struct Item {

@@ -701,6 +701,10 @@ class Stream:
     def is_over(self) -> bool:
         """Every output has ended."""
 
+    @property
+    def has_begun(self) -> bool:
+        """The engine has told of the prompt: something of the answer may have left."""
+
 class Pump:
     """Puts an engine's steps into all streams that they concern; see csrc/stream/pump.h.
 
