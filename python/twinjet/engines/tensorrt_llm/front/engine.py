@@ -27,7 +27,6 @@ from twinjet.engines.tensorrt_llm.front.drawing import Drawing
 from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts, learn_model
-from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter
 from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext, StepBatch
 from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
 from twinjet.engines.tensorrt_llm.front.settings import parse_options
@@ -163,8 +162,11 @@ class TrtLlmEngine:
         made.start()
 
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
-        """See PushEngine.cancel. An output that a stop string ended is stopped by its run, which finds it, too."""
-        if output_index is not None or request_id not in self._runs:
+        """See PushEngine.cancel."""
+        if request_id not in self._runs:
+            return
+        if output_index is not None:
+            self._runs[request_id].stop_output(output_index)
             return
         closing = asyncio.create_task(self._runs.pop(request_id).close())
         self._closing.add(closing)
@@ -263,8 +265,6 @@ class TrtLlmEngine:
             explain=self._explain,
             progressed=self._progressed,
             channel=self._channel,
-            formatter=LogprobFormatter(self.tokenizer),
-            tokenizer=self.tokenizer,
             eos_token_ids=frozenset(tokens.eos_token_ids),
             batch=StepBatch(),
             counters=self._drawing.counters,
