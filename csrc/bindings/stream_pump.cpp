@@ -291,6 +291,12 @@ void BindPump(py::module_& module) {
            py::arg("max_pending_bytes") = std::numeric_limits<int64_t>::max())
       .def("put_queued", &Stream::PutQueued, py::arg("position"), py::arg("expected_wait_s"))
       .def("set_dispatched", &Stream::SetDispatched, py::arg("queue_position"), py::arg("at"))
+      .def(
+          "put_handoff",
+          [](Stream& self, const py::bytes& state, double now) {
+            return self.PutHandoff(static_cast<std::string_view>(state), now);
+          },
+          py::arg("state"), py::arg("now"))
       .def("read_deltas", &Stream::ReadDeltas)
       .def("take_prompt", &TakePrompt)
       .def("take_deltas", &TakeDeltas)

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "stream/carrier.h"
@@ -68,6 +69,9 @@ class Stream {
   Effect Put(const StepOutputs& step, const SequenceStep& row, uint32_t output_index, double now);
   // The same for an engine that makes text and ends itself. ending.text is copied.
   Effect PutMade(Delta delta, double now);
+
+  // Ends the request with a handoff instead of outputs; nothing after it. Whether a Take() had been waiting.
+  bool PutHandoff(std::string_view state, double now);
 
   // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
   // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.

@@ -90,9 +90,10 @@ class Journey:
 
         has_begun: something of the answer may have left. Raises what the client is to hear if the request cannot go on.
         """
-        if has_begun:
-            raise error
         was_running = isinstance(error, EngineDied) and error.was_running
+        # A handoff is of use once, and an engine that had the request has used it.
+        if has_begun or (was_running and self._options.handoff):
+            raise error
         if isinstance(error, Unavailable):
             if self._loss is None or was_running:
                 self._loss = error

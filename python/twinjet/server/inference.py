@@ -15,7 +15,7 @@ import grpc
 from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, RenderedChat, Tokenizer
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
-from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
+from twinjet.request import EngineRequest, Sampling, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.server import convert
 from twinjet.server.failover import Failover
 from twinjet.server.gate import Gate
@@ -229,8 +229,9 @@ class InferenceServicer:
     def _copy(self, request: EngineRequest, model: str) -> None:
         """Send a copy of the request to the model's mirror, if it has one that can take it."""
         copy_to = self._deployments.mirror_of(model)
-        # A grammar is compiled for one engine's vocabulary.
-        if copy_to is not None and request.grammar is None:
+        # A grammar is compiled for one engine's vocabulary; a handoff can be used once.
+        is_whole = not (request.prefill_only or request.handoff)
+        if copy_to is not None and request.grammar is None and is_whole:
             self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
 
     async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
@@ -341,7 +342,8 @@ def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
             prompt.field,
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
         )
-    sampling = resolve_sampling(call.overrides, info, num_prompt_tokens=num_tokens, seed=call.seed)
+    seed = call.seed if options.handoff_seed is None else options.handoff_seed
+    sampling = resolve_sampling(call.overrides, info, num_prompt_tokens=num_tokens, seed=seed)
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
@@ -350,6 +352,8 @@ def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
         _need(info, "data_parallel_rank")
     if options.kv_retention is not None:
         _need(info, "kv_retention")
+    if options.prefill_only or options.handoff:
+        _check_parts(options, sampling, info)
     if arrival.deadline is not None and arrival.deadline <= time.monotonic():
         raise DeadlinePassed("the deadline passed before the request was accepted")
     return EngineRequest(
@@ -364,7 +368,21 @@ def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
         data_parallel_rank=options.data_parallel_rank,
         kv_retention=options.kv_retention,
         trace_headers=arrival.trace_headers,
+        prefill_only=options.prefill_only,
+        handoff=options.handoff,
     )
+
+
+def _check_parts(options: convert.Options, sampling: Sampling, info: EngineInfo) -> None:
+    """Check a request whose prompt and output are computed apart."""
+    _need(info, "prefill_only" if options.prefill_only else "handoff")
+    if sampling.n > 1:
+        raise InvalidRequest.of(
+            "sampling.n",
+            f"{sampling.n} outputs cannot be handed over; allowed: 1 with prefill_only or handoff",
+        )
+    if options.handoff and sampling.prompt_logprobs is not None:
+        raise InvalidRequest.of("sampling.prompt_logprobs", "come with the prefill, not with its handoff")
 
 
 def _need(info: EngineInfo, capability: str) -> None:

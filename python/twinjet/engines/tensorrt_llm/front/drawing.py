@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from dataclasses import replace
 from types import MappingProxyType
 
 from twinjet.engines.base import Component
@@ -160,14 +161,18 @@ class Drawing:
             except GrammarUnavailable as error:
                 log.warning("%s: grammars reach the engine unchecked: %s", self._handle.name, error)
 
-    async def plan(self, request: EngineRequest) -> Plan:
-        """Decide who draws this request and compile its grammar.
+    async def plan(self, request: EngineRequest, drawn_token_ids: tuple[int, ...] = ()) -> Plan:
+        """Decide who draws this request and compile its grammar. drawn_token_ids: drawn elsewhere already.
 
         Raises InvalidRequest for a wrong grammar, Unsupported for what nobody here can honour.
         """
+        if request.prefill_only:
+            request = _first_token_of(request)
         constraint, tokens = request.sampling.constraint, self._model.tokens
         if self._reason or (self._grammar_reason and constraint is not None):
             refuse_unsupported(request.sampling, tokens, self.can)
+            if request.sampling.logprobs is not None and (request.prefill_only or request.handoff):
+                raise Unsupported("logprobs", "some TensorRT-LLM lose those of the token that is handed over")
             guide = None if constraint is None else await self._guide(request, constraint)
             self.counters["requests_engine"] += 1
             return Plan(False, lambda index, _: drawn_by_engine(request, index, tokens, self.can, guide))
@@ -202,6 +207,7 @@ class Drawing:
                 report_path=self._channel.path,
                 bad_text=bad_text,
                 grammar=grammar,
+                drawn_token_ids=drawn_token_ids,
             ),
         )
 
@@ -232,3 +238,9 @@ class Drawing:
         if self._grammar_reason:
             reasons.append(f"constraints use the engine's sampler: {self._grammar_reason}")
         return Component("twinjet", str(SPEC_VERSION), self._target, "; ".join(reasons), counters)
+
+
+def _first_token_of(request: EngineRequest) -> EngineRequest:
+    """The request cut to its first token, which is the last one that its sampler draws here."""
+    sampling = request.sampling
+    return replace(request, sampling=replace(sampling, max_tokens=1, min_tokens=min(1, sampling.min_tokens)))

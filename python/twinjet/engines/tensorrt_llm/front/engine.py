@@ -25,6 +25,7 @@ from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
 from twinjet.engines.tensorrt_llm.front.describe import DEFAULT_BLOCK_SIZE, describe
 from twinjet.engines.tensorrt_llm.front.drawing import Drawing
 from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.handoff import Handoff, Handoffs, read_key
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts, learn_model
 from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext, StepBatch
@@ -105,7 +106,8 @@ class TrtLlmEngine:
         self._kv_events = KvEventFan()
         self._readers: list[DestructiveReader] = []
         self._adapters = AdapterTable()
-        self._submission = Submission(self._handle, self._drawing, self._adapters)
+        self._handoffs = Handoffs(read_key(self._own.handoff_key_file), self._own.handoff_lifetime_s)
+        self._submission = Submission(self._handle, self._drawing, self._adapters, self._handoffs)
         self._failures_in_a_row = 0
         self._death: asyncio.Future[str] | None = None
         self._is_stopped = False
@@ -158,7 +160,11 @@ class TrtLlmEngine:
         if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)
         self._submission.check(request)
-        made = self._runs[request.request_id] = RequestRun(self._context, request, self._drawing.plan, run)
+        handoff = self._submission.open_handoff(request)
+        drawn = () if handoff is None else handoff.first_tokens
+        made = self._runs[request.request_id] = RequestRun(
+            self._context, request, lambda each: self._drawing.plan(each, drawn), run, handoff
+        )
         made.start()
 
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
@@ -262,6 +268,7 @@ class TrtLlmEngine:
         )
         self._context = RunContext(
             submit=self._submit,
+            seal=self._handoffs.seal,
             explain=self._explain,
             progressed=self._progressed,
             channel=self._channel,
@@ -355,9 +362,9 @@ class TrtLlmEngine:
         if self._death.done():
             raise EngineDied(self._death.result())
 
-    def _submit(self, request: EngineRequest, arguments: dict[str, Any]) -> Any:
+    def _submit(self, request: EngineRequest, arguments: dict[str, Any], handoff: Handoff | None) -> Any:
         """Hand one output to the engine."""
-        keywords = self._submission.keywords(request)
+        keywords = self._submission.keywords(request, handoff)
         return self._submit_raw(arguments, list(request.prompt_token_ids), keywords)
 
     def _submit_test(self, arguments: dict[str, Any], prompt: list[int]) -> Any:

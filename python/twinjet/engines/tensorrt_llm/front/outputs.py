@@ -80,6 +80,16 @@ class OutputTracker:
                 reason="ENGINE_TIMEOUT" if finish_reason == "timeout" else "ENGINE_ENDED_EARLY",
             )
 
+    @property
+    def tokens(self) -> list[int]:
+        """What was not taken yet."""
+        return list(self._tokens)
+
+    @property
+    def logprobs(self) -> list[LogprobRow]:
+        """Of what was not taken yet."""
+        return list(self._logprobs)
+
     def settle(self) -> None:
         """Let the finish be told: nothing can go wrong with this output any more."""
         self._may_tell_finish = True

@@ -91,6 +91,7 @@ def drawn_by_us(
     report_path: str,
     bad_text: BadTextSettings | None,
     grammar: GrammarHandle | None,
+    drawn_token_ids: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that our sampler draws.
 
@@ -122,6 +123,7 @@ def drawn_by_us(
         fault_token_id=tokens.first_eos_token_id,
         num_logprobs=s.logprobs,
         grammar=grammar,
+        drawn_token_ids=drawn_token_ids,
     )
     return {
         **common_kwargs(s, tokens),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from twinjet.engines.base import LogprobRow, Outlet, Run, StepRow
 from twinjet.engines.tensorrt_llm.front.channel import FaultReported, Inbox, ReportChannel, ReportLost
+from twinjet.engines.tensorrt_llm.front.handoff import Handoff, carried
 from twinjet.engines.tensorrt_llm.front.outputs import OutputTracker, engine_row, report_row
 from twinjet.engines.tensorrt_llm.front.processes import end_tasks
 from twinjet.errors import RequestFailed, TwinjetError
@@ -19,6 +20,8 @@ from twinjet.request import EngineRequest
 log = logging.getLogger(__name__)
 
 
+_GOES_ON = ("length", "not_finished")
+"""How a prefill ends whose output does not end with its first token."""
 _PromptNews = tuple[int | None, Sequence[LogprobRow] | None]
 """Cached tokens, if the engine says, and the prompt's log probabilities, if asked for; see StepRow."""
 
@@ -26,9 +29,10 @@ _PromptNews = tuple[int | None, Sequence[LogprobRow] | None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """What runs share. submit: SamplingParams arguments to the engine's result object. explain: an engine's
-    exception to ours. progressed: tells the watchdog that a step has come."""
+    exception to ours. progressed: tells the watchdog that a step has come. seal: see handoff.Handoffs."""
 
-    submit: Callable[[EngineRequest, dict[str, Any]], Any]
+    submit: Callable[[EngineRequest, dict[str, Any], Handoff | None], Any]
+    seal: Callable[[EngineRequest, Mapping[str, Any], Sequence[LogprobRow]], bytes]
     explain: Callable[[Exception], Awaitable[TwinjetError]]
     progressed: Callable[[], None]
     channel: ReportChannel
@@ -69,7 +73,10 @@ class StepBatch:
 
 
 class RequestRun:
-    """Runs one request. make_plan: decides how; may take time and raise. sink: where its outputs go."""
+    """Runs one request. make_plan: decides how; may take time and raise. sink: where its outputs go.
+
+    handoff: what it goes on from, None if it begins here.
+    """
 
     def __init__(
         self,
@@ -77,7 +84,10 @@ class RequestRun:
         request: EngineRequest,
         make_plan: Callable[[EngineRequest], Awaitable[Plan]],
         sink: Run,
+        handoff: Handoff | None = None,
     ) -> None:
+        self._handoff = handoff
+        self._first_tokens = () if handoff is None else handoff.first_tokens
         self._context = context
         self._request = request
         self._make_plan = make_plan
@@ -131,6 +141,8 @@ class RequestRun:
         if self._prompt is None:
             return
         for output in self._outputs:
+            if self._request.prefill_only and output.finish is None:
+                continue
             news = output.take()
             if news is None:
                 continue
@@ -159,7 +171,8 @@ class RequestRun:
         key, inbox = channel.open()
         result = None
         try:
-            result = self._context.submit(self._request, self._plan.make_params(output.index, key))
+            arguments = self._plan.make_params(output.index, key)
+            result = self._context.submit(self._request, arguments, self._handoff)
             await self._read(result, output, inbox)
         except asyncio.CancelledError:
             raise
@@ -187,8 +200,21 @@ class RequestRun:
             if output.finish is not None or result.finished:
                 break
         completion = result.outputs[0]
+        if self._request.prefill_only and output.finish is None and completion.finish_reason in _GOES_ON:
+            self._hand_off(result, completion, output)
+            return
         output.engine_ended(completion.finish_reason, completion.stop_reason)
         output.settle()
+
+    def _hand_off(self, result: Any, completion: Any, output: OutputTracker) -> None:
+        """Give what another engine needs to go on after the first token."""
+        told = carried(completion.disaggregated_params) or carried(result.disaggregated_params)
+        if told is None or self._prompt is None or told["first_gen_tokens"] != output.tokens:
+            raise RequestFailed(
+                "the engine does not say where the prompt's blocks are", reason="HANDOFF_LOST"
+            )
+        state = self._context.seal(self._request, told, output.logprobs)
+        self._sink.hand_off(*self._prompt, state)
 
     async def _take_step(self, result: Any, output: OutputTracker, inbox: Inbox) -> None:
         """Copy what is new before the next step changes it."""
@@ -197,6 +223,8 @@ class RequestRun:
         if not tokens:
             return
         first = output.num_tokens
+        if self._first_tokens[first:] and tokens[: len(self._first_tokens)] != list(self._first_tokens):
+            raise RequestFailed("the engine lost the token that was handed over", reason="HANDOFF_LOST")
         entries = list(completion.logprobs[first : first + len(tokens)]) if completion.logprobs else []
         if self._prompt is None:
             self._prompt = self._prompt_news(result, completion)
@@ -219,6 +247,8 @@ class RequestRun:
         wanted = self._request.sampling.logprobs
         if wanted is None:
             return None
+        if self._handoff is not None and position < len(self._first_tokens):
+            return self._handoff.logprobs[position]
         if self._plan.is_ours:
             return report_row(await self._report(token_id, position, inbox))
         if not entry:
@@ -230,7 +260,9 @@ class RequestRun:
         if inbox.fault is not None:
             self._context.counters["faults"] += 1
             raise RequestFailed("the sampler found no token to draw", reason="SAMPLER_FAULT")
-        if output.finish is None or self._request.sampling.logprobs is not None:
+        is_last = output.finish is not None or self._request.prefill_only
+        is_reported = output.num_tokens > len(self._first_tokens)
+        if not is_last or not is_reported or self._request.sampling.logprobs is not None:
             return
         await self._report(last_token, output.num_tokens - 1, inbox)
 
