@@ -977,10 +977,13 @@ class DecodeBatch:
         last_scheduled: set[str] | None,
         token_budget: int,
         step: int,
+        *,
+        shows_adapters: bool = False,
     ) -> tuple[list[Any] | None, dict[str, int], tuple[list[str], list[Any], list[int], list[int]]] | None:
         """Schedule one token for each decode that can be told apart from the rest of the step.
 
         sequences: sequence of `manager` by request id. step: number of the step, one up from the last.
+        shows_adapters: leave one due request of each adapter among the others, for vLLM to count.
         Returns (the other running requests or None, {request id: 1}, (request ids, new block ids,
         computed tokens, output tokens)); or None where the step is all vLLM's: too few blocks or
         tokens for everything that runs, or no decode. Then call evict_all() before vLLM's schedule().

@@ -55,7 +55,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Log probabilities of the prompt; entry i belongs to prompt token i + 1."""
+    """Log probabilities of the prompt, of a long one in several events: entry i of all belongs to token i + 1."""
 
     tokens: tuple[TokenLogprobs, ...]
 
@@ -185,7 +185,7 @@ class Collector:
 
     def __init__(self) -> None:
         self._started: Started | None = None
-        self._prompt_logprobs: PromptLogprobs | None = None
+        self._prompt_logprobs: list[PromptLogprobs] = []
         self._deltas: dict[int, list[Delta]] = {}
         self._finished: dict[int, Finished] = {}
         self._summary: Summary | None = None
@@ -203,7 +203,7 @@ class Collector:
                 self._started = event
                 self._request_id = event.request_id
             case PromptLogprobs():
-                self._prompt_logprobs = event
+                self._prompt_logprobs.append(event)
             case Handoff():
                 self._handoff = event
             case Summary():
@@ -217,7 +217,7 @@ class Collector:
             raise ValueError("the stream had no started or no summary event")
         return Completion(
             self._started,
-            self._prompt_logprobs,
+            self._all_prompt_logprobs(),
             tuple(self._output(index) for index in sorted(self._finished)),
             self._summary,
             self._handoff,
@@ -236,6 +236,11 @@ class Collector:
             )
             for index, deltas in sorted(self._deltas.items())
         )
+
+    def _all_prompt_logprobs(self) -> PromptLogprobs | None:
+        if not self._prompt_logprobs:
+            return None
+        return PromptLogprobs(tuple(entry for event in self._prompt_logprobs for entry in event.tokens))
 
     def _output(self, index: int) -> Output:
         deltas = self._deltas.get(index, [])

@@ -6,7 +6,7 @@ token ids; it gives back deltas. It knows neither protobuf nor the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from twinjet.request import EngineRequest, SamplingOverrides
 
 if TYPE_CHECKING:
     from twinjet._core import Pump, Vocabulary
+    from twinjet.engines.kv_journal import KvJournal
     from twinjet.grammar.vocabulary import Vocabulary as GrammarVocabulary
 
 Capability = Literal[
@@ -378,14 +379,30 @@ class PrefixCacheEngine(Protocol):
         ...
 
 
+KvMedium = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlockFacts:
+    """Who can share blocks, and where they are. salt, adapter: "" is none. medium: None is not known."""
+
+    salt: str = ""
+    adapter: str = ""
+    medium: KvMedium | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class KvStored:
-    """Blocks that can now be shared; each hash continues the one before; parent b"" for a first block."""
+    """Blocks that can now be shared; each hash continues the one before; parent b"" for a first block.
+
+    token_ids: block_size for each hash. A hash that is held already is the same block on another medium.
+    """
 
     block_hashes: Sequence[bytes]
     parent_hash: bytes
     token_ids: Sequence[int]
     block_size: int
+    facts: KvBlockFacts = KvBlockFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +423,7 @@ KvEvent = KvStored | KvRemoved | KvCleared
 class KvEventEngine(Protocol):
     """Capability "kv_events"."""
 
-    def kv_events(self) -> AsyncIterator[Sequence[KvEvent]]:
-        """Give batches of events from now on; ends when the engine stops. Several may be open at once."""
+    @property
+    def kv_journal(self) -> KvJournal:
+        """What the prefix cache holds and how it changes; closed when the engine stops or dies."""
         ...

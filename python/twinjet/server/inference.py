@@ -16,6 +16,7 @@ from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, 
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
 from twinjet.request import EngineRequest, Sampling, SamplingOverrides, draw_seed, resolve_sampling
+from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
 from twinjet.server.failover import Failover
 from twinjet.server.gate import Gate
@@ -279,7 +280,7 @@ class InferenceServicer:
         if call.stream is None:
             self._copy(request, call.model)
             held.enter_context(self._live.hold(call))
-            await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
+            await context.send_initial_metadata(_told_at_once(request))
         await self._stream(call, request, deployment, engine, info, context)
 
     async def _stream(
@@ -383,6 +384,13 @@ def _check_parts(options: convert.Options, sampling: Sampling, info: EngineInfo)
         )
     if options.handoff and sampling.prompt_logprobs is not None:
         raise InvalidRequest.of("sampling.prompt_logprobs", "come with the prefill, not with its handoff")
+
+
+def _told_at_once(request: EngineRequest) -> tuple[tuple[str, str], ...]:
+    """Initial metadata of an accepted request."""
+    accepted_id = (ACCEPTED_ID_KEY, request.request_id)
+    key = prefix_key(request.prompt_token_ids, request.cache_salt, request.adapter)
+    return (accepted_id, (PREFIX_KEY, key)) if key else (accepted_id,)
 
 
 def _need(info: EngineInfo, capability: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.engines.factories import double_installed, make_request, make_trt
 from tests.engines.tensorrt_llm.fake_device import fake_device
-from tests.engines.tensorrt_llm.stand_in import core, started
+from tests.engines.tensorrt_llm.stand_in import core, deltas, started
 from tests.engines.test_contract import collect
 from twinjet.config import Config
 from twinjet.engines.base import KvStored, LoadProgress, OutputEvent
@@ -473,7 +473,7 @@ async def test_load_follows_the_statistics_while_running(version: str) -> None:
 async def test_kv_events_reach_two_subscribers(version: str) -> None:
     async with started({"kv_cache_config": {"event_buffer_max_size": 64}}) as engine:
         assert "kv_events" in engine.describe().capabilities
-        streams = [engine.kv_events(), engine.kv_events()]
+        streams = [deltas(engine), deltas(engine)]
         waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await asyncio.sleep(0)
         request = make_request(engine, "y" * 100)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twinjet.engines import pushed
-from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, KvEvent, LoadProgress, Run
+from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, LoadProgress, Run
+from twinjet.engines.kv_journal import KvJournal
 from twinjet.engines.tensorrt_llm.front import features
 from twinjet.engines.tensorrt_llm.front.adapters import AdapterTable
 from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
@@ -215,7 +216,7 @@ class TrtLlmEngine:
             await self._watchdog.stop()
         for reader in self._readers:
             await reader.stop()
-        self._kv_events.close()
+        self._kv_events.journal.close()
         await self._handle.shut_down()
         await self._channel.stop()
 
@@ -240,8 +241,9 @@ class TrtLlmEngine:
         self._submission.forget_prefixes()
         return True
 
-    def kv_events(self) -> AsyncIterator[Sequence[KvEvent]]:
-        return self._kv_events.subscribe()
+    @property
+    def kv_journal(self) -> KvJournal:
+        return self._kv_events.journal
 
     def _begin_service(self) -> SelfTest:
         own = self._own

@@ -243,7 +243,7 @@ class Examination:
         fan = self._engine.parts.kv_events
         if not self._engine.parts.handle.has_kv_events:
             return Line("KV events", "not tried", "not in use")
-        async with aclosing(fan.subscribe()) as events:
+        async with aclosing(fan.journal.watch(fan.journal.epoch, fan.journal.sequence + 1)) as events:
             batch = asyncio.ensure_future(anext(events))
             await asyncio.sleep(0)
             size = int(self._engine.parts.handle.kv_arg("tokens_per_block", 32))
