@@ -5,6 +5,7 @@
     [deployments.NAME]             # one engine with one model
     [routes.PUBLIC_NAME]           # which deployments answer for a public model name
     [mirror]                       # what mirrored requests may cost, and where their answers go
+    [protocols.openengine]         # whether OpenEngine v1 is spoken besides, and whom its requests are accounted to
 
 The environment variable of a setting is its path, upper case, joined by two underscores:
 server.port is TWINJET_SERVER__PORT (see twinjet.environment). Order: file, then environment, then flags; the last
@@ -79,7 +80,14 @@ def _path(path: Path) -> Path:
     return path
 
 
+def _label(text: str) -> str:
+    if len(text.encode()) > 128:
+        raise ValueError("is longer than 128 bytes")
+    return text
+
+
 Host = Annotated[str, AfterValidator(_host)]
+Label = Annotated[str, AfterValidator(_label)]
 Name = Annotated[str, AfterValidator(_name)]
 Token = Annotated[str, AfterValidator(_token)]
 File = Annotated[Path, AfterValidator(_path)]
@@ -210,6 +218,22 @@ class MirrorSettings(_Section):
     )
 
 
+class OpenEngineSettings(_Section):
+    """OpenEngine v1, as Dynamo's sidecars speak it."""
+
+    enabled: bool = Field(False, description="answer openengine.v1.Inference and openengine.v1.Control")
+    tenant: Label = Field("openengine", description="whom its requests are accounted to; they name nobody")
+    deadline_s: float = Field(
+        0.0, ge=0, le=LONGEST_S, description="of requests that bring no gRPC deadline; 0 is none"
+    )
+
+
+class ProtocolSettings(_Section):
+    """Protocols of others that are spoken besides twinjet.v1."""
+
+    openengine: OpenEngineSettings = OpenEngineSettings()
+
+
 class Config(_Section):
     """All settings."""
 
@@ -219,6 +243,7 @@ class Config(_Section):
     deployments: dict[Name, DeploymentSettings] = Field(min_length=1)
     routes: dict[Name, RouteSettings] = Field(default_factory=dict)
     mirror: MirrorSettings = MirrorSettings()
+    protocols: ProtocolSettings = ProtocolSettings()
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Config:
