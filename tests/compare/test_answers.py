@@ -15,7 +15,7 @@ from twinjet.client import Model
 from twinjet.compare import analysis, workload
 from twinjet.compare.driver import Arrived, Driver
 from twinjet.compare.effective import check_equal, effective_settings
-from twinjet.compare.records import Record, RunData, TokenChances
+from twinjet.compare.records import Record, RunData
 from twinjet.compare.report import as_html, as_text, make_report
 from twinjet.compare.sameness import SchemaCheck
 from twinjet.compare.statistics import Precision

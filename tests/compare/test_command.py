@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 
 from tests.server.processes import server
 from twinjet.cli import main
+from twinjet.compare.records import read_run
 
 TWINS = """
 [deployments.one]
@@ -110,3 +115,131 @@ def test_an_unknown_model_is_refused_by_the_server(address: str, capsys: pytest.
     assert main(["compare", "one", "three", "--address", address]) == 2
     told = capsys.readouterr().err
     assert "three" in told and "Traceback" not in told
+
+
+def test_ctrl_c_keeps_what_was_measured_and_resume_needs_no_flags(address: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    data = folder / "run.jsonl"
+    command = [sys.executable, "-m", "twinjet.cli", "compare", "one", "same", "--address", address]
+    long = [
+        *command,
+        "--synthetic",
+        "8,8",
+        "--requests",
+        "4",
+        "--max-blocks",
+        "7",
+        "--precision",
+        "0.001",
+        "--temperature",
+        "0.5",
+    ]
+    with subprocess.Popen(
+        [*long, "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        # In the middle of the self-test: a leg is complete, others are not.
+        while not data.exists() or '"phase": "self"' not in data.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"go on with --resume {folder}" in err and out.startswith("not comparable because ")
+    kept = data.read_text().splitlines()
+    assert '"type": "leg"' in kept[-1] and (folder / "report.html").exists()
+    done = subprocess.run(
+        [*command, "--resume", str(folder)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+    lines = data.read_text().splitlines()
+    assert lines[: len(kept)] == kept
+    # The block that was ended in its middle was run anew as a whole; its first legs count no more.
+    found = read_run(data)
+    for phase, num_blocks in (("sameness", 1), ("self", 7), ("main", 7)):
+        assert found.complete_blocks(phase) == list(range(num_blocks))  # type: ignore[arg-type]
+        assert sum(leg.phase == phase for leg in found.legs) == 4 * num_blocks
+    for leg in found.legs:
+        mine = [r for r in found.records if (r.phase, r.block, r.leg) == (leg.phase, leg.block, leg.leg)]
+        assert len(mine) == (16 if leg.phase == "sameness" else 4)
+
+
+def test_a_recorded_run_is_the_other_side_of_a_new_one(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    command = ["compare", "two", "one", "--address", address, *QUICK, "--allow", "max_concurrent_sequences"]
+    main([*command, "--out", str(old)])
+    capsys.readouterr()
+    # The requests' flags come from the record.
+    against = ["compare", "one", f"recorded:{old}:a", "--address", address, "--max-blocks", "6"]
+    assert main([*against, "--out", str(new)]) == 2
+    assert "max_concurrent_sequences: 64 and 1" in capsys.readouterr().err
+    allowed = [*against, "--allow", "max_concurrent_sequences", "--out", str(new)]
+    assert main([*allowed, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"]["outcome"] == "a_faster" and found["run"]["recorded"] == f"{old}:a"
+    assert found["sameness"]["num_equal_pairs"] == 16
+    assert main(["compare", "report", str(new)]) == 0
+    assert "B was not run beside A: it is" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                *against[:3],
+                "--address",
+                address,
+                "--seed",
+                "3",
+                "--allow",
+                "all",
+                "--out",
+                str(tmp_path / "x"),
+            ]
+        )
+        == 2
+    )
+    assert "recorded another run: digest, seed differ" in capsys.readouterr().err
+    assert main(["compare", f"recorded:{old}", "one", "--address", address]) == 2
+    assert "A must be a model that runs" in capsys.readouterr().err
+    assert main(["compare", "one", f"recorded:{tmp_path}", "--address", address]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_ladder_gives_goodput_under_limits_and_a_recommendation(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    command = ["compare", "one", "two", "--address", address, *QUICK, "--allow", "max_concurrent_sequences"]
+    flags = ["--ladder", "20,60", "--slo", "ttft=30", "--recommend", "1,2", "--answers", "0"]
+    assert main([*command, *flags, "--out", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(rung["arm"], rung["rate"]) for rung in found["ladder"]] == [
+        ("a", 20.0), ("b", 20.0), ("a", 60.0), ("b", 60.0),
+    ]  # fmt: skip
+    assert all(rung["goodput"] > 0 for rung in found["ladder"])
+    assert found["recommendation"].endswith("keep one for this workload")
+    page = (folder / "report.html").read_text()
+    for caption in (
+        "goodput over offered rate",
+        "throughput over offered rate",
+        "throughput against latency",
+    ):
+        assert f"<figcaption>{caption}</figcaption>" in page
+    # The same data under a limit that nothing keeps.
+    assert main(["compare", "report", str(folder), "--slo", "ttft=0.000001", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [rung["goodput"] for rung in again["ladder"]] == [0.0] * 4
+
+
+def test_answers_must_fit_a_schema(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.json").write_text('{"type": "nothing"}')
+    command = ["compare", "one", "same", "--address", address, "--out", str(tmp_path / "x")]
+    assert main([*command, "--json-schema", str(tmp_path / "bad.json")]) == 2
+    assert "bad.json: not a JSON schema" in capsys.readouterr().err
+    assert main([*command, "--json-schema", str(tmp_path / "none.json")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_nobody_there_is_a_failure_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "one", "two", "--address", "127.0.0.1:1"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
