@@ -30,6 +30,17 @@ from twinjet.client._answers import (
     Tokens,
 )
 from twinjet.client._calls import BatchProgress, Metadata
+from twinjet.client._compare import (
+    CompareAnswers,
+    CompareEvent,
+    CompareMetric,
+    CompareProgress,
+    CompareReport,
+    CompareRung,
+    CompareStarted,
+    Comparison,
+    RatioInterval,
+)
 from twinjet.client._errors import (
     AccessDenied,
     AlreadyExists,
@@ -78,6 +89,14 @@ __all__ = [
     "BatchProgress",
     "Cancelled",
     "Client",
+    "CompareAnswers",
+    "CompareEvent",
+    "CompareMetric",
+    "CompareProgress",
+    "CompareReport",
+    "CompareRung",
+    "CompareStarted",
+    "Comparison",
     "Completion",
     "ComponentInfo",
     "Constraint",
@@ -115,6 +134,7 @@ __all__ = [
     "Prompt",
     "PromptLogprobs",
     "Queued",
+    "RatioInterval",
     "RetryPolicy",
     "Route",
     "Routes",
