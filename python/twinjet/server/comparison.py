@@ -16,7 +16,7 @@ from twinjet.client._answers import model_of
 from twinjet.compare import analysis
 from twinjet.compare.driver import Arrived, Progress
 from twinjet.compare.effective import PROBE, check_equal, effective_settings
-from twinjet.compare.plan import Plan, default_metric
+from twinjet.compare.plan import LADDER_BLOCKS, SELF_TEST_BLOCKS, Plan, default_metric
 from twinjet.compare.records import Journal, Phase, RunData, TokenChances
 from twinjet.compare.report import Report, as_html, make_report
 from twinjet.compare.statistics import Interval, Precision
@@ -49,6 +49,8 @@ MAX_REQUESTS = 4096
 MAX_RATE = 10_000.0
 MAX_BLOCKS = 1000
 MAX_RUNGS = 16
+MAX_OUTPUT_TOKENS = 2**24
+"""Of a whole comparison: times and ids of all are kept in memory, some 70 bytes a token."""
 MAX_PROMPT_TOKENS = 2**22
 """Of all synthetic prompts together; longer ones are fewer and come again sooner."""
 MAX_PAGE_BYTES = 3 * 2**20
@@ -218,6 +220,12 @@ def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> Plan:
     sampling = _sampling(request, wrong)
     _slo(request, wrong)
     items = _items(request, infos, wrong)
+    if not wrong:
+        num_blocks = max_blocks + min(SELF_TEST_BLOCKS, max_blocks) + LADDER_BLOCKS * len(request.ladder)
+        total = 4 * (num_blocks * requests_per_leg + num_answers) * items[0].max_tokens
+        if total > MAX_OUTPUT_TOKENS:
+            told = f"up to {total} output tokens in all blocks; allowed: {MAX_OUTPUT_TOKENS}. Take fewer, or lower max_blocks"
+            wrong.append(Violation("requests_per_leg", told))
     if wrong:
         raise InvalidRequest(wrong)
     assert load is not None
@@ -225,9 +233,8 @@ def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> Plan:
         workload=Workload(items, fixed_length=not request.natural_lengths, sampling=sampling),
         load=load,
         requests_per_leg=requests_per_leg,
-        precision=Precision(precision, min(10, max_blocks), max_blocks),
+        precision=Precision(precision, min(SELF_TEST_BLOCKS, max_blocks), max_blocks),
         metric=default_metric(load),
-        # JSON and the arrivals' generator take any whole number.
         seed=request.seed,
         num_same=num_answers,
         ladder=tuple(request.ladder),
