@@ -91,14 +91,19 @@ class AdminServicer(RouteServicer, CompareServicer):
         await watch_kv_events(self._deployments, request, context)
 
     def _authorise(self, context: Context) -> None:
-        if self._token:
-            sent = dict(context.invocation_metadata() or ()).get("authorization", "")
-            expected = f"Bearer {self._token}"
-            if isinstance(sent, str) and hmac.compare_digest(sent.encode(), expected.encode()):
-                return
-            raise PermissionRefused("the admin token is missing or wrong; send it as a bearer token")
-        if not _is_loopback(context.peer()):
-            raise PermissionRefused("AdminService answers loopback callers only; set admin.token to open it")
+        authorise(self._token, context)
+
+
+def authorise(token: str, context: Context) -> None:
+    """Let through who may use AdminService. token: "" is loopback callers. Raises PermissionRefused."""
+    if token:
+        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+        expected = f"Bearer {token}"
+        if isinstance(sent, str) and hmac.compare_digest(sent.encode(), expected.encode()):
+            return
+        raise PermissionRefused("the admin token is missing or wrong; send it as a bearer token")
+    if not _is_loopback(context.peer()):
+        raise PermissionRefused("AdminService answers loopback callers only; set admin.token to open it")
 
 
 def _is_loopback(peer: str) -> bool:
