@@ -41,6 +41,8 @@ EXIT_FAILED = 1
 EXIT_CONFIG = 2
 CLEANUP_S = 10.0
 """How long ended requests may take to let go of the engine."""
+FAREWELL_S = 0.5
+"""How long calls that came last may take to be refused; at once, grpc.aio would end them with a bare CANCELLED."""
 
 _SERVICES = [
     service_pb2.DESCRIPTOR.services_by_name[name]
@@ -130,7 +132,7 @@ class Server:
         """Drain within the grace period, end what is left, then stop the engines."""
         self._door.send_away()
         await self.drain(None)
-        await self._door.stop(0)
+        await self._door.stop(FAREWELL_S)
         await self.live.wait(CLEANUP_S)
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
