@@ -50,6 +50,7 @@ TWINJET_NAME(cache_salt)
 TWINJET_NAME(eos_token_id)
 TWINJET_NAME(events)
 TWINJET_NAME(is_prefill_chunk)
+TWINJET_NAME(lora_int_id)
 TWINJET_NAME(lora_request)
 TWINJET_NAME(max_tokens)
 TWINJET_NAME(mm_features)
@@ -74,8 +75,8 @@ TWINJET_NAME(update_block_hashes)
 // Whether this request may ever be served natively.
 bool IsPlain(py::handle request) {
   return Get(request, Name_structured_output_request()).is_none() &&
-         Get(request, Name_pooling_params()).is_none() && Get(request, Name_lora_request()).is_none() &&
-         Get(request, Name_prompt_embeds()).is_none() && Get(request, Name_spec_decode_metrics()).is_none() &&
+         Get(request, Name_pooling_params()).is_none() && Get(request, Name_prompt_embeds()).is_none() &&
+         Get(request, Name_spec_decode_metrics()).is_none() &&
          !py::cast<bool>(Get(request, Name_resumable())) && IsEmpty(Get(request, Name_mm_features())) &&
          IsEmpty(Get(request, Name_spec_token_ids())) &&
          ToInt(Get(request, Name_num_nans_in_logits())) == 0 &&
@@ -209,6 +210,8 @@ bool Adopt(const RowContext& context, py::handle request, PyObject* sequences, P
   row->max_tokens = IntAttribute(request, Name_max_tokens());
   row->max_total_tokens = IntAttribute(request, Name_num_prompt_tokens()) + row->max_tokens;
   row->client_index = IntAttribute(request, names.client_index);
+  py::object adapter = Get(request, Name_lora_request());
+  if (!adapter.is_none()) row->adapter = IntAttribute(adapter, Name_lora_int_id());
   py::object eos = Get(params, Name_eos_token_id());
   row->eos_token = eos.is_none() ? -1 : ToInt(eos);
   py::object stops = Get(params, Name_stop_token_ids());

@@ -419,11 +419,15 @@ async def test_a_drain_counts_what_it_ended(h: Harness, real: Both) -> None:
 
 
 async def test_kv_events_are_watched(h: Harness, real: Both) -> None:
-    first, second = await real.items(lambda c: c.watch_kv_events(), most=len(KV_EVENTS))
-    assert (first.sequence, second.sequence) == (1, 2)
-    assert abs(first.time_s - time.time()) < 60
-    assert first.events == (KvStored((b"\x01", b"\x02"), b"\x00", (5, 6, 7, 8), 2),)
-    assert second.events == (KvRemoved((b"\x01",)), KvCleared())
+    snapshot, beat = await real.items(lambda c: c.watch_kv_events(heartbeat_s=0.1), most=2)
+    assert (snapshot.kind, snapshot.sequence, snapshot.deployment) == ("snapshot_end", len(KV_EVENTS), "fake")
+    assert abs(snapshot.time_s - time.time()) < 60
+    rest = KvStored((b"\x02",), b"\x01", (7, 8), 2, "salt", "lora", "device")
+    assert snapshot.events == (KvCleared(), rest)
+    assert (beat.kind, beat.sequence, beat.events) == ("heartbeat", len(KV_EVENTS), ())
+    epoch = snapshot.epoch
+    (delta,) = await real.items(lambda c: c.watch_kv_events(epoch=epoch, start_sequence=2), most=1)
+    assert (delta.kind, delta.sequence, delta.events) == ("delta", 2, (KvRemoved((b"\x01",)),))
     with pytest.raises(DeadlinePassed):
         await real.items(lambda c: c.watch_kv_events(timeout_s=0.5))
 

@@ -168,9 +168,11 @@ async def test_a_running_request_is_aborted(h: Harness) -> None:
 async def test_kv_events_are_watched_until_the_deadline(h: Harness) -> None:
     answer = await grpcurl("-plaintext", "-max-time", "2", h.server.address, f"{ADMIN}/WatchKvEvents")
     assert "DeadlineExceeded" in answer.errors
-    first, second = answer.messages
-    assert first["events"][0]["stored"]["token_ids"] == [5, 6, 7, 8]
-    assert [list(event) for event in second["events"]] == [["removed"], ["cleared"]]
+    (snapshot,) = answer.messages
+    assert snapshot["kind"] == "KV_BATCH_KIND_SNAPSHOT_END"
+    assert [list(event) for event in snapshot["events"]] == [["cleared"], ["stored"]]
+    stored = snapshot["events"][1]["stored"]
+    assert (stored["token_ids"], stored["salt"], stored["medium"]) == ([7, 8], "salt", "KV_MEDIUM_DEVICE")
 
 
 async def test_failures_show_their_details(h: Harness) -> None:

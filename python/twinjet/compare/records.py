@@ -12,7 +12,15 @@ from twinjet.errors import ConfigError
 
 FORMAT = 1
 Arm = Literal["a", "b"]
-Phase = Literal["self", "main", "sameness", "ladder"]
+Phase = Literal["sameness", "self", "main", "ladder"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChances:
+    """What one side gave its token at one place, natural logarithms. rivals: token ids and their logprobs, best first."""
+
+    logprob: float
+    rivals: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,8 @@ class Record:
 
     leg: 0 to 3, its place in A B B A. token_times: arrival of each token, one entry a token; tokens that came in one
     message share a time. error: "" if it ended well. rate: offered requests a second in the ladder, else 0.
+    text and chances (one entry a token, or empty): kept in the phase "sameness" alone.
+    num_prompt_tokens: 0 is not known.
     """
 
     phase: Phase
@@ -37,6 +47,9 @@ class Record:
     deployment: str = ""
     error: str = ""
     rate: float = 0.0
+    text: str = ""
+    chances: tuple[TokenChances, ...] = ()
+    num_prompt_tokens: int = 0
 
     @property
     def e2e_s(self) -> float:
@@ -96,6 +109,10 @@ class RunData:
         return sorted(block for block, legs in seen.items() if legs == {0, 1, 2, 3})
 
 
+def _chances(value: Mapping[str, Any]) -> TokenChances:
+    return TokenChances(value["logprob"], tuple((int(token), logprob) for token, logprob in value["rivals"]))
+
+
 class Journal:
     """Appends to a file of JSON Lines; each leg is flushed when it is complete, so Ctrl-C loses at most one."""
 
@@ -144,6 +161,7 @@ def read_run(path: Path) -> RunData:
             elif kind == "request":
                 value["token_times"] = tuple(value["token_times"])
                 value["token_ids"] = tuple(value["token_ids"])
+                value["chances"] = tuple(map(_chances, value.get("chances", ())))
                 pending.append(Record(**value))
             elif kind == "leg":
                 data.legs.append(LegFacts(**value))

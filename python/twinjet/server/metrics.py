@@ -110,6 +110,12 @@ class Metrics:
             "twinjet_calls", "Calls by method and status", ["method", "code"], registry=self.registry
         )
         self._tokens = Counter("twinjet_tokens", "Tokens by kind", ["model", "kind"], registry=self.registry)
+        self._moved = Counter(
+            "twinjet_requests_moved",
+            "Requests that went on at another deployment, waiting or running where the first was lost",
+            ["model", "source", "target", "state"],
+            registry=self.registry,
+        )
         self._first_token = Histogram(
             "twinjet_first_token_seconds",
             "TTFT",
@@ -131,6 +137,9 @@ class Metrics:
 
     def count_call(self, method: str, code: str) -> None:
         self._calls.labels(method, code).inc()
+
+    def count_moved(self, model: str, source: str, target: str, *, was_running: bool) -> None:
+        self._moved.labels(model, source, target, "running" if was_running else "waiting").inc()
 
     def observe_finished(self, model: str, deployment: str, request: Stream) -> None:
         self._tokens.labels(model, "prompt").inc(request.num_prompt_tokens)
