@@ -19,7 +19,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -91,6 +91,7 @@ Label = Annotated[str, AfterValidator(_label)]
 Name = Annotated[str, AfterValidator(_name)]
 Token = Annotated[str, AfterValidator(_token)]
 File = Annotated[Path, AfterValidator(_path)]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -166,6 +167,9 @@ class GrammarSettings(_Section):
     wall_s: float = Field(20.0, gt=0, le=3600, description="time of one compilation, also for waiting")
     workers: int = Field(2, ge=1, le=256, description="compilations at once; one tenant gets half of them")
     waiting: int = Field(16, ge=1, le=65536, description="compilations of one tenant that may wait")
+    refused_cpu_s: float = Field(
+        10.0, gt=0, le=86_400, description="processor time of one tenant for constraints that are refused"
+    )
     cache_bytes: int = Field(256 << 20, ge=0, description="compiled grammars that are kept, on disk")
     verify: bool = Field(True, description="check finished outputs against their JSON schema")
 
@@ -269,13 +273,20 @@ def load(
 
     Raises ConfigError naming the setting, and the nearest known key for an unknown one.
     """
+    return load_tree(Config, path, overrides, environ)
+
+
+def load_tree(
+    model: type[Settings], path: Path | None, overrides: Mapping[str, Any] | None, environ: Mapping[str, str]
+) -> Settings:
+    """Read the settings of any command, as load() does those of the server."""
     tree = {} if path is None else _read(path)
-    origins = environment.apply(tree, environ, Config)
+    origins = environment.apply(tree, environ, model)
     _merge(tree, overrides or {})
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item, origins) for item in error.errors())) from None
+        raise ConfigError("; ".join(_explain(model, item, origins) for item in error.errors())) from None
 
 
 def deployment_settings(tree: Mapping[str, Any]) -> DeploymentSettings:
@@ -315,7 +326,7 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
             _merge(mine, value)
 
 
-def _explain(item: Any, origins: Mapping[tuple[str, ...], str]) -> str:
+def _explain(model: type[BaseModel], item: Any, origins: Mapping[tuple[str, ...], str]) -> str:
     loc = tuple(str(part) for part in item["loc"] if part != "[key]")
     path = ".".join(loc)
     # A mistake inside a value belongs to the variable that gave the value.
@@ -323,7 +334,7 @@ def _explain(item: Any, origins: Mapping[tuple[str, ...], str]) -> str:
     if source:
         path += f" (from {source})"
     if item["type"] == "extra_forbidden":
-        return f"unknown setting {path}" + did_you_mean(loc[-1], keys_at(Config, loc[:-1]))
+        return f"unknown setting {path}" + did_you_mean(loc[-1], keys_at(model, loc[:-1]))
     if item["type"] == "missing" and loc == ("deployments",):
         return "no deployment is configured; add a [deployments.NAME] section"
     message = item["msg"].removeprefix("Value error, ")

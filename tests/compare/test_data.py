@@ -14,12 +14,11 @@ from tests.models.simulated_twins import compare_twins
 from tests.models.virtual_time import run_virtual
 from twinjet.compare import analysis
 from twinjet.compare.analysis import Slo
-from twinjet.compare.records import Journal, Record, RunData, read_run
+from twinjet.compare.records import Journal, Record, RunData, TokenChances, read_run
 from twinjet.compare.report import as_csv, as_html, as_text, make_report
 from twinjet.compare.sameness import Answer, compare_answers, summarize
 from twinjet.compare.statistics import Precision
 from twinjet.compare.workload import Load, Workload, read_prompts, read_trace, synthetic
-from twinjet.engines.base import Logprob, TokenLogprobs
 from twinjet.errors import ConfigError
 from twinjet.request import SamplingOverrides
 
@@ -134,9 +133,8 @@ def test_raw_data_survive_a_file(tmp_path: Path, data: RunData) -> None:
 
 
 def test_answers_are_compared_by_tokens() -> None:
-    def entry(token: int, logprob: float, rival: int) -> TokenLogprobs:
-        chosen = Logprob(token, logprob, 1, "")
-        return TokenLogprobs(chosen, (chosen, Logprob(rival, logprob - 0.25, 2, "")))
+    def entry(token: int, logprob: float, rival: int) -> TokenChances:
+        return TokenChances(logprob, ((token, logprob), (rival, logprob - 0.25)))
 
     a = Answer((1, 2, 3), (entry(1, -0.5, 9), entry(2, -0.5, 7), entry(3, -0.5, 9)), "stop")
     b = Answer((1, 7, 3, 4), (entry(1, -0.75, 9),), "length")
@@ -167,7 +165,7 @@ def test_the_page_needs_nothing_from_outside_and_says_what_was_found(data: RunDa
     assert "&lt;trt&gt;" in page and "<trt>" not in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
     assert not re.search(r"url\(|@import|<script", page)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "keep vllm for this workload" in page
     rows = list(csv.DictReader(io.StringIO(as_csv(report))))
     ttft = next(row for row in rows if row["metric"] == "ttft p50")

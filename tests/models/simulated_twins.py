@@ -8,8 +8,8 @@ import random
 from collections.abc import AsyncGenerator
 
 from twinjet.compare import analysis, driver, workload
-from twinjet.compare.records import RunData
-from twinjet.compare.statistics import Precision
+from twinjet.compare.records import RunData, TokenChances
+from twinjet.compare.statistics import Precision, Verdict
 from twinjet.engines.base import OutputEvent
 from twinjet.engines.fake import FakeEngine
 from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
@@ -74,7 +74,12 @@ class EngineTarget:
         )
         async for event in self._engine.generate(request):
             if isinstance(event, OutputEvent):
-                yield driver.Arrived(event.token_ids, "" if event.finish is None else event.finish.reason)
+                chances = [
+                    TokenChances(t.chosen.logprob, tuple((r.token_id, r.logprob) for r in t.top))
+                    for t in event.logprobs
+                ]
+                reason = "" if event.finish is None else event.finish.reason
+                yield driver.Arrived(event.token_ids, reason, text=event.text, chances=chances)
 
 
 async def compare_twins(
@@ -106,7 +111,12 @@ async def compare_twins(
     return running.data
 
 
-def outcome(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> str:
-    """The verdict's outcome. CPU time is not judged: on a simulated clock it means nothing."""
+def verdict(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> Verdict:
+    """The verdict. CPU time is not judged: on a simulated clock it means nothing."""
     settings = analysis.Settings(metric=metric, max_cpu=math.inf)
-    return analysis.judge(data, settings, seed=seed).outcome
+    return analysis.judge(data, settings, seed=seed)
+
+
+def outcome(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> str:
+    """The verdict's outcome."""
+    return verdict(seed, data, metric).outcome
