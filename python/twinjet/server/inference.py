@@ -19,7 +19,7 @@ from twinjet.request import EngineRequest, Sampling, SamplingOverrides, draw_see
 from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
 from twinjet.server.failover import Failover
-from twinjet.server.gate import Gate
+from twinjet.server.gate import Gate, address_of
 from twinjet.server.grammar import Grammars
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
@@ -235,13 +235,17 @@ class InferenceServicer:
         if copy_to is not None and request.grammar is None and is_whole:
             self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
 
-    async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
+    async def _with_grammar(self, request: EngineRequest, engine: Engine, context: Context) -> EngineRequest:
         """Have the request's constraint compiled, if it has one. Raises InvalidRequest, DeadlinePassed, Overloaded."""
         constraint = request.sampling.constraint
         if constraint is None:
             return request
         grammar = await self._grammars.prepare(
-            engine, constraint, tenant=request.tenant, deadline=request.deadline
+            engine,
+            constraint,
+            # Those who name no tenant are told apart by where they call from.
+            tenant=request.tenant or f"address {address_of(context.peer())}",
+            deadline=request.deadline,
         )
         return replace(request, grammar=grammar)
 
@@ -276,7 +280,7 @@ class InferenceServicer:
         _need(info, call.capability)
         deployment.dispatcher.check(call.options.request_id, call.options.tenant)
         request = _accept(await call.encode(engine, info), call, info)
-        request = await self._with_grammar(request, engine)
+        request = await self._with_grammar(request, engine, context)
         if call.stream is None:
             self._copy(request, call.model)
             held.enter_context(self._live.hold(call))
