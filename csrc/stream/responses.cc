@@ -15,7 +15,8 @@ enum Event : uint32_t {
   kFinished = 3,
   kSummary = 4,
   kQueued = 5,
-  kPromptLogprobs = 6
+  kPromptLogprobs = 6,
+  kHandoff = 7
 };
 
 std::string Wrap(Event event, std::string_view body) {
@@ -102,6 +103,14 @@ std::vector<std::string> EncodePromptLogprobs(const LogprobList& logprobs, const
   }
   if (messages.empty() || !body.empty()) messages.push_back(Wrap(kPromptLogprobs, body));
   return messages;
+}
+
+std::string EncodeHandoff(const StreamFacts& facts, std::string_view state) {
+  std::string body;
+  WireWriter writer(&body);
+  writer.Bytes(1, state);
+  writer.Scalar(2, facts.seed);
+  return Wrap(kHandoff, body);
 }
 
 std::string EncodeDelta(uint32_t output_index, std::string_view text, std::span<const int32_t> token_ids,

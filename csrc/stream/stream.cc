@@ -155,6 +155,16 @@ Effect Stream::PutMade(Delta delta, double now) {
   return effect;
 }
 
+bool Stream::PutHandoff(std::string_view state, double now) {
+  std::lock_guard lock(mutex_);
+  if (is_dropped_ || num_open_ == 0) return false;
+  items_.push_back({Item::Kind::kMessage, EncodeHandoff(facts_, state)});
+  std::fill(has_ended_.begin(), has_ended_.end(), true);
+  num_open_ = 0;
+  first_token_at_ = last_token_at_ = now;
+  return Awaken();
+}
+
 Delta& Stream::PendingOf(uint32_t output_index) {
   Delta& pending = pending_[output_index];
   if (is_pending_[output_index] && NumBytes(pending) >= kLargeMessageBytes) {
@@ -343,6 +353,11 @@ std::optional<double> Stream::per_token_s() const {
 bool Stream::is_over() const {
   std::lock_guard lock(mutex_);
   return num_open_ == 0;
+}
+
+bool Stream::has_begun() const {
+  std::lock_guard lock(mutex_);
+  return is_prompt_told_ || first_token_at_.has_value();
 }
 
 }  // namespace twinjet::stream

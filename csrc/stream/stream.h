@@ -13,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "stream/carrier.h"
@@ -73,6 +74,9 @@ class Stream {
   // The same for an engine that makes text and ends itself. ending.text is copied.
   Effect PutMade(Delta delta, double now);
 
+  // Ends the request with a handoff instead of outputs; nothing after it. Whether a Take() had been waiting.
+  bool PutHandoff(std::string_view state, double now);
+
   // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
   // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.
   void Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call);
@@ -106,6 +110,8 @@ class Stream {
   std::optional<double> first_token_s() const;
   std::optional<double> per_token_s() const;
   bool is_over() const;
+  // Whether the engine has told of the prompt: something of the answer may have left from then on.
+  bool has_begun() const;
 
  private:
   struct Item {

@@ -646,6 +646,9 @@ class Stream:
     def take(self) -> list[bytes]:
         """Give the messages that are ready; after an empty answer the next step reports AWAITED."""
 
+    def put_handoff(self, state: bytes, now: float) -> bool:
+        """End the request with a handoff instead of outputs. Returns whether an empty take() had been waiting."""
+
     def read_deltas(self) -> None:
         """Be read by take_prompt() and take_deltas(), not by take(). Call before the first step."""
 
@@ -700,6 +703,10 @@ class Stream:
     @property
     def is_over(self) -> bool:
         """Every output has ended."""
+
+    @property
+    def has_begun(self) -> bool:
+        """The engine has told of the prompt: something of the answer may have left."""
 
 class Pump:
     """Puts an engine's steps into all streams that they concern; see csrc/stream/pump.h.

@@ -167,6 +167,9 @@ class GrammarSettings(_Section):
     wall_s: float = Field(20.0, gt=0, le=3600, description="time of one compilation, also for waiting")
     workers: int = Field(2, ge=1, le=256, description="compilations at once; one tenant gets half of them")
     waiting: int = Field(16, ge=1, le=65536, description="compilations of one tenant that may wait")
+    refused_cpu_s: float = Field(
+        10.0, gt=0, le=86_400, description="processor time of one tenant for constraints that are refused"
+    )
     cache_bytes: int = Field(256 << 20, ge=0, description="compiled grammars that are kept, on disk")
     verify: bool = Field(True, description="check finished outputs against their JSON schema")
 

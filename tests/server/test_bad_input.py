@@ -43,6 +43,24 @@ CASES: list[tuple[str, Any, str, str]] = [
         "options.kv_retention.duration",
         "above 0",
     ),
+    (
+        "handoff of nothing",
+        Request(text="x", options={"handoff": {"seed": 1}}),
+        "options.handoff.state",
+        "allowed: 1 to 262144",
+    ),
+    (
+        "handoff too large",
+        Request(text="x", options={"handoff": {"state": b"x" * (256 * 1024 + 1)}}),
+        "options.handoff.state",
+        "262145 bytes",
+    ),
+    (
+        "handoff to a prefill",
+        Request(text="x", options={"handoff": {"state": b"x"}, "prefill_only": True}),
+        "options.handoff",
+        "set one of them",
+    ),
     ("negative temperature", _text(temperature=-1), "sampling.temperature", "0 to 100"),
     ("NaN temperature", _text(temperature=math.nan), "sampling.temperature", "0 to 100"),
     ("infinite temperature", _text(temperature=math.inf), "sampling.temperature", "0 to 100"),
@@ -166,6 +184,8 @@ MISSING: list[tuple[str, Callable[[], Any], str]] = [
     ("tag", lambda: _text(constraint=Constraint(structural_tag="{}")), "structural_tag"),
     ("rank", lambda: Request(text="x", options={"data_parallel_rank": 0}), "data_parallel_rank"),
     ("retention", lambda: Request(text="x", options={"kv_retention": {}}), "kv_retention"),
+    ("prefill", lambda: Request(text="x", options={"prefill_only": True}), "prefill_only"),
+    ("handoff", lambda: Request(text="x", options={"handoff": {"state": b"x"}}), "handoff"),
     ("pictures", lambda: Chat(messages=[{"role": "user", "images": [b"png"]}]), "image_input"),
     ("sound", lambda: Chat(messages=[{"role": "user", "audio": [b"wav"]}]), "audio_input"),
 ]

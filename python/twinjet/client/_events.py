@@ -82,6 +82,14 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Handoff:
+    """What a prefill_only request gives for another deployment to go on from. Opaque, of use once."""
+
+    state: bytes
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of the whole request."""
 
@@ -111,7 +119,7 @@ class Summary:
     sampler: str
 
 
-Event = Queued | Started | PromptLogprobs | Delta | Finished | Summary
+Event = Queued | Started | PromptLogprobs | Delta | Finished | Handoff | Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +134,18 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole stream: its outputs by output_index."""
+    """A whole stream: its outputs by output_index; or, of a prefill_only request, none and a handoff."""
 
     started: Started
     prompt_logprobs: PromptLogprobs | None
     outputs: tuple[Output, ...]
     summary: Summary
+    handoff: Handoff | None = None
 
     @property
     def text(self) -> str:
-        """Text of the first output."""
-        return self.outputs[0].text
+        """Text of the first output; "" if there is a handoff instead."""
+        return self.outputs[0].text if self.outputs else ""
 
 
 def event_of(message: pb.GenerateResponse) -> Event | None:
@@ -160,6 +169,8 @@ def event_of(message: pb.GenerateResponse) -> Event | None:
             return Queued(queued.request_id, queued.position, wait_s)
         case "prompt_logprobs":
             return PromptLogprobs(_all_logprobs(message.prompt_logprobs.tokens))
+        case "handoff":
+            return Handoff(message.handoff.state, message.handoff.seed)
     return None
 
 
@@ -178,6 +189,7 @@ class Collector:
         self._deltas: dict[int, list[Delta]] = {}
         self._finished: dict[int, Finished] = {}
         self._summary: Summary | None = None
+        self._handoff: Handoff | None = None
         self._request_id = ""
 
     def add(self, event: Event) -> None:
@@ -192,6 +204,8 @@ class Collector:
                 self._request_id = event.request_id
             case PromptLogprobs():
                 self._prompt_logprobs.append(event)
+            case Handoff():
+                self._handoff = event
             case Summary():
                 self._summary = event
             case Queued():
@@ -206,6 +220,7 @@ class Collector:
             self._all_prompt_logprobs(),
             tuple(self._output(index) for index in sorted(self._finished)),
             self._summary,
+            self._handoff,
         )
 
     @property

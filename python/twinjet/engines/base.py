@@ -24,6 +24,7 @@ Capability = Literal[
     "penalties", "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
     "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input", "min_tokens",
     "structural_tag", "data_parallel_rank", "kv_retention", "trace_context",
+    "prefill_only", "handoff",
 ]  # fmt: skip
 """Names of proto Capability, lower case, without the prefix."""
 
@@ -155,7 +156,14 @@ class OutputEvent:
     finish: Finish | None = None
 
 
-EngineEvent = PromptEvent | OutputEvent
+@dataclass(frozen=True, slots=True)
+class HandoffEvent:
+    """A prefill_only request's last event: what another engine needs to go on, sealed."""
+
+    state: bytes
+
+
+EngineEvent = PromptEvent | OutputEvent | HandoffEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +234,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
-        """Run one request: one PromptEvent, then OutputEvents until each output has its finish.
+        """Run one request: one PromptEvent, then OutputEvents until each output has its finish, or a HandoffEvent.
 
         Closing the iterator early aborts the request within one step. Ends with at most one exception and
         nothing after it: InvalidRequest (a grammar that does not compile), Unsupported, NotFound (adapter),
@@ -305,6 +313,12 @@ class Run(Protocol):
 
     def fail(self, error: Exception) -> None:
         """End the request with an error, one that Engine.generate may raise; the first one counts."""
+        ...
+
+    def hand_off(
+        self, num_cached_tokens: int | None, prompt_logprobs: Sequence[LogprobRow] | None, state: bytes
+    ) -> None:
+        """End a prefill_only request with what another engine needs to go on; nothing is put for it otherwise."""
         ...
 
 

@@ -265,6 +265,7 @@ class Examination:
         trials = self._engine.make_trials()
         handle = self._engine.parts.handle
         found = dict(await trials.sampler(has_logprobs=not handle.is_prebuilt))
+        found["bad_words"] = await trials.bad_words()
         if handle.has_block_reuse and handle.features.has_cache_salt:
             found["cache_salt"] = await trials.cache_salt()
         return [self._setting(finding) for finding in found.values()]
