@@ -139,4 +139,5 @@ def _open_run(folder: Path, header: Mapping[str, Any], *, resume: bool) -> tuple
     data = read_run(path)
     if changed := is_one_run(data.header, header):
         raise ConfigError(f"{path} is of another run: {', '.join(changed)} differ")
+    data.forget_partial_blocks()
     return data, Journal(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from twinjet.compare.analysis import Metric, Slo
 from twinjet.compare.arguments import compare_arguments
-from twinjet.compare.plan import Plan, default_metric
+from twinjet.compare.plan import SELF_TEST_BLOCKS, Plan, default_metric
 from twinjet.compare.sameness import SchemaCheck
 from twinjet.compare.statistics import Precision
 from twinjet.compare.workload import Load, WorkItem, Workload, read_prompts, read_trace, synthetic
@@ -18,7 +18,6 @@ from twinjet.request import Constraint, SamplingOverrides
 
 NUM_SYNTHETIC = 4096
 """Synthetic requests made; a longer run goes through them again, with other places in the prefix cache."""
-_SELF_TEST_BLOCKS = 10
 _TOGETHER = (("prompts", "synthetic"), ("concurrency", "rate", "constant_rate", "trace"))
 """Flags of which one replaces the others."""
 REQUEST_FLAGS = (
@@ -97,7 +96,7 @@ def _schema(path: Path | None) -> str:
 def _precision(arguments: argparse.Namespace) -> Precision:
     most = arguments.max_blocks
     try:
-        return Precision(arguments.precision / 100, min(_SELF_TEST_BLOCKS, most), most)
+        return Precision(arguments.precision / 100, min(SELF_TEST_BLOCKS, most), most)
     except ValueError as error:
         raise ConfigError(f"--precision or --max-blocks: {error}") from None
 

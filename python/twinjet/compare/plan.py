@@ -17,6 +17,7 @@ from twinjet.compare.statistics import Precision
 from twinjet.compare.workload import Load, Workload
 from twinjet.errors import ConfigError
 
+SELF_TEST_BLOCKS = 10
 LADDER_BLOCKS = 2
 NUM_RIVALS = 5
 """Rivals asked for a token when answers are compared."""

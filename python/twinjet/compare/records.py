@@ -108,6 +108,15 @@ class RunData:
                 seen.setdefault(leg.block, set()).add(leg.leg)
         return sorted(block for block, legs in seen.items() if legs == {0, 1, 2, 3})
 
+    def forget_partial_blocks(self) -> None:
+        """Leave out the legs of blocks that are not whole: a block is run anew as one, its legs close together."""
+        whole: dict[tuple[Phase, float], set[int]] = {}
+        for leg in self.legs:
+            if (key := (leg.phase, leg.rate)) not in whole:
+                whole[key] = set(self.complete_blocks(*key))
+        self.legs = [leg for leg in self.legs if leg.block in whole[leg.phase, leg.rate]]
+        self.records = [r for r in self.records if r.block in whole.get((r.phase, r.rate), ())]
+
 
 def _chances(value: Mapping[str, Any]) -> TokenChances:
     return TokenChances(value["logprob"], tuple((int(token), logprob) for token, logprob in value["rivals"]))
@@ -125,6 +134,8 @@ class Journal:
 
     def leg(self, facts: LegFacts, records: Iterable[Record]) -> None:
         """Write a finished leg and its requests."""
+        if self._file is None:
+            return
         self._write(
             [*({"type": "request"} | asdict(record) for record in records), {"type": "leg"} | asdict(facts)]
         )
@@ -142,10 +153,11 @@ class Journal:
 def read_run(path: Path) -> RunData:
     """Read a run back. A last line that was cut off is left out, as are requests of a leg that was not finished.
 
-    Raises ConfigError naming the line that is wrong.
+    Of a leg that was run again, after an end in the middle of its block, the last one counts. Raises ConfigError naming the line that is wrong.
     """
     data = RunData()
     pending: list[Record] = []
+    legs: dict[tuple[Phase, int, int, float], tuple[LegFacts, list[Record]]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -164,15 +176,19 @@ def read_run(path: Path) -> RunData:
                 value["chances"] = tuple(map(_chances, value.get("chances", ())))
                 pending.append(Record(**value))
             elif kind == "leg":
-                data.legs.append(LegFacts(**value))
-                data.records.extend(pending)
-                pending.clear()
+                leg = LegFacts(**value)
+                key = (leg.phase, leg.block, leg.leg, leg.rate)
+                legs.pop(key, None)
+                legs[key] = (leg, pending)
+                pending = []
             else:
                 raise ValueError(f"type {kind!r} is not known")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines):
                 break
             raise ConfigError(f"{path}:{number}: not a line of a comparison: {error}") from None
+    data.legs = [leg for leg, _ in legs.values()]
+    data.records = [record for _, records in legs.values() for record in records]
     if not data.header:
         raise ConfigError(f"{path} is not the record of a comparison: it has no header")
     return data

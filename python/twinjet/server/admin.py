@@ -10,6 +10,7 @@ import grpc
 
 from twinjet.engines.base import PrefixCacheEngine
 from twinjet.errors import InvalidRequest, NotFound, PermissionRefused, Unsupported
+from twinjet.server.comparison import CompareServicer
 from twinjet.server.kv_events import watch_kv_events
 from twinjet.server.routes import RouteServicer
 from twinjet.v1 import admin_pb2 as pb
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 
-class AdminServicer(RouteServicer):
+class AdminServicer(RouteServicer, CompareServicer):
     """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended).
 
     grace_s: of RemoveDeployment where the caller names none. door: as GetLoad tells it.
