@@ -46,7 +46,7 @@ def worst() -> list[dict[str, str]]:
     deep = integer
     for _ in range(9):
         deep = {"oneOf": [{"type": "object", "properties": {k: deep}, "required": [k]} for k in "ab"]}
-    wide = {f"p{j:05d}": {"type": "string"} for j in range(9000)}
+    wide = {f"p{j:05d}": {"type": "string"} for j in range(8500)}
     long = {k: {"type": "string", "maxLength": 300} for k in list(wide)[:2000]}
     schemas: list[Any] = [
         {"type": "array", "items": integer, "minItems": 10**18},

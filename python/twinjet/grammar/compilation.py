@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ def _reason(error: Exception) -> str:
     head, separator, tail = first.partition(": ")
     if separator and (".cc:" in head or ".h:" in head):
         first = tail
+    first = re.sub(r"^Check failed: \(.*?\) is false: ", "", first)
     return first[:300]
 
 
