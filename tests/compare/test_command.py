@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.processes import server
+from tests.server.processes import MAIN, server
 from twinjet.cli import main
 
 TWINS = """
@@ -25,6 +25,11 @@ engine = "fake"
 model = "none"
 options = { step_s = 0.002 }
 """
+OTHER_TOKENIZER = """
+from twinjet.engines.fake import FakeTokenizer
+of_before = FakeTokenizer.encode
+FakeTokenizer.encode = lambda self, text, **how: [t ^ 1 if t < 256 else t for t in of_before(self, text, **how)]
+"""
 QUICK = ["--synthetic", "8,8", "--requests", "4", "--max-blocks", "6"]
 
 
@@ -40,6 +45,18 @@ def test_unequal_settings_stop_the_run_unless_allowed(
     command = ["compare", "one", "two", "--address", address, *QUICK, "--out", str(tmp_path / "run")]
     assert main(command) == 2
     assert "max_concurrent_sequences: 64 and 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_servers_with_different_tokenizers_are_not_compared(
+    address: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Vocabularies of one size and with one end, whose tokens mean other things."""
+    folder = tmp_path_factory.mktemp("other")
+    with server(folder, TWINS, main=OTHER_TOKENIZER + MAIN) as (_, other):
+        command = ["compare", "one", f"{other}/one", "--address", address, *QUICK, "--allow", "all"]
+        assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "the two differ in tokenizer: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

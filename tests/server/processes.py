@@ -24,15 +24,22 @@ if __name__ == "__main__":
 
 @contextmanager
 def server(
-    folder: Path, settings: str, port: int = 0, environment: Mapping[str, str] | None = None
+    folder: Path,
+    settings: str,
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
+    main: str = MAIN,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a server until its first model is ready or has failed; gives the process and its address."""
-    path, main = folder / "twinjet.toml", folder / "main.py"
+    """Run a server until its first model is ready or has failed; gives the process and its address.
+
+    main: the program, for one that is changed.
+    """
+    path, program = folder / "twinjet.toml", folder / "main.py"
     path.write_text(f"[server]\nport = {port}\ngrace_s = 3\n{settings}")
-    main.write_text(MAIN)
+    program.write_text(main)
     log = (folder / "server.log").open("w+")
     process = subprocess.Popen(
-        [sys.executable, str(main), str(path)],
+        [sys.executable, str(program), str(path)],
         stdout=log,
         stderr=log,
         text=True,

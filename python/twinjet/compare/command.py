@@ -17,7 +17,7 @@ from typing import Any
 from twinjet.client import AsyncClient
 from twinjet.compare.analysis import Settings, Slo
 from twinjet.compare.driver import Driver, Progress
-from twinjet.compare.effective import differences, effective_settings, objections
+from twinjet.compare.effective import PROBE_TEXT, differences, effective_settings, objections
 from twinjet.compare.records import Journal, RunData, read_run
 from twinjet.compare.report import Report, as_csv, as_html, as_text, make_report
 from twinjet.compare.statistics import Precision
@@ -79,7 +79,9 @@ async def _measure(arguments: argparse.Namespace, folder: Path) -> RunData:
     token = os.environ.get("TWINJET_TOKEN", "")
     async with connect(address_a, token) as client_a, connect(address_b, token) as client_b:
         settings_a, settings_b = [
-            effective_settings(await client.get_model(model))
+            effective_settings(
+                await client.get_model(model), (await client.tokenize(PROBE_TEXT, model=model)).token_ids
+            )
             for client, model in ((client_a, model_a), (client_b, model_b))
         ]
         found = differences(settings_a, settings_b)
