@@ -24,22 +24,15 @@ if __name__ == "__main__":
 
 @contextmanager
 def server(
-    folder: Path,
-    settings: str,
-    port: int = 0,
-    environment: Mapping[str, str] | None = None,
-    main: str = MAIN,
+    folder: Path, settings: str, port: int = 0, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a server until its first model is ready or has failed; gives the process and its address.
-
-    main: the program, for one that is changed.
-    """
-    path, program = folder / "twinjet.toml", folder / "main.py"
+    """Run a server until its first model is ready or has failed; gives the process and its address."""
+    path, main = folder / "twinjet.toml", folder / "main.py"
     path.write_text(f"[server]\nport = {port}\ngrace_s = 3\n{settings}")
-    program.write_text(main)
+    main.write_text(MAIN)
     log = (folder / "server.log").open("w+")
     process = subprocess.Popen(
-        [sys.executable, str(program), str(path)],
+        [sys.executable, str(main), str(path)],
         stdout=log,
         stderr=log,
         text=True,

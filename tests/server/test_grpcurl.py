@@ -109,6 +109,18 @@ CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
         {"route": {"model": "m", "weights": {"fake": 1}, "sticky": "STICKINESS_TENANT"}, "revision": "1"},
         ['"revision": "2"'],
     ),
+    (
+        f"{ADMIN}/Compare",
+        {
+            "deploymentA": "fake",
+            "deploymentB": "fake",
+            "listed": {"texts": ["a"], "outputTokens": 2},
+            "requestsPerLeg": 1,
+            "maxBlocks": 6,
+            "numAnswers": 1,
+        },
+        ["started", "COMPARE_PHASE_SELF", "COMPARE_PHASE_MAIN", '"words"', "COMPARE_OUTCOME_"],
+    ),
     (f"{ADMIN}/RemoveDeployment", {"name": "new", "grace": "1s"}, []),
     (f"{ADMIN}/Drain", {"grace": "1s"}, []),
 ]

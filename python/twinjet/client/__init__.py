@@ -30,6 +30,17 @@ from twinjet.client._answers import (
     Tokens,
 )
 from twinjet.client._calls import BatchProgress, Metadata
+from twinjet.client._compare import (
+    CompareAnswers,
+    CompareEvent,
+    CompareMetric,
+    CompareProgress,
+    CompareReport,
+    CompareRung,
+    CompareStarted,
+    Comparison,
+    RatioInterval,
+)
 from twinjet.client._errors import (
     AccessDenied,
     AlreadyExists,
@@ -79,6 +90,14 @@ __all__ = [
     "BatchProgress",
     "Cancelled",
     "Client",
+    "CompareAnswers",
+    "CompareEvent",
+    "CompareMetric",
+    "CompareProgress",
+    "CompareReport",
+    "CompareRung",
+    "CompareStarted",
+    "Comparison",
     "Completion",
     "ComponentInfo",
     "Constraint",
@@ -117,6 +136,7 @@ __all__ = [
     "Prompt",
     "PromptLogprobs",
     "Queued",
+    "RatioInterval",
     "RetryPolicy",
     "Route",
     "Routes",

@@ -41,6 +41,7 @@ from twinjet.client._calls import (
 )
 from twinjet.client._channel import call_metadata
 from twinjet.client._channel import channel_options as all_options
+from twinjet.client._compare import CompareEvent, Comparison, compare_event_of, compare_request
 from twinjet.client._errors import (
     Cancelled,
     DeadlinePassed,
@@ -574,6 +575,27 @@ class Client:
         try:
             while (message := next(call, None)) is not None:
                 yield order.check(kv_events_of(message))
+        except grpc.RpcError as rpc_error:
+            raise from_rpc_error(rpc_error) from None
+        finally:
+            call.cancel()
+
+    def compare(
+        self, comparison: Comparison, *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> Generator[CompareEvent]:
+        """Run two deployments side by side and say which is faster; needs the admin token or a local server.
+
+        Gives a CompareStarted, a CompareProgress now and then, and the CompareReport. Closing the iterator stops it. Raises
+        PreconditionFailed for unequal settings and while another comparison runs.
+        """
+        left_s = self._attempts(timeout_s).remaining_s
+        call: Any = self._admin.Compare(
+            compare_request(comparison), timeout=left_s, metadata=self._call_metadata(metadata)
+        )
+        try:
+            while (message := next(call, None)) is not None:
+                if (event := compare_event_of(message)) is not None:
+                    yield event
         except grpc.RpcError as rpc_error:
             raise from_rpc_error(rpc_error) from None
         finally:

@@ -10,6 +10,7 @@ import grpc
 
 from twinjet.engines.base import PrefixCacheEngine
 from twinjet.errors import InvalidRequest, NotFound, PermissionRefused, Unsupported
+from twinjet.server.comparison import CompareServicer
 from twinjet.server.kv_events import watch_kv_events
 from twinjet.server.routes import RouteServicer
 from twinjet.v1 import admin_pb2 as pb
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 
-class AdminServicer(RouteServicer):
+class AdminServicer(RouteServicer, CompareServicer):
     """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended).
 
     grace_s: of RemoveDeployment where the caller names none. door: as GetLoad tells it.
@@ -90,14 +91,19 @@ class AdminServicer(RouteServicer):
         await watch_kv_events(self._deployments, request, context)
 
     def _authorise(self, context: Context) -> None:
-        if self._token:
-            sent = dict(context.invocation_metadata() or ()).get("authorization", "")
-            expected = f"Bearer {self._token}"
-            if isinstance(sent, str) and hmac.compare_digest(sent.encode(), expected.encode()):
-                return
-            raise PermissionRefused("the admin token is missing or wrong; send it as a bearer token")
-        if not _is_loopback(context.peer()):
-            raise PermissionRefused("AdminService answers loopback callers only; set admin.token to open it")
+        authorise(self._token, context)
+
+
+def authorise(token: str, context: Context) -> None:
+    """Let through who may use AdminService. token: "" is loopback callers. Raises PermissionRefused."""
+    if token:
+        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+        expected = f"Bearer {token}"
+        if isinstance(sent, str) and hmac.compare_digest(sent.encode(), expected.encode()):
+            return
+        raise PermissionRefused("the admin token is missing or wrong; send it as a bearer token")
+    if not _is_loopback(context.peer()):
+        raise PermissionRefused("AdminService answers loopback callers only; set admin.token to open it")
 
 
 def _is_loopback(peer: str) -> bool:
