@@ -167,6 +167,9 @@ class GrammarSettings(_Section):
     wall_s: float = Field(20.0, gt=0, le=3600, description="time of one compilation, also for waiting")
     workers: int = Field(2, ge=1, le=256, description="compilations at once; one tenant gets half of them")
     waiting: int = Field(16, ge=1, le=65536, description="compilations of one tenant that may wait")
+    refused_cpu_s: float = Field(
+        10.0, gt=0, le=86_400, description="processor time of one tenant for constraints that are refused"
+    )
     cache_bytes: int = Field(256 << 20, ge=0, description="compiled grammars that are kept, on disk")
     verify: bool = Field(True, description="check finished outputs against their JSON schema")
 
@@ -181,6 +184,7 @@ class DeploymentSettings(_Section):
     native_block_manager: bool = Field(
         True, description="account KV blocks with Twinjet's manager where it can"
     )
+    kv_events: bool = Field(False, description="tell what the prefix cache holds, for WatchKvEvents")
     max_restarts: int = Field(
         5, ge=0, le=2**31 - 1, description="restarts in a row before the deployment is given up"
     )

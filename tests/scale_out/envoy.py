@@ -81,7 +81,7 @@ class Envoy:
         self.admin = ""
         self.address = ""
 
-    async def until_healthy(self, num_replicas: int, timeout_s: float = 60.0) -> None:
+    async def until_healthy(self, num_replicas: int, timeout_s: float = 120.0) -> None:
         """Wait until Envoy listens and takes so many replicas of each cluster for healthy."""
         async with asyncio.timeout(timeout_s):
             while not self._told.exists() or not self._told.read_text():

@@ -29,7 +29,7 @@ class Gate:
     @contextmanager
     def enter(self, peer: str) -> Iterator[None]:
         """Count a stream while it is open. peer: gRPC's name of the connection. Raises Overloaded."""
-        address = peer.rpartition(":")[0] or peer
+        address = address_of(peer)
         self._check("server", "in all", self._num_streams, self._max_streams)
         self._check(
             f"connection:{peer}", "on one connection", self._of_connection[peer], self._max_of_connection
@@ -54,6 +54,11 @@ class Gate:
                 retry_after_s=RETRY_S,
                 quotas=(QuotaExcess(subject, text),),
             )
+
+
+def address_of(peer: str) -> str:
+    """Give a connection's name without its port."""
+    return peer.rpartition(":")[0] or peer
 
 
 def _subtract(counts: Counter[str], key: str) -> None:

@@ -42,6 +42,10 @@ EXIT_FAILED = 1
 EXIT_CONFIG = 2
 CLEANUP_S = 10.0
 """How long ended requests may take to let go of the engine."""
+LIVENESS = "liveness"
+"""A name in the health service that is served as long as the process answers."""
+FAREWELL_S = 0.5
+"""How long calls that came last may take to be refused; at once, grpc.aio would end them with a bare CANCELLED."""
 
 _SERVICES = [
     service_pb2.DESCRIPTOR.services_by_name[name]
@@ -85,6 +89,8 @@ class Server:
             self._web = self._listen_http()
         for name in ["", *self.deployments.models, *(s.full_name for s in self._services)]:
             self._health.set(name, False)
+        # Of the process alone, for whoever starts it again: it may load, drain or have no model that runs.
+        self._health.set(LIVENESS, True)
         await self._door.start()
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
         self._tasks.append(asyncio.create_task(self.load_reports.run(), name="load reports"))
@@ -132,7 +138,7 @@ class Server:
         """Drain within the grace period, end what is left, then stop the engines."""
         self._door.send_away()
         await self.drain(None)
-        await self._door.stop(0)
+        await self._door.stop(FAREWELL_S)
         await self.live.wait(CLEANUP_S)
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
