@@ -25,8 +25,8 @@ OTHER_VARIABLES = frozenset(
         "TWINJET_ADDRESS",  # clients of the command line
         "TWINJET_TOKEN",
         "TWINJET_CACHE_DIR",  # models.demo
-        "TWINJET_CPU_TARGET",
-        "TWINJET_KV_EVENTS",  # sampler and block hash
+        "TWINJET_CPU_TARGET",  # sampler and block hash
+        "TWINJET_KV_EVENTS",  # engines.vllm, of an engine's own process
         "TWINJET_VLLM_NATIVE",  # engines.vllm
         "TWINJET_CUDA",  # the build
     }
