@@ -206,9 +206,10 @@ py::list Rank(epp::Picker& picker, const py::bytes& candidates, int64_t num_toke
 void BindPicker(py::module_& module) {
   using epp::Picker;
   py::class_<Picker>(module, "Picker", "The replica on which a request will likely begin to answer first.")
-      .def(py::init([](double running_tokens, double waiting_tokens, double kv_penalty, double report_lag_s,
-                       double report_life_s, double max_waiting) {
+      .def(py::init([](double prefill_per_s, double running_tokens, double waiting_tokens, double kv_penalty,
+                       double report_lag_s, double report_life_s, double max_waiting) {
              epp::PickerOptions options;
+             options.prefill_per_s = prefill_per_s;
              options.running_tokens = running_tokens;
              options.waiting_tokens = waiting_tokens;
              options.kv_penalty = kv_penalty;
@@ -217,8 +218,8 @@ void BindPicker(py::module_& module) {
              options.max_waiting = max_waiting;
              return std::make_unique<Picker>(options);
            }),
-           py::kw_only(), py::arg("running_tokens"), py::arg("waiting_tokens"), py::arg("kv_penalty"),
-           py::arg("report_lag_s"), py::arg("report_life_s"), py::arg("max_waiting"))
+           py::kw_only(), py::arg("prefill_per_s"), py::arg("running_tokens"), py::arg("waiting_tokens"),
+           py::arg("kv_penalty"), py::arg("report_lag_s"), py::arg("report_life_s"), py::arg("max_waiting"))
       .def("add", &Picker::Add)
       .def(
           "remove", [](Picker& picker, int64_t id) { picker.Remove(Known(picker, id)); }, py::arg("replica"))

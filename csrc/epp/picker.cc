@@ -30,6 +30,12 @@ void Picker::Report(ReplicaId id, const ReplicaLoad& load, double now) {
   replica.load = load;
   replica.reported_at = now;
   ForgetSent(&replica, now - options_.report_lag_s);
+  replica.backlog = load.waiting_tokens + static_cast<double>(replica.sent_tokens);
+  replica.backlog_at = now;
+}
+
+double Picker::Backlog(const Replica& replica, double now) const {
+  return std::max(replica.backlog - options_.prefill_per_s * (now - replica.backlog_at), 0.0);
 }
 
 void Picker::ForgetSent(Replica* replica, double before) {
@@ -58,13 +64,12 @@ Choice Picker::Judge(ReplicaId id, int64_t num_tokens, double now) const {
   }
   const ReplicaLoad& load = replica.load;
   auto num_sent = static_cast<double>(replica.num_sent);
-  auto sent_tokens = static_cast<double>(replica.sent_tokens);
+  double backlog = Backlog(replica, now);
   // What we have sent ourselves is there, whatever the replica says.
   double running = std::max(load.running + num_sent, static_cast<double>(replica.in_flight) - load.waiting);
-  choice.cost += load.waiting_tokens + sent_tokens + load.waiting * options_.waiting_tokens +
-                 running * options_.running_tokens;
+  choice.cost += backlog + load.waiting * options_.waiting_tokens + running * options_.running_tokens;
   if (replica.kv_tokens > 0) {
-    double room = replica.kv_tokens * (1 - load.kv_utilization) - load.waiting_tokens - sent_tokens;
+    double room = replica.kv_tokens * (1 - load.kv_utilization) - backlog;
     if (own > room) choice.cost += (own - room) * options_.kv_penalty;
   }
   choice.waiting = load.waiting + (load.waiting > 0 ? num_sent : 0);
@@ -112,6 +117,8 @@ uint64_t Picker::Begin(ReplicaId id, int64_t num_tokens, double now) {
   ForgetSent(&replica, now - std::max(options_.report_life_s, options_.report_lag_s));
   replica.sent.push_back({next_ticket_, now, num_tokens});
   ++replica.num_sent;
+  replica.backlog = Backlog(replica, now) + static_cast<double>(num_tokens);
+  replica.backlog_at = now;
   replica.assigned = replica.assigned * std::exp((replica.assigned_at - now) / options_.memory_s) +
                      static_cast<double>(num_tokens);
   replica.assigned_at = now;
@@ -127,7 +134,9 @@ void Picker::End(ReplicaId id, uint64_t ticket, int64_t num_tokens) {
   replica.in_flight_tokens -= num_tokens;
   auto found = std::lower_bound(replica.sent.begin(), replica.sent.end(), ticket,
                                 [](const Sent& sent, uint64_t wanted) { return sent.ticket < wanted; });
-  if (found != replica.sent.end() && found->ticket == ticket) Settle(&replica, &*found);
+  if (found == replica.sent.end() || found->ticket != ticket) return;
+  Settle(&replica, &*found);
+  replica.backlog = std::max(replica.backlog - static_cast<double>(num_tokens), 0.0);
 }
 
 }  // namespace twinjet::epp

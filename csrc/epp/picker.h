@@ -4,7 +4,8 @@
 // request itself that are not cached, those that wait, and the share of a running request's steps, in tokens.
 // So a cached prefix draws requests until the queue before it costs more than computing the prefix elsewhere.
 //
-// Loads come in reports, and are old when they come; what was sent to a replica since is added to them.
+// Loads come in reports, and are old when they come; what was sent to a replica since is added to them, and
+// what it will have worked off meanwhile taken away.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +19,14 @@ namespace twinjet::epp {
 
 // All in tokens, but as said.
 struct PickerOptions {
-  double running_tokens = 64;   // what a running request costs one that comes
-  double waiting_tokens = 256;  // the same of a waiting one, beside its prompt
-  double kv_penalty = 4;        // by which each token is weighted for which the KV cache has no room
-  double report_lag_s = 0.15;   // a report may be so old when it comes
-  double report_life_s = 5.0;   // and counts for so long
-  double memory_s = 120;        // time constant in which what was sent is forgotten
-  double max_waiting = 64;      // requests waiting at a replica from which on it is full
+  double prefill_per_s = 10000;  // at which a replica works off what waits, per second
+  double running_tokens = 16;    // what a running request costs one that comes
+  double waiting_tokens = 256;   // the same of a waiting one, beside its prompt
+  double kv_penalty = 4;         // by which each token is weighted for which the KV cache has no room
+  double report_lag_s = 0.15;    // a report may be so old when it comes
+  double report_life_s = 5.0;    // and counts for so long
+  double memory_s = 120;         // time constant in which what was sent is forgotten
+  double max_waiting = 64;       // requests waiting at a replica from which on it is full
 };
 
 struct ReplicaLoad {
@@ -82,6 +84,8 @@ class Picker {
     double kv_tokens = 0;
     std::deque<Sent> sent;    // since the report
     int64_t sent_tokens = 0;  // of those that have not ended
+    double backlog = 0;       // tokens to compute before those of a request that comes, at the time below
+    double backlog_at = 0;
     int64_t num_sent = 0;
     int64_t in_flight = 0;  // ours, whatever the reports say
     int64_t in_flight_tokens = 0;
@@ -92,6 +96,7 @@ class Picker {
 
   static void ForgetSent(Replica* replica, double before);
   static void Settle(Replica* replica, Sent* sent);
+  double Backlog(const Replica& replica, double now) const;
   Choice Judge(ReplicaId id, int64_t num_tokens, double now) const;
 
   PickerOptions options_;

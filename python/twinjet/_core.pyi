@@ -1248,6 +1248,7 @@ class Picker:
     def __init__(
         self,
         *,
+        prefill_per_s: float,
         running_tokens: float,
         waiting_tokens: float,
         kv_penalty: float,

@@ -181,6 +181,18 @@ TEST(what_was_sent_since_the_report_counts) {
   CHECK_EQ(choices[0].replica, ids[0]);
 }
 
+TEST(a_backlog_shrinks_between_reports) {
+  Picker picker(PickerOptions{.prefill_per_s = 1000});
+  std::vector<uint32_t> ids = {picker.Add()};
+  picker.Report(ids[0], {.waiting_tokens = 2000}, 10);
+  picker.Begin(ids[0], 500, 11);
+  std::vector<Choice> choices;
+  picker.Rank(ids, 1, {}, 11.5, 1, 1, &choices);
+  CHECK_EQ(choices[0].cost, 1.0 + 1000.0 + 16.0);
+  picker.Rank(ids, 1, {}, 13, 1, 1, &choices);
+  CHECK_EQ(choices[0].cost, 1.0 + 16.0);
+}
+
 TEST(what_has_ended_counts_no_longer) {
   Picker picker(PickerOptions{});
   std::vector<uint32_t> ids = {picker.Add(), picker.Add()};
@@ -192,7 +204,7 @@ TEST(what_has_ended_counts_no_longer) {
   std::vector<Match> cached = {{ids[0], 900}};
   picker.Rank(ids, 1000, cached, 10, 1, 1, &choices);
   CHECK_EQ(choices[0].replica, ids[0]);
-  CHECK_EQ(choices[0].cost, 100.0 + 300.0 + 64.0);
+  CHECK_EQ(choices[0].cost, 100.0 + 300.0 + 16.0);
   // One that a report has told of ends without being counted twice.
   picker.Report(ids[0], {}, 11);
   picker.End(ids[0], second, 300);

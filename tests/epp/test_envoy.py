@@ -95,17 +95,17 @@ async def test_a_conversation_stays_and_long_prompts_come_whole(duplex: bool) ->
         epp_beside(servers) as epp,
         through_envoy(epp.address, servers, duplex=duplex) as stub,
     ):
-        turns = [pb.ChatMessage(role="system", content="word " * 30_000)]
+        turns = [pb.ChatMessage(role="system", content="word " * 14_000)]
         cached = []
         for turn in range(4):
             turns.append(pb.ChatMessage(role="user", content=f"question {turn}"))
             call = stub.Chat(pb.ChatRequest(messages=turns), timeout=60)
             messages = [message async for message in call]
-            assert messages[0].started.prompt_tokens > 150_000
+            assert messages[0].started.prompt_tokens > 70_000
             cached.append(messages[0].started.cached_prompt_tokens)
             text = "".join(m.delta.text for m in messages)
             turns.append(pb.ChatMessage(role="assistant", content=text))
-        assert cached[0] == 0 and min(cached[1:]) > 150_000
+        assert cached[0] == 0 and min(cached[1:]) > 70_000
 
 
 async def test_other_methods_and_compressed_requests_pass(duplex: bool) -> None:

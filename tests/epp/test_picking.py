@@ -173,6 +173,18 @@ def test_a_replica_that_does_not_answer_gets_nothing_and_forgets() -> None:
     assert error.value.reason == "NO_REPLICA"
 
 
+def test_when_all_are_silent_at_once_they_are_asked_all_the_same() -> None:
+    bench = Bench(2)
+    home = bench.pick(ids(0))
+    first, second = bench.all
+    bench.picker.set_up(first, is_up=False, is_silent=True)
+    assert bench.pick(ids(7000)) == second.address
+    bench.picker.set_up(second, is_up=False, is_silent=True)
+    assert bench.pick(ids(0)) == home
+    bench.picker.set_up(first, is_up=False)
+    assert bench.pick(ids(0)) == second.address
+
+
 def test_a_replica_that_leaves_while_requests_run_is_forgotten_cleanly() -> None:
     bench = Bench(2)
     pick = bench.picker.pick(Ask(EppPrompt(ids(0).SerializeToString(), "Generate")))

@@ -40,7 +40,8 @@ class ModelFacts:
 
 @dataclass(eq=False)
 class Replica:
-    """A replica as far as known. number: in the native parts. is_up: whether it answers. event_sizes: block size of
+    """A replica as far as known. number: in the native parts. is_up: whether it answers. is_silent: it keeps its
+    connection and does not. event_sizes: block size of
     its KV events by model, of the models whose cache it tells of."""
 
     address: str
@@ -48,6 +49,7 @@ class Replica:
     models: Mapping[str, ModelFacts] = field(default_factory=dict)
     serving: Mapping[str, bool] = field(default_factory=dict)
     is_up: bool = False
+    is_silent: bool = False
     expected_wait_s: float | None = None
     event_sizes: dict[str, int] = field(default_factory=dict)
     is_gone: bool = False
@@ -108,7 +110,7 @@ class EndpointPicker:
         self._clock = clock
         self._bits = bits
         self._picker = Picker(
-            running_tokens=picking.running_tokens, waiting_tokens=picking.waiting_tokens,
+            prefill_per_s=picking.prefill_tokens_per_s, running_tokens=picking.running_tokens, waiting_tokens=picking.waiting_tokens,
             kv_penalty=picking.kv_penalty, report_lag_s=_REPORT_LAG_S, report_life_s=picking.report_life_s,
             max_waiting=shedding.max_waiting,
         )  # fmt: skip
@@ -164,13 +166,14 @@ class EndpointPicker:
         blocks = 0 if self._index_settings.mode == "off" else tokens // self._index_settings.block_tokens
         self._sent.set_capacity(replica.number, min(blocks, self._index_settings.max_blocks))
 
-    def set_up(self, replica: Replica, *, is_up: bool) -> None:
-        """The replica answers, or has stopped to. One that comes back may have lost its cache."""
-        if replica.is_up is not is_up and not replica.is_gone:
-            replica.is_up = is_up
-            self._candidates.clear()
-            if not is_up:
-                self._sent.clear(replica.number)
+    def set_up(self, replica: Replica, *, is_up: bool, is_silent: bool = False) -> None:
+        """The replica answers, or has stopped to. One whose connection is gone may come back without its cache."""
+        if replica.is_gone:
+            return
+        replica.is_up, replica.is_silent = is_up, is_silent
+        self._candidates.clear()
+        if not is_up and not is_silent:
+            self._sent.clear(replica.number)
 
     def report(self, replica: Replica, reading: Reading) -> None:
         """The replica told its load."""
@@ -250,6 +253,9 @@ class EndpointPicker:
     def _able(self, model: str, adapter: str) -> list[Replica]:
         """Those that will serve the request; failing that those that can say best why not."""
         up = [replica for replica in self.replicas.values() if replica.is_up]
+        if not up:
+            # All hang at once: more likely they are busy beyond measure, or we are.
+            up = [replica for replica in self.replicas.values() if replica.is_silent]
         knowing = [replica for replica in up if model in replica.models] if model else up
         serving = [replica for replica in knowing if replica.serves(model)]
         if adapter:

@@ -126,7 +126,11 @@ class ReplicaSettings(_Section):
 class PickingSettings(_Section):
     """What a replica's load costs, in tokens of prompt; how long a decision may take, in seconds."""
 
-    running_tokens: Weight = Field(64.0, description="cost of a request that runs at a replica")
+    prefill_tokens_per_s: Weight = Field(
+        10_000.0,
+        description="about the speed at which a replica computes prompts: its queue shrinks so between reports",
+    )
+    running_tokens: Weight = Field(16.0, description="cost of a request that runs at a replica")
     waiting_tokens: Weight = Field(256.0, description="the same of one that waits, beside its prompt")
     kv_penalty: Weight = Field(4.0, description="weight of a token for which the KV cache has no room")
     report_life_s: Duration = Field(5.0, description="a load report counts for so long")

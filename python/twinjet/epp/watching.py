@@ -83,13 +83,18 @@ class Watcher:
         pause_s = _FIRST_PAUSE_S
         while True:
             began = asyncio.get_running_loop().time()
+            is_silent = False
             try:
                 await self._follow_once(replica)
-            except (grpc.aio.AioRpcError, ValueError, TimeoutError) as error:
+            except TimeoutError:
+                is_silent = True
+                logger.warning("replica %s has been silent for too long", replica.address)
+            except (grpc.aio.AioRpcError, ValueError) as error:
+                is_silent = replica.is_silent and _is_late(error)
                 reason = error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 level = logging.WARNING if replica.is_up else logging.DEBUG
                 logger.log(level, "replica %s does not answer: %s", replica.address, reason)
-            self._picker.set_up(replica, is_up=False)
+            self._picker.set_up(replica, is_up=False, is_silent=is_silent)
             self._tell()
             if asyncio.get_running_loop().time() - began > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
@@ -165,6 +170,10 @@ class Watcher:
                     self._tell()
         finally:
             call.cancel()
+
+
+def _is_late(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
