@@ -217,7 +217,7 @@ class EndpointPicker:
         num_new = _num_new(num_tokens, cached_tokens)
         ticket = self._picker.begin(number, num_new, now)
         self._tenants[tenant] += 1
-        if hashes and not (is_exact and model in best.event_sizes):
+        if hashes and not (is_exact and self._full_name(model) in best.event_sizes):
             self._sent.touch(number, hashes)
         destination = ",".join(self._by_number[choice[0]].address for choice in choices)
         return Pick(destination, best, num_tokens, cached_tokens, tenant, ticket)
@@ -273,12 +273,19 @@ class EndpointPicker:
         if self._index_settings.mode == "events":
             ids = prompt.token_ids() if prompt.has_token_ids else token_ids
             if ids:
-                root = prefix_root(prompt.model, prompt.adapter, prompt.cache_salt)
-                for size in {r.event_sizes.get(prompt.model, 0) for r in self.replicas.values()} - {0}:
+                model = self._full_name(prompt.model)
+                root = prefix_root(model, prompt.adapter, prompt.cache_salt)
+                for size in {r.event_sizes.get(model, 0) for r in self.replicas.values()} - {0}:
                     exact = self.hasher(size).hash_bytes(memoryview(ids).cast("i"), salt=root)
                     if exact:
                         lookups.append((self.told, exact, size))
         return hashes, lookups
+
+    def _full_name(self, model: str) -> str:
+        """Give the name that "" stands for, where there is only one model."""
+        if not model and len(names := {name for r in self.replicas.values() for name in r.models}) == 1:
+            (model,) = names
+        return model
 
     def _refuse_if_full(self, waiting: float, tenant: str, priority: int, best: Replica) -> None:
         shedding = self._shedding

@@ -186,6 +186,14 @@ class EppConfig(_Section):
         default_factory=dict, description="model folder by model; with index.mode events, for text and chat"
     )
 
+    @model_validator(mode="after")
+    def _reports_come_in_time(self) -> EppConfig:
+        if self.picking.report_life_s < 2 * self.replicas.report_s:
+            raise ValueError(
+                "picking.report_life_s is below twice replicas.report_s: reports would not count"
+            )
+        return self
+
 
 def load(
     path: Path | None = None,

@@ -65,7 +65,9 @@ class _LoadCollector(Collector):
             "twinjet_kv_cache_utilization", "Share of the KV blocks in use, 0 to 1", labels=label
         )
         cache = GaugeMetricFamily(
-            "twinjet_kv_cache_info", "1, with the KV cache's sizes", labels=[*label, "block_size", "num_gpu_blocks"],
+            "twinjet_kv_cache_info",
+            "1, with the KV cache's sizes",
+            labels=[*label, "block_size", "num_gpu_blocks"],
         )
         preemptions = CounterMetricFamily(
             "twinjet_engine_preemptions", "Requests that the engine preempted", labels=label
