@@ -35,7 +35,7 @@ venv:
 # All tests, the quick ones first; the last lines are pytest's two summaries.
 test: venv test-cpp test-cpp-asan test-cpp-tsan
 	-@$(MAKE) --no-print-directory guidellm
-	deploy/dynamo_venv.sh
+	PYTHON=$(PYTHON) deploy/dynamo_venv.sh
 	PYTEST="$(run) -m pytest" deploy/pytest_both.sh
 
 # guidellm, whose own models must read the reports that we write; its tests are skipped where it cannot be had.

@@ -1,11 +1,11 @@
 """How often `twinjet compare` is wrong: planted differences between two fake engines on a simulated clock.
 
-    PYTHONPATH=python:. python bench/compare_calibration.py run RESULTS [--repeats 200] [--limit SECONDS]
-    PYTHONPATH=python:. python bench/compare_calibration.py table RESULTS [--plots FOLDER]
+    PYTHONPATH=python:. python bench/compare_calibration.py run RESULTS [--seeds 0,200] [--loop open] [--limit SECONDS]
+    PYTHONPATH=python:. python bench/compare_calibration.py table RESULTS.. [--plots FOLDER]
 
 The machine of the simulation drifts by 10% (time constant 20 s) and each step jitters by 15%. A verdict is false where
 it names a faster side though the sides are equal, or the wrong side. `run` appends one line of JSON a repeat and
-leaves out those that RESULTS has already, so it can be stopped and started at will.
+leaves out those that RESULTS has already, so it can be stopped and started at will, and shared out by seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,14 +61,14 @@ def read(path: Path) -> list[Repeat]:
     return [Repeat(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(path: Path, num_repeats: int, limit_s: float) -> None:
+def run(path: Path, seeds: range, loops: Sequence[str], limit_s: float) -> None:
     """Run what is missing, seed by seed over all cases, until the limit is passed."""
     ends_at = time.monotonic() + limit_s
     done = {(*r.case, r.seed) for r in read(path)}
     missing = (
         (loop, planted, seed)
-        for seed in range(num_repeats)
-        for loop in LOOPS
+        for seed in seeds
+        for loop in loops
         for planted in PLANTED
         if (loop, planted, seed) not in done
     )
@@ -117,15 +117,18 @@ def main() -> None:
     """Run or show."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--seeds", default="0,200", metavar="FIRST,END")
+    parser.add_argument("--loop", choices=tuple(LOOPS), help="only this one")
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--plots", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     if arguments.action == "run":
-        run(arguments.results, arguments.repeats, arguments.limit)
+        first, end = map(int, arguments.seeds.split(","))
+        loops = tuple(LOOPS) if arguments.loop is None else (arguments.loop,)
+        run(arguments.results[0], range(first, end), loops, arguments.limit)
         return
-    repeats = read(arguments.results)
+    repeats = [repeat for path in arguments.results for repeat in read(path)]
     print("\n".join(table(repeats)))
     if arguments.plots is not None:
         for name, svg in plots(repeats):

@@ -86,9 +86,11 @@ class Attack:
     admitted_s: list[float] = field(default_factory=list)
 
 
-def attack(address: str, num_threads: int, first: int, stop: Any, results: Any) -> None:
-    """Send the worst until told to stop; runs in a process of its own."""
-    constraints, found, began, lock = worst(), Attack(), time.monotonic(), threading.Lock()
+def attack(address: str, num_threads: int, first: int, start: Any, stop: Any, results: Any) -> None:
+    """Send the worst from when told to until told to stop; runs in a process of its own."""
+    constraints = worst()
+    start.wait()
+    found, began, lock = Attack(), time.monotonic(), threading.Lock()
     numbers = iter(range(first, sys.maxsize))
 
     def send() -> None:
@@ -224,13 +226,16 @@ class Campaign:
 
     def round(self) -> None:
         """Do each phase once."""
-        self._phase("alone", lambda: None)
         context = multiprocessing.get_context("spawn")
-        stop, results = context.Event(), context.Queue()
+        start, stop, results = context.Barrier(2), context.Event(), context.Queue()
         attacker = context.Process(
-            target=attack, args=(self._address, self._num_attackers, self._number, stop, results)
+            target=attack, args=(self._address, self._num_attackers, self._number, start, stop, results)
         )
+        # It has started long before it is let go.
         attacker.start()
+        time.sleep(1)
+        self._phase("alone", lambda: None)
+        start.wait()
         found: list[Attack] = []
 
         def end() -> None:

@@ -140,6 +140,17 @@ void WriteTokens(DecodeRow& row) {
   row.unwritten_tokens.clear();
 }
 
+// The token ids of a full block of the request, from its own list and from what is not written there yet.
+void ReadBlock(const DecodeRow& row, int64_t block, int64_t block_size, std::vector<int32_t>* tokens) {
+  tokens->clear();
+  auto num_written = static_cast<int64_t>(PyList_GET_SIZE(row.all_token_ids.ptr()));
+  for (int64_t i = block * block_size; i < (block + 1) * block_size; ++i) {
+    bool is_written = i < num_written;
+    tokens->push_back(is_written ? static_cast<int32_t>(ToInt(PyList_GET_ITEM(row.all_token_ids.ptr(), i)))
+                                 : row.unwritten_tokens[static_cast<size_t>(i - num_written)]);
+  }
+}
+
 void HashInPython(const RowContext& context, DecodeRow& row) {
   WriteTokens(row);
   PyObject* result = PyObject_CallMethodNoArgs(row.request.ptr(), Name_update_block_hashes());
@@ -249,9 +260,19 @@ void Publish(const RowContext& context, DecodeRow& row, int64_t num_tokens) {
   if (num_tokens < row.publish_at) return;
   kv::Sequence* sequence = context.manager->FindSequence(row.sequence);
   int64_t num_new = 0;
+  std::vector<int32_t> tokens;
+  auto tokens_of = [&](int64_t block) {
+    ReadBlock(row, block, context.manager->block_size(), &tokens);
+    return std::span<const int32_t>(tokens);
+  };
   kv::Status status = context.manager->PublishHashes(
       *sequence, num_tokens, row.first_hash + static_cast<int64_t>(row.hashes.size()),
-      [&row](int64_t block) { return row.hashes[static_cast<size_t>(block - row.first_hash)]; }, &num_new);
+      [&row](int64_t block) {
+        // The parent of the first one lies before those that the row keeps.
+        if (block < row.first_hash) return HashFrom(PyList_GET_ITEM(row.block_hashes.ptr(), block));
+        return row.hashes[static_cast<size_t>(block - row.first_hash)];
+      },
+      tokens_of, &num_new);
   if (status != kv::Status::kOk) throw std::runtime_error("a full block has no hash to publish it under");
   row.publish_at = (sequence->num_published + 1) * context.manager->block_size();
 }

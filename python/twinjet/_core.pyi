@@ -296,6 +296,7 @@ class BlockManager:
         matched: Sequence[int] | None = None,
         reserved_blocks: int = 0,
         use_watermark: bool = False,
+        tokens: list[int] | None = None,
         /,
     ) -> tuple[int, ...] | None:
         """See that the sequence has slots for num_tokens tokens in all. Positional arguments only.
@@ -303,12 +304,15 @@ class BlockManager:
         num_publish_tokens: then publish the full blocks within the first so many tokens, block i
             under hashes[i]; blocks published or matched before are passed over.
         matched: block ids from match_hashes, for a sequence that has no blocks yet; they come first.
+        tokens: all token ids of the sequence, for the event log; read only where blocks are published.
         Returns the new block ids (matched ones not among them; () if none), or None where the free
         blocks do not suffice. Slots are never given back by a smaller num_tokens.
         Raises ValueError where a matched block is no longer cached, or hashes are too few.
         """
-    def publish_hashes(self, sequence: int, num_tokens: int, hashes: BlockHashes, /) -> int:
-        """Publish the full blocks within the first num_tokens tokens, block i under hashes[i].
+    def publish_hashes(
+        self, sequence: int, num_tokens: int, hashes: BlockHashes, tokens: list[int] | None = None, /
+    ) -> int:
+        """Publish the full blocks within the first num_tokens tokens, block i under hashes[i]. tokens: as reserve().
 
         Returns how many the cache did not know.
         """
@@ -358,6 +362,10 @@ class BlockManager:
     def reset_stats(self) -> None: ...
     def take_events(self) -> list[KvEvent]:
         """Return the events since the last call, oldest first, and clear the log."""
+    def drain_events(self, max_events: int) -> bytes:
+        """Take up to max_events of the oldest events out of the log, as records (csrc/kv/event_log.h)."""
+    def set_tag(self, sequence: int, tag: int) -> None:
+        """Have a number told with the events of blocks that the sequence stores; 0 to 2^32 - 1, at first 0."""
 
 # ---- sampler ----
 

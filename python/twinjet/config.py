@@ -184,6 +184,7 @@ class DeploymentSettings(_Section):
     native_block_manager: bool = Field(
         True, description="account KV blocks with Twinjet's manager where it can"
     )
+    kv_events: bool = Field(False, description="tell what the prefix cache holds, for WatchKvEvents")
     max_restarts: int = Field(
         5, ge=0, le=2**31 - 1, description="restarts in a row before the deployment is given up"
     )

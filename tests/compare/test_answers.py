@@ -48,17 +48,25 @@ class Deviant:
             yield replace(arrived, token_ids=ids)
 
 
-async def _answers(*, deviant: bool, num_logprobs: int | None = 3, num_tokens: int | None = None) -> RunData:
+async def _answers(
+    *,
+    deviant: bool,
+    num_logprobs: int | None = 3,
+    sampling: SamplingOverrides | None = None,
+    **options: Any,
+) -> RunData:
     machine = Machine(1)
     engines = SimulatedEngine("a", machine), SimulatedEngine("b", machine)
     for engine in engines:
-        engine._options = engine._options.model_copy(update={"output_tokens": num_tokens})
+        engine._options = engine._options.model_copy(update=options)
         await engine.start(lambda _: None)
     a, b = (EngineTarget(name, engine) for name, engine in zip("ab", engines, strict=True))
     running = Driver(
         a,
         Deviant(b, {1, 4}, 5) if deviant else b,
-        workload.Workload(workload.synthetic(8, 16, 64, vocab_size=256)),
+        workload.Workload(
+            workload.synthetic(8, 16, 64, vocab_size=256), sampling=sampling or SamplingOverrides()
+        ),
         workload.Load("closed", concurrency=4),
         4,
         Precision(max_blocks=10),
@@ -81,6 +89,15 @@ def test_equal_sides_are_equal_to_each_other_and_to_themselves() -> None:
     assert found.examples == () and found.valid_a is None
 
 
+def test_seeded_draws_are_equal_where_logits_are_equal() -> None:
+    sampling = SamplingOverrides(temperature=0.9, top_p=0.95)
+    data = run_virtual(_answers(deviant=False, sampling=sampling, output="logits", num_logprobs=None))
+    found = analysis.answers(data)
+    assert found.both.num_equal_pairs == found.both.num_pairs == NUM_SAME
+    # They are draws: other seeds give other answers.
+    assert len({record.token_ids for record in data.records}) == NUM_SAME
+
+
 def test_where_answers_part_is_told_with_its_margin() -> None:
     data = run_virtual(_answers(deviant=True))
     data.header = {"names": ["A", "B"], "metric": "token_time"}
@@ -100,7 +117,7 @@ def test_where_answers_part_is_told_with_its_margin() -> None:
 
 
 def test_answers_end_where_the_model_ends_them_and_the_rest_of_the_run_has_fixed_lengths() -> None:
-    data = run_virtual(_answers(deviant=False, num_tokens=7))
+    data = run_virtual(_answers(deviant=False, output_tokens=7))
     assert {record.reason for record in data.records} == {"stop"}
     assert {len(record.token_ids) for record in data.records} == {8}
     assert analysis.answers(data).reasons_a == {"stop": NUM_SAME}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.models.simulated_twins import compare_twins
 from tests.models.virtual_time import run_virtual
 from twinjet.compare import analysis
 from twinjet.compare.analysis import Slo
+from twinjet.compare.plots import Line, Plot
 from twinjet.compare.records import Journal, Record, RunData, TokenChances, read_run
 from twinjet.compare.report import as_csv, as_html, as_text, make_report
 from twinjet.compare.sameness import Answer, compare_answers, summarize
@@ -184,3 +186,17 @@ def test_a_run_without_blocks_is_no_comparison() -> None:
     assert report.verdict.words == "not comparable because the run was ended before anything was measured"
     assert "not comparable" in as_html(report, empty)
     assert json.loads(json.dumps(as_csv(report)))
+
+
+@pytest.mark.parametrize(
+    ("values", "x_ticks"),
+    [((0, 333), ["0", "100", "200", "300", "400"]), ((0, 5800), ["0", "2000", "4000", "6000"]),
+     ((-3, 7), ["-5", "-2.5", "0", "2.5", "5", "7.5"]), ((0, 0), ["0", "0.25"])],
+)  # fmt: skip
+def test_a_plot_has_round_ticks_that_hold_all_values(values: tuple[float, float], x_ticks: list[str]) -> None:
+    points = [(values[0], 0.0), (values[1], 99.5), (math.nan, 1e9)]
+    svg = Plot("a < b", "x", "y", [Line(points, "#000")]).svg()
+    assert re.findall(r'text-anchor="middle">(-?[\d.]+)</text>', svg) == x_ticks
+    assert re.findall(r'text-anchor="end">(-?[\d.]+)</text>', svg) == ["0", "25", "50", "75", "100"]
+    assert "<title>a &lt; b</title>" in svg and "nan" not in svg
+    assert Plot("", "x", "y", [Line([(math.nan, 1.0)], "#000")]).figure() == ""

@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncGenerator
 
 from twinjet.compare import analysis, driver, workload
+from twinjet.compare.plan import default_metric
 from twinjet.compare.records import RunData, TokenChances
 from twinjet.compare.statistics import Precision, Verdict
 from twinjet.engines.base import OutputEvent
@@ -96,13 +97,16 @@ async def compare_twins(
     for engine in engines:
         await engine.start(lambda _: None)
     items = workload.synthetic(32, 16, 4096, vocab_size=256, seed=seed)
+    load = load or workload.Load("closed", concurrency=4)
     running = driver.Driver(
         EngineTarget("a", engines[0]),
         EngineTarget("b", engines[1]),
         workload.Workload(items),
-        load or workload.Load("closed", concurrency=4),
+        load,
         requests_per_leg,
         precision or Precision(half_width=0.02),
+        # Blocks are planned by what is judged.
+        analysis.Settings(metric=default_metric(load)),
         seed=seed,
     )
     await running.run()

@@ -86,10 +86,10 @@ def install_node_client() -> bool:
 
 
 @asynccontextmanager
-async def node_calls(target: str, config: str) -> AsyncIterator[None]:
+async def node_calls(target: str, config: str, num_tokens: int = 1) -> AsyncIterator[None]:
     """Keep calls under way from a stock Node client."""
     process = await asyncio.create_subprocess_exec(
-        "node", str(HERE / "client.js"), target, config, str(ROOT / "proto"), str(CALLS),
+        "node", str(HERE / "client.js"), target, config, str(ROOT / "proto"), str(CALLS), str(num_tokens),
         stdin=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"NODE_PATH": str(NODE_FOLDER / "node_modules")},
     )  # fmt: skip

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 260, 54, 12, 12, 34
-_NUM_TICKS = 5
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 260, 54, 18, 12, 34
+_FEWEST_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,15 @@ class Plot:
     def _axes(self, scale_x: _Scale, scale_y: _Scale) -> list[str]:
         bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
         parts = []
-        for x, y in zip(scale_x.ticks, scale_y.ticks, strict=True):
+        for y in scale_y.ticks:
             at_y = scale_y.at(y)
             parts.append(
                 f'<line x1="{_LEFT}" y1="{at_y:.1f}" x2="{right}" y2="{at_y:.1f}" stroke="#d0d7de"/>'
-                f'<text x="{_LEFT - 4}" y="{at_y + 4:.1f}" text-anchor="end">{y:.3g}</text>'
-                f'<text x="{scale_x.at(x):.1f}" y="{bottom + 14}" text-anchor="middle">{x:.3g}</text>'
+                f'<text x="{_LEFT - 4}" y="{at_y + 4:.1f}" text-anchor="end">{y:.6g}</text>'
+            )
+        for x in scale_x.ticks:
+            parts.append(
+                f'<text x="{scale_x.at(x):.1f}" y="{bottom + 14}" text-anchor="middle">{x:.6g}</text>'
             )
         middle_x, middle_y = (_LEFT + right) / 2, (_TOP + bottom) / 2
         parts.append(
@@ -94,20 +97,26 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
+    """An axis from low to high, both whole multiples of step, drawn between begin and end."""
+
     low: float
     high: float
+    step: float
     begin: float
     end: float
 
     @staticmethod
     def over(values: Sequence[float], begin: float, end: float) -> _Scale:
         low, high = min([0.0, *values]), max([0.0, *values])
-        return _Scale(low, high if high > low else low + 1.0, begin, end)
+        rough = ((high - low) or 1.0) / _FEWEST_STEPS
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.999 * rough)
+        return _Scale(math.floor(low / step) * step, (math.ceil(high / step) or 1) * step, step, begin, end)
 
     @property
     def ticks(self) -> list[float]:
-        step = (self.high - self.low) / (_NUM_TICKS - 1)
-        return [self.low + i * step for i in range(_NUM_TICKS)]
+        count = round((self.high - self.low) / self.step)
+        return [self.low + i * self.step for i in range(count + 1)]
 
     def at(self, value: float) -> float:
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)

@@ -134,6 +134,8 @@ class Journal:
 
     def leg(self, facts: LegFacts, records: Iterable[Record]) -> None:
         """Write a finished leg and its requests."""
+        if self._file is None:
+            return
         self._write(
             [*({"type": "request"} | asdict(record) for record in records), {"type": "leg"} | asdict(facts)]
         )

@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import grpc
 
-from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, RenderedChat, Tokenizer
+from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
 from twinjet.request import EngineRequest, Sampling, SamplingOverrides, draw_seed, resolve_sampling
 from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
+from twinjet.server.encoding import Encoder
 from twinjet.server.failover import Failover
 from twinjet.server.gate import Gate, address_of
 from twinjet.server.grammar import Grammars
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 REQUEST_ID_KEY = "x-request-id"
 ACCEPTED_ID_KEY = "twinjet-request-id"
-INLINE_TOKENIZE_CHARS = 2048
-"""Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 MAX_EMBED_INPUTS = 256
 
 
@@ -111,6 +110,7 @@ class InferenceServicer:
         self._watch = WriterWatch(settings.stalled_reader_s)
         self._grammars = grammars
         self._gate = Gate(settings)
+        self._encoder = Encoder()
         self._failover = Failover(deployments, metrics)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
@@ -128,9 +128,11 @@ class InferenceServicer:
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             if request.token_ids:
+                _check_length(len(request.token_ids), "token_ids", info)
                 ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
                 return _Prompt(ids, "token_ids")
-            return _Prompt(await _encode(engine.tokenizer, request.text, add_special_tokens=True), "text")
+            most = info.limits.max_context_tokens
+            return _Prompt(await self._encoder.prompt(engine.tokenizer, request.text, most, "text"), "text")
 
         await self._serve(_Call(model, "generate", overrides, options, arrival, encode), context)
 
@@ -150,8 +152,12 @@ class InferenceServicer:
         options = self._options(request.options, context)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
-            _, ids = await _encode_chat(
-                engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
+            _, ids = await self._encoder.chat(
+                engine.tokenizer,
+                turns,
+                continue_final=request.continue_final_message,
+                parse=request.parse_control_tokens,
+                most=info.limits.max_context_tokens,
             )
             return _Prompt(ids, "messages")
 
@@ -197,15 +203,17 @@ class InferenceServicer:
         if request.messages:
             _need(info, "chat")
             turns = convert.chat_turns(request.messages, limit)
-            text, ids = await _encode_chat(
-                engine.tokenizer, turns, False, parse=request.parse_control_tokens,
+            text, ids = await self._encoder.chat(
+                engine.tokenizer,
+                turns,
+                parse=request.parse_control_tokens,
                 add_special_tokens=request.add_special_tokens,
-            )  # fmt: skip
+            )
         else:
             convert.one_prompt(request.text, (), limit)
             text = request.text
             add_special = request.add_special_tokens or not request.HasField("add_special_tokens")
-            ids = await _encode(engine.tokenizer, text, add_special_tokens=add_special)
+            ids = await self._encoder.encode(engine.tokenizer, text, add_special_tokens=add_special)
         return tokenization_pb2.TokenizeResponse(
             token_ids=ids, max_context_tokens=info.limits.max_context_tokens, text=text
         )
@@ -218,7 +226,9 @@ class InferenceServicer:
             raise InvalidRequest.of("token_ids", "is empty; at least one token id is needed")
         engine, info = self._deployments.pick(model).ready()
         ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
-        text = engine.tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+        text = await self._encoder.decode(
+            engine.tokenizer, ids, skip_special_tokens=request.skip_special_tokens
+        )
         return tokenization_pb2.DetokenizeResponse(text=text)
 
     def _options(self, message: generation_pb2.RequestOptions, context: Context) -> convert.Options:
@@ -256,7 +266,8 @@ class InferenceServicer:
         if item.token_ids:
             ids = convert.token_ids(item.token_ids, info.limits.vocab_size, f"{prefix}token_ids")
         else:
-            ids = await _encode(engine.tokenizer, item.text, add_special_tokens=True)
+            most = info.limits.max_context_tokens
+            ids = await self._encoder.prompt(engine.tokenizer, item.text, most, f"{prefix}text")
         if len(ids) > info.limits.max_context_tokens:
             limit = info.limits.max_context_tokens
             raise InvalidRequest.of(f"{prefix}text", f"{len(ids)} tokens; the model's context is {limit}")
@@ -341,12 +352,8 @@ class InferenceServicer:
 def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
     """Check everything that needs no engine, and make the engine's request."""
     options, arrival = call.options, call.arrival
-    num_tokens, limit = len(prompt.token_ids), info.limits.max_context_tokens
-    if not 1 <= num_tokens < limit:
-        raise InvalidRequest.of(
-            prompt.field,
-            f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
-        )
+    num_tokens = len(prompt.token_ids)
+    _check_length(num_tokens, prompt.field, info)
     seed = call.seed if options.handoff_seed is None else options.handoff_seed
     sampling = resolve_sampling(call.overrides, info, num_prompt_tokens=num_tokens, seed=seed)
     if options.priority and "priority" not in info.capabilities:
@@ -376,6 +383,15 @@ def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
         prefill_only=options.prefill_only,
         handoff=options.handoff,
     )
+
+
+def _check_length(num_tokens: int, field: str, info: EngineInfo) -> None:
+    limit = info.limits.max_context_tokens
+    if not 1 <= num_tokens < limit:
+        raise InvalidRequest.of(
+            field,
+            f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
+        )
 
 
 def _check_parts(options: convert.Options, sampling: Sampling, info: EngineInfo) -> None:
@@ -410,35 +426,3 @@ def _new_request_id(context: Context) -> str:
     if not correlation or convert.request_id_violation(REQUEST_ID_KEY, correlation):
         return drawn
     return f"{correlation[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"
-
-
-async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-    ids: Sequence[int]
-    if len(text) <= INLINE_TOKENIZE_CHARS:
-        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    else:
-        ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-    return tuple(ids)
-
-
-async def _encode_chat(
-    tokenizer: Tokenizer,
-    turns: Sequence[ChatTurn],
-    continue_final: bool,
-    *,
-    parse: bool,
-    add_special_tokens: bool = False,
-) -> tuple[str, tuple[int, ...]]:
-    """Give a conversation as text and as token ids. parse: control tokens in its content count as such."""
-
-    def encode() -> tuple[str, tuple[int, ...]]:
-        if parse:
-            rendered = RenderedChat(tokenizer.render_chat(turns, continue_final=continue_final))
-        else:
-            rendered = tokenizer.render_as_data(turns, continue_final=continue_final)
-        return rendered.text, tuple(
-            tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
-        )
-
-    is_short = sum(len(turn.content) for turn in turns) <= INLINE_TOKENIZE_CHARS
-    return encode() if is_short else await asyncio.to_thread(encode)
