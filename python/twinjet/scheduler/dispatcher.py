@@ -423,7 +423,10 @@ class Dispatcher:
         if self._engine is not None:
             now = self._clock()
             # Those that wait first: a slot that an expired request leaves is not for another one.
-            for entry in sorted(self._core.expired(now), key=lambda entry: entry.state is not State.WAITING):
+            expired = self._core.expired(now)
+            for entry in (
+                sorted(expired, key=lambda entry: entry.state is not State.WAITING) if expired else ()
+            ):
                 where = "in the queue" if entry.state is State.WAITING else "while it ran"
                 stream = self._streams[entry.request.request_id]
                 self._end(stream, DeadlinePassed(f"the deadline passed {where}"))

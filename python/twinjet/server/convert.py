@@ -108,11 +108,15 @@ def _kv_retention(message: generation_pb2.KvRetention, violations: list[Violatio
 
 def trace_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> Mapping[str, str]:
     """Give the W3C trace context of a call: traceparent and tracestate, if the former is there and well formed."""
-    sent = {key: value for key, value in metadata or () if key in ("traceparent", "tracestate")}
-    found = {
-        key: value for key, value in sent.items() if isinstance(value, str) and len(value) <= MAX_TRACE_BYTES
-    }
-    return found if _TRACEPARENT.fullmatch(found.get("traceparent", "")) else {}
+    found = {}
+    for key, value in metadata or ():
+        if (
+            (key == "traceparent" or key == "tracestate")
+            and isinstance(value, str)
+            and len(value) <= MAX_TRACE_BYTES
+        ):
+            found[key] = value
+    return found if found and _TRACEPARENT.fullmatch(found.get("traceparent", "")) else {}
 
 
 def one_prompt(text: str, token_ids: Sequence[int], max_bytes: int, prefix: str = "") -> None:
@@ -120,7 +124,7 @@ def one_prompt(text: str, token_ids: Sequence[int], max_bytes: int, prefix: str 
     if bool(text) == bool(token_ids):
         what = "both are set" if text else "both are empty"
         raise InvalidRequest.of(f"{prefix}text", f"{what}; set exactly one of text and token_ids")
-    size = len(text.encode())
+    size = len(text.encode()) if text else 0
     if size > max_bytes:
         raise InvalidRequest.of(f"{prefix}text", f"{size} bytes; at most {max_bytes} are allowed")
 

@@ -114,7 +114,8 @@ class Deployments:
         route = self.table.routes[model]
         key = {"none": "", "tenant": tenant, "session": session}[route.sticky]
         deployment = self.by_name[choose(route, self._is_ready, self._random, key)]
-        deployment.ready()
+        if not deployment.is_ready:
+            deployment.ready()
         return deployment
 
     def mirror_of(self, model: str) -> Deployment | None:

@@ -14,10 +14,11 @@ import grpc
 from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, RenderedChat, Tokenizer
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
-from twinjet.request import EngineRequest, SamplingOverrides, draw_seed, resolve_sampling
+from twinjet.request import EngineRequest, draw_seed
 from twinjet.server import convert
 from twinjet.server.gate import Gate
 from twinjet.server.grammar import Grammars
+from twinjet.server.samplings import Samplings, Wish
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
@@ -84,6 +85,7 @@ class InferenceServicer:
         self._watch = WriterWatch(settings.stalled_reader_s)
         self._grammars = grammars
         self._gate = Gate(settings)
+        self._samplings = Samplings()
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
@@ -95,8 +97,8 @@ class InferenceServicer:
     ) -> None:
         model = self._deployments.resolve(request.model)
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
-        overrides = convert.sampling_overrides(request.sampling)
-        options = self._options(request.options, context)
+        wish = self._samplings.wish(request.sampling)
+        options = _options(request, context)
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "generate")
@@ -107,7 +109,7 @@ class InferenceServicer:
         else:
             ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
             prompt = _Prompt(ids, "text")
-        accepted = _accept(prompt, overrides, options, info, arrival)
+        accepted = _accept(prompt, wish, options, info, arrival)
         accepted = await self._with_grammar(accepted, engine)
         await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
@@ -123,8 +125,8 @@ class InferenceServicer:
             self._settings.max_prompt_bytes,
             continue_final=request.continue_final_message,
         )
-        overrides = convert.sampling_overrides(request.sampling)
-        options = self._options(request.options, context)
+        wish = self._samplings.wish(request.sampling)
+        options = _options(request, context)
         deployment = self._deployments.pick(model, options.tenant, options.session)
         engine, info = deployment.ready()
         _need(info, "chat")
@@ -132,7 +134,7 @@ class InferenceServicer:
         _, ids = await _encode_chat(
             engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
         )
-        accepted = _accept(_Prompt(ids, "messages"), overrides, options, info, arrival)
+        accepted = _accept(_Prompt(ids, "messages"), wish, options, info, arrival)
         accepted = await self._with_grammar(accepted, engine)
         await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
 
@@ -144,7 +146,7 @@ class InferenceServicer:
             raise InvalidRequest.of(
                 "inputs", f"{len(request.inputs)} inputs; allowed: 1 to {MAX_EMBED_INPUTS}"
             )
-        options = self._options(request.options, context)
+        options = _options(request, context)
         engine, info = self._deployments.pick(model).ready()
         _need(info, "embed")
         prompts = [
@@ -199,12 +201,6 @@ class InferenceServicer:
         ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
         text = engine.tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
         return tokenization_pb2.DetokenizeResponse(text=text)
-
-    def _options(self, message: generation_pb2.RequestOptions, context: Context) -> convert.Options:
-        options = convert.options(message)
-        if options.request_id:
-            return options
-        return replace(options, request_id=_new_request_id(context))
 
     def _copy(self, request: EngineRequest, model: str) -> None:
         """Send a copy of the request to the model's mirror, if it has one that can take it."""
@@ -290,12 +286,13 @@ class InferenceServicer:
                 # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
                 # write, by GeneratorExit, which allows no await.
                 self._watch.discard(writer)
+                writer.close()
                 ticket.close()
 
 
 def _accept(
     prompt: _Prompt,
-    overrides: SamplingOverrides,
+    wish: Wish,
     options: convert.Options,
     info: EngineInfo,
     arrival: _Arrival,
@@ -307,7 +304,7 @@ def _accept(
             prompt.field,
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
         )
-    sampling = resolve_sampling(overrides, info, num_prompt_tokens=num_tokens, seed=draw_seed())
+    sampling = wish.resolve(info, num_prompt_tokens=num_tokens, seed=draw_seed())
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
@@ -338,14 +335,27 @@ def _need(info: EngineInfo, capability: str) -> None:
         raise Unsupported(capability)
 
 
+def _options(
+    request: generation_pb2.GenerateRequest | generation_pb2.ChatRequest | embedding_pb2.EmbedRequest,
+    context: Context,
+) -> convert.Options:
+    """Check and convert a request's options; one without an id gets one. Raises InvalidRequest."""
+    if not request.HasField("options"):
+        return convert.Options(_new_request_id(context))
+    options = convert.options(request.options)
+    return options if options.request_id else replace(options, request_id=_new_request_id(context))
+
+
 def _new_request_id(context: Context) -> str:
     """Draw an id. It begins with the caller's x-request-id, which may come more than once, if that can be shown."""
-    sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
-    correlation = sent if isinstance(sent, str) else ""
+    sent = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str):
+            sent = value
     drawn = secrets.token_hex(12)
-    if not correlation or convert.request_id_violation(REQUEST_ID_KEY, correlation):
+    if not sent or convert.request_id_violation(REQUEST_ID_KEY, sent):
         return drawn
-    return f"{correlation[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"
+    return f"{sent[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"
 
 
 async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
