@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -72,9 +71,10 @@ class Stream {
   // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
   // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.
   void Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call);
-  // For the pump, after an Effect with is_awaited: appends what is to be carried. False: nobody carries, so
-  // whoever waits must be woken.
-  bool TakeParcels(double now, std::vector<Carrier::Parcel>* parcels);
+  // For the pump, after an Effect with is_awaited: appends what `carrier` is to carry, if it is this
+  // stream's. kNobody: nobody carries, so whoever waits must be woken. kOther: another carrier does.
+  enum class Carried : uint8_t { kNobody, kOther, kDone };
+  Carried TakeParcels(double now, const Carrier* carrier, std::vector<Carrier::Parcel>* parcels);
   std::shared_ptr<Carrier> carrier() const;
   // Since when the carrier has had no room for what waits; unset if nothing does.
   std::optional<double> blocked_since() const;
@@ -110,7 +110,8 @@ class Stream {
     uint32_t output_index = 0;
   };
 
-  void EncodeItems(const std::function<void(std::string)>& add);
+  template <typename Add>
+  void EncodeItems(Add add);
   bool Awaken();
   void PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
   Delta& PendingOf(uint32_t output_index);

@@ -380,7 +380,10 @@ class Dispatcher:
     def _release(self, entry: Entry, *, finished: bool = False) -> None:
         if entry.state is not State.ENDED:
             self._core.release(entry, self._clock(), finished=finished)
-            self._dispatch()
+            if self._core.num_waiting:
+                self._dispatch()
+            else:
+                self._set_timer()
 
     def _end(self, stream: _Stream | Ticket, error: Exception) -> None:
         """End one request; if it runs and nobody reads it at the moment, stop the engine's work on it now."""

@@ -6,8 +6,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import grpc
 
@@ -38,8 +38,7 @@ INLINE_TOKENIZE_CHARS = 2048
 MAX_EMBED_INPUTS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class _Arrival:
+class _Arrival(NamedTuple):
     """When a call came in and when it must have ended, in time.monotonic() seconds; deadline None is none.
 
     Read once, before any work: the time that gRPC still gives shrinks while the request is looked at.
@@ -57,8 +56,7 @@ class _Arrival:
         return cls(now, None if left_s is None else now + left_s, trace)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
+class _Prompt(NamedTuple):
     """A prompt as token ids, and the field it came from."""
 
     token_ids: tuple[int, ...]
@@ -343,7 +341,7 @@ def _options(
     if not request.HasField("options"):
         return convert.Options(_new_request_id(context))
     options = convert.options(request.options)
-    return options if options.request_id else replace(options, request_id=_new_request_id(context))
+    return options if options.request_id else options._replace(request_id=_new_request_id(context))
 
 
 def _new_request_id(context: Context) -> str:
