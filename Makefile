@@ -20,7 +20,7 @@ endif
 extension = -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
   -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
-.PHONY: serve venv test bench-frontend cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan \
+.PHONY: serve venv test guidellm bench-frontend cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan \
   fuzz-door
 
 # Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
@@ -34,7 +34,16 @@ venv:
 
 # All tests, the quick ones first; the last lines are pytest's two summaries.
 test: venv test-cpp test-cpp-asan test-cpp-tsan
+	-@$(MAKE) --no-print-directory guidellm
+	PYTHON=$(PYTHON) deploy/dynamo_venv.sh
 	PYTEST="$(run) -m pytest" deploy/pytest_both.sh
+
+# guidellm, whose own models must read the reports that we write; its tests are skipped where it cannot be had.
+guidellm: .cache/guidellm/installed
+.cache/guidellm/installed: deploy/requirements/guidellm.txt
+	$(PYTHON) -m venv --clear .cache/guidellm
+	.cache/guidellm/bin/pip install -q --no-deps -r $<
+	touch $@
 
 lint: venv stubs $(BUF)
 	$(BIN)/ruff check .

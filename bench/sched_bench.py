@@ -5,6 +5,8 @@ meet all of them. Between turns a buffer larger than the last-level cache is swe
 to be warm: a model's step would have evicted the scheduler's data as well. Times are medians over
 steps, in microseconds of this thread's CPU time, so that other load on the machine does not count.
 With arrivals, a request is added for each that ends; steps then differ, and times are means.
+With --kv-events a fourth scheduler tells its KV events to a reader in a thread, which is all that it has more than
+the third.
 
   .venv/bin/python bench/sched_bench.py --json sched_bench.json
 """
@@ -12,12 +14,18 @@ With arrivals, a request is added for each that ends; steps then differ, and tim
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
+import os
 import platform
+import socket
 import statistics
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests/engines/vllm"))
 
 from scheduler_harness import Engine, Prompt, Setup, make_native, make_stock, stock_hasher
 
+from twinjet.engines.vllm.kv_wire import ADDRESS_ENV
+
 PROMPT_TOKENS = 512
 BLOCK_SIZE = 16
+EVENTS = "native, KV events"
 
 
 class Turn:
@@ -60,18 +71,39 @@ class Turn:
         self.update_us.clear()
 
 
-def make_turns(setup: Setup) -> list[Turn]:
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Have schedulers that are made meanwhile tell their KV events to a thread that throws them away."""
+    listener = socket.socket(socket.AF_UNIX)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[ADDRESS_ENV] = f"{folder}/events"
+        listener.bind(os.environ[ADDRESS_ENV])
+        listener.listen()
+
+        def read() -> None:
+            connection, _ = listener.accept()
+            while connection.recv(1 << 20):
+                pass
+
+        threading.Thread(target=read, daemon=True).start()
+        yield
+        del os.environ[ADDRESS_ENV]
+
+
+def make_turns(setup: Setup, events: bool) -> list[Turn]:
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.engine import core
 
     turns = [Turn("stock", make_stock(setup), setup, stock_hasher(setup.block_size))]
-    for name in ("manager", "on"):
-        chosen = Setup(**{**setup.__dict__, "native": name})
-        scheduler = make_native(chosen)
+    names = {"manager": "manager only", "on": "native"} | ({"on+": EVENTS} if events else {})
+    for name, title in names.items():
+        chosen = Setup(**{**setup.__dict__, "native": name.rstrip("+")})
+        with listening() if title == EVENTS else contextlib.nullcontext():
+            scheduler = make_native(chosen)
         hasher = core.get_request_block_hasher(setup.block_size, get_hash_fn_by_name("sha256"))
-        turns.append(Turn({"manager": "manager only", "on": "native"}[name], scheduler, chosen, hasher))
+        turns.append(Turn(title, scheduler, chosen, hasher))
         status = scheduler.scheduler_status()
-        if not status.block_manager.is_native or status.decode_path.is_native != (name == "on"):
+        if not status.block_manager.is_native or status.decode_path.is_native != (name != "manager"):
             raise SystemExit(f"the native path was not taken: {status}")
     return turns
 
@@ -82,7 +114,9 @@ def prompt(index: int, rng: np.random.Generator, max_tokens: int, arrivals: bool
     return Prompt(f"{index}#{index}", tokens, limit, ignore_eos=True)
 
 
-def measure(num_running: int, is_async: bool, num_steps: int, cold: bool, arrivals: bool) -> dict[str, Any]:
+def measure(
+    num_running: int, is_async: bool, num_steps: int, cold: bool, arrivals: bool, events: bool
+) -> dict[str, Any]:
     max_tokens = 64 if arrivals else num_steps + 64
     blocks = num_running * ((PROMPT_TOKENS + max_tokens) // BLOCK_SIZE + 2) + 64
     setup = Setup(
@@ -93,7 +127,7 @@ def measure(num_running: int, is_async: bool, num_steps: int, cold: bool, arriva
         max_num_batched_tokens=8192,
         max_model_len=PROMPT_TOKENS + max_tokens + 16,
     )
-    turns = make_turns(setup)
+    turns = make_turns(setup, events)
     rngs = [np.random.default_rng(7) for _ in turns]
     added = [0] * len(turns)
 
@@ -150,7 +184,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("| running | mode | caches | load | layer | schedule us | x | update us | x | sum x |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        for name in ("stock", "manager only", "native"):
+        for name in ("stock", "manager only", "native", EVENTS):
+            if name not in row:
+                continue
             entry = row[name]
             print(
                 f"| {row['running']} | {'async' if row['async'] else 'sync'} "
@@ -168,6 +204,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--caches", choices=["cold", "warm", "both"], default="both")
     parser.add_argument("--load", choices=["decodes", "arrivals", "both"], default="both")
+    parser.add_argument("--kv-events", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
@@ -179,7 +216,9 @@ def main() -> None:
                 for arrivals in (False, True):
                     if options.load != "both" and arrivals != (options.load == "arrivals"):
                         continue
-                    rows.append(measure(num_running, is_async, options.steps, cold, arrivals))
+                    rows.append(
+                        measure(num_running, is_async, options.steps, cold, arrivals, options.kv_events)
+                    )
                     print_table(rows[-1:])
     print()
     print_table(rows)

@@ -76,7 +76,7 @@ def _files(path: Path) -> Iterator[Path]:
         yield path
     for folder, names, files in os.walk(path):
         at = Path(folder)
-        generated = {"__pycache__", "v1"} if at == ROOT / "python" / "twinjet" else {"__pycache__"}
+        generated = {"__pycache__", *(["v1"] if ROOT / "python" in at.parents else [])}
         names[:] = [name for name in names if name not in generated]
         yield from (at / f for f in files if not f.endswith((".so", ".pyc")))
 

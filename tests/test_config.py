@@ -273,6 +273,7 @@ def test_the_documentation_names_every_setting() -> None:
         config.DeploymentSettings,
         config.RouteSettings,
         config.MirrorSettings,
+        config.OpenEngineSettings,
     ):
         for name in section.model_fields:
             assert f"`{name}`" in text, name

@@ -132,7 +132,45 @@ bool CheckPublish(kv::BlockManager& manager, const kv::Sequence& sequence, int64
   return status == Status::kOk;
 }
 
-PyObject* PublishHashes(kv::BlockManager& manager, Args args, Py_ssize_t) {
+// The token ids of blocks that are about to be published, for the event log. Empty where the log is off or
+// the caller tells none.
+class NewTokens {
+ public:
+  // tokens: a list of the sequence's token ids, or None. Blocks first..end-1 are to be published. False with
+  // an exception set if they are not to be had.
+  bool Read(const kv::BlockManager& manager, PyObject* tokens, int64_t first, int64_t end) {
+    first_ = first;
+    block_size_ = manager.block_size();
+    if (tokens == Py_None || !manager.events_enabled() || end <= first) return true;
+    if (!PyList_Check(tokens)) {
+      PyErr_SetString(PyExc_TypeError, "tokens must be a list or None");
+      return false;
+    }
+    if (PyList_GET_SIZE(tokens) < end * block_size_) {
+      PyErr_SetString(PyExc_ValueError, "fewer tokens than the blocks to publish hold");
+      return false;
+    }
+    tokens_.reserve(static_cast<size_t>((end - first) * block_size_));
+    for (int64_t i = first * block_size_; i < end * block_size_; ++i) {
+      int32_t token = 0;
+      if (!ReadToken(PyList_GET_ITEM(tokens, i), &token)) return false;
+      tokens_.push_back(token);
+    }
+    return true;
+  }
+  std::span<const int32_t> operator()(int64_t block) const {
+    if (tokens_.empty()) return {};
+    auto size = static_cast<size_t>(block_size_);
+    return std::span(tokens_).subspan(static_cast<size_t>(block - first_) * size, size);
+  }
+
+ private:
+  int64_t first_ = 0;
+  int64_t block_size_ = 0;
+  std::vector<int32_t> tokens_;
+};
+
+PyObject* PublishHashes(kv::BlockManager& manager, Args args, Py_ssize_t count) {
   kv::SequenceId id = 0;
   int64_t num_tokens = 0;
   int64_t num_new = 0;
@@ -146,8 +184,11 @@ PyObject* PublishHashes(kv::BlockManager& manager, Args args, Py_ssize_t) {
   if (!CheckPublish(manager, *sequence, num_tokens, hashes, sequence->num_blocks, sequence->num_published)) {
     return nullptr;
   }
+  NewTokens tokens;
+  int64_t num_full = num_tokens / manager.block_size();
+  if (count > 3 && !tokens.Read(manager, args[3], sequence->num_published, num_full)) return nullptr;
   manager.PublishHashes(
-      *sequence, num_tokens, hashes.size(), [&](int64_t i) { return hashes.at(i); }, &num_new);
+      *sequence, num_tokens, hashes.size(), [&](int64_t i) { return hashes.at(i); }, tokens, &num_new);
   return PyLong_FromLongLong(num_new);
 }
 
@@ -171,12 +212,17 @@ PyObject* Reserve(kv::BlockManager& manager, Args args, Py_ssize_t count) {
 
   kv::Sequence* sequence = manager.FindSequence(id);
   if (!sequence) return RaiseUnknownSequence(id);
+  NewTokens tokens;
   if (num_publish_tokens != 0) {
     int64_t num_held = sequence->num_blocks + static_cast<int64_t>(matched.size());
     int64_t num_published = matched.empty() ? sequence->num_published : static_cast<int64_t>(matched.size());
     int64_t num_blocks = std::max(num_held, num_tokens < 0 ? 0 : manager.BlocksFor(num_tokens));
     if (!CheckPublish(manager, *sequence, num_publish_tokens, hashes, num_blocks, num_published))
       return nullptr;
+    if (count > 7 &&
+        !tokens.Read(manager, args[7], num_published, num_publish_tokens / manager.block_size())) {
+      return nullptr;
+    }
   }
   int64_t num_new = 0;
   Status status = manager.Reserve(*sequence, num_tokens, matched, headroom, &num_new);
@@ -184,7 +230,7 @@ PyObject* Reserve(kv::BlockManager& manager, Args args, Py_ssize_t count) {
   if (num_publish_tokens > 0) {
     int64_t num_published = 0;
     manager.PublishHashes(
-        *sequence, num_publish_tokens, hashes.size(), [&](int64_t i) { return hashes.at(i); },
+        *sequence, num_publish_tokens, hashes.size(), [&](int64_t i) { return hashes.at(i); }, tokens,
         &num_published);
   }
   return BlockTuple(sequence->blocks().last(static_cast<size_t>(num_new)));
@@ -214,8 +260,8 @@ TWINJET_FAST(kv::BlockManager, "append_count", AppendCount, 2, 2);
 TWINJET_FAST(kv::BlockManager, "append_batch", AppendBatch, 1, 2);
 TWINJET_FAST(kv::BlockManager, "match_hashes", MatchHashes, 1, 2);
 TWINJET_FAST(kv::BlockManager, "publish", Publish, 2, 2);
-TWINJET_FAST(kv::BlockManager, "publish_hashes", PublishHashes, 3, 3);
-TWINJET_FAST(kv::BlockManager, "reserve", Reserve, 2, 7);
+TWINJET_FAST(kv::BlockManager, "publish_hashes", PublishHashes, 3, 4);
+TWINJET_FAST(kv::BlockManager, "reserve", Reserve, 2, 8);
 TWINJET_FAST(kv::BlockManager, "num_tokens", NumTokens, 1, 1);
 TWINJET_FAST(kv::BlockManager, "blocks_needed", BlocksNeeded, 1, 2);
 

@@ -140,6 +140,22 @@ std::vector<KvEvent> TakeEvents(kv::BlockManager& manager) {
   return events;
 }
 
+py::bytes DrainEvents(kv::BlockManager& manager, int64_t max_events) {
+  if (max_events < 1) throw py::value_error("max_events must be positive");
+  std::string bytes;
+  manager.events().Encode(static_cast<size_t>(max_events), &bytes);
+  return bytes;
+}
+
+void SetTag(kv::BlockManager& manager, kv::SequenceId id, uint32_t tag) {
+  kv::Sequence* sequence = manager.FindSequence(id);
+  if (!sequence) {
+    RaiseUnknownSequence(id);
+    throw py::error_already_set();
+  }
+  sequence->tag = tag;
+}
+
 void BindResults(py::module_& module) {
   py::class_<PrefixMatch>(module, "PrefixMatch", "What the prefix cache holds of a prompt.")
       .def_readonly("num_tokens", &PrefixMatch::num_tokens)
@@ -308,7 +324,9 @@ void BindBlockManager(py::module_& module) {
            })
       .def("stats", [](kv::BlockManager& self) { return KvStats{self.stats(), self.events().num_dropped()}; })
       .def("reset_stats", &kv::BlockManager::ResetStats)
-      .def("take_events", TakeEvents);
+      .def("take_events", TakeEvents)
+      .def("drain_events", DrainEvents, py::arg("max_events"))
+      .def("set_tag", SetTag, py::arg("sequence"), py::arg("tag"));
   AddKvFastMethods(manager);
 }
 

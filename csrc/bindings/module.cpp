@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, module) {
       "the way from tokens to a stream's bytes.";
   module.attr("__version__") = TWINJET_VERSION;
   twinjet::bindings::BindKv(module);
+  twinjet::bindings::BindEpp(module);
   twinjet::bindings::BindSampler(module);
   twinjet::bindings::BindSamplerCuda(module);
   twinjet::bindings::BindSamplerSeats(module);

@@ -291,6 +291,12 @@ void BindPump(py::module_& module) {
            py::arg("max_pending_bytes") = std::numeric_limits<int64_t>::max())
       .def("put_queued", &Stream::PutQueued, py::arg("position"), py::arg("expected_wait_s"))
       .def("set_dispatched", &Stream::SetDispatched, py::arg("queue_position"), py::arg("at"))
+      .def(
+          "put_handoff",
+          [](Stream& self, const py::bytes& state, double now) {
+            return self.PutHandoff(static_cast<std::string_view>(state), now);
+          },
+          py::arg("state"), py::arg("now"))
       .def("read_deltas", &Stream::ReadDeltas)
       .def("take_prompt", &TakePrompt)
       .def("take_deltas", &TakeDeltas)
@@ -306,7 +312,8 @@ void BindPump(py::module_& module) {
       .def_property_readonly("last_token_at", &Stream::last_token_at)
       .def_property_readonly("first_token_s", &Stream::first_token_s)
       .def_property_readonly("per_token_s", &Stream::per_token_s)
-      .def_property_readonly("is_over", &Stream::is_over);
+      .def_property_readonly("is_over", &Stream::is_over)
+      .def_property_readonly("has_begun", &Stream::has_begun);
   AddFastMethods(streams, {&TakeDef});
 
   py::class_<PyPump> pumps(module, "Pump", "Puts an engine's steps into all streams that they concern.");

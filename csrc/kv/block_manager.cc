@@ -33,8 +33,9 @@ Status BlockManager::NoRoom(int64_t total_blocks) {
 }
 
 void BlockManager::Forget(BlockId block) {
-  events_.Removed(block, cache_.HashOf(block));
+  BlockHash hash = cache_.HashOf(block);
   cache_.Erase(block);
+  if (events_.enabled() && cache_.Find(hash) == kNoBlock) events_.Removed(block, hash);
   ++stats_.num_evicted_blocks;
 }
 
@@ -42,8 +43,9 @@ bool BlockManager::PublishBlock(const Sequence& sequence, int64_t index, const B
                                 const BlockHash* parent, std::span<const int32_t> tokens) {
   BlockId block = sequence.table.data()[index];
   if (cache_.Contains(block)) return false;
+  bool is_first = events_.enabled() && cache_.Find(hash) == kNoBlock;
   cache_.Insert(hash, block);
-  events_.Stored(block, hash, parent, tokens);
+  if (is_first) events_.Stored(block, hash, parent, tokens, sequence.tag);
   return true;
 }
 

@@ -89,6 +89,7 @@ class BlockManager {
   const Stats& stats() const { return stats_; }
   void ResetStats() { stats_ = {}; }
   EventLog& events() { return events_; }
+  bool events_enabled() const { return events_.enabled(); }
   size_t MemoryBytes() const;
 
   int64_t BlocksFor(int64_t num_tokens) const { return (num_tokens + block_mask_) >> block_shift_; }
@@ -137,10 +138,17 @@ class BlockManager {
   Status Reserve(Sequence& sequence, int64_t num_tokens, std::span<const BlockId> matched,
                  const Headroom& headroom, int64_t* num_new);
   // Publishes block i, of those past num_published within the first num_tokens tokens, under
-  // hash_of(i), a BlockHash; *num_new counts those the cache did not know.
+  // hash_of(i), a BlockHash; *num_new counts those the cache did not know. tokens_of(i): a span of the
+  // block's token ids for the event log, or of none; called only while that is enabled.
+  template <typename HashOf, typename TokensOf>
+  Status PublishHashes(Sequence& sequence, int64_t num_tokens, int64_t num_hashes, const HashOf& hash_of,
+                       const TokensOf& tokens_of, int64_t* num_new);
   template <typename HashOf>
   Status PublishHashes(Sequence& sequence, int64_t num_tokens, int64_t num_hashes, const HashOf& hash_of,
-                       int64_t* num_new);
+                       int64_t* num_new) {
+    auto unknown = [](int64_t) { return std::span<const int32_t>(); };
+    return PublishHashes(sequence, num_tokens, num_hashes, hash_of, unknown, num_new);
+  }
 
   // ---- The end of a sequence.
   Status Free(SequenceId id);
@@ -215,9 +223,9 @@ class BlockManager {
   std::vector<BlockId> match_;         // scratch of Allocate
 };
 
-template <typename HashOf>
+template <typename HashOf, typename TokensOf>
 Status BlockManager::PublishHashes(Sequence& sequence, int64_t num_tokens, int64_t num_hashes,
-                                   const HashOf& hash_of, int64_t* num_new) {
+                                   const HashOf& hash_of, const TokensOf& tokens_of, int64_t* num_new) {
   int64_t num_full = num_tokens >> block_shift_;
   *num_new = 0;
   if (!sequence.is_external) return Status::kWrongKind;
@@ -228,8 +236,12 @@ Status BlockManager::PublishHashes(Sequence& sequence, int64_t num_tokens, int64
   const BlockId* table = sequence.table.data();
   for (int64_t i = sequence.num_published; i < num_full; ++i) {
     if (i + kAhead < num_full) cache_.PrefetchInsert(hash_of(i + kAhead), table[i + kAhead]);
-    BlockHash parent = i > 0 && events_.enabled() ? hash_of(i - 1) : BlockHash{};
-    *num_new += PublishBlock(sequence, i, hash_of(i), i > 0 ? &parent : nullptr, {});
+    if (!events_.enabled()) {
+      *num_new += PublishBlock(sequence, i, hash_of(i), nullptr, {});
+      continue;
+    }
+    BlockHash parent = i > 0 ? hash_of(i - 1) : BlockHash{};
+    *num_new += PublishBlock(sequence, i, hash_of(i), i > 0 ? &parent : nullptr, tokens_of(i));
   }
   sequence.num_published = num_full;
   return Status::kOk;

@@ -50,6 +50,7 @@ struct Sequence {
   int64_t num_cached_tokens = 0;  // of the hit it began with
   uint64_t generation = 0;
   uint64_t batch_stamp = 0;  // the last batch that named it
+  uint32_t tag = 0;          // the caller's, told with the events of blocks that this sequence stores
   bool is_live = false;
   bool is_external = false;   // made by Open(): the caller keeps tokens and hashes
   bool knows_tokens = false;  // all token ids so far are known, so blocks are hashed as they fill
@@ -115,6 +116,7 @@ inline void SequenceStore::Close(SequenceId id) {
   sequence.num_blocks = sequence.num_tokens = sequence.num_published = sequence.num_cached_tokens = 0;
   sequence.is_live = sequence.is_external = sequence.knows_tokens = sequence.publishes = false;
   sequence.hashes.clear();
+  sequence.tag = 0;
   ++sequence.generation;
   free_slots_.push_back(slot);
   --num_live_;

@@ -15,7 +15,8 @@ enum Event : uint32_t {
   kFinished = 3,
   kSummary = 4,
   kQueued = 5,
-  kPromptLogprobs = 6
+  kPromptLogprobs = 6,
+  kHandoff = 7
 };
 
 std::string Wrap(Event event, std::string_view body) {
@@ -47,17 +48,16 @@ std::string Logprob(int32_t id, float logprob, uint32_t rank, const Vocabulary& 
   return body;
 }
 
-void TokenLogprobs(const LogprobList& list, uint32_t field, const Vocabulary& vocabulary, std::string* out) {
-  for (const LogprobList::Row& row : list.rows) {
-    std::string body;
-    WireWriter writer(&body);
-    for (uint32_t i = 0; i < row.width; ++i) {
-      int32_t id = list.ids[row.first + i];
-      float logprob = list.logprobs[row.first + i];
-      writer.SetBytes(i == 0 ? 1 : 2, Logprob(id, logprob, i == 0 ? row.rank : i, vocabulary));
-    }
-    WireWriter(out).SetBytes(field, body);
+void TokenLogprobs(const LogprobList& list, const LogprobList::Row& row, uint32_t field,
+                   const Vocabulary& vocabulary, std::string* out) {
+  std::string body;
+  WireWriter writer(&body);
+  for (uint32_t i = 0; i < row.width; ++i) {
+    int32_t id = list.ids[row.first + i];
+    float logprob = list.logprobs[row.first + i];
+    writer.SetBytes(i == 0 ? 1 : 2, Logprob(id, logprob, i == 0 ? row.rank : i, vocabulary));
   }
+  WireWriter(out).SetBytes(field, body);
 }
 
 }  // namespace
@@ -91,16 +91,32 @@ std::string EncodeStarted(const StreamFacts& facts, std::optional<uint32_t> num_
   return Wrap(kStarted, body);
 }
 
-std::string EncodePromptLogprobs(const LogprobList& logprobs, const Vocabulary& vocabulary) {
+std::vector<std::string> EncodePromptLogprobs(const LogprobList& logprobs, const Vocabulary& vocabulary,
+                                              size_t num_bytes) {
+  std::vector<std::string> messages;
   std::string body;
-  TokenLogprobs(logprobs, 1, vocabulary, &body);
-  return Wrap(kPromptLogprobs, body);
+  for (const LogprobList::Row& row : logprobs.rows) {
+    TokenLogprobs(logprobs, row, 1, vocabulary, &body);
+    if (body.size() < num_bytes) continue;
+    messages.push_back(Wrap(kPromptLogprobs, body));
+    body.clear();
+  }
+  if (messages.empty() || !body.empty()) messages.push_back(Wrap(kPromptLogprobs, body));
+  return messages;
+}
+
+std::string EncodeHandoff(const StreamFacts& facts, std::string_view state) {
+  std::string body;
+  WireWriter writer(&body);
+  writer.Bytes(1, state);
+  writer.Scalar(2, facts.seed);
+  return Wrap(kHandoff, body);
 }
 
 std::string EncodeDelta(uint32_t output_index, std::string_view text, std::span<const int32_t> token_ids,
                         const LogprobList& logprobs, const Vocabulary& vocabulary) {
   std::string rest;
-  if (!logprobs.empty()) TokenLogprobs(logprobs, 4, vocabulary, &rest);
+  for (const LogprobList::Row& row : logprobs.rows) TokenLogprobs(logprobs, row, 4, vocabulary, &rest);
   size_t size = rest.size();
   if (output_index != 0) size += 1 + VarintSize(output_index);
   if (!text.empty()) size += 1 + VarintSize(text.size()) + text.size();

@@ -61,7 +61,10 @@ struct StreamTimings {
 std::string EncodeQueued(const StreamFacts& facts, uint32_t position, std::optional<double> expected_wait_s);
 std::string EncodeStarted(const StreamFacts& facts, std::optional<uint32_t> num_cached_tokens,
                           uint32_t queue_position);
-std::string EncodePromptLogprobs(const LogprobList& logprobs, const Vocabulary& vocabulary);
+// In messages that end with the row that brings them to num_bytes; at least one.
+std::vector<std::string> EncodePromptLogprobs(const LogprobList& logprobs, const Vocabulary& vocabulary,
+                                              size_t num_bytes);
+std::string EncodeHandoff(const StreamFacts& facts, std::string_view state);
 std::string EncodeDelta(uint32_t output_index, std::string_view text, std::span<const int32_t> token_ids,
                         const LogprobList& logprobs, const Vocabulary& vocabulary);
 std::string EncodeFinished(uint32_t output_index, const Ending& ending, uint32_t num_tokens);

@@ -71,7 +71,10 @@ void Stream::PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const Lo
     return;
   }
   items_.push_back({Item::Kind::kMessage, EncodeStarted(facts_, num_cached_tokens, queue_position_)});
-  if (logprobs) items_.push_back({Item::Kind::kMessage, EncodePromptLogprobs(*logprobs, *vocabulary_)});
+  if (!logprobs) return;
+  for (std::string& message : EncodePromptLogprobs(*logprobs, *vocabulary_, kLargeMessageBytes)) {
+    items_.push_back({Item::Kind::kMessage, std::move(message)});
+  }
 }
 
 Effect Stream::Put(const StepOutputs& step, const SequenceStep& row, uint32_t output_index, double now) {
@@ -152,8 +155,28 @@ Effect Stream::PutMade(Delta delta, double now) {
   return effect;
 }
 
+bool Stream::PutHandoff(std::string_view state, double now) {
+  std::lock_guard lock(mutex_);
+  if (is_dropped_ || num_open_ == 0) return false;
+  items_.push_back({Item::Kind::kMessage, EncodeHandoff(facts_, state)});
+  std::fill(has_ended_.begin(), has_ended_.end(), true);
+  num_open_ = 0;
+  first_token_at_ = last_token_at_ = now;
+  return Awaken();
+}
+
 Delta& Stream::PendingOf(uint32_t output_index) {
   Delta& pending = pending_[output_index];
+  if (is_pending_[output_index] && NumBytes(pending) >= kLargeMessageBytes) {
+    auto of_output = [&](const Item& item) {
+      return item.kind == Item::Kind::kDelta && !item.full && item.output_index == output_index;
+    };
+    auto item = std::find_if(items_.begin(), items_.end(), of_output);
+    item->full = std::make_unique<Delta>(std::move(pending));
+    pending = Delta();
+    pending.output_index = output_index;
+    is_pending_[output_index] = false;
+  }
   if (!is_pending_[output_index]) {
     is_pending_[output_index] = true;
     pending.text.clear();
@@ -198,21 +221,29 @@ std::optional<double> Stream::blocked_since() const {
 }
 
 template <typename Add>
+void Stream::AddDelta(const Delta& delta, Add add) const {
+  const uint32_t index = delta.output_index;
+  if (!delta.text.empty() || !delta.token_ids.empty()) {
+    add(EncodeDelta(index, delta.text, delta.token_ids, delta.logprobs, *vocabulary_));
+  }
+  if (delta.ending) {
+    add(EncodeFinished(index, *delta.ending, static_cast<uint32_t>(num_tokens_[index])));
+  }
+}
+
+template <typename Add>
 void Stream::EncodeItems(Add add) {
   for (Item& item : items_) {
     if (item.kind != Item::Kind::kDelta) {
       add(std::move(item.message));
       continue;
     }
-    const Delta& pending = pending_[item.output_index];
+    if (item.full) {
+      AddDelta(*item.full, add);
+      continue;
+    }
     is_pending_[item.output_index] = false;
-    if (!pending.text.empty() || !pending.token_ids.empty()) {
-      add(EncodeDelta(item.output_index, pending.text, pending.token_ids, pending.logprobs, *vocabulary_));
-    }
-    if (pending.ending) {
-      add(EncodeFinished(item.output_index, *pending.ending,
-                         static_cast<uint32_t>(num_tokens_[item.output_index])));
-    }
+    AddDelta(pending_[item.output_index], add);
   }
   items_.clear();
   num_pending_bytes_ = 0;
@@ -254,6 +285,10 @@ void Stream::TakeDeltas(std::vector<Delta>* deltas) {
   if (items_.empty()) is_awaited_ = true;
   for (Item& item : items_) {
     if (item.kind != Item::Kind::kDelta) continue;
+    if (item.full) {
+      deltas->push_back(std::move(*item.full));
+      continue;
+    }
     is_pending_[item.output_index] = false;
     deltas->push_back(pending_[item.output_index]);
   }
@@ -322,6 +357,11 @@ std::optional<double> Stream::per_token_s() const {
 bool Stream::is_over() const {
   std::lock_guard lock(mutex_);
   return num_open_ == 0;
+}
+
+bool Stream::has_begun() const {
+  std::lock_guard lock(mutex_);
+  return is_prompt_told_ || first_token_at_.has_value();
 }
 
 }  // namespace twinjet::stream

@@ -1,5 +1,5 @@
 // Stream: one request on its way to its client. Tokens go in, ready messages come out; what is not taken yet
-// is merged, so that a stream holds at most one unsent delta for each output.
+// is merged: a stream holds one unsent delta for each output, and another where that one has grown large.
 //
 // One side puts (an engine's step, perhaps in a thread of its own), the other takes (whoever writes to the
 // client). Both may run at once; each method locks. A message that follows another in one Take() follows it
@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "stream/carrier.h"
@@ -20,6 +21,10 @@
 #include "stream/step_outputs.h"
 
 namespace twinjet::stream {
+
+// A delta grows no further once it has so many bytes, so that its message stays far below the 4 MiB that
+// gRPC's clients take by default. Log probabilities of the prompt come in messages of that size too.
+inline constexpr size_t kLargeMessageBytes = size_t{1} << 20;
 
 // What is not sent yet of one output.
 struct Delta {
@@ -68,6 +73,9 @@ class Stream {
   // The same for an engine that makes text and ends itself. ending.text is copied.
   Effect PutMade(Delta delta, double now);
 
+  // Ends the request with a handoff instead of outputs; nothing after it. Whether a Take() had been waiting.
+  bool PutHandoff(std::string_view state, double now);
+
   // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
   // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.
   void Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call);
@@ -102,12 +110,15 @@ class Stream {
   std::optional<double> first_token_s() const;
   std::optional<double> per_token_s() const;
   bool is_over() const;
+  // Whether the engine has told of the prompt: something of the answer may have left from then on.
+  bool has_begun() const;
 
  private:
   struct Item {
     enum class Kind : uint8_t { kMessage, kQueued, kDelta } kind;
     std::string message;
     uint32_t output_index = 0;
+    std::unique_ptr<Delta> full = nullptr;  // of kDelta: the delta, if it was too large to go on in pending_
   };
 
   template <typename Add>
@@ -115,6 +126,8 @@ class Stream {
   bool Awaken();
   void PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
   Delta& PendingOf(uint32_t output_index);
+  template <typename Add>
+  void AddDelta(const Delta& delta, Add add) const;
   void NoteTokens(double now, Effect* effect);
   void Account(const Delta& pending, size_t num_bytes_before, Effect* effect);
   std::optional<double> PerTokenLocked() const;

@@ -53,7 +53,8 @@ class DecodeBatch {
 
   // See the Python stub.
   pybind11::object Schedule(const pybind11::list& running, const pybind11::dict& sequences,
-                            const pybind11::object& last_scheduled, int64_t token_budget, int64_t step);
+                            const pybind11::object& last_scheduled, int64_t token_budget, int64_t step,
+                            bool shows_adapters);
   pybind11::tuple Merge(const pybind11::list& running, const pybind11::dict& num_scheduled,
                         const pybind11::tuple& native, const pybind11::dict& other_scheduled,
                         const pybind11::tuple& other);
@@ -80,7 +81,9 @@ class DecodeBatch {
   DecodeRow* TryAdopt(PyObject* request, const pybind11::dict& sequences,
                       const pybind11::object& last_scheduled, int64_t step);
   bool MakePlan(const pybind11::list& running, const pybind11::dict& sequences, int64_t token_budget,
-                int64_t step, Plan* plan);
+                int64_t step, bool shows_adapters, Plan* plan);
+  // Gives one due row of each adapter back to stock, which counts adapters by the requests that it sees.
+  void ShowAdapters();
   // Blocks and tokens that stock will want for a running request that is not resident.
   int64_t StockTokens(pybind11::handle request) const;
   int64_t StockBlocks(pybind11::handle request, const pybind11::dict& sequences, int64_t num_tokens) const;
@@ -101,6 +104,7 @@ class DecodeBatch {
   pybind11::dict by_id_;                                            // request id -> address of its row
   std::vector<DecodeRow*> positions_;  // as the running list of the last Schedule(); null: not resident
   std::vector<DecodeRow*> due_;        // rows of the step being built
+  std::vector<int64_t> shown_;         // adapters of which stock sees a row in that step
   // The step's requests as Python objects, copied out while the same rows are due again.
   std::vector<DecodeRow*> template_rows_;
   pybind11::dict template_scheduled_;

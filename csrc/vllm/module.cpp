@@ -28,7 +28,8 @@ void BindVllm(py::module_& module) {
            py::arg("manager"), py::kw_only(), py::arg("max_model_len"), py::arg("is_async"),
            py::arg("resends_tokens"), py::arg("native_hasher"), py::arg("statuses"), py::arg("output_type"))
       .def("schedule", &DecodeBatch::Schedule, py::arg("running"), py::arg("sequences"),
-           py::arg("last_scheduled"), py::arg("token_budget"), py::arg("step"))
+           py::arg("last_scheduled"), py::arg("token_budget"), py::arg("step"), py::kw_only(),
+           py::arg("shows_adapters") = false)
       .def("merge", &DecodeBatch::Merge, py::arg("running"), py::arg("num_scheduled"), py::arg("native"),
            py::arg("other_scheduled"), py::arg("other"))
       .def("update", &DecodeBatch::Update, py::arg("num_scheduled"), py::arg("row_indices"),

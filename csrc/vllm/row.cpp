@@ -50,6 +50,7 @@ TWINJET_NAME(cache_salt)
 TWINJET_NAME(eos_token_id)
 TWINJET_NAME(events)
 TWINJET_NAME(is_prefill_chunk)
+TWINJET_NAME(lora_int_id)
 TWINJET_NAME(lora_request)
 TWINJET_NAME(max_tokens)
 TWINJET_NAME(mm_features)
@@ -74,8 +75,8 @@ TWINJET_NAME(update_block_hashes)
 // Whether this request may ever be served natively.
 bool IsPlain(py::handle request) {
   return Get(request, Name_structured_output_request()).is_none() &&
-         Get(request, Name_pooling_params()).is_none() && Get(request, Name_lora_request()).is_none() &&
-         Get(request, Name_prompt_embeds()).is_none() && Get(request, Name_spec_decode_metrics()).is_none() &&
+         Get(request, Name_pooling_params()).is_none() && Get(request, Name_prompt_embeds()).is_none() &&
+         Get(request, Name_spec_decode_metrics()).is_none() &&
          !py::cast<bool>(Get(request, Name_resumable())) && IsEmpty(Get(request, Name_mm_features())) &&
          IsEmpty(Get(request, Name_spec_token_ids())) &&
          ToInt(Get(request, Name_num_nans_in_logits())) == 0 &&
@@ -137,6 +138,17 @@ void WriteTokens(DecodeRow& row) {
   AppendTokens(row.output_token_ids, row.unwritten_tokens);
   AppendTokens(row.all_token_ids, row.unwritten_tokens);
   row.unwritten_tokens.clear();
+}
+
+// The token ids of a full block of the request, from its own list and from what is not written there yet.
+void ReadBlock(const DecodeRow& row, int64_t block, int64_t block_size, std::vector<int32_t>* tokens) {
+  tokens->clear();
+  auto num_written = static_cast<int64_t>(PyList_GET_SIZE(row.all_token_ids.ptr()));
+  for (int64_t i = block * block_size; i < (block + 1) * block_size; ++i) {
+    bool is_written = i < num_written;
+    tokens->push_back(is_written ? static_cast<int32_t>(ToInt(PyList_GET_ITEM(row.all_token_ids.ptr(), i)))
+                                 : row.unwritten_tokens[static_cast<size_t>(i - num_written)]);
+  }
 }
 
 void HashInPython(const RowContext& context, DecodeRow& row) {
@@ -209,6 +221,8 @@ bool Adopt(const RowContext& context, py::handle request, PyObject* sequences, P
   row->max_tokens = IntAttribute(request, Name_max_tokens());
   row->max_total_tokens = IntAttribute(request, Name_num_prompt_tokens()) + row->max_tokens;
   row->client_index = IntAttribute(request, names.client_index);
+  py::object adapter = Get(request, Name_lora_request());
+  if (!adapter.is_none()) row->adapter = IntAttribute(adapter, Name_lora_int_id());
   py::object eos = Get(params, Name_eos_token_id());
   row->eos_token = eos.is_none() ? -1 : ToInt(eos);
   py::object stops = Get(params, Name_stop_token_ids());
@@ -246,9 +260,19 @@ void Publish(const RowContext& context, DecodeRow& row, int64_t num_tokens) {
   if (num_tokens < row.publish_at) return;
   kv::Sequence* sequence = context.manager->FindSequence(row.sequence);
   int64_t num_new = 0;
+  std::vector<int32_t> tokens;
+  auto tokens_of = [&](int64_t block) {
+    ReadBlock(row, block, context.manager->block_size(), &tokens);
+    return std::span<const int32_t>(tokens);
+  };
   kv::Status status = context.manager->PublishHashes(
       *sequence, num_tokens, row.first_hash + static_cast<int64_t>(row.hashes.size()),
-      [&row](int64_t block) { return row.hashes[static_cast<size_t>(block - row.first_hash)]; }, &num_new);
+      [&row](int64_t block) {
+        // The parent of the first one lies before those that the row keeps.
+        if (block < row.first_hash) return HashFrom(PyList_GET_ITEM(row.block_hashes.ptr(), block));
+        return row.hashes[static_cast<size_t>(block - row.first_hash)];
+      },
+      tokens_of, &num_new);
   if (status != kv::Status::kOk) throw std::runtime_error("a full block has no hash to publish it under");
   row.publish_at = (sequence->num_published + 1) * context.manager->block_size();
 }

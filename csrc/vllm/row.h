@@ -47,6 +47,7 @@ struct DecodeRow {
   int64_t last_step = -1;       // step in which it was last scheduled
   int64_t eos_token = -1;       // -1: none
   int64_t client_index = 0;
+  int64_t adapter = 0;  // 0: the model itself
   kv::SequenceId sequence = -1;
   Hashing hashing = Hashing::kNone;
   bool wants_logprobs = false;

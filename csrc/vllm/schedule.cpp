@@ -127,8 +127,19 @@ int64_t DecodeBatch::StockBlocks(py::handle request, const py::dict& sequences, 
   return std::max<int64_t>(0, context_.manager->BlocksFor(num_total) - num_held);
 }
 
+void DecodeBatch::ShowAdapters() {
+  shown_.clear();
+  for (DecodeRow* row : positions_) {
+    if (!row || row->adapter == 0 || !IsDue(*row)) continue;
+    if (std::find(shown_.begin(), shown_.end(), row->adapter) != shown_.end()) continue;
+    shown_.push_back(row->adapter);
+    Drop(row, true);
+  }
+}
+
 bool DecodeBatch::MakePlan(const py::list& running, const py::dict& sequences, int64_t token_budget,
-                           int64_t step, Plan* plan) {
+                           int64_t step, bool shows_adapters, Plan* plan) {
+  if (shows_adapters) ShowAdapters();
   int64_t num_due = 0;
   for (DecodeRow*& row : positions_) {
     if (!row) continue;
@@ -224,10 +235,11 @@ py::object DecodeBatch::Commit(int64_t step, const Plan& plan) {
 }
 
 py::object DecodeBatch::Schedule(const py::list& running, const py::dict& sequences,
-                                 const py::object& last_scheduled, int64_t token_budget, int64_t step) {
+                                 const py::object& last_scheduled, int64_t token_budget, int64_t step,
+                                 bool shows_adapters) {
   Align(running, sequences, last_scheduled, step);
   Plan plan;
-  if (!MakePlan(running, sequences, token_budget, step, &plan)) return py::none();
+  if (!MakePlan(running, sequences, token_budget, step, shows_adapters, &plan)) return py::none();
   return Commit(step, plan);
 }
 

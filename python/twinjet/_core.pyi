@@ -296,6 +296,7 @@ class BlockManager:
         matched: Sequence[int] | None = None,
         reserved_blocks: int = 0,
         use_watermark: bool = False,
+        tokens: list[int] | None = None,
         /,
     ) -> tuple[int, ...] | None:
         """See that the sequence has slots for num_tokens tokens in all. Positional arguments only.
@@ -303,12 +304,15 @@ class BlockManager:
         num_publish_tokens: then publish the full blocks within the first so many tokens, block i
             under hashes[i]; blocks published or matched before are passed over.
         matched: block ids from match_hashes, for a sequence that has no blocks yet; they come first.
+        tokens: all token ids of the sequence, for the event log; read only where blocks are published.
         Returns the new block ids (matched ones not among them; () if none), or None where the free
         blocks do not suffice. Slots are never given back by a smaller num_tokens.
         Raises ValueError where a matched block is no longer cached, or hashes are too few.
         """
-    def publish_hashes(self, sequence: int, num_tokens: int, hashes: BlockHashes, /) -> int:
-        """Publish the full blocks within the first num_tokens tokens, block i under hashes[i].
+    def publish_hashes(
+        self, sequence: int, num_tokens: int, hashes: BlockHashes, tokens: list[int] | None = None, /
+    ) -> int:
+        """Publish the full blocks within the first num_tokens tokens, block i under hashes[i]. tokens: as reserve().
 
         Returns how many the cache did not know.
         """
@@ -358,6 +362,10 @@ class BlockManager:
     def reset_stats(self) -> None: ...
     def take_events(self) -> list[KvEvent]:
         """Return the events since the last call, oldest first, and clear the log."""
+    def drain_events(self, max_events: int) -> bytes:
+        """Take up to max_events of the oldest events out of the log, as records (csrc/kv/event_log.h)."""
+    def set_tag(self, sequence: int, tag: int) -> None:
+        """Have a number told with the events of blocks that the sequence stores; 0 to 2^32 - 1, at first 0."""
 
 # ---- sampler ----
 
@@ -646,6 +654,9 @@ class Stream:
     def take(self) -> list[bytes]:
         """Give the messages that are ready; after an empty answer the next step reports AWAITED."""
 
+    def put_handoff(self, state: bytes, now: float) -> bool:
+        """End the request with a handoff instead of outputs. Returns whether an empty take() had been waiting."""
+
     def read_deltas(self) -> None:
         """Be read by take_prompt() and take_deltas(), not by take(). Call before the first step."""
 
@@ -700,6 +711,10 @@ class Stream:
     @property
     def is_over(self) -> bool:
         """Every output has ended."""
+
+    @property
+    def has_begun(self) -> bool:
+        """The engine has told of the prompt: something of the answer may have left."""
 
 class Pump:
     """Puts an engine's steps into all streams that they concern; see csrc/stream/pump.h.
@@ -970,10 +985,13 @@ class DecodeBatch:
         last_scheduled: set[str] | None,
         token_budget: int,
         step: int,
+        *,
+        shows_adapters: bool = False,
     ) -> tuple[list[Any] | None, dict[str, int], tuple[list[str], list[Any], list[int], list[int]]] | None:
         """Schedule one token for each decode that can be told apart from the rest of the step.
 
         sequences: sequence of `manager` by request id. step: number of the step, one up from the last.
+        shows_adapters: leave one due request of each adapter among the others, for vLLM to count.
         Returns (the other running requests or None, {request id: 1}, (request ids, new block ids,
         computed tokens, output tokens)); or None where the step is all vLLM's: too few blocks or
         tokens for everything that runs, or no decode. Then call evict_all() before vLLM's schedule().
@@ -1149,3 +1167,137 @@ class StepRouter:
     def has_utility(self) -> bool: ...
     @property
     def num_open(self) -> int: ...
+
+def read_processing_request(data: bytes) -> tuple[int, bool, dict[str, str], bytes, int, list[str] | None]:
+    """Read an envoy.service.ext_proc.v3.ProcessingRequest.
+
+    Gives the kind (its field number), end_of_stream, headers or trailers, body, the request's body mode or -1 where the
+    message does not tell it, and the addresses of envoy.lb.subset_hint or None.
+    Raises ValueError if it is none.
+    """
+
+class EppPrompt:
+    """What of a request bears on where it should go, read from the message's bytes; one cut short gives what is there."""
+
+    def __init__(self, message: bytes, method: str) -> None:
+        """method: "Generate" or "Chat". Raises ValueError where the bytes are no such request."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def cache_salt(self) -> str: ...
+    @property
+    def adapter(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether the prompt came as token ids."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prompt: exact for token ids, else a quarter of the text's bytes."""
+
+    def token_ids(self) -> bytes:
+        """Return the token ids as int32s; empty for text."""
+
+    def hash(self, hasher: BlockHasher) -> bytes:
+        """Hash the full blocks, 16 bytes each, of token ids or of text in four-byte words.
+
+        Model, adapter and salt enter the root, and so does which of the two it is.
+        """
+
+class PrefixIndex:
+    """Which replicas hold which block hashes. Hashes are given as bytes, 16 each. Not thread-safe."""
+
+    def __init__(self, max_links: int) -> None:
+        """max_links: blocks at replicas that are remembered, 1 to 2^31. Raises ValueError outside."""
+
+    def set_capacity(self, replica: int, max_blocks: int) -> None:
+        """Remember so many blocks of a replica at most; none without a call."""
+
+    def touch(self, replica: int, hashes: bytes) -> None:
+        """Suppose that the replica holds a prompt's blocks; forget those longest unused beyond its capacity."""
+
+    def store(self, replica: int, hashes: bytes) -> None:
+        """Take in that the replica holds these blocks."""
+
+    def erase(self, replica: int, hashes: bytes) -> None:
+        """Take in that the replica does not hold these blocks any more."""
+
+    def clear(self, replica: int) -> None:
+        """Forget a replica's blocks."""
+
+    def find(self, hashes: bytes) -> dict[int, int]:
+        """Return, by replica, how many of a prompt's first blocks it holds; those with none are left out."""
+
+    def num_blocks_of(self, replica: int) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_links(self) -> int: ...
+    def memory_bytes(self) -> int: ...
+    def check(self) -> bool:
+        """Whether all that must agree does; for tests."""
+
+class Picker:
+    """Judges replicas by the prompt tokens that come before a request's first token there. Not thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        prefill_per_s: float,
+        running_tokens: float,
+        waiting_tokens: float,
+        kv_penalty: float,
+        report_lag_s: float,
+        report_life_s: float,
+        max_waiting: float,
+    ) -> None:
+        """See twinjet.epp.settings. report_lag_s: how old a report may be when it comes."""
+
+    def add(self) -> int:
+        """Return the number of a new replica."""
+
+    def remove(self, replica: int) -> None:
+        """Forget a replica; its number comes again. KeyError if there is none, as below."""
+
+    def set_kv_tokens(self, replica: int, kv_tokens: float) -> None:
+        """Tell the size of the replica's KV cache; 0: not known."""
+
+    def report(
+        self,
+        replica: int,
+        now: float,
+        *,
+        waiting: float,
+        running: float,
+        waiting_tokens: float,
+        kv_utilization: float,
+    ) -> None:
+        """Take in a load report; now in seconds on the clock of all calls."""
+
+    def rank(
+        self,
+        candidates: bytes,
+        num_tokens: int,
+        lookups: Sequence[tuple[PrefixIndex, bytes, int]],
+        now: float,
+        random: int,
+        count: int,
+    ) -> list[tuple[int, float, int, float]]:
+        """Order the candidates (uint32s) and return the best `count`: (replica, cost, cached tokens, waiting).
+
+        lookups: (index, hashes, tokens a block). random: 64 bits, which decide among equals.
+        """
+
+    def begin(self, replica: int, num_tokens: int, now: float) -> int:
+        """Take in that a request with so many tokens to compute went there; return its ticket."""
+
+    def end(self, replica: int, ticket: int, num_tokens: int) -> None:
+        """Take in that it has ended."""
+
+    def in_flight(self, replica: int) -> int: ...
+    def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The command `twinjet`: serve, generate, chat, models, load, tokenize.
+"""The command `twinjet`: serve, epp, generate, chat, models, load, tokenize.
 
 Exit codes: 0 done, 1 the server refused or failed, 2 wrong usage or configuration, 130 Ctrl-C. Nothing heavy is
 imported before a command needs it.
@@ -167,6 +167,18 @@ def doctor(arguments: argparse.Namespace) -> int:
     from twinjet.engines.tensorrt_llm.doctor import run
 
     return run(arguments)
+
+
+def epp(arguments: argparse.Namespace) -> int:
+    """Pick endpoints for Envoy: by cached prefix, load and adapter (its ext_proc protocol)."""
+    from twinjet.epp.main import serve
+    from twinjet.epp.settings import load
+
+    flags = {k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
+    overrides: dict[str, Any] = {"server": flags}
+    if arguments.replicas:
+        overrides["replicas"] = {"addresses": [a.strip() for a in arguments.replicas.split(",")]}
+    return serve(load(arguments.config, overrides), arguments.log_level)
 
 
 def serve_overrides(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -486,6 +498,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--allow-partial", action="store_true", help="go on when one deployment cannot work as configured"
     )
+    command.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+
+    command = add(epp)
+    command.add_argument("--config", type=Path, metavar="TOML", help="configuration file")
+    command.add_argument("--replicas", metavar="IP:PORT,...", help="the servers to choose among")
+    command.add_argument("--host", help="default: 127.0.0.1")
+    command.add_argument("--port", type=int, help="default: 9002; 0 picks a free one")
     command.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
     command = add_client(generate)

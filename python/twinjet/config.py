@@ -5,6 +5,7 @@
     [deployments.NAME]             # one engine with one model
     [routes.PUBLIC_NAME]           # which deployments answer for a public model name
     [mirror]                       # what mirrored requests may cost, and where their answers go
+    [protocols.openengine]         # whether OpenEngine v1 is spoken besides, and whom its requests are accounted to
 
 The environment variable of a setting is its path, upper case, joined by two underscores:
 server.port is TWINJET_SERVER__PORT (see twinjet.environment). Order: file, then environment, then flags; the last
@@ -18,7 +19,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -79,10 +80,18 @@ def _path(path: Path) -> Path:
     return path
 
 
+def _label(text: str) -> str:
+    if len(text.encode()) > 128:
+        raise ValueError("is longer than 128 bytes")
+    return text
+
+
 Host = Annotated[str, AfterValidator(_host)]
+Label = Annotated[str, AfterValidator(_label)]
 Name = Annotated[str, AfterValidator(_name)]
 Token = Annotated[str, AfterValidator(_token)]
 File = Annotated[Path, AfterValidator(_path)]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -158,6 +167,9 @@ class GrammarSettings(_Section):
     wall_s: float = Field(20.0, gt=0, le=3600, description="time of one compilation, also for waiting")
     workers: int = Field(2, ge=1, le=256, description="compilations at once; one tenant gets half of them")
     waiting: int = Field(16, ge=1, le=65536, description="compilations of one tenant that may wait")
+    refused_cpu_s: float = Field(
+        10.0, gt=0, le=86_400, description="processor time of one tenant for constraints that are refused"
+    )
     cache_bytes: int = Field(256 << 20, ge=0, description="compiled grammars that are kept, on disk")
     verify: bool = Field(True, description="check finished outputs against their JSON schema")
 
@@ -172,6 +184,7 @@ class DeploymentSettings(_Section):
     native_block_manager: bool = Field(
         True, description="account KV blocks with Twinjet's manager where it can"
     )
+    kv_events: bool = Field(False, description="tell what the prefix cache holds, for WatchKvEvents")
     max_restarts: int = Field(
         5, ge=0, le=2**31 - 1, description="restarts in a row before the deployment is given up"
     )
@@ -209,6 +222,22 @@ class MirrorSettings(_Section):
     )
 
 
+class OpenEngineSettings(_Section):
+    """OpenEngine v1, as Dynamo's sidecars speak it."""
+
+    enabled: bool = Field(False, description="answer openengine.v1.Inference and openengine.v1.Control")
+    tenant: Label = Field("openengine", description="whom its requests are accounted to; they name nobody")
+    deadline_s: float = Field(
+        0.0, ge=0, le=LONGEST_S, description="of requests that bring no gRPC deadline; 0 is none"
+    )
+
+
+class ProtocolSettings(_Section):
+    """Protocols of others that are spoken besides twinjet.v1."""
+
+    openengine: OpenEngineSettings = OpenEngineSettings()
+
+
 class Config(_Section):
     """All settings."""
 
@@ -218,6 +247,7 @@ class Config(_Section):
     deployments: dict[Name, DeploymentSettings] = Field(min_length=1)
     routes: dict[Name, RouteSettings] = Field(default_factory=dict)
     mirror: MirrorSettings = MirrorSettings()
+    protocols: ProtocolSettings = ProtocolSettings()
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Config:
@@ -243,13 +273,20 @@ def load(
 
     Raises ConfigError naming the setting, and the nearest known key for an unknown one.
     """
+    return load_tree(Config, path, overrides, environ)
+
+
+def load_tree(
+    model: type[Settings], path: Path | None, overrides: Mapping[str, Any] | None, environ: Mapping[str, str]
+) -> Settings:
+    """Read the settings of any command, as load() does those of the server."""
     tree = {} if path is None else _read(path)
-    origins = environment.apply(tree, environ, Config)
+    origins = environment.apply(tree, environ, model)
     _merge(tree, overrides or {})
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item, origins) for item in error.errors())) from None
+        raise ConfigError("; ".join(_explain(model, item, origins) for item in error.errors())) from None
 
 
 def deployment_settings(tree: Mapping[str, Any]) -> DeploymentSettings:
@@ -289,7 +326,7 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
             _merge(mine, value)
 
 
-def _explain(item: Any, origins: Mapping[tuple[str, ...], str]) -> str:
+def _explain(model: type[BaseModel], item: Any, origins: Mapping[tuple[str, ...], str]) -> str:
     loc = tuple(str(part) for part in item["loc"] if part != "[key]")
     path = ".".join(loc)
     # A mistake inside a value belongs to the variable that gave the value.
@@ -297,7 +334,7 @@ def _explain(item: Any, origins: Mapping[tuple[str, ...], str]) -> str:
     if source:
         path += f" (from {source})"
     if item["type"] == "extra_forbidden":
-        return f"unknown setting {path}" + did_you_mean(loc[-1], keys_at(Config, loc[:-1]))
+        return f"unknown setting {path}" + did_you_mean(loc[-1], keys_at(model, loc[:-1]))
     if item["type"] == "missing" and loc == ("deployments",):
         return "no deployment is configured; add a [deployments.NAME] section"
     message = item["msg"].removeprefix("Value error, ")

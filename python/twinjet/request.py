@@ -31,6 +31,7 @@ MAX_CHOICES = 1024
 MAX_OUTPUTS = 64
 MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_SEED = 2**64 - 1
+MAX_HANDOFF_BYTES = 256 * 1024
 DRAWN_SEED_BITS = 53
 """Seeds that nobody sent are below 2^53, so that languages whose numbers are doubles read them exactly."""
 
@@ -181,7 +182,8 @@ class EngineRequest:
     grammar: sampling.constraint compiled for this engine's vocabulary; None only where there is no constraint or the
     engine has none. priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
     None is none; engines may use it, the server enforces it. data_parallel_rank: a hint, at least 0, None is any.
-    trace_headers: the caller's W3C trace context, empty is none.
+    trace_headers: the caller's W3C trace context, empty is none. prefill_only: end with a handoff. handoff: a sealed one
+    to go on from, as it came; b"" is none.
     """
 
     request_id: str
@@ -196,6 +198,8 @@ class EngineRequest:
     data_parallel_rank: int | None = None
     kv_retention: KvRetention | None = None
     trace_headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    prefill_only: bool = False
+    handoff: bytes = b""
 
 
 def draw_seed() -> int:

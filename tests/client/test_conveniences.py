@@ -22,9 +22,13 @@ from tests.server.harness import Harness, Serve
 from twinjet.client import (
     AlreadyExists,
     AsyncClient,
+    BadRequest,
     BatchProgress,
     Cancelled,
     Client,
+    CompareReport,
+    CompareStarted,
+    Comparison,
     Completion,
     DeadlinePassed,
     Drained,
@@ -328,6 +332,7 @@ METHODS = {
         "GetLoad": "get_load", "Abort": "abort", "ResetPrefixCache": "reset_prefix_cache", "Drain": "drain",
         "WatchKvEvents": "watch_kv_events", "GetRoutes": "get_routes", "SetRoute": "set_route",
         "AddDeployment": "add_deployment", "RemoveDeployment": "remove_deployment",
+        "Compare": "compare",
     },
 }  # fmt: skip
 
@@ -419,13 +424,38 @@ async def test_a_drain_counts_what_it_ended(h: Harness, real: Both) -> None:
 
 
 async def test_kv_events_are_watched(h: Harness, real: Both) -> None:
-    first, second = await real.items(lambda c: c.watch_kv_events(), most=len(KV_EVENTS))
-    assert (first.sequence, second.sequence) == (1, 2)
-    assert abs(first.time_s - time.time()) < 60
-    assert first.events == (KvStored((b"\x01", b"\x02"), b"\x00", (5, 6, 7, 8), 2),)
-    assert second.events == (KvRemoved((b"\x01",)), KvCleared())
+    snapshot, beat = await real.items(lambda c: c.watch_kv_events(heartbeat_s=0.1), most=2)
+    assert (snapshot.kind, snapshot.sequence, snapshot.deployment) == ("snapshot_end", len(KV_EVENTS), "fake")
+    assert abs(snapshot.time_s - time.time()) < 60
+    rest = KvStored((b"\x02",), b"\x01", (7, 8), 2, "salt", "lora", "device")
+    assert snapshot.events == (KvCleared(), rest)
+    assert (beat.kind, beat.sequence, beat.events) == ("heartbeat", len(KV_EVENTS), ())
+    epoch = snapshot.epoch
+    (delta,) = await real.items(lambda c: c.watch_kv_events(epoch=epoch, start_sequence=2), most=1)
+    assert (delta.kind, delta.sequence, delta.events) == ("delta", 2, (KvRemoved((b"\x01",)),))
     with pytest.raises(DeadlinePassed):
         await real.items(lambda c: c.watch_kv_events(timeout_s=0.5))
+
+
+async def test_two_deployments_are_compared(h: Harness, real: Both) -> None:
+    comparison = Comparison(
+        deployment_a="fake", deployment_b="fake", prompts=["a", "b"], output_tokens=2, requests_per_leg=2,
+        max_blocks=6, num_answers=2, concurrency=2, ladder=[500.0], ttft_s=30.0, sampling=Sampling(temperature=0.5),
+    )  # fmt: skip
+    started, *progress, report = await real.items(lambda c: c.compare(comparison))
+    assert isinstance(started, CompareStarted) and started.settings_a == started.settings_b
+    assert [p.phase for p in progress if p.done == 0] == ["answers", "self", "main", "ladder"]
+    assert (
+        isinstance(report, CompareReport) and report.outcome != "unknown" and report.words in report.page_html
+    )
+    assert report.answers.pairs == report.answers.equal_pairs == 2 and report.answers.median_margin is None
+    assert [(r.deployment, r.rate) for r in report.rungs] == [("fake", 500.0), ("fake (again)", 500.0)]
+    assert report.metrics[0].name == "throughput" and report.metrics[0].ratio is None
+    with pytest.raises(BadRequest) as wrong:
+        await real.items(lambda c: c.compare(dataclasses.replace(comparison, max_blocks=1)))
+    assert [v.field for v in wrong.value.violations] == ["max_blocks"]
+    with pytest.raises(BadRequest):
+        await real.items(lambda c: c.compare(dataclasses.replace(comparison, concurrency=-1)))
 
 
 async def test_a_running_request_is_aborted_and_tells_what_had_come(h: Harness, real: Both) -> None:

@@ -100,7 +100,7 @@ def test_both_sides_get_the_same_requests_and_answers_are_paired() -> None:
             for leg in range(4)
         ]
         assert legs[0] == legs[1] and legs[2] == legs[3] and legs[0] != legs[2]
-    same = analysis.sameness(data)
+    same = analysis.answers(data).both
     assert same.num_pairs == same.num_equal_pairs > 0 and same.equal_tokens == 1.0
 
 

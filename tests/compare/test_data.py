@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from tests.models.simulated_twins import compare_twins
 from tests.models.virtual_time import run_virtual
 from twinjet.compare import analysis
 from twinjet.compare.analysis import Slo
-from twinjet.compare.records import Journal, Record, RunData, read_run
+from twinjet.compare.plots import Line, Plot
+from twinjet.compare.records import Journal, Record, RunData, TokenChances, read_run
 from twinjet.compare.report import as_csv, as_html, as_text, make_report
 from twinjet.compare.sameness import Answer, compare_answers, summarize
 from twinjet.compare.statistics import Precision
 from twinjet.compare.workload import Load, Workload, read_prompts, read_trace, synthetic
-from twinjet.engines.base import Logprob, TokenLogprobs
 from twinjet.errors import ConfigError
 from twinjet.request import SamplingOverrides
 
@@ -134,9 +135,8 @@ def test_raw_data_survive_a_file(tmp_path: Path, data: RunData) -> None:
 
 
 def test_answers_are_compared_by_tokens() -> None:
-    def entry(token: int, logprob: float, rival: int) -> TokenLogprobs:
-        chosen = Logprob(token, logprob, 1, "")
-        return TokenLogprobs(chosen, (chosen, Logprob(rival, logprob - 0.25, 2, "")))
+    def entry(token: int, logprob: float, rival: int) -> TokenChances:
+        return TokenChances(logprob, ((token, logprob), (rival, logprob - 0.25)))
 
     a = Answer((1, 2, 3), (entry(1, -0.5, 9), entry(2, -0.5, 7), entry(3, -0.5, 9)), "stop")
     b = Answer((1, 7, 3, 4), (entry(1, -0.75, 9),), "length")
@@ -167,7 +167,7 @@ def test_the_page_needs_nothing_from_outside_and_says_what_was_found(data: RunDa
     assert "&lt;trt&gt;" in page and "<trt>" not in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
     assert not re.search(r"url\(|@import|<script", page)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "keep vllm for this workload" in page
     rows = list(csv.DictReader(io.StringIO(as_csv(report))))
     ttft = next(row for row in rows if row["metric"] == "ttft p50")
@@ -186,3 +186,17 @@ def test_a_run_without_blocks_is_no_comparison() -> None:
     assert report.verdict.words == "not comparable because the run was ended before anything was measured"
     assert "not comparable" in as_html(report, empty)
     assert json.loads(json.dumps(as_csv(report)))
+
+
+@pytest.mark.parametrize(
+    ("values", "x_ticks"),
+    [((0, 333), ["0", "100", "200", "300", "400"]), ((0, 5800), ["0", "2000", "4000", "6000"]),
+     ((-3, 7), ["-5", "-2.5", "0", "2.5", "5", "7.5"]), ((0, 0), ["0", "0.25"])],
+)  # fmt: skip
+def test_a_plot_has_round_ticks_that_hold_all_values(values: tuple[float, float], x_ticks: list[str]) -> None:
+    points = [(values[0], 0.0), (values[1], 99.5), (math.nan, 1e9)]
+    svg = Plot("a < b", "x", "y", [Line(points, "#000")]).svg()
+    assert re.findall(r'text-anchor="middle">(-?[\d.]+)</text>', svg) == x_ticks
+    assert re.findall(r'text-anchor="end">(-?[\d.]+)</text>', svg) == ["0", "25", "50", "75", "100"]
+    assert "<title>a &lt; b</title>" in svg and "nan" not in svg
+    assert Plot("", "x", "y", [Line([(math.nan, 1.0)], "#000")]).figure() == ""

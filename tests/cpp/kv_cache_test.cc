@@ -112,7 +112,8 @@ TEST(event_log_drops_the_oldest_and_numbers_show_the_gap) {
   EventLog log(3, 2);
   const int32_t tokens[] = {4, 5};
   BlockHash parent = {1, 1};
-  for (BlockId i = 0; i < 4; ++i) log.Stored(i, {0, static_cast<uint64_t>(i)}, i ? &parent : nullptr, tokens);
+  for (BlockId i = 0; i < 4; ++i)
+    log.Stored(i, {0, static_cast<uint64_t>(i)}, i ? &parent : nullptr, tokens, 7);
   log.Removed(9, {7, 7});
   CHECK_EQ(log.size(), 3u);
   CHECK_EQ(log.num_dropped(), 2u);

@@ -97,8 +97,10 @@ class ModelBlockManager:
         self.counters["num_failed"] += 1
 
     def _forget(self, block: int) -> None:
-        self._event("removed", self.hash_of(block), b"", block, [])
+        block_hash = self.hash_of(block)
         self.cached = [(h, b) for h, b in self.cached if b != block]
+        if block_hash not in [h for h, _ in self.cached]:
+            self._event("removed", block_hash, b"", block, [])
         self.counters["num_evicted_blocks"] += 1
 
     def _take(self, count: int) -> list[int]:
@@ -120,9 +122,11 @@ class ModelBlockManager:
         block = s.table[index]
         if self.hash_of(block):
             return 0
+        is_new = self.find(hashes[index][:16]) is None
         self.cached.append((hashes[index][:16], block))
         parent = hashes[index - 1][:16] if index else b""
-        self._event("stored", hashes[index][:16], parent, block, list(tokens))
+        if is_new:
+            self._event("stored", hashes[index][:16], parent, block, list(tokens))
         return 1
 
     def _add_tokens(self, s: ModelSequence, tokens: Sequence[int]) -> list[int]:

@@ -8,8 +8,9 @@ import random
 from collections.abc import AsyncGenerator
 
 from twinjet.compare import analysis, driver, workload
-from twinjet.compare.records import RunData
-from twinjet.compare.statistics import Precision
+from twinjet.compare.plan import default_metric
+from twinjet.compare.records import RunData, TokenChances
+from twinjet.compare.statistics import Precision, Verdict
 from twinjet.engines.base import OutputEvent
 from twinjet.engines.fake import FakeEngine
 from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
@@ -74,7 +75,12 @@ class EngineTarget:
         )
         async for event in self._engine.generate(request):
             if isinstance(event, OutputEvent):
-                yield driver.Arrived(event.token_ids, "" if event.finish is None else event.finish.reason)
+                chances = [
+                    TokenChances(t.chosen.logprob, tuple((r.token_id, r.logprob) for r in t.top))
+                    for t in event.logprobs
+                ]
+                reason = "" if event.finish is None else event.finish.reason
+                yield driver.Arrived(event.token_ids, reason, text=event.text, chances=chances)
 
 
 async def compare_twins(
@@ -91,13 +97,16 @@ async def compare_twins(
     for engine in engines:
         await engine.start(lambda _: None)
     items = workload.synthetic(32, 16, 4096, vocab_size=256, seed=seed)
+    load = load or workload.Load("closed", concurrency=4)
     running = driver.Driver(
         EngineTarget("a", engines[0]),
         EngineTarget("b", engines[1]),
         workload.Workload(items),
-        load or workload.Load("closed", concurrency=4),
+        load,
         requests_per_leg,
         precision or Precision(half_width=0.02),
+        # Blocks are planned by what is judged.
+        analysis.Settings(metric=default_metric(load)),
         seed=seed,
     )
     await running.run()
@@ -106,7 +115,12 @@ async def compare_twins(
     return running.data
 
 
-def outcome(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> str:
-    """The verdict's outcome. CPU time is not judged: on a simulated clock it means nothing."""
+def verdict(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> Verdict:
+    """The verdict. CPU time is not judged: on a simulated clock it means nothing."""
     settings = analysis.Settings(metric=metric, max_cpu=math.inf)
-    return analysis.judge(data, settings, seed=seed).outcome
+    return analysis.judge(data, settings, seed=seed)
+
+
+def outcome(seed: int, data: RunData, metric: analysis.Metric = "token_time") -> str:
+    """The verdict's outcome."""
+    return verdict(seed, data, metric).outcome

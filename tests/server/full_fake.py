@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping
 
-from twinjet.engines.base import EngineInfo, KvCleared, KvEvent, KvRemoved, KvStored
+from twinjet.engines.base import EngineInfo, KvBlockFacts, KvEvent, KvRemoved, KvStored
 from twinjet.engines.fake import FakeEngine
+from twinjet.engines.kv_journal import KvJournal
 from twinjet.errors import AlreadyExists, NotFound
 
 KV_EVENTS: list[list[KvEvent]] = [
-    [KvStored((b"\x01", b"\x02"), b"\x00", (5, 6, 7, 8), 2)],
-    [KvRemoved((b"\x01",)), KvCleared()],
+    [KvStored((b"\x01", b"\x02"), b"\x00", (5, 6, 7, 8), 2, KvBlockFacts("salt", "lora", "device"))],
+    [KvRemoved((b"\x01",))],
 ]
 
 
 class FullFakeEngine(FakeEngine):
-    """Takes adapters without loading anything, and publishes KV_EVENTS to each watcher, then nothing."""
+    """Takes adapters without loading anything, and has published KV_EVENTS."""
 
     _paths: dict[str, str]
+    _journal: KvJournal
 
     def describe(self) -> EngineInfo:
         info = super().describe()
@@ -38,10 +39,17 @@ class FullFakeEngine(FakeEngine):
     def adapters(self) -> Mapping[str, str]:
         return self._all()
 
-    async def kv_events(self) -> AsyncIterator[Sequence[KvEvent]]:
-        for batch in KV_EVENTS:
-            yield batch
-        await asyncio.Event().wait()
+    @property
+    def kv_journal(self) -> KvJournal:
+        if "_journal" not in self.__dict__:
+            self.__dict__["_journal"] = KvJournal()
+            for batch in KV_EVENTS:
+                self._journal.put(batch)
+        return self._journal
+
+    async def stop(self) -> None:
+        self.kv_journal.close()
+        await super().stop()
 
     def _all(self) -> dict[str, str]:
         self.__dict__.setdefault("_paths", {})

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from tests.server.harness import Harness, Serve, collect, details
+from twinjet.engines.fake import FakeTokenizer
 from twinjet.v1 import generation_pb2, sampling_pb2, service_pb2_grpc
 
 Request = generation_pb2.GenerateRequest
@@ -42,6 +43,24 @@ CASES: list[tuple[str, Any, str, str]] = [
         Request(text="x", options={"kv_retention": {"duration": {"seconds": 0}}}),
         "options.kv_retention.duration",
         "above 0",
+    ),
+    (
+        "handoff of nothing",
+        Request(text="x", options={"handoff": {"seed": 1}}),
+        "options.handoff.state",
+        "allowed: 1 to 262144",
+    ),
+    (
+        "handoff too large",
+        Request(text="x", options={"handoff": {"state": b"x" * (256 * 1024 + 1)}}),
+        "options.handoff.state",
+        "262145 bytes",
+    ),
+    (
+        "handoff to a prefill",
+        Request(text="x", options={"handoff": {"state": b"x"}, "prefill_only": True}),
+        "options.handoff",
+        "set one of them",
     ),
     ("negative temperature", _text(temperature=-1), "sampling.temperature", "0 to 100"),
     ("NaN temperature", _text(temperature=math.nan), "sampling.temperature", "0 to 100"),
@@ -166,6 +185,8 @@ MISSING: list[tuple[str, Callable[[], Any], str]] = [
     ("tag", lambda: _text(constraint=Constraint(structural_tag="{}")), "structural_tag"),
     ("rank", lambda: Request(text="x", options={"data_parallel_rank": 0}), "data_parallel_rank"),
     ("retention", lambda: Request(text="x", options={"kv_retention": {}}), "kv_retention"),
+    ("prefill", lambda: Request(text="x", options={"prefill_only": True}), "prefill_only"),
+    ("handoff", lambda: Request(text="x", options={"handoff": {"state": b"x"}}), "handoff"),
     ("pictures", lambda: Chat(messages=[{"role": "user", "images": [b"png"]}]), "image_input"),
     ("sound", lambda: Chat(messages=[{"role": "user", "audio": [b"wav"]}]), "audio_input"),
 ]
@@ -236,3 +257,58 @@ def _empty_request(stub: str, method: str) -> Any:
 
     service = service_pb2.DESCRIPTOR.services_by_name[stub.removesuffix("Stub")]
     return message_factory.GetMessageClass(service.methods_by_name[method].input_type)()
+
+
+@pytest.mark.parametrize("name", ["m" * (1 << 20), "🌶" * 100_000])
+async def test_an_error_that_repeats_what_was_sent_still_fits_into_trailers(serve: Serve, name: str) -> None:
+    h = await serve()
+    for call in (
+        h.inference.Generate(Request(model=name, text="x")),
+        h.inference.Generate(Request(text="x", options=generation_pb2.RequestOptions(adapter="🌶" * 32))),
+        h.inference.Chat(Chat(messages=[generation_pb2.ChatMessage(role=name[:1000], content="x")] * 100)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(call)
+        assert caught.value.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
+        assert "ErrorInfo" in details(caught.value)
+
+
+async def test_a_prompt_far_beyond_the_context_is_refused_by_its_beginning(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = await serve({"max_context_tokens": 100})
+    lengths: list[int] = []
+    encode = FakeTokenizer.encode
+
+    def counted(self: FakeTokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(FakeTokenizer, "encode", counted)
+    monkeypatch.setattr(FakeTokenizer, "encode_rendered", None)
+    text = "a" * 1_000_000
+    for call, field in (
+        (h.inference.Generate(Request(text=text)), "text"),
+        (
+            h.inference.Chat(Chat(messages=[generation_pb2.ChatMessage(role="user", content=text)])),
+            "messages",
+        ),
+        (h.inference.Generate(Request(token_ids=[1] * 900_000)), "token_ids"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(call)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        (violation,) = details(caught.value)["BadRequest"].field_violations
+        assert violation.field == field
+        assert "the model's context is 100" in violation.description
+    assert lengths == [800, 800]
+
+
+async def test_a_text_that_only_begins_with_many_tokens_is_no_mistake(serve: Serve) -> None:
+    h = await serve({"max_context_tokens": 1000})
+    (answer,) = [
+        m
+        for m in await collect(h.inference.Generate(Request(text="a" * 900, sampling=Sampling(max_tokens=1))))
+        if m.HasField("summary")
+    ]
+    assert answer.summary.usage.prompt_tokens == 901

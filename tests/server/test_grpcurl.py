@@ -109,6 +109,18 @@ CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
         {"route": {"model": "m", "weights": {"fake": 1}, "sticky": "STICKINESS_TENANT"}, "revision": "1"},
         ['"revision": "2"'],
     ),
+    (
+        f"{ADMIN}/Compare",
+        {
+            "deploymentA": "fake",
+            "deploymentB": "fake",
+            "listed": {"texts": ["a"], "outputTokens": 2},
+            "requestsPerLeg": 1,
+            "maxBlocks": 6,
+            "numAnswers": 1,
+        },
+        ["started", "COMPARE_PHASE_SELF", "COMPARE_PHASE_MAIN", '"words"', "COMPARE_OUTCOME_"],
+    ),
     (f"{ADMIN}/RemoveDeployment", {"name": "new", "grace": "1s"}, []),
     (f"{ADMIN}/Drain", {"grace": "1s"}, []),
 ]
@@ -168,9 +180,11 @@ async def test_a_running_request_is_aborted(h: Harness) -> None:
 async def test_kv_events_are_watched_until_the_deadline(h: Harness) -> None:
     answer = await grpcurl("-plaintext", "-max-time", "2", h.server.address, f"{ADMIN}/WatchKvEvents")
     assert "DeadlineExceeded" in answer.errors
-    first, second = answer.messages
-    assert first["events"][0]["stored"]["token_ids"] == [5, 6, 7, 8]
-    assert [list(event) for event in second["events"]] == [["removed"], ["cleared"]]
+    (snapshot,) = answer.messages
+    assert snapshot["kind"] == "KV_BATCH_KIND_SNAPSHOT_END"
+    assert [list(event) for event in snapshot["events"]] == [["cleared"], ["stored"]]
+    stored = snapshot["events"][1]["stored"]
+    assert (stored["token_ids"], stored["salt"], stored["medium"]) == ([7, 8], "salt", "KV_MEDIUM_DEVICE")
 
 
 async def test_failures_show_their_details(h: Harness) -> None:

@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from tests.engines.factories import MODEL, double_installed
 from tests.server.harness import Serve, details
+from twinjet.client import AsyncClient, BadRequest, Options, RetryPolicy, Sampling, Unavailable
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
 
 Request = generation_pb2.GenerateRequest
@@ -132,3 +135,80 @@ async def test_a_missing_package_leaves_the_others_where_that_is_allowed(tmp_pat
     assert process.returncode == 0, (seen + rest).decode()
     assert b"serving other on" in seen
     assert b'"model": "other"' in seen
+
+
+TWO_PARTS = {
+    name: TRT["trt"]
+    | {
+        "options": {
+            "max_seq_len": 2048,
+            "cache_transceiver_config": {"backend": "DEFAULT"},
+            "disable_overlap_scheduler": name == "prefill",
+        }
+    }
+    for name in ("prefill", "decode")
+}
+
+
+async def test_a_prompt_here_and_its_output_there(serve: Serve, version: str) -> None:
+    h = await serve(deployments=TWO_PARTS)
+    async with AsyncClient(h.server.address) as client:
+        sampling = Sampling(max_tokens=20, ignore_eos=True, logprobs=2)
+        first = await client.generate(
+            "Hello", sampling, model="prefill", options=Options(prefill_only=True)
+        ).completion()
+        assert first.handoff is not None and not first.outputs and first.text == ""
+        assert first.handoff.seed == first.summary.seed
+        assert first.started.deployment == "prefill"
+        second = await client.generate(
+            "Hello", sampling, model="decode", options=Options(handoff=first.handoff)
+        ).completion()
+        assert second.summary.seed == first.handoff.seed
+        whole = await client.generate(
+            "Hello", replace(sampling, seed=first.handoff.seed), model="decode"
+        ).completion()
+        assert second.outputs == whole.outputs
+        with pytest.raises(BadRequest, match="has been used"):
+            await client.generate(
+                "Hello", sampling, model="decode", options=Options(handoff=first.handoff)
+            ).completion()
+        chat = await client.chat(
+            "Hi", Sampling(prompt_logprobs=None), model="prefill", options=Options(prefill_only=True)
+        ).completion()
+        assert chat.handoff is not None
+        with pytest.raises(BadRequest, match=r"sampling\.n"):
+            await client.generate(
+                "x", Sampling(n=2), model="prefill", options=Options(prefill_only=True)
+            ).completion()
+
+
+async def test_a_handoff_that_an_engine_has_used_goes_nowhere_else(
+    serve: Serve, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = await serve(
+        deployments=TWO_PARTS | {"other": TWO_PARTS["decode"]},
+        routes={
+            "prefill": {"weights": {"prefill": 1}},
+            "out": {"weights": {"decode": 1}, "fallback": ["other"]},
+        },
+    )
+    decode, other = (next(e for e in h.engines if e._name == name) for name in ("decode", "other"))
+    taken: list[Any] = []
+
+    def wait_for_ever(request: Any) -> None:
+        """Blocks that are on their way and do not come."""
+        taken.append(request)
+        decode._handle.llm._active.remove(request)
+
+    monkeypatch.setattr(decode._handle.llm, "_take_over", wait_for_ever)
+    monkeypatch.setattr(other, "submit", lambda *_: pytest.fail("it went elsewhere"))
+    async with AsyncClient(h.server.address, retry=RetryPolicy(attempts=1)) as client:
+        first = await client.generate(
+            "Hello", model="prefill", options=Options(prefill_only=True)
+        ).completion()
+        options = Options(handoff=first.handoff)
+        call = asyncio.create_task(client.generate("Hello", model="out", options=options).completion())
+        await h.until(lambda: bool(taken))
+        decode._on_death("killed")
+        with pytest.raises(Unavailable, match="killed"):
+            await call

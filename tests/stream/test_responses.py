@@ -150,6 +150,22 @@ def test_the_other_events(
     assert stream.summary() == pb.GenerateResponse(summary=summary).SerializeToString()
 
 
+@given(state=st.binary(min_size=1, max_size=40), seed=st.integers(0, 2**64 - 1), cached=st.none() | _u32)
+def test_a_handoff_ends_the_stream(state: bytes, seed: int, cached: int | None) -> None:
+    stream = make_stream(seed=seed, arrived_at=1.0)
+    pump = Pump()
+    key = pump.add(stream, None)
+    pump.put_prompt(key, cached, None, 2.0)
+    stream.put_handoff(state, 3.0)
+    assert stream.is_over
+    pump.step([(key, [97], None, None, None, None)], 4.0)
+    started, handoff = (pb.GenerateResponse.FromString(message) for message in stream.take())
+    assert started.HasField("started")
+    assert handoff == pb.GenerateResponse(handoff=pb.Handoff(state=state, seed=seed))
+    summary = pb.GenerateResponse.FromString(stream.summary()).summary
+    assert (summary.usage.output_tokens, summary.timings.first_token.seconds) == (0, 2)
+
+
 def test_a_logprob_keeps_its_bits() -> None:
     stream, pump = make_stream(), Pump()
     pump.put_made(pump.add(stream, None), 0, "", [7], [([7], [-0.1], None)], None, 0.0)

@@ -16,6 +16,7 @@ from twinjet.client._answers import (
     Drained,
     Embeddings,
     KvEvents,
+    KvOrder,
     LoadingProgress,
     Model,
     ModelLoad,
@@ -38,6 +39,7 @@ from twinjet.client._calls import (
 )
 from twinjet.client._channel import call_metadata
 from twinjet.client._channel import channel_options as all_options
+from twinjet.client._compare import CompareEvent, Comparison, compare_event_of, compare_request
 from twinjet.client._errors import (
     DeadlinePassed,
     IncompleteStream,
@@ -517,21 +519,53 @@ class AsyncClient:
         return Drained(answer.finished, answer.ended)
 
     async def watch_kv_events(
-        self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
+        self,
+        model: str = "",
+        *,
+        epoch: str = "",
+        start_sequence: int = 0,
+        deployment: str = "",
+        heartbeat_s: float | None = None,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
     ) -> AsyncGenerator[KvEvents, None]:
-        """Watch which KV blocks were stored and removed; needs the admin token or a local server.
+        """Watch which KV blocks a prefix cache holds; needs the admin token or a local server.
 
-        Raises IncompleteStream when a batch was missed: forget what you know and watch again.
+        epoch, start_sequence: of the last batch taken in, its sequence plus 1, to go on from there; else, and where the
+        server does not keep what follows, the first batches are a snapshot. heartbeat_s: longest silence, 0.1 to 3600, None
+        is 10. Raises Unavailable when the engine ends, IncompleteStream when a batch was missed: watch again then.
         """
-        request, expected = filled(admin_pb2.WatchKvEventsRequest(), {"model": model}), 1
+        fields = {
+            "model": model, "epoch": epoch, "start_sequence": start_sequence, "deployment": deployment,
+            "heartbeat_interval": duration("heartbeat_s", heartbeat_s),
+        }  # fmt: skip
+        request, order = filled(admin_pb2.WatchKvEventsRequest(), fields), KvOrder(epoch, start_sequence)
         left_s = self._attempts(timeout_s).remaining_s
         call: Any = self._admin.WatchKvEvents(request, timeout=left_s, metadata=self._call_metadata(metadata))
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
-                if message.sequence != expected:
-                    raise IncompleteStream(f"batch {message.sequence} came instead of {expected}")
-                expected += 1
-                yield kv_events_of(message)
+                yield order.check(kv_events_of(message))
+        except grpc.aio.AioRpcError as rpc_error:
+            raise from_rpc_error(rpc_error) from None
+        finally:
+            call.cancel()
+
+    async def compare(
+        self, comparison: Comparison, *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> AsyncGenerator[CompareEvent, None]:
+        """Run two deployments side by side and say which is faster; needs the admin token or a local server.
+
+        Gives a CompareStarted, a CompareProgress now and then, and the CompareReport. Closing the iterator stops it. Raises
+        PreconditionFailed for unequal settings and while another comparison runs.
+        """
+        left_s = self._attempts(timeout_s).remaining_s
+        call: Any = self._admin.Compare(
+            compare_request(comparison), timeout=left_s, metadata=self._call_metadata(metadata)
+        )
+        try:
+            while (message := await call.read()) is not grpc.aio.EOF:
+                if (event := compare_event_of(message)) is not None:
+                    yield event
         except grpc.aio.AioRpcError as rpc_error:
             raise from_rpc_error(rpc_error) from None
         finally:

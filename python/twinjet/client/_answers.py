@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
+from twinjet.client._errors import IncompleteStream
 from twinjet.client._events import Usage
 from twinjet.client._requests import Sampling
 from twinjet.v1 import admin_pb2, model_pb2, sampling_pb2
@@ -154,12 +155,18 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class KvStored:
-    """Blocks that can now be shared, each continuing the one before. parent_hash: b"" for a first block."""
+    """Blocks that can now be shared, each continuing the one before. parent_hash: b"" for a first block.
+
+    salt, adapter: of the requests that can share them. medium: "device", "host", "disk"; "" is not known.
+    """
 
     block_hashes: tuple[bytes, ...]
     parent_hash: bytes
     token_ids: tuple[int, ...]
     block_size: int
+    salt: str = ""
+    adapter: str = ""
+    medium: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +184,42 @@ class KvCleared:
 KvEvent = KvStored | KvRemoved | KvCleared
 
 
+KvBatchKind = Literal["delta", "snapshot", "snapshot_end", "heartbeat"]
+
+
 @dataclass(frozen=True, slots=True)
 class KvEvents:
-    """One batch, in order. time_s: Unix time."""
+    """One batch, in order; apply the events whatever its kind. time_s: Unix time.
+
+    kind: a watch can go on after sequence in epoch from any but a "snapshot", which has more parts to come.
+    """
 
     sequence: int
     time_s: float
     events: tuple[KvEvent, ...]
+    epoch: str = ""
+    kind: KvBatchKind = "delta"
+    deployment: str = ""
+
+
+class KvOrder:
+    """Checks that a watch misses no delta."""
+
+    def __init__(self, epoch: str, start_sequence: int) -> None:
+        self._epoch = epoch
+        self._sequence = start_sequence - 1
+
+    def check(self, batch: KvEvents) -> KvEvents:
+        """Give the batch. Raises IncompleteStream if it does not continue what came before."""
+        is_snapshot = batch.kind in ("snapshot", "snapshot_end")
+        expected = self._sequence + (batch.kind == "delta")
+        if not is_snapshot and (batch.epoch, batch.sequence) != (self._epoch, expected):
+            raise IncompleteStream(
+                f"{batch.kind} {batch.sequence} of epoch {batch.epoch!r} came instead of "
+                f"{expected} of {self._epoch!r}"
+            )
+        self._epoch, self._sequence = batch.epoch, batch.sequence
+        return batch
 
 
 def model_of(model: model_pb2.Model) -> Model:
@@ -221,12 +257,33 @@ def adapter_of(adapter: model_pb2.Adapter) -> Adapter:
 def kv_events_of(batch: admin_pb2.WatchKvEventsResponse) -> KvEvents:
     """Translate a batch; events of a newer contract are left out."""
     events = tuple(event for e in batch.events if (event := _kv_event(e)) is not None)
-    return KvEvents(batch.sequence, batch.time.ToNanoseconds() / 1e9, events)
+    return KvEvents(
+        sequence=batch.sequence,
+        time_s=batch.time.ToNanoseconds() / 1e9,
+        events=events,
+        epoch=batch.epoch,
+        kind=_KV_KINDS[batch.kind],
+        deployment=batch.deployment,
+    )
+
+
+_KV_KINDS: dict[int, KvBatchKind] = {
+    admin_pb2.KV_BATCH_KIND_DELTA: "delta",
+    admin_pb2.KV_BATCH_KIND_SNAPSHOT: "snapshot",
+    admin_pb2.KV_BATCH_KIND_SNAPSHOT_END: "snapshot_end",
+    admin_pb2.KV_BATCH_KIND_HEARTBEAT: "heartbeat",
+}
+_KV_MEDIA = {
+    admin_pb2.KV_MEDIUM_DEVICE: "device",
+    admin_pb2.KV_MEDIUM_HOST: "host",
+    admin_pb2.KV_MEDIUM_DISK: "disk",
+}
 
 
 def _kv_event(event: admin_pb2.KvEvent) -> KvEvent | None:
     if event.HasField("stored"):
-        return KvStored(**_plain(KvStored, event.stored))
+        values = _plain(KvStored, event.stored)
+        return KvStored(**{**values, "medium": _KV_MEDIA.get(event.stored.medium, "")})
     if event.HasField("removed"):
         return KvRemoved(tuple(event.removed.block_hashes))
     return KvCleared() if event.HasField("cleared") else None

@@ -55,7 +55,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Log probabilities of the prompt; entry i belongs to prompt token i + 1."""
+    """Log probabilities of the prompt, of a long one in several events: entry i of all belongs to token i + 1."""
 
     tokens: tuple[TokenLogprobs, ...]
 
@@ -79,6 +79,14 @@ class Finished:
     stopped_by: int | str | None
     is_eos: bool
     output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """What a prefill_only request gives for another deployment to go on from. Opaque, of use once."""
+
+    state: bytes
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +119,7 @@ class Summary:
     sampler: str
 
 
-Event = Queued | Started | PromptLogprobs | Delta | Finished | Summary
+Event = Queued | Started | PromptLogprobs | Delta | Finished | Handoff | Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +134,18 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole stream: its outputs by output_index."""
+    """A whole stream: its outputs by output_index; or, of a prefill_only request, none and a handoff."""
 
     started: Started
     prompt_logprobs: PromptLogprobs | None
     outputs: tuple[Output, ...]
     summary: Summary
+    handoff: Handoff | None = None
 
     @property
     def text(self) -> str:
-        """Text of the first output."""
-        return self.outputs[0].text
+        """Text of the first output; "" if there is a handoff instead."""
+        return self.outputs[0].text if self.outputs else ""
 
 
 def event_of(message: pb.GenerateResponse) -> Event | None:
@@ -160,6 +169,8 @@ def event_of(message: pb.GenerateResponse) -> Event | None:
             return Queued(queued.request_id, queued.position, wait_s)
         case "prompt_logprobs":
             return PromptLogprobs(_all_logprobs(message.prompt_logprobs.tokens))
+        case "handoff":
+            return Handoff(message.handoff.state, message.handoff.seed)
     return None
 
 
@@ -174,10 +185,11 @@ class Collector:
 
     def __init__(self) -> None:
         self._started: Started | None = None
-        self._prompt_logprobs: PromptLogprobs | None = None
+        self._prompt_logprobs: list[PromptLogprobs] = []
         self._deltas: dict[int, list[Delta]] = {}
         self._finished: dict[int, Finished] = {}
         self._summary: Summary | None = None
+        self._handoff: Handoff | None = None
         self._request_id = ""
 
     def add(self, event: Event) -> None:
@@ -191,7 +203,9 @@ class Collector:
                 self._started = event
                 self._request_id = event.request_id
             case PromptLogprobs():
-                self._prompt_logprobs = event
+                self._prompt_logprobs.append(event)
+            case Handoff():
+                self._handoff = event
             case Summary():
                 self._summary = event
             case Queued():
@@ -203,9 +217,10 @@ class Collector:
             raise ValueError("the stream had no started or no summary event")
         return Completion(
             self._started,
-            self._prompt_logprobs,
+            self._all_prompt_logprobs(),
             tuple(self._output(index) for index in sorted(self._finished)),
             self._summary,
+            self._handoff,
         )
 
     @property
@@ -221,6 +236,11 @@ class Collector:
             )
             for index, deltas in sorted(self._deltas.items())
         )
+
+    def _all_prompt_logprobs(self) -> PromptLogprobs | None:
+        if not self._prompt_logprobs:
+            return None
+        return PromptLogprobs(tuple(entry for event in self._prompt_logprobs for entry in event.tokens))
 
     def _output(self, index: int) -> Output:
         deltas = self._deltas.get(index, [])

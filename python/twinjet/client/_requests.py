@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 
 from twinjet.client._errors import BadRequest, Violation
+from twinjet.client._events import Handoff
 from twinjet.v1 import embedding_pb2, generation_pb2, sampling_pb2, tokenization_pb2
 
 _M = TypeVar("_M", bound=ProtoMessage)
@@ -67,6 +68,8 @@ class Options:
     session: str = ""
     data_parallel_rank: int | None = None
     kv_retention: KvRetention | None = None
+    prefill_only: bool | None = None
+    handoff: Handoff | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,9 @@ def options_message(options: Options | None) -> generation_pb2.RequestOptions | 
     values = {f.name: getattr(options, f.name) for f in fields(options)}
     if options.kv_retention is not None:
         values["kv_retention"] = _retention_message(options.kv_retention)
+    if options.handoff is not None:
+        handoff = {"state": options.handoff.state, "seed": options.handoff.seed}
+        values["handoff"] = filled(generation_pb2.Handoff(), handoff, "options.handoff.")
     return filled(generation_pb2.RequestOptions(), values, "options.")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from twinjet.compare.records import Arm, LegFacts, Phase, Record, RunData
-from twinjet.compare.sameness import Answer, compare_answers, summarize
+from twinjet.compare.sameness import Answer, SchemaCheck, compare_answers, reasons, summarize
 from twinjet.compare.sameness import Sameness as Sameness
 from twinjet.compare.statistics import (
     MIN_BLOCKS,
@@ -141,7 +141,7 @@ def invalid(data: RunData, settings: Settings) -> str:
                 f"the client lagged: its p99 delay in sending was {1e3 * facts.lag_p99_s:.0f} ms, "
                 f"with a median request of {1e3 * median:.0f} ms"
             )
-        if facts.cpu > settings.max_cpu:
+        if facts.cpu > settings.max_cpu and not data.header.get("in_process"):
             return f"the client itself was busy: {100 * facts.cpu:.0f}% of a core"
         if facts.offered and facts.achieved and facts.achieved < settings.min_achieved * facts.offered:
             return f"only {facts.achieved:.2f} of {facts.offered:.2f} requests/s were sent"
@@ -150,6 +150,8 @@ def invalid(data: RunData, settings: Settings) -> str:
 
 def judge(data: RunData, settings: Settings, *, a: str = "A", b: str = "B", seed: int = 0) -> Verdict:
     """Give the verdict on a run."""
+    if reason := str(data.header.get("unjudged") or ""):
+        return not_comparable(reason)
     if reason := invalid(data, settings):
         return not_comparable(reason)
     own, blocks = block_totals(data, "self", settings), block_totals(data, "main", settings)
@@ -158,7 +160,26 @@ def judge(data: RunData, settings: Settings, *, a: str = "A", b: str = "B", seed
             return not_comparable(
                 f"only {len(found)} complete blocks of {a} {name}; at least {MIN_BLOCKS} are needed"
             )
-    return compare(own, blocks, a=a, b=b, seed=seed)
+    drift = math.hypot(phase_drift(data, settings), float(data.header.get("recorded_drift", 0.0)))
+    return compare(own, blocks, a=a, b=b, seed=seed, drift=drift if is_against_record(data) else 0.0)
+
+
+def is_against_record(data: RunData) -> bool:
+    """Whether B is an arm of an earlier run."""
+    return bool(data.header.get("recorded"))
+
+
+def phase_drift(data: RunData, settings: Settings) -> float:
+    """Give by how much A's costs changed between its self-test and its blocks against B, relative; 0 without both.
+
+    A measure of what changed meanwhile, for sides that did not run close together.
+    """
+    own, main = block_totals(data, "self", settings), block_totals(data, "main", settings)
+    if not own or not main:
+        return 0.0
+    before = math.fsum(block.a + block.b for block in own) / (2 * len(own))
+    after = math.fsum(block.a for block in main) / len(main)
+    return abs(math.log(after / before))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,16 +289,129 @@ def ladder(data: RunData, slo: Slo) -> list[Rung]:
     return rungs
 
 
-def sameness(data: RunData, phase: Phase = "main") -> Sameness:
-    """Hold the answers of both arms against each other, paired by request."""
-    sides: dict[Arm, dict[tuple[int, int, int], Record]] = {"a": {}, "b": {}}
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Where two answers part: the request's place, the first token that differs, and what either side went on with."""
+
+    index: int
+    place: int
+    margin: float | None
+    token_a: int | None
+    token_b: int | None
+    text_a: str
+    text_b: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What is known of answers beside how alike they are. is_natural: they ended where the model ends them.
+
+    own_a, own_b: a side's answers against its own second ones; None where there are none. valid_a, valid_b: answers that
+    fit the schema, None without one. examples: the first few that part.
+    """
+
+    is_natural: bool
+    both: Sameness
+    own_a: Sameness | None
+    own_b: Sameness | None
+    reasons_a: Mapping[str, int]
+    reasons_b: Mapping[str, int]
+    num_a: int
+    num_b: int
+    valid_a: int | None
+    valid_b: int | None
+    examples: tuple[Example, ...]
+
+
+MAX_EXAMPLES = 5
+
+
+def answers(data: RunData) -> Answers:
+    """Hold answers against each other, paired by request: natural ones if there are any, else those of the speed run."""
+    found = answer_pairs(data)
+    is_natural = "A and itself" in found
+    by_leg = _by_leg(data, "sameness" if is_natural else "main")
+    legs = ((0, 1),) if is_natural else ((0, 1), (3, 2))
+    a, b = ([r for pair in legs for r in by_leg[pair[side]].values()] for side in (0, 1))
+    schema = str(data.header.get("json_schema") or "")
+    check = SchemaCheck(schema) if schema and is_natural else None
+    pairs = found["A and B"]
+    return Answers(
+        is_natural,
+        _sameness(pairs),
+        _sameness(found["A and itself"]) if is_natural else None,
+        _sameness(found["B and itself"]) if is_natural else None,
+        reasons([_answer(record) for record in a]),
+        reasons([_answer(record) for record in b]),
+        len(a),
+        len(b),
+        None if check is None else sum(check.is_valid(record.text) for record in a),
+        None if check is None else sum(check.is_valid(record.text) for record in b),
+        tuple(_examples(pairs)),
+    )
+
+
+def answer_pairs(data: RunData) -> Mapping[str, list[tuple[Record, Record]]]:
+    """Give answers to the same requests: "A and B" and, where natural answers were asked for twice, each and itself."""
+    if data.header.get("has_tokens") is False:
+        return {"A and B": []}
+    if any(leg.phase == "sameness" for leg in data.legs):
+        legs = _by_leg(data, "sameness")
+        return {
+            "A and B": _record_pairs(legs[0], legs[1]),
+            "A and itself": _record_pairs(legs[0], legs[3]),
+            "B and itself": _record_pairs(legs[1], legs[2]),
+        }
+    # The two halves of a block in the speed run are of other requests.
+    legs = _by_leg(data, "main")
+    return {"A and B": _record_pairs(legs[0], legs[1]) + _record_pairs(legs[3], legs[2])}
+
+
+def _by_leg(data: RunData, phase: Phase) -> Mapping[int, dict[tuple[int, int], Record]]:
+    by_leg: dict[int, dict[tuple[int, int], Record]] = {leg: {} for leg in range(4)}
     for record in data.records:
         if record.phase == phase and not record.error:
-            sides[record.arm][record.block, record.leg // 2, record.index] = record
-    return summarize(
-        [
-            compare_answers(Answer(a.token_ids, (), a.reason), Answer(b.token_ids, (), b.reason))
-            for key, a in sides["a"].items()
-            if (b := sides["b"].get(key)) is not None
+            by_leg[record.leg][record.block, record.index] = record
+    return by_leg
+
+
+def _record_pairs(
+    a: Mapping[tuple[int, int], Record], b: Mapping[tuple[int, int], Record]
+) -> list[tuple[Record, Record]]:
+    return [(record, b[key]) for key, record in a.items() if key in b]
+
+
+def _sameness(pairs: Sequence[tuple[Record, Record]]) -> Sameness:
+    return summarize([compare_answers(_answer(a), _answer(b)) for a, b in pairs])
+
+
+def _answer(record: Record) -> Answer:
+    return Answer(record.token_ids, record.chances, record.reason, record.text)
+
+
+def _examples(pairs: Sequence[tuple[Record, Record]]) -> list[Example]:
+    found: list[Example] = []
+    for a, b in pairs:
+        pair = compare_answers(_answer(a), _answer(b))
+        if pair.first_difference is None:
+            continue
+        place = pair.first_difference
+        tokens = [r.token_ids[place] if place < len(r.token_ids) else None for r in (a, b)]
+        found.append(Example(a.index, place, pair.margin, tokens[0], tokens[1], a.text, b.text))
+        if len(found) == MAX_EXAMPLES:
+            break
+    return found
+
+
+def agreement(data: RunData) -> list[tuple[str, str, list[tuple[int, int]], bool]]:
+    """Give, for the plot: name, color, (equal tokens, compared tokens) of each pair, and whether it is a side and itself."""
+    found = answer_pairs(data)
+    colors = {"A and B": "#1f2328", "A and itself": "#1f6feb", "B and itself": "#d1242f"}
+    lines = []
+    for name, pairs in found.items():
+        alike = [compare_answers(_answer(a), _answer(b)) for a, b in pairs]
+        places = [
+            (p.num_equal if p.first_difference is not None else p.num_compared, p.num_compared) for p in alike
         ]
-    )
+        lines.append((name, colors[name], places, name != "A and B"))
+    return lines

@@ -52,6 +52,16 @@ def compare_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--natural", action="store_true", help="outputs end where the model ends them")
     command.add_argument(
+        "--json-schema", type=Path, metavar="FILE", help="every answer must fit it; outputs end by it"
+    )
+    command.add_argument(
+        "--answers",
+        type=int,
+        default=16,
+        metavar="N",
+        help="requests whose natural answers are compared, apart from speed; 0: none; default: %(default)s",
+    )
+    command.add_argument(
         "--ladder", metavar="R,R,...", help="also these rates, for goodput and the Pareto plot"
     )
     command.add_argument("--slo", metavar="ttft=S,tpot=S,itl=S", help="limits in seconds for goodput")
@@ -66,6 +76,12 @@ def compare_arguments(command: argparse.ArgumentParser) -> None:
         "--recommend", metavar="PRICE_A,PRICE_B", help="prices of an hour: say which costs less a token"
     )
     command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="raw data, CSV and page; default: a new folder here"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="raw data, CSV, page and guidellm's JSON; default: a new folder here",
+    )
+    command.add_argument(
+        "--other", type=Path, metavar="FILE", help="with report and a JSON file of guidellm: the file of B"
     )
     command.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a run that was ended")

@@ -12,7 +12,15 @@ from twinjet.errors import ConfigError
 
 FORMAT = 1
 Arm = Literal["a", "b"]
-Phase = Literal["self", "main", "sameness", "ladder"]
+Phase = Literal["sameness", "self", "main", "ladder"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChances:
+    """What one side gave its token at one place, natural logarithms. rivals: token ids and their logprobs, best first."""
+
+    logprob: float
+    rivals: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,8 @@ class Record:
 
     leg: 0 to 3, its place in A B B A. token_times: arrival of each token, one entry a token; tokens that came in one
     message share a time. error: "" if it ended well. rate: offered requests a second in the ladder, else 0.
+    text and chances (one entry a token, or empty): kept in the phase "sameness" alone.
+    num_prompt_tokens: 0 is not known.
     """
 
     phase: Phase
@@ -37,6 +47,9 @@ class Record:
     deployment: str = ""
     error: str = ""
     rate: float = 0.0
+    text: str = ""
+    chances: tuple[TokenChances, ...] = ()
+    num_prompt_tokens: int = 0
 
     @property
     def e2e_s(self) -> float:
@@ -95,6 +108,19 @@ class RunData:
                 seen.setdefault(leg.block, set()).add(leg.leg)
         return sorted(block for block, legs in seen.items() if legs == {0, 1, 2, 3})
 
+    def forget_partial_blocks(self) -> None:
+        """Leave out the legs of blocks that are not whole: a block is run anew as one, its legs close together."""
+        whole: dict[tuple[Phase, float], set[int]] = {}
+        for leg in self.legs:
+            if (key := (leg.phase, leg.rate)) not in whole:
+                whole[key] = set(self.complete_blocks(*key))
+        self.legs = [leg for leg in self.legs if leg.block in whole[leg.phase, leg.rate]]
+        self.records = [r for r in self.records if r.block in whole.get((r.phase, r.rate), ())]
+
+
+def _chances(value: Mapping[str, Any]) -> TokenChances:
+    return TokenChances(value["logprob"], tuple((int(token), logprob) for token, logprob in value["rivals"]))
+
 
 class Journal:
     """Appends to a file of JSON Lines; each leg is flushed when it is complete, so Ctrl-C loses at most one."""
@@ -108,6 +134,8 @@ class Journal:
 
     def leg(self, facts: LegFacts, records: Iterable[Record]) -> None:
         """Write a finished leg and its requests."""
+        if self._file is None:
+            return
         self._write(
             [*({"type": "request"} | asdict(record) for record in records), {"type": "leg"} | asdict(facts)]
         )
@@ -125,10 +153,11 @@ class Journal:
 def read_run(path: Path) -> RunData:
     """Read a run back. A last line that was cut off is left out, as are requests of a leg that was not finished.
 
-    Raises ConfigError naming the line that is wrong.
+    Of a leg that was run again, after an end in the middle of its block, the last one counts. Raises ConfigError naming the line that is wrong.
     """
     data = RunData()
     pending: list[Record] = []
+    legs: dict[tuple[Phase, int, int, float], tuple[LegFacts, list[Record]]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -144,17 +173,22 @@ def read_run(path: Path) -> RunData:
             elif kind == "request":
                 value["token_times"] = tuple(value["token_times"])
                 value["token_ids"] = tuple(value["token_ids"])
+                value["chances"] = tuple(map(_chances, value.get("chances", ())))
                 pending.append(Record(**value))
             elif kind == "leg":
-                data.legs.append(LegFacts(**value))
-                data.records.extend(pending)
-                pending.clear()
+                leg = LegFacts(**value)
+                key = (leg.phase, leg.block, leg.leg, leg.rate)
+                legs.pop(key, None)
+                legs[key] = (leg, pending)
+                pending = []
             else:
                 raise ValueError(f"type {kind!r} is not known")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines):
                 break
             raise ConfigError(f"{path}:{number}: not a line of a comparison: {error}") from None
+    data.legs = [leg for leg, _ in legs.values()]
+    data.records = [record for _, records in legs.values() for record in records]
     if not data.header:
         raise ConfigError(f"{path} is not the record of a comparison: it has no header")
     return data

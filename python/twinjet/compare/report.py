@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twinjet.compare import analysis
+from twinjet.compare.plots import Line, Plot
 from twinjet.compare.records import RunData
 from twinjet.compare.statistics import Interval, Verdict
 
@@ -45,7 +46,7 @@ class Report:
     names: tuple[str, str]
     verdict: Verdict
     rows: tuple[Row, ...]
-    sameness: analysis.Sameness
+    answers: analysis.Answers
     client: analysis.ClientFacts
     rungs: tuple[analysis.Rung, ...]
     header: Mapping[str, object]
@@ -68,6 +69,8 @@ def make_report(
     if speeds[0] and speeds[1]:
         rows.append(Row("throughput", "tokens/s", speeds[0], speeds[1], None))
     for metric, _ in _LATENCIES:
+        if metric == "itl" and data.header.get("has_tokens") is False:
+            continue
         found = analysis.latency(data, metric)  # type: ignore[arg-type]
         if found is None:
             continue
@@ -78,7 +81,7 @@ def make_report(
         (a, b),
         verdict,
         tuple(rows),
-        analysis.sameness(data),
+        analysis.answers(data),
         analysis.client_facts(data),
         tuple(analysis.ladder(data, slo or analysis.Slo())),
         data.header,
@@ -117,11 +120,9 @@ def as_text(report: Report) -> str:
     width = max((len(row.name) for row in report.rows), default=0)
     for row in report.rows:
         lines.append(f"{row.name:<{width}}  {row.a:>12.3f}  {row.b:>12.3f} {row.unit:<9} {_ratio(row)}")
-    same = report.sameness
-    if same.num_pairs:
-        lines.append(
-            f"same answers: {same.num_equal_pairs} of {same.num_pairs}, {100 * same.equal_tokens:.1f}% of tokens equal"
-        )
+    lines.extend(_answer_words(report.answers))
+    if note := _record_words(report):
+        lines.append(note)
     for rung in report.rungs:
         lines.append(
             f"{rung.arm.upper()} at {rung.rate:g}/s: goodput {rung.goodput:.2f}/s, {rung.tokens_per_s:.0f} tokens/s, "
@@ -160,19 +161,20 @@ def as_html(report: Report, data: RunData) -> str:
     """Give a page of its own: verdict, tables, plots."""
     a, b = map(html.escape, report.names)
     plots = [_cumulative_plot(data, metric, title) for metric, title in _LATENCIES]
+    plots.append(_agreement_plot(data))
     if report.rungs:
         plots.append(_ladder_plot(report.rungs))
+        plots.append(_throughput_plot(report.rungs))
         plots.append(_pareto_plot(report.rungs))
     rows = "".join(
         f"<tr><td>{html.escape(row.name)}</td><td>{row.a:.3f}</td><td>{row.b:.3f}</td>"
         f"<td>{row.unit}</td><td>{_ratio(row)}</td></tr>"
         for row in report.rows
     )
-    same = report.sameness
     facts = "".join(
         f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
         for key, value in report.header.items()
-        if key not in {"settings"}
+        if key not in {"settings", "flags"}
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{a} and {b} compared</title>
@@ -181,17 +183,18 @@ def as_html(report: Report, data: RunData) -> str:
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1f2328 }}
 h1 {{ font-size: 1.5rem }} .verdict {{ font-size: 1.25rem; padding: .8rem 1rem; background: #eef4ff; border-radius: 6px }}
 table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} figure {{ display: inline-block; margin: .5rem }}
+td:first-child, th:first-child, td.text {{ text-align: left }} td.text {{ max-width: 22rem; white-space: pre-wrap }} figure {{ display: inline-block; margin: .5rem }}
 figcaption {{ text-align: center; color: #57606a }} .a {{ color: {_COLORS["a"]} }} .b {{ color: {_COLORS["b"]} }}
 </style></head><body>
 <h1><span class="a">{a}</span> (A) and <span class="b">{b}</span> (B)</h1>
 <p class="verdict" id="verdict">{html.escape(report.verdict.words)}</p>
 <p>{html.escape(_floor_words(report))}</p>
+<p>{html.escape(_record_words(report))}</p>
 <p>{html.escape(report.recommendation)}</p>
 <table id="metrics"><tr><th>metric</th><th>A</th><th>B</th><th></th><th>B / A [95%]</th></tr>{rows}</table>
 <h2>Same answers</h2>
-<p id="sameness">{same.num_equal_pairs} of {same.num_pairs} answers equal, {_share(same.equal_tokens)} of tokens equal before the
-first difference, {same.same_reasons} ended for the same reason.</p>
+<p id="sameness">{"<br>".join(html.escape(line) for line in _answer_words(report.answers))}</p>
+{_examples_table(report.answers.examples)}
 <h2>Plots</h2>
 {"".join(plots)}
 <h2>The client</h2>
@@ -202,6 +205,70 @@ first difference, {same.same_reasons} ended for the same reason.</p>
 <table>{facts}</table>
 </body></html>
 """
+
+
+def _answer_words(answers: analysis.Answers) -> list[str]:
+    """Say how alike the answers are, a sentence a line; nothing where there are no answers."""
+    both = answers.both
+    if not both.num_pairs:
+        return []
+    kind = "natural lengths" if answers.is_natural else "of the speed run, fixed lengths"
+    lines = [
+        f"same answers ({kind}): {both.num_equal_pairs} of {both.num_pairs}, {_share(both.equal_tokens)} of tokens equal "
+        f"before the first difference; {both.same_reasons} ended for the same reason"
+    ]
+    own = [
+        f"{name} itself {one.num_equal_pairs} of {one.num_pairs} ({_share(one.equal_tokens)} of tokens)"
+        for name, one in (("A", answers.own_a), ("B", answers.own_b))
+        if one is not None and one.num_pairs
+    ]
+    if own:
+        lines.append(f"asked again, each side repeats: {', '.join(own)}")
+    if both.median_place is not None:
+        margin = "not known (no logprobs, or not among the rivals)"
+        if both.median_margin is not None and both.largest_margin is not None:
+            margin = f"{both.median_margin:.3g} nats in the median, {both.largest_margin:.3g} at most"
+        lines.append(f"first differences: at token {both.median_place} in the median; logit margin {margin}")
+    if both.divergence is not None:
+        lines.append(f"logprobs of equal tokens differ by {both.divergence:.2g} nats on average")
+    ends = "; ".join(
+        f"{name} " + ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        for name, counts in (("A", answers.reasons_a), ("B", answers.reasons_b))
+    )
+    lines.append(f"ended by: {ends}")
+    if answers.valid_a is not None:
+        lines.append(
+            f"valid by the schema: A {answers.valid_a} of {answers.num_a}, B {answers.valid_b} of {answers.num_b}"
+        )
+    return lines
+
+
+def _examples_table(examples: Sequence[analysis.Example]) -> str:
+    if not examples:
+        return ""
+    rows = "".join(
+        f"<tr><td>{e.index}</td><td>{e.place}</td><td>{'' if e.margin is None else f'{e.margin:.3g}'}</td>"
+        f"<td class='text'>{html.escape(_cut(e.text_a))}</td><td class='text'>{html.escape(_cut(e.text_b))}</td></tr>"
+        for e in examples
+    )
+    return (
+        "<table id='examples'><tr><th>request</th><th>first different token</th><th>margin, nats</th><th>A</th><th>B</th></tr>"
+        f"{rows}</table>"
+    )
+
+
+def _cut(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else text[:most] + " …"
+
+
+def _record_words(report: Report) -> str:
+    recorded = report.header.get("recorded")
+    if not recorded:
+        return ""
+    return (
+        f"B was not run beside A: it is {recorded}, recorded {report.header.get('recorded_at') or 'at a time not known'}. "
+        "What else changed between the two runs does not cancel; the noise floor holds what each run drifted by itself."
+    )
 
 
 def _share(value: float) -> str:
@@ -229,56 +296,6 @@ def _settings_table(report: Report) -> str:
     return f"<table id='settings'><tr><th>setting</th><th>A</th><th>B</th></tr>{rows}</table>"
 
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 440, 260, 54, 34
-
-
-def _plot(
-    caption: str,
-    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-    x_name: str,
-    y_name: str,
-    *,
-    dots: bool = False,
-) -> str:
-    """Draw lines of (x, y) by arm, axes from 0, four ticks each."""
-    points = [point for _, line in lines for point in line if all(map(math.isfinite, point))]
-    if not points:
-        return ""
-    x_max = max(x for x, _ in points) or 1.0
-    y_max = max(y for _, y in points) or 1.0
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            _LEFT + x / x_max * (_WIDTH - _LEFT - 12),
-            _HEIGHT - _BOTTOM - y / y_max * (_HEIGHT - _BOTTOM - 12),
-        )
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-size="11">']
-    for i in range(5):
-        x, y = at(x_max * i / 4, y_max * i / 4)
-        base_x, base_y = at(0, 0)
-        parts.append(
-            f'<line x1="{base_x:.1f}" y1="{y:.1f}" x2="{_WIDTH - 12}" y2="{y:.1f}" stroke="#d0d7de"/>'
-            f'<text x="{base_x - 4:.1f}" y="{y + 4:.1f}" text-anchor="end">{y_max * i / 4:.3g}</text>'
-            f'<text x="{x:.1f}" y="{base_y + 14:.1f}" text-anchor="middle">{x_max * i / 4:.3g}</text>'
-        )
-    parts.append(
-        f'<text x="{(_WIDTH + _LEFT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(x_name)}</text>'
-        f'<text x="12" y="{_HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 12 {_HEIGHT / 2})">'
-        f"{html.escape(y_name)}</text>"
-    )
-    for arm, line in lines:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{_COLORS[arm]}" stroke-width="1.6"/>')
-        if dots:
-            parts.extend(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{_COLORS[arm]}"/>'
-                for x, y in (at(*point) for point in line)
-            )
-    parts.append("</svg>")
-    return f"<figure>{''.join(parts)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
 def _cumulative_plot(data: RunData, metric: str, title: str) -> str:
     lines = []
     for arm in ("a", "b"):
@@ -290,8 +307,23 @@ def _cumulative_plot(data: RunData, metric: str, title: str) -> str:
         )
         if values:
             quantiles = np.linspace(0, 0.995, 120)
-            lines.append((arm, [(1e3 * float(np.quantile(values, q)), 100 * float(q)) for q in quantiles]))
-    return _plot(f"{title}: share of requests within", lines, "ms", "%")
+            points = [(1e3 * float(np.quantile(values, q)), 100 * float(q)) for q in quantiles]
+            lines.append(Line(points, _COLORS[arm]))
+    return Plot(f"{title}: share of requests within", "ms", "%", lines).figure()
+
+
+def _agreement_plot(data: RunData) -> str:
+    """Share of pairs that are still equal after so many tokens: A and B, and each side and its own second answer."""
+    lines = []
+    for name, color, places, is_dashed in analysis.agreement(data):
+        if places:
+            longest = max(length for _, length in places)
+            points = []
+            for n in range(longest + 1):
+                alive = [place for place, length in places if length >= n]
+                points.append((float(n), 100 * sum(place >= n for place in alive) / len(alive)))
+            lines.append(Line(points, color, name, is_dashed))
+    return Plot("answers equal so far", "tokens", "% of pairs", lines).figure()
 
 
 def _by_arm(rungs: Sequence[analysis.Rung]) -> dict[str, list[analysis.Rung]]:
@@ -299,15 +331,22 @@ def _by_arm(rungs: Sequence[analysis.Rung]) -> dict[str, list[analysis.Rung]]:
 
 
 def _ladder_plot(rungs: Sequence[analysis.Rung]) -> str:
-    lines = [(arm, [(r.rate, r.goodput) for r in mine]) for arm, mine in _by_arm(rungs).items()]
-    return _plot(
-        "goodput over offered rate", lines, "requests/s offered", "requests/s within limits", dots=True
-    )
+    lines = [Line([(r.rate, r.goodput) for r in mine], _COLORS[arm]) for arm, mine in _by_arm(rungs).items()]
+    return Plot(
+        "goodput over offered rate", "requests/s offered", "requests/s within limits", lines, dots=True
+    ).figure()
+
+
+def _throughput_plot(rungs: Sequence[analysis.Rung]) -> str:
+    lines = [
+        Line([(r.rate, r.tokens_per_s) for r in mine], _COLORS[arm]) for arm, mine in _by_arm(rungs).items()
+    ]
+    return Plot("throughput over offered rate", "requests/s offered", "tokens/s", lines, dots=True).figure()
 
 
 def _pareto_plot(rungs: Sequence[analysis.Rung]) -> str:
     lines = [
-        (arm, sorted((1e3 * r.ttft_p99_s, r.tokens_per_s) for r in mine))
+        Line(sorted((1e3 * r.ttft_p99_s, r.tokens_per_s) for r in mine), _COLORS[arm])
         for arm, mine in _by_arm(rungs).items()
     ]
-    return _plot("throughput against latency", lines, "TTFT p99, ms", "tokens/s", dots=True)
+    return Plot("throughput against latency", "TTFT p99, ms", "tokens/s", lines, dots=True).figure()

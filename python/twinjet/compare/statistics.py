@@ -172,11 +172,13 @@ def compare(
     a: str = "A",
     b: str = "B",
     seed: int = 0,
+    drift: float = 0.0,
 ) -> Verdict:
     """Judge B against A from A's blocks against itself and the comparison's own.
 
     Totals are costs, so the arm with the smaller is the faster. Nothing below the noise floor is claimed, and
-    nothing at all where A differs from itself. Raises ValueError as ratio_interval.
+    nothing at all where A differs from itself. drift: relative difference that the conditions of both sides are known
+    to have had, where they did not run side by side; it raises the floor. Raises ValueError as ratio_interval.
     """
     found = ratio_interval(self_test, level=SELF_TEST_LEVEL, seed=seed)
     if found.excludes(1):
@@ -187,7 +189,7 @@ def compare(
     own = ratio_interval(self_test, seed=seed)
     interval = ratio_interval(blocks, seed=seed + 1)
     # A self-test of fewer blocks than the comparison is the wider for it; scaled to the same number.
-    floor = noise_floor(own) * math.sqrt(min(1.0, own.num_blocks / interval.num_blocks))
+    floor = max(drift, noise_floor(own) * math.sqrt(min(1.0, own.num_blocks / interval.num_blocks)))
     detectable = max(
         floor, interval.half_width * (1 + _POWER_Z / t_quantile(0.5 + LEVEL / 2, interval.num_blocks - 1))
     )

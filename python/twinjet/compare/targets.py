@@ -16,6 +16,7 @@ from twinjet.client import (
     Started,
 )
 from twinjet.compare.driver import Arrived
+from twinjet.compare.records import TokenChances
 from twinjet.compare.workload import WorkItem
 from twinjet.errors import ConfigError
 from twinjet.request import SamplingOverrides
@@ -52,9 +53,13 @@ class ClientTarget:
             async for event in stream:
                 match event:
                     case Delta():
-                        yield Arrived(event.token_ids)
+                        chances = [
+                            TokenChances(t.chosen.logprob, tuple((r.token_id, r.logprob) for r in t.top))
+                            for t in event.logprobs
+                        ]
+                        yield Arrived(event.token_ids, text=event.text, chances=chances)
                     case Started():
-                        yield Arrived(deployment=event.deployment)
+                        yield Arrived(deployment=event.deployment, num_prompt_tokens=event.prompt_tokens)
                     case Finished():
                         yield Arrived(reason=event.reason)
 

@@ -6,7 +6,7 @@ token ids; it gives back deltas. It knows neither protobuf nor the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from twinjet.request import EngineRequest, SamplingOverrides
 
 if TYPE_CHECKING:
     from twinjet._core import Pump, Vocabulary
+    from twinjet.engines.kv_journal import KvJournal
     from twinjet.grammar.vocabulary import Vocabulary as GrammarVocabulary
 
 Capability = Literal[
@@ -23,6 +24,7 @@ Capability = Literal[
     "penalties", "logit_bias", "bad_words", "allowed_token_ids", "min_p", "seed", "multiple_outputs",
     "adapters", "prefix_cache", "kv_events", "priority", "image_input", "audio_input", "min_tokens",
     "structural_tag", "data_parallel_rank", "kv_retention", "trace_context",
+    "prefill_only", "handoff",
 ]  # fmt: skip
 """Names of proto Capability, lower case, without the prefix."""
 
@@ -154,7 +156,14 @@ class OutputEvent:
     finish: Finish | None = None
 
 
-EngineEvent = PromptEvent | OutputEvent
+@dataclass(frozen=True, slots=True)
+class HandoffEvent:
+    """A prefill_only request's last event: what another engine needs to go on, sealed."""
+
+    state: bytes
+
+
+EngineEvent = PromptEvent | OutputEvent | HandoffEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +234,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
-        """Run one request: one PromptEvent, then OutputEvents until each output has its finish.
+        """Run one request: one PromptEvent, then OutputEvents until each output has its finish, or a HandoffEvent.
 
         Closing the iterator early aborts the request within one step. Ends with at most one exception and
         nothing after it: InvalidRequest (a grammar that does not compile), Unsupported, NotFound (adapter),
@@ -306,6 +315,12 @@ class Run(Protocol):
         """End the request with an error, one that Engine.generate may raise; the first one counts."""
         ...
 
+    def hand_off(
+        self, num_cached_tokens: int | None, prompt_logprobs: Sequence[LogprobRow] | None, state: bytes
+    ) -> None:
+        """End a prefill_only request with what another engine needs to go on; nothing is put for it otherwise."""
+        ...
+
 
 class PushEngine(Engine, Protocol):
     """An engine that puts its steps into pumps, all sequences at once, instead of being read request by request.
@@ -364,14 +379,30 @@ class PrefixCacheEngine(Protocol):
         ...
 
 
+KvMedium = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlockFacts:
+    """Who can share blocks, and where they are. salt, adapter: "" is none. medium: None is not known."""
+
+    salt: str = ""
+    adapter: str = ""
+    medium: KvMedium | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class KvStored:
-    """Blocks that can now be shared; each hash continues the one before; parent b"" for a first block."""
+    """Blocks that can now be shared; each hash continues the one before; parent b"" for a first block.
+
+    token_ids: block_size for each hash. A hash that is held already is the same block on another medium.
+    """
 
     block_hashes: Sequence[bytes]
     parent_hash: bytes
     token_ids: Sequence[int]
     block_size: int
+    facts: KvBlockFacts = KvBlockFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,6 +423,7 @@ KvEvent = KvStored | KvRemoved | KvCleared
 class KvEventEngine(Protocol):
     """Capability "kv_events"."""
 
-    def kv_events(self) -> AsyncIterator[Sequence[KvEvent]]:
-        """Give batches of events from now on; ends when the engine stops. Several may be open at once."""
+    @property
+    def kv_journal(self) -> KvJournal:
+        """What the prefix cache holds and how it changes; closed when the engine stops or dies."""
         ...

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from twinjet.config import DeploymentSettings
 
 
+KV_EVENT_BUFFER = 1 << 16
+"""Events that TensorRT-LLM keeps for us where kv_events asks for them and its own setting does not say."""
+
+
 @contextmanager
 def prepared(names: Iterable[str]) -> Iterator[None]:
     """Do what must come before threads and gRPC exist, and undo it after everything else has ended.
@@ -46,10 +50,13 @@ def make_engine(name: str, settings: DeploymentSettings) -> Engine:
                 settings.options,
                 native_sampler=settings.native_sampler,
                 native_block_manager=settings.native_block_manager,
+                kv_events=settings.kv_events,
             )
         case "tensorrt_llm":
             from twinjet.engines.tensorrt_llm.front.engine import TrtLlmEngine
 
-            return TrtLlmEngine(
-                name, settings.model, settings.options, native_sampler=settings.native_sampler
-            )
+            options = settings.options
+            if settings.kv_events:
+                cache = {"event_buffer_max_size": KV_EVENT_BUFFER} | options.get("kv_cache_config", {})
+                options = options | {"kv_cache_config": cache}
+            return TrtLlmEngine(name, settings.model, options, native_sampler=settings.native_sampler)

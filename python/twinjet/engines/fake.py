@@ -67,7 +67,7 @@ class FakeOptions(BaseModel):
 
     load_s: float = Field(0.0, ge=0, description="time that start() takes")
     step_s: float = Field(0.0, ge=0, description="time of one step")
-    prefill_token_s: float = Field(0.0, ge=0, description="added to a step for each prompt token taken up")
+    prefill_token_s: float = Field(0.0, ge=0, description="added to a step for each prompt token to compute")
     max_context_tokens: int = Field(4096, ge=2)
     max_num_seqs: int = Field(64, ge=1)
     num_blocks: int = Field(4096, ge=1)
@@ -442,8 +442,13 @@ class FakeEngine:
                 break
             self._waiting.popleft()
             self._running.append(sequence)
-            tokens += sequence.num_tokens
+            tokens += sequence.num_tokens - self._num_cached(sequence)
         return tokens
+
+    def _num_cached(self, sequence: _Sequence) -> int:
+        # A preempted sequence's blocks are gone.
+        entry = self._requests.get(sequence.request.request_id)
+        return entry.num_cached_tokens if entry is not None and not sequence.num_generated else 0
 
     def _grow(self, sequence: _Sequence, num_tokens: int) -> bool:
         needed = -(-num_tokens // self._options.block_size) - sequence.num_blocks

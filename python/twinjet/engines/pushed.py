@@ -11,6 +11,7 @@ from twinjet._core import Pump, Stream
 from twinjet.engines.base import (
     EngineEvent,
     Finish,
+    HandoffEvent,
     Logprob,
     LogprobRow,
     OutputEvent,
@@ -30,6 +31,7 @@ class _Run:
     def __init__(self, engine: PushEngine, request: EngineRequest, stream: Stream) -> None:
         self.pump = Pump()
         self.error: Exception | None = None
+        self.handoff: bytes | None = None
         self.changed = asyncio.Event()
         self._engine = engine
         self._request_id = request.request_id
@@ -42,6 +44,13 @@ class _Run:
 
     def fail(self, error: Exception) -> None:
         self.error = self.error or error
+        self.changed.set()
+
+    def hand_off(
+        self, num_cached_tokens: int | None, prompt_logprobs: Sequence[LogprobRow] | None, state: bytes
+    ) -> None:
+        self.pump.put_prompt(self.key, num_cached_tokens, prompt_logprobs, time.monotonic())
+        self.handoff = state
         self.changed.set()
 
     def step(self, rows: list[StepRow]) -> None:
@@ -83,6 +92,9 @@ async def read(engine: PushEngine, request: EngineRequest) -> AsyncGenerator[Eng
                 finish = None if ending is None else Finish(ending[0], ending[1], is_eos=ending[2])
                 num_open -= finish is not None
                 yield OutputEvent(index, text, token_ids, _logprobs(rows, vocabulary), finish)
+            if run.handoff is not None:
+                yield HandoffEvent(run.handoff)
+                return
             if run.error is not None and num_open:
                 raise run.error
     finally:

@@ -10,10 +10,11 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twinjet.grammar.limits import MAX_COMPILED_BYTES, MAX_RECOMPILED_S
 from twinjet.grammar.schema import SchemaRefused, normalise, parse, validator
 from twinjet.grammar.vocabulary import tokenizer_info
 
@@ -45,12 +46,9 @@ class Job:
     text: str = ""
     is_exact: bool = True
 
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
     @staticmethod
-    def decode(data: bytes) -> Job:
-        fields = json.loads(data)
+    def of(fields: dict[str, Any]) -> Job:
+        """Make one from what dataclasses.asdict gave, perhaps by way of JSON."""
         return Job(**{**fields, "choices": tuple(fields["choices"])})
 
 
@@ -101,6 +99,7 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
     xgrammar = importlib.import_module("xgrammar")
     info = tokenizer_info(job.vocabulary)
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    began = time.thread_time()
     try:
         compiled = compile_text(compiler, kind, text, is_compact=job.is_compact)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -108,13 +107,21 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
             # Out of memory, which is a limit of ours and says nothing of the constraint.
             raise MemoryError from None
         raise ConstraintRefused(_reason(error)) from None
+    took_s = time.thread_time() - began
     _try(xgrammar, compiled, info)
     is_small = str(compiled.grammar).count("\n") <= _MAX_RULES
-    content: dict[str, Any] = {"kind": kind, "text": text, "is_compact": job.is_compact}
-    if is_small:
-        content["compiled"] = compiled.serialize_json()
+    if not is_small and took_s > MAX_RECOMPILED_S:
+        raise ConstraintRefused(
+            f"has more than {_MAX_RULES} rules and takes more than {MAX_RECOMPILED_S:g} s to compile; make it smaller"
+        )
+    serialized = compiled.serialize_json() if is_small else ""
+    if len(serialized) > MAX_COMPILED_BYTES:
+        raise ConstraintRefused(
+            f"takes more than {MAX_COMPILED_BYTES >> 20} MiB once compiled; make it smaller"
+        )
+    source = {"kind": kind, "text": text, "is_compact": job.is_compact}
     temporary = Path(f"{job.target}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
+    temporary.write_text(json.dumps(source) + "\n" + serialized)
     size = temporary.stat().st_size
     temporary.replace(job.target)
     return {"num_bytes": size}

@@ -21,16 +21,19 @@ def load_grammar(path: str, vocabulary_path: str) -> Any:
     """
     xgrammar = importlib.import_module("xgrammar")
     info = tokenizer_info(vocabulary_path)
-    content = json.loads(Path(path).read_text())
-    if "compiled" in content:
-        return xgrammar.CompiledGrammar.deserialize_json(content["compiled"], info)
+    # The compiled form stands as it is in the file: parsing it here would hold up the process's other threads.
+    source, _, compiled = Path(path).read_text().partition("\n")
+    if compiled:
+        return xgrammar.CompiledGrammar.deserialize_json(compiled, info)
+    content = json.loads(source)
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     return compile_text(compiler, content["kind"], content["text"], is_compact=content["is_compact"])
 
 
 def grammar_text(path: str) -> tuple[str, str]:
     """Give what a grammar was compiled from: ("schema" | "regex" | "ebnf", text)."""
-    content = json.loads(Path(path).read_text())
+    with open(path) as file:
+        content = json.loads(file.readline())
     return content["kind"], content["text"]
 
 

@@ -1,8 +1,10 @@
 """The grammar workers' parent: a small process that forks a child for each job, with limits, and reaps it.
 
-Started as `python -m twinjet.grammar.worker FD` by room.py. Over the control socket FD come jobs: each a message with
+Started as `python -m twinjet.grammar.worker FD` by workers.py. Over the control socket FD come jobs: each a message with
 one socket attached. A child reads its job from that socket, answers on it and ends. The parent keeps the socket too:
 when the server closes its end the child is killed, and when a child dies without an answer the parent says how.
+A child that has not ended soon gets only processor time that nobody else wants: one that shared a processor with an
+engine, at whatever niceness, would hold up each of the engine's steps.
 It forks because a process that has imported xgrammar starts in milliseconds that way; it never runs threads itself.
 """
 
@@ -18,11 +20,15 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 from typing import Any
 
 _HEADER = struct.Struct("!I")
 MAX_JOB_BYTES = 16 << 20
+_NICENESS = 5
+"""Of the parent, whose forks take milliseconds."""
+_LOOK_MS = 25
 
 
 def send(connection: socket.socket, data: bytes) -> None:
@@ -57,8 +63,6 @@ def _limit(limits: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 20, 256 << 20))
     # The default action of both signals ends the process, also in the middle of native code.
     signal.setitimer(signal.ITIMER_REAL, limits["wall_s"])
-    with contextlib.suppress(OSError):
-        os.nice(int(limits["niceness"]))
 
 
 def _child(connection: socket.socket) -> None:
@@ -71,13 +75,14 @@ def _child(connection: socket.socket) -> None:
         return
     _limit(request["limits"])
     try:
-        answer: dict[str, Any] = {"done": perform(Job.decode(request["job"].encode()))}
+        answer: dict[str, Any] = {"done": perform(Job.of(request["job"]))}
     except ConstraintRefused as error:
         answer = {"refused": str(error)}
     except MemoryError:
         answer = {"died": "memory"}
     except Exception as error:  # noqa: BLE001 - told to the server, which logs it
         answer = {"died": "memory"} if _is_out_of_memory(error) else {"failed": traceback.format_exc()}
+    answer["cpu_s"] = time.process_time()
     with contextlib.suppress(OSError):
         send(connection, json.dumps(answer).encode())
 
@@ -89,7 +94,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _how(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
-    if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL):
+    if code == -signal.SIGALRM:
+        return "wall"
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return "time"
     # What native code does when it gets no memory: abort, or use what it did not get.
     return "memory" if code < 0 else "nothing"
@@ -101,6 +108,8 @@ class Parent:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._children: dict[int, socket.socket] = {}
+        self._fresh: dict[int, float] = {}
+        """Children that still have a niceness, and the processor time after which they have none."""
         self._by_fd: dict[int, int] = {}
         self._wakeup, write = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -117,7 +126,7 @@ class Parent:
         """Serve until the server closes the control socket; leaves no child behind."""
         is_open = True
         while is_open:
-            for fd, event in self._poll.poll():
+            for fd, event in self._poll.poll(_LOOK_MS if self._fresh else None):
                 if fd == self._control.fileno():
                     is_open = self._take()
                 elif fd == self._wakeup.fileno():
@@ -126,6 +135,7 @@ class Parent:
                 elif event & (select.POLLHUP | select.POLLRDHUP | select.POLLERR):
                     self._kill(fd)
             self._reap()
+            self._put_behind()
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
         for pid in list(self._children):
@@ -139,17 +149,20 @@ class Parent:
             _load(data[5:].decode())
             return True
         connection = socket.socket(fileno=fds[0])
+        niceness, soon_ms = map(int, data.split()[1:])
         pid = os.fork()
         if pid == 0:
-            self._become_child(connection)
+            self._become_child(connection, niceness)
+        self._fresh[pid] = soon_ms / 1e3
         self._children[pid] = connection
         self._by_fd[connection.fileno()] = pid
         self._poll.register(connection.fileno(), select.POLLRDHUP)
         return True
 
-    def _become_child(self, connection: socket.socket) -> None:
+    def _become_child(self, connection: socket.socket, niceness: int) -> None:
         code = 1
         try:
+            os.setpriority(os.PRIO_PROCESS, 0, max(niceness, os.getpriority(os.PRIO_PROCESS, 0)))
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.close()
@@ -161,6 +174,14 @@ class Parent:
         finally:
             os._exit(code)
 
+    def _put_behind(self) -> None:
+        """Put children that have used their first processor time behind everything else on the machine."""
+        for pid, soon_s in list(self._fresh.items()):
+            if _cpu_s(pid) >= soon_s:
+                del self._fresh[pid]
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
     def _kill(self, fd: int) -> None:
         self._poll.unregister(fd)
         with contextlib.suppress(ProcessLookupError):
@@ -168,9 +189,10 @@ class Parent:
 
     def _reap(self) -> None:
         for pid in list(self._children):
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status, usage = os.wait4(pid, os.WNOHANG)
             if not done:
                 continue
+            self._fresh.pop(pid, None)
             connection = self._children.pop(pid)
             fd = connection.fileno()
             del self._by_fd[fd]
@@ -178,8 +200,16 @@ class Parent:
                 self._poll.unregister(fd)
             if os.waitstatus_to_exitcode(status) != 0:
                 with contextlib.suppress(OSError):
-                    send(connection, json.dumps({"died": _how(status)}).encode())
+                    cpu_s = usage.ru_utime + usage.ru_stime
+                    send(connection, json.dumps({"died": _how(status), "cpu_s": cpu_s}).encode())
             connection.close()
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor time of a child that is not reaped yet."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _load(path: str) -> None:
@@ -199,6 +229,7 @@ def main() -> None:
 
     import twinjet.grammar.compilation  # noqa: F401
 
+    os.nice(_NICENESS)
     gc.freeze()
     Parent(control).run()
 

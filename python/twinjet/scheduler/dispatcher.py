@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from twinjet._core import Pump, Stream
@@ -22,6 +22,7 @@ from twinjet.engines.base import (
     Engine,
     EngineEvent,
     EngineInfo,
+    LogprobRow,
     OutputEvent,
     StepRow,
 )
@@ -304,6 +305,19 @@ class Dispatcher:
             self._dispatch()
         if not self._is_waking:
             self._wake_some()
+
+    def hand_off(
+        self,
+        ticket: Ticket,
+        num_cached_tokens: int | None,
+        prompt_logprobs: Sequence[LogprobRow] | None,
+        state: bytes,
+    ) -> None:
+        """Put what ends a prefill into its stream."""
+        now = self._clock()
+        self.pump.put_prompt(ticket.key, num_cached_tokens, prompt_logprobs, now)
+        self.collect()
+        ticket.stream.put_handoff(state, now)
 
     def _wake_some(self) -> None:
         """Let some readers write and the loop turn before the next: new calls come in between."""

@@ -87,7 +87,7 @@ class Entry:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         sampling = request.sampling
         self.num_sequences = sampling.n
-        self.max_tokens = sampling.max_tokens
+        self.max_tokens = 1 if request.prefill_only else sampling.max_tokens
         self.is_fixed = sampling.ignore_eos and not sampling.stop
         self.request_id = request.request_id
         self.num_bytes = num_bytes

@@ -26,6 +26,9 @@ MEMORY_S: Final = 2.0
 
 _MIN_RPS: Final = 0.01
 
+ENVOY_SCALE: Final = 0.001
+"""Envoy's weights are whole numbers, and long answers mean fewer than one request a second: without this, all get 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class OrcaReport:
@@ -118,9 +121,11 @@ class ServedLoad:
                 named[f"{d.name}.serving"] = float(d.max_running > 0)
         kv = max((_kv_share(d.load) for d in readings), default=0.0)
         named["kv_cache_utilization"] = kv
+        utilization = max(self._utilization, MIN_UTILIZATION)
+        named["scaled_utilization"] = utilization * ENVOY_SCALE
         has_begun = self._rps > 0 or self._eps > 0
         return OrcaReport(
-            application_utilization=max(self._utilization, MIN_UTILIZATION),
+            application_utilization=utilization,
             rps=max(self._rps, _MIN_RPS) if has_begun else 0.0,
             eps=self._eps if self._eps > _MIN_RPS else 0.0,
             utilization={"kv_cache": min(kv, 1.0)},

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from twinjet.errors import EngineDied, SlowReader
 
 if TYPE_CHECKING:
     from twinjet._core import Stream
-    from twinjet.engines.base import Outlet, PushEngine
+    from twinjet.engines.base import LogprobRow, Outlet, PushEngine
     from twinjet.scheduler.dispatcher import Dispatcher
     from twinjet.scheduler.entry import Entry
 
@@ -95,6 +95,14 @@ class Ticket:
         self.wake()
 
     end = fail
+
+    def hand_off(
+        self, num_cached_tokens: int | None, prompt_logprobs: Sequence[LogprobRow] | None, state: bytes
+    ) -> None:
+        """End a prefill with what another engine needs; see engines.base.Run."""
+        if self._error is None and not self._is_over:
+            self._dispatcher.hand_off(self, num_cached_tokens, prompt_logprobs, state)
+            self.finish()
 
     def finish(self) -> None:
         """Every output has ended; what is ready can still be read."""

@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, cast
 
 import grpc
 
-from twinjet.engines.base import (
-    KvCleared,
-    KvEvent,
-    KvEventEngine,
-    KvRemoved,
-    KvStored,
-    PrefixCacheEngine,
-)
+from twinjet.engines.base import PrefixCacheEngine
 from twinjet.errors import InvalidRequest, NotFound, PermissionRefused, Unsupported
+from twinjet.server.comparison import CompareServicer
+from twinjet.server.kv_events import watch_kv_events
 from twinjet.server.routes import RouteServicer
 from twinjet.v1 import admin_pb2 as pb
 
@@ -28,7 +23,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 
-class AdminServicer(RouteServicer):
+class AdminServicer(RouteServicer, CompareServicer):
     """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended).
 
     grace_s: of RemoveDeployment where the caller names none. door: as GetLoad tells it.
@@ -93,25 +88,22 @@ class AdminServicer(RouteServicer):
 
     async def WatchKvEvents(self, request: pb.WatchKvEventsRequest, context: Context) -> None:
         self._authorise(context)
-        engine, info = self._deployments.pick(self._deployments.resolve(request.model)).ready()
-        if "kv_events" not in info.capabilities:
-            raise Unsupported("kv_events")
-        sequence = 0
-        async for batch in cast("KvEventEngine", engine).kv_events():
-            sequence += 1
-            message = pb.WatchKvEventsResponse(sequence=sequence, events=map(_kv_event, batch))
-            message.time.GetCurrentTime()
-            await context.write(message)
+        await watch_kv_events(self._deployments, request, context)
 
     def _authorise(self, context: Context) -> None:
-        if self._token:
-            sent = dict(context.invocation_metadata() or ()).get("authorization", "")
-            expected = f"Bearer {self._token}"
-            if isinstance(sent, str) and hmac.compare_digest(sent.encode(), expected.encode()):
-                return
-            raise PermissionRefused("the admin token is missing or wrong; send it as a bearer token")
-        if not _is_loopback(context.peer()):
-            raise PermissionRefused("AdminService answers loopback callers only; set admin.token to open it")
+        authorise(self._token, context)
+
+
+def authorise(token: str, context: Context) -> None:
+    """Let through who may use AdminService. token: "" is loopback callers. Raises PermissionRefused."""
+    if token:
+        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+        expected = f"Bearer {token}"
+        if isinstance(sent, str) and hmac.compare_digest(sent.encode(), expected.encode()):
+            return
+        raise PermissionRefused("the admin token is missing or wrong; send it as a bearer token")
+    if not _is_loopback(context.peer()):
+        raise PermissionRefused("AdminService answers loopback callers only; set admin.token to open it")
 
 
 def _is_loopback(peer: str) -> bool:
@@ -153,19 +145,3 @@ async def _load(model: str, deployment: Deployment) -> pb.ModelLoad:
             served_tokens=reading.served_tokens,
         )
     return load
-
-
-def _kv_event(event: KvEvent) -> pb.KvEvent:
-    match event:
-        case KvStored():
-            stored = pb.KvBlocksStored(
-                block_hashes=event.block_hashes,
-                parent_hash=event.parent_hash,
-                token_ids=event.token_ids,
-                block_size=event.block_size,
-            )
-            return pb.KvEvent(stored=stored)
-        case KvRemoved():
-            return pb.KvEvent(removed=pb.KvBlocksRemoved(block_hashes=event.block_hashes))
-        case KvCleared():
-            return pb.KvEvent(cleared=pb.KvCleared())

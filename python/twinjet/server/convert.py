@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from twinjet.engines.base import ChatTurn, Component, EngineInfo
 from twinjet.errors import InvalidRequest, Unsupported, Violation
-from twinjet.request import Constraint, KvRetention, SamplingOverrides
+from twinjet.request import MAX_HANDOFF_BYTES, Constraint, KvRetention, SamplingOverrides
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
 
 MAX_ID_CHARS = 128
@@ -37,6 +37,9 @@ class Options(NamedTuple):
     session: str = ""
     data_parallel_rank: int | None = None
     kv_retention: KvRetention | None = None
+    prefill_only: bool = False
+    handoff: bytes = b""
+    handoff_seed: int | None = None
 
 
 def request_id_violation(field: str, request_id: str) -> list[Violation]:
@@ -64,6 +67,9 @@ def options(message: generation_pb2.RequestOptions) -> Options:
             )
         )
     retention = _kv_retention(message.kv_retention, violations) if message.HasField("kv_retention") else None
+    is_handed = message.HasField("handoff")
+    if is_handed:
+        _check_handoff(message, violations)
     if violations:
         raise InvalidRequest(violations)
     return Options(
@@ -76,7 +82,24 @@ def options(message: generation_pb2.RequestOptions) -> Options:
         message.session,
         message.data_parallel_rank if message.HasField("data_parallel_rank") else None,
         retention,
+        message.prefill_only,
+        message.handoff.state if is_handed else b"",
+        message.handoff.seed if is_handed else None,
     )
+
+
+def _check_handoff(message: generation_pb2.RequestOptions, violations: list[Violation]) -> None:
+    """Add what is wrong with a handoff, whatever the engine, to violations."""
+    size = len(message.handoff.state)
+    if not 1 <= size <= MAX_HANDOFF_BYTES:
+        violations.append(
+            Violation(
+                "options.handoff.state",
+                f"{size} bytes; allowed: 1 to {MAX_HANDOFF_BYTES}, as a prefill gave it",
+            )
+        )
+    if message.prefill_only:
+        violations.append(Violation("options.handoff", "cannot go with prefill_only; set one of them"))
 
 
 def _kv_retention(message: generation_pb2.KvRetention, violations: list[Violation]) -> KvRetention:

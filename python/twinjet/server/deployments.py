@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from twinjet.config import Config, DeploymentSettings
@@ -111,12 +111,28 @@ class Deployments:
         """
         if self._is_draining:
             raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1)
-        route = self.table.routes[model]
-        key = {"none": "", "tenant": tenant, "session": session}[route.sticky]
-        deployment = self.by_name[choose(route, self._is_ready, self._random, key)]
+        deployment = self._choose(self.table.routes[model], self._is_ready, tenant, session)
         if not deployment.is_ready:
             deployment.ready()
         return deployment
+
+    def pick_other(
+        self, model: str, tried: Collection[str], tenant: str = "", session: str = ""
+    ) -> Deployment | None:
+        """Choose as pick() does, none of `tried`; None if no other is ready, or the server drains."""
+        route = self.table.routes.get(model)
+        if self._is_draining or route is None:
+            return None
+
+        def may(name: str) -> bool:
+            return name not in tried and self._is_ready(name)
+
+        deployment = self._choose(route, may, tenant, session)
+        return deployment if may(deployment.name) else None
+
+    def _choose(self, route: Route, is_ready: Callable[[str], bool], tenant: str, session: str) -> Deployment:
+        key = {"none": "", "tenant": tenant, "session": session}[route.sticky]
+        return self.by_name[choose(route, is_ready, self._random, key)]
 
     def mirror_of(self, model: str) -> Deployment | None:
         """Draw whether a request is mirrored; the deployment that gets the copy, if it is ready."""

@@ -29,7 +29,7 @@ class Gate:
 
         Raises Overloaded.
         """
-        address = peer.rpartition(":")[0] or peer
+        address = address_of(peer)
         if 0 < self._max_streams <= self._num_streams:
             raise _full("server", "in all", self._max_streams)
         if 0 < self._max_of_connection <= self._of_connection[peer]:
@@ -68,6 +68,11 @@ def _full(subject: str, where: str, limit: int) -> Overloaded:
         retry_after_s=RETRY_S,
         quotas=(QuotaExcess(subject, text),),
     )
+
+
+def address_of(peer: str) -> str:
+    """Give a connection's name without its port."""
+    return peer.rpartition(":")[0] or peer
 
 
 def _subtract(counts: Counter[str], key: str) -> None:

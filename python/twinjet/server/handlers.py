@@ -25,6 +25,15 @@ logger = logging.getLogger("twinjet.server")
 COUNTED = frozenset({"Generate", "Chat", "Embed"})
 """Methods that the load reports' rates are about."""
 
+
+class ErrorTold(Exception):
+    """A stream has told its failure in a message of its own and ends with OK; error counts in the load reports."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -95,6 +104,9 @@ async def _run(
     except TwinjetError as error:
         logger.info("%s: %s: %s", name, type(error).__name__, error)
         return None, to_failure(error), error
+    except ErrorTold as told:
+        logger.info("%s: %s: %s", name, type(told.error).__name__, told)
+        return None, None, told.error
     except BaseExceptionGroup as group:
         first = group.exceptions[0]
         if isinstance(first, TwinjetError):

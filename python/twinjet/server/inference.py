@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import grpc
 
-from twinjet.engines.base import ChatTurn, EmbeddingEngine, Engine, EngineInfo, RenderedChat, Tokenizer
+from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo
 from twinjet.engines.text import make_stream
-from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, Unsupported
-from twinjet.request import EngineRequest, draw_seed
+from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
+from twinjet.request import EngineRequest, Sampling, draw_seed
+from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
-from twinjet.server.gate import Gate
+from twinjet.server.encoding import Encoder
+from twinjet.server.failover import Failover
+from twinjet.server.gate import Gate, address_of
 from twinjet.server.grammar import Grammars
 from twinjet.server.samplings import Samplings, Wish
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
 if TYPE_CHECKING:
+    from twinjet._core import Stream
     from twinjet.config import ServerSettings
     from twinjet.routing.mirror import Mirror
     from twinjet.server.deployments import Deployment, Deployments
@@ -33,8 +38,6 @@ if TYPE_CHECKING:
 
 REQUEST_ID_KEY = "x-request-id"
 ACCEPTED_ID_KEY = "twinjet-request-id"
-INLINE_TOKENIZE_CHARS = 2048
-"""Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
 MAX_EMBED_INPUTS = 256
 
 
@@ -63,6 +66,29 @@ class _Prompt(NamedTuple):
     field: str
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One request as it is wherever it is served. encode: its prompt in an engine's tokens.
+
+    seed: used if none was sent; drawn once, so that another deployment draws as the first would have. stream: of the
+    latest attempt.
+    """
+
+    model: str
+    capability: Literal["generate", "chat"]
+    wish: Wish
+    options: convert.Options
+    arrival: _Arrival
+    encode: Callable[[Engine, EngineInfo], Awaitable[_Prompt]]
+    seed: int = field(default_factory=draw_seed)
+    stream: Stream | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something of the answer, not counting places in the queue, may have left."""
+        return self.stream is not None and self.stream.has_begun
+
+
 class InferenceServicer:
     """See proto InferenceService."""
 
@@ -84,6 +110,8 @@ class InferenceServicer:
         self._grammars = grammars
         self._gate = Gate(settings)
         self._samplings = Samplings()
+        self._encoder = Encoder()
+        self._failover = Failover(deployments, metrics)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
@@ -97,19 +125,16 @@ class InferenceServicer:
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         wish = self._samplings.wish(request.sampling)
         options = _options(request, context)
-        deployment = self._deployments.pick(model, options.tenant, options.session)
-        engine, info = deployment.ready()
-        _need(info, "generate")
-        deployment.dispatcher.check(options.request_id, options.tenant)
-        if request.token_ids:
-            ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
-            prompt = _Prompt(ids, "token_ids")
-        else:
-            ids = await _encode(engine.tokenizer, request.text, add_special_tokens=True)
-            prompt = _Prompt(ids, "text")
-        accepted = _accept(prompt, wish, options, info, arrival)
-        accepted = await self._with_grammar(accepted, engine)
-        await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
+
+        async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
+            if request.token_ids:
+                _check_length(len(request.token_ids), "token_ids", info)
+                ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
+                return _Prompt(ids, "token_ids")
+            most = info.limits.max_context_tokens
+            return _Prompt(await self._encoder.prompt(engine.tokenizer, request.text, most, "text"), "text")
+
+        await self._serve(_Call(model, "generate", wish, options, arrival, encode), context)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
@@ -125,16 +150,18 @@ class InferenceServicer:
         )
         wish = self._samplings.wish(request.sampling)
         options = _options(request, context)
-        deployment = self._deployments.pick(model, options.tenant, options.session)
-        engine, info = deployment.ready()
-        _need(info, "chat")
-        deployment.dispatcher.check(options.request_id, options.tenant)
-        _, ids = await _encode_chat(
-            engine.tokenizer, turns, request.continue_final_message, parse=request.parse_control_tokens
-        )
-        accepted = _accept(_Prompt(ids, "messages"), wish, options, info, arrival)
-        accepted = await self._with_grammar(accepted, engine)
-        await self._stream(accepted, options, deployment, engine, info, model, context, arrival.at)
+
+        async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
+            _, ids = await self._encoder.chat(
+                engine.tokenizer,
+                turns,
+                continue_final=request.continue_final_message,
+                parse=request.parse_control_tokens,
+                most=info.limits.max_context_tokens,
+            )
+            return _Prompt(ids, "messages")
+
+        await self._serve(_Call(model, "chat", wish, options, arrival, encode), context)
 
     async def Embed(
         self, request: embedding_pb2.EmbedRequest, context: Context
@@ -176,15 +203,17 @@ class InferenceServicer:
         if request.messages:
             _need(info, "chat")
             turns = convert.chat_turns(request.messages, limit)
-            text, ids = await _encode_chat(
-                engine.tokenizer, turns, False, parse=request.parse_control_tokens,
+            text, ids = await self._encoder.chat(
+                engine.tokenizer,
+                turns,
+                parse=request.parse_control_tokens,
                 add_special_tokens=request.add_special_tokens,
-            )  # fmt: skip
+            )
         else:
             convert.one_prompt(request.text, (), limit)
             text = request.text
             add_special = request.add_special_tokens or not request.HasField("add_special_tokens")
-            ids = await _encode(engine.tokenizer, text, add_special_tokens=add_special)
+            ids = await self._encoder.encode(engine.tokenizer, text, add_special_tokens=add_special)
         return tokenization_pb2.TokenizeResponse(
             token_ids=ids, max_context_tokens=info.limits.max_context_tokens, text=text
         )
@@ -197,23 +226,30 @@ class InferenceServicer:
             raise InvalidRequest.of("token_ids", "is empty; at least one token id is needed")
         engine, info = self._deployments.pick(model).ready()
         ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
-        text = engine.tokenizer.decode(ids, skip_special_tokens=request.skip_special_tokens)
+        text = await self._encoder.decode(
+            engine.tokenizer, ids, skip_special_tokens=request.skip_special_tokens
+        )
         return tokenization_pb2.DetokenizeResponse(text=text)
 
     def _copy(self, request: EngineRequest, model: str) -> None:
         """Send a copy of the request to the model's mirror, if it has one that can take it."""
         copy_to = self._deployments.mirror_of(model)
-        # A grammar is compiled for one engine's vocabulary.
-        if copy_to is not None and request.grammar is None:
+        # A grammar is compiled for one engine's vocabulary; a handoff can be used once.
+        is_whole = not (request.prefill_only or request.handoff)
+        if copy_to is not None and request.grammar is None and is_whole:
             self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
 
-    async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
+    async def _with_grammar(self, request: EngineRequest, engine: Engine, context: Context) -> EngineRequest:
         """Have the request's constraint compiled, if it has one. Raises InvalidRequest, DeadlinePassed, Overloaded."""
         constraint = request.sampling.constraint
         if constraint is None:
             return request
         grammar = await self._grammars.prepare(
-            engine, constraint, tenant=request.tenant, deadline=request.deadline
+            engine,
+            constraint,
+            # Those who name no tenant are told apart by where they call from.
+            tenant=request.tenant or f"address {address_of(context.peer())}",
+            deadline=request.deadline,
         )
         return replace(request, grammar=grammar)
 
@@ -224,85 +260,97 @@ class InferenceServicer:
         if item.token_ids:
             ids = convert.token_ids(item.token_ids, info.limits.vocab_size, f"{prefix}token_ids")
         else:
-            ids = await _encode(engine.tokenizer, item.text, add_special_tokens=True)
+            most = info.limits.max_context_tokens
+            ids = await self._encoder.prompt(engine.tokenizer, item.text, most, f"{prefix}text")
         if len(ids) > info.limits.max_context_tokens:
             limit = info.limits.max_context_tokens
             raise InvalidRequest.of(f"{prefix}text", f"{len(ids)} tokens; the model's context is {limit}")
         return ids
 
+    async def _serve(self, call: _Call, context: Context) -> None:
+        """Answer from the deployment that the route chooses, or from another one if that is lost before it begins."""
+        journey = self._failover.begin(call.model, call.options)
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    return await self._attempt(call, journey.deployment, context, held)
+                except TwinjetError as error:
+                    journey.go_on(error, has_begun=call.has_begun)
+
+    async def _attempt(
+        self, call: _Call, deployment: Deployment, context: Context, held: contextlib.ExitStack
+    ) -> None:
+        """Answer from one deployment. held: what the call holds over all attempts."""
+        engine, info = deployment.ready()
+        _need(info, call.capability)
+        deployment.dispatcher.check(call.options.request_id, call.options.tenant)
+        request = _accept(await call.encode(engine, info), call, info)
+        request = await self._with_grammar(request, engine, context)
+        if call.stream is None:
+            self._copy(request, call.model)
+            held.enter_context(self._live.hold(call))
+            await context.send_initial_metadata(_told_at_once(request))
+        await self._stream(call, request, deployment, engine, info, context)
+
     async def _stream(
         self,
+        call: _Call,
         request: EngineRequest,
-        options: convert.Options,
         deployment: Deployment,
         engine: Engine,
         info: EngineInfo,
-        model: str,
         context: Context,
-        arrived_at: float,
     ) -> None:
-        self._copy(request, model)
-        stream = make_stream(
+        stream = call.stream = make_stream(
             engine.tokenizer.vocabulary,
             request.sampling,
             info.eos_token_ids,
             request_id=request.request_id,
-            model=model,
+            model=call.model,
             engine=info.name,
             deployment=deployment.name,
             sampler=info.sampler.implementation,
             num_prompt_tokens=len(request.prompt_token_ids),
             seed=request.sampling.seed,
-            arrived_at=arrived_at,
+            arrived_at=call.arrival.at,
             max_pending_bytes=self._settings.max_pending_bytes,
         )
         writer = StreamWriter(context.write)
         check = self._grammars.output_check(request)
-        key = object()
-        with self._live.hold(key):
-            await context.send_initial_metadata(((ACCEPTED_ID_KEY, request.request_id),))
-            ticket = deployment.dispatcher.open(
-                request,
-                stream,
-                report_queue=options.report_queue,
-                on_overflow=writer.interrupt,
-            )
-            try:
-                writer.watch_carried(stream, ticket.fail)
-                self._watch.add(writer)
-                # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
-                if check is None and (carry := getattr(context, "carry", None)) is not None:
-                    carry(stream)
-                while messages := await ticket.read():
-                    if check is not None:
-                        await check.look_at(messages)
-                    for message in messages:
-                        await writer.write(message)
-                await writer.write(stream.summary())
-                self._metrics.observe_finished(model, deployment.name, stream)
-            finally:
-                # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
-                # write, by GeneratorExit, which allows no await.
-                self._watch.discard(writer)
-                writer.close()
-                ticket.close()
-
-
-def _accept(
-    prompt: _Prompt,
-    wish: Wish,
-    options: convert.Options,
-    info: EngineInfo,
-    arrival: _Arrival,
-) -> EngineRequest:
-    """Check everything that needs no engine, and make the engine's request."""
-    num_tokens, limit = len(prompt.token_ids), info.limits.max_context_tokens
-    if not 1 <= num_tokens < limit:
-        raise InvalidRequest.of(
-            prompt.field,
-            f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
+        ticket = deployment.dispatcher.open(
+            request,
+            stream,
+            report_queue=call.options.report_queue,
+            on_overflow=writer.interrupt,
         )
-    sampling = wish.resolve(info, num_prompt_tokens=num_tokens, seed=draw_seed())
+        try:
+            writer.watch_carried(stream, ticket.fail)
+            self._watch.add(writer)
+            # Where the door can, it sends what the engine's steps bring, and only the end comes back here.
+            if check is None and (carry := getattr(context, "carry", None)) is not None:
+                carry(stream)
+            while messages := await ticket.read():
+                if check is not None:
+                    await check.look_at(messages)
+                for message in messages:
+                    await writer.write(message)
+            await writer.write(stream.summary())
+            self._metrics.observe_finished(call.model, deployment.name, stream)
+        finally:
+            # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
+            # write, by GeneratorExit, which allows no await.
+            self._watch.discard(writer)
+            writer.close()
+            ticket.close()
+
+
+def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
+    """Check everything that needs no engine, and make the engine's request."""
+    options, arrival = call.options, call.arrival
+    num_tokens = len(prompt.token_ids)
+    _check_length(num_tokens, prompt.field, info)
+    seed = call.seed if options.handoff_seed is None else options.handoff_seed
+    sampling = call.wish.resolve(info, num_prompt_tokens=num_tokens, seed=seed)
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
@@ -311,6 +359,8 @@ def _accept(
         _need(info, "data_parallel_rank")
     if options.kv_retention is not None:
         _need(info, "kv_retention")
+    if options.prefill_only or options.handoff:
+        _check_parts(options, sampling, info)
     if arrival.deadline is not None and arrival.deadline <= time.monotonic():
         raise DeadlinePassed("the deadline passed before the request was accepted")
     return EngineRequest(
@@ -325,7 +375,37 @@ def _accept(
         data_parallel_rank=options.data_parallel_rank,
         kv_retention=options.kv_retention,
         trace_headers=arrival.trace_headers,
+        prefill_only=options.prefill_only,
+        handoff=options.handoff,
     )
+
+
+def _check_length(num_tokens: int, field: str, info: EngineInfo) -> None:
+    limit = info.limits.max_context_tokens
+    if not 1 <= num_tokens < limit:
+        raise InvalidRequest.of(
+            field,
+            f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
+        )
+
+
+def _check_parts(options: convert.Options, sampling: Sampling, info: EngineInfo) -> None:
+    """Check a request whose prompt and output are computed apart."""
+    _need(info, "prefill_only" if options.prefill_only else "handoff")
+    if sampling.n > 1:
+        raise InvalidRequest.of(
+            "sampling.n",
+            f"{sampling.n} outputs cannot be handed over; allowed: 1 with prefill_only or handoff",
+        )
+    if options.handoff and sampling.prompt_logprobs is not None:
+        raise InvalidRequest.of("sampling.prompt_logprobs", "come with the prefill, not with its handoff")
+
+
+def _told_at_once(request: EngineRequest) -> tuple[tuple[str, str], ...]:
+    """Initial metadata of an accepted request."""
+    accepted_id = (ACCEPTED_ID_KEY, request.request_id)
+    key = prefix_key(request.prompt_token_ids, request.cache_salt, request.adapter)
+    return (accepted_id, (PREFIX_KEY, key)) if key else (accepted_id,)
 
 
 def _need(info: EngineInfo, capability: str) -> None:
@@ -354,35 +434,3 @@ def _new_request_id(context: Context) -> str:
     if not sent or convert.request_id_violation(REQUEST_ID_KEY, sent):
         return drawn
     return f"{sent[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"
-
-
-async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-    ids: Sequence[int]
-    if len(text) <= INLINE_TOKENIZE_CHARS:
-        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    else:
-        ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-    return tuple(ids)
-
-
-async def _encode_chat(
-    tokenizer: Tokenizer,
-    turns: Sequence[ChatTurn],
-    continue_final: bool,
-    *,
-    parse: bool,
-    add_special_tokens: bool = False,
-) -> tuple[str, tuple[int, ...]]:
-    """Give a conversation as text and as token ids. parse: control tokens in its content count as such."""
-
-    def encode() -> tuple[str, tuple[int, ...]]:
-        if parse:
-            rendered = RenderedChat(tokenizer.render_chat(turns, continue_final=continue_final))
-        else:
-            rendered = tokenizer.render_as_data(turns, continue_final=continue_final)
-        return rendered.text, tuple(
-            tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
-        )
-
-    is_short = sum(len(turn.content) for turn in turns) <= INLINE_TOKENIZE_CHARS
-    return encode() if is_short else await asyncio.to_thread(encode)

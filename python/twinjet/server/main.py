@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 
 import uvloop
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 
 from twinjet.config import Config, DeploymentSettings, MirrorSettings
@@ -42,6 +43,10 @@ EXIT_FAILED = 1
 EXIT_CONFIG = 2
 CLEANUP_S = 10.0
 """How long ended requests may take to let go of the engine."""
+LIVENESS = "liveness"
+"""A name in the health service that is served as long as the process answers."""
+FAREWELL_S = 0.5
+"""How long calls that came last may take to be refused; at once, grpc.aio would end them with a bare CANCELLED."""
 
 _YOUNG_OBJECTS = 20_000
 """Objects that come to be, less those that are gone, before the garbage collector looks at them."""
@@ -76,6 +81,7 @@ class Server:
         self._health = Health()
         self._health_updates: asyncio.Queue[str] = asyncio.Queue()
         self._door = make_door(config.server)
+        self._services: list[ServiceDescriptor] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -85,8 +91,10 @@ class Server:
         if self.config.server.metrics_port:
             self.metrics.watch(self.deployments)
             self._web = self._listen_http()
-        for name in ["", *self.deployments.models, *(s.full_name for s in _SERVICES)]:
+        for name in ["", *self.deployments.models, *(s.full_name for s in self._services)]:
             self._health.set(name, False)
+        # Of the process alone, for whoever starts it again: it may load, drain or have no model that runs.
+        self._health.set(LIVENESS, True)
         await self._door.start()
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
         self._tasks.append(asyncio.create_task(self.load_reports.run(), name="load reports"))
@@ -100,7 +108,7 @@ class Server:
         """
         try:
             config = read()
-            for section in ("server", "admin", "grammar", "mirror"):
+            for section in ("server", "admin", "grammar", "mirror", "protocols"):
                 if getattr(config, section) != getattr(self.config, section):
                     raise ConfigError(f"[{section}] changed; that needs a restart")
             done = await self.deployments.reload(config, self.config.server.grace_s)
@@ -134,7 +142,7 @@ class Server:
         """Drain within the grace period, end what is left, then stop the engines."""
         self._door.send_away()
         await self.drain(None)
-        await self._door.stop(0)
+        await self._door.stop(FAREWELL_S)
         await self.live.wait(CLEANUP_S)
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
@@ -162,30 +170,42 @@ class Server:
         return num_live - num_ended, num_ended
 
     def _register(self) -> None:
-        servicers = [
-            InferenceServicer(
-                self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
-            ),
-            ModelServicer(self.deployments),
-            AdminServicer(
-                self.deployments,
-                self.config.admin.token,
-                self.drain,
-                self.config.server.grace_s,
-                door=self._door.name,
-            ),
+        inference = InferenceServicer(
+            self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
+        )
+        models = ModelServicer(self.deployments)
+        admin = AdminServicer(
+            self.deployments,
+            self.config.admin.token,
+            self.drain,
+            self.config.server.grace_s,
+            door=self._door.name,
+        )
+        hung = [
+            *zip(_SERVICES, (inference, models, admin), strict=True),
+            *self._other_protocols(inference, models),
         ]
-        for service, servicer in zip(_SERVICES, servicers, strict=True):
+        self._services = [service for service, _ in hung]
+        for service, servicer in hung:
             add_service(self._door, service, servicer, self.metrics, self.load_reports)
         self._health.add_to(self._door)
         self.load_reports.add_to(self._door)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)
-        names = [s.full_name for s in _SERVICES]
+        names = [s.full_name for s in self._services]
         names += [
             HEALTH_SERVICE,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
         ]
         add_reflection(self._door, names)
+
+    def _other_protocols(
+        self, inference: InferenceServicer, models: ModelServicer
+    ) -> list[tuple[ServiceDescriptor, object]]:
+        if not self.config.protocols.openengine.enabled:
+            return []
+        from twinjet.protocols import openengine
+
+        return openengine.servicers(self.config, self.deployments, inference, models)
 
     def _listen_http(self) -> Web:
         settings = self.config.server
@@ -222,7 +242,7 @@ class Server:
             serving = {m: self.deployments.is_serving(m) for m in {*known, *self.deployments.models}}
             known.update(serving)
             whole = any(serving.values())
-            for name in ["", *(s.full_name for s in _SERVICES)]:
+            for name in ["", *(s.full_name for s in self._services)]:
                 self._health.set(name, whole)
             for model, is_serving in serving.items():
                 self._health.set(model, is_serving)

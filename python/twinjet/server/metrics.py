@@ -62,6 +62,14 @@ class _LoadCollector(Collector):
         used = GaugeMetricFamily(
             "twinjet_engine_kv_blocks_used", "KV blocks in use in the engine", labels=label
         )
+        share = GaugeMetricFamily(
+            "twinjet_kv_cache_utilization", "Share of the KV blocks in use, 0 to 1", labels=label
+        )
+        cache = GaugeMetricFamily(
+            "twinjet_kv_cache_info",
+            "1, with the KV cache's sizes",
+            labels=[*label, "block_size", "num_gpu_blocks"],
+        )
         preemptions = CounterMetricFamily(
             "twinjet_engine_preemptions", "Requests that the engine preempted", labels=label
         )
@@ -87,11 +95,23 @@ class _LoadCollector(Collector):
             ):
                 if value is not None:
                     family.add_metric([name], value)
+            for held_blocks, all_blocks in (
+                (engine.kv_blocks_used, engine.kv_blocks_total),
+                (load.kv_blocks_used, load.kv_blocks_total),
+            ):
+                if held_blocks is not None and all_blocks:
+                    share.add_metric([name], held_blocks / all_blocks)
+                    break
+            info = deployment.supervisor.info
+            if info is not None and info.kv_cache is not None:
+                sizes = (info.kv_cache.block_size, info.kv_cache.num_blocks)
+                cache.add_metric([name, *map(str, sizes)], 1)
             restarts.add_metric([name], deployment.supervisor.num_restarts)
             for labels, value in _counters(deployment.supervisor.info):
                 parts.add_metric([name, *labels], value)
         return [
-            waiting, running, refused, expired, held, overflows, blocks, used, preemptions, restarts, parts,
+            waiting, running, refused, expired, held, overflows, blocks, used, share, cache, preemptions, restarts,
+            parts,
         ]  # fmt: skip
 
 
@@ -111,6 +131,12 @@ class Metrics:
             "twinjet_calls", "Calls by method and status", ["method", "code"], registry=self.registry
         )
         self._tokens = Counter("twinjet_tokens", "Tokens by kind", ["model", "kind"], registry=self.registry)
+        self._moved = Counter(
+            "twinjet_requests_moved",
+            "Requests that went on at another deployment, waiting or running where the first was lost",
+            ["model", "source", "target", "state"],
+            registry=self.registry,
+        )
         self._first_token = Histogram(
             "twinjet_first_token_seconds",
             "TTFT",
@@ -138,6 +164,9 @@ class Metrics:
 
     def count_call(self, method: str, code: str) -> None:
         self._calls_of(method, code).inc()
+
+    def count_moved(self, model: str, source: str, target: str, *, was_running: bool) -> None:
+        self._moved.labels(model, source, target, "running" if was_running else "waiting").inc()
 
     def observe_finished(self, model: str, deployment: str, request: Stream) -> None:
         self._tokens_of(model, "prompt").inc(request.num_prompt_tokens)

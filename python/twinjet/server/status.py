@@ -15,8 +15,9 @@ from twinjet.routing import RevisionChanged
 DOMAIN = "twinjet"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_VIOLATIONS = 16
-MAX_TEXT = 512
-"""Details travel in trailers, which gRPC limits to 8 KiB by default."""
+MAX_TEXT_BYTES = 512
+MAX_DETAIL_BYTES = 200
+"""Message and details travel in trailers, encoded, which gRPC limits to 8 KiB by default."""
 
 
 class Failure:
@@ -41,7 +42,9 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return Failure(code.INVALID_ARGUMENT, str(error), [_info("INVALID_REQUEST"), _bad_request(error)])
         case errors.NotFound():
             reason = f"{error.kind.upper()}_NOT_FOUND"
-            resource = error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=error.name)
+            resource = error_details_pb2.ResourceInfo(
+                resource_type=error.kind, resource_name=_short(error.name, MAX_DETAIL_BYTES)
+            )
             return Failure(code.NOT_FOUND, str(error), [_info(reason), resource])
         case errors.AlreadyExists():
             reason = f"{error.kind.upper()}_EXISTS"
@@ -91,8 +94,9 @@ def internal_failure() -> Failure:
     return Failure(grpc.StatusCode.INTERNAL, "internal error; the server's log has more", [_info("INTERNAL")])
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+def _short(text: str, most: int = MAX_TEXT_BYTES) -> str:
+    encoded = text.encode(errors="replace")
+    return text if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "…"
 
 
 def _info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:
@@ -107,7 +111,9 @@ def _retry(seconds: float) -> error_details_pb2.RetryInfo:
 
 def _bad_request(error: errors.InvalidRequest) -> error_details_pb2.BadRequest:
     violations = [
-        error_details_pb2.BadRequest.FieldViolation(field=v.field, description=_short(v.message)[:256])
+        error_details_pb2.BadRequest.FieldViolation(
+            field=v.field, description=_short(v.message, MAX_DETAIL_BYTES)
+        )
         for v in error.violations[:MAX_VIOLATIONS]
     ]
     return error_details_pb2.BadRequest(field_violations=violations)
@@ -115,7 +121,9 @@ def _bad_request(error: errors.InvalidRequest) -> error_details_pb2.BadRequest:
 
 def _quota_failure(error: errors.Overloaded) -> error_details_pb2.QuotaFailure:
     violations = [
-        error_details_pb2.QuotaFailure.Violation(subject=q.subject, description=q.description)
+        error_details_pb2.QuotaFailure.Violation(
+            subject=_short(q.subject, MAX_DETAIL_BYTES), description=q.description
+        )
         for q in error.quotas
     ]
     return error_details_pb2.QuotaFailure(violations=violations)

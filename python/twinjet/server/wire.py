@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor, FileDescriptor
@@ -33,14 +34,15 @@ def deserializer(message_class: type[Message]) -> Callable[[bytes], Message | Ma
         try:
             return message_class.FromString(data)
         except DecodeError:
-            return Malformed(_explain(descriptor.name, descriptor.full_name, data))
+            return Malformed(_explain(descriptor.file, descriptor.name, descriptor.full_name, data))
 
     return parse
 
 
-def _explain(name: str, full_name: str, data: bytes) -> tuple[Violation, ...]:
+def _explain(file: Any, name: str, full_name: str, data: bytes) -> tuple[Violation, ...]:
     """Find the strings that are not UTF-8, by parsing the same bytes with every string as bytes."""
-    lenient = message_factory.GetMessageClass(_lenient_pool().FindMessageTypeByName(full_name))
+    pool = _lenient_pool(file)
+    lenient = message_factory.GetMessageClass(pool.FindMessageTypeByName(full_name))
     try:
         message = lenient.FromString(data)
     except DecodeError:
@@ -70,9 +72,8 @@ def _is_utf8(data: bytes) -> bool:
 
 
 @cache
-def _lenient_pool() -> descriptor_pool.DescriptorPool:
-    from twinjet.v1 import service_pb2
-
+def _lenient_pool(file: Any) -> descriptor_pool.DescriptorPool:
+    """Give a pool with a file and all that it imports, in which every string of ours is bytes."""
     pool = descriptor_pool.DescriptorPool()
     seen: set[str] = set()
 
@@ -85,12 +86,12 @@ def _lenient_pool() -> descriptor_pool.DescriptorPool:
         proto = descriptor_pb2.FileDescriptorProto()
         file.CopyToProto(proto)
         proto.ClearField("service")
-        if file.package.startswith("twinjet."):
+        if not file.package.startswith("google."):
             for message in proto.message_type:
                 _strings_to_bytes(message)
         pool.Add(proto)
 
-    add(service_pb2.DESCRIPTOR)
+    add(file)
     return pool
 
 

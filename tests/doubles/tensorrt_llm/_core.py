@@ -31,6 +31,8 @@ from tensorrt_llm._sampler import logprobs as _logprobs
 from tensorrt_llm._sampler import prompt_logprobs as _prompt_logprobs
 from tensorrt_llm._sampler import sample as _sample
 from tensorrt_llm._toy import EOS, toy_logits, toy_tokenizer
+from tensorrt_llm._transfer import Transceiver
+from tensorrt_llm._transfer import refusal as _refusal
 from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.llmapi import llm_args
 
@@ -49,6 +51,8 @@ class _Sequence:
     reason: str | None = None
     called_after_end: bool = False
     guide: Any = None
+    is_handed_on: bool = False
+    """Its last token came with a handoff, so the next step knows it, overlap or not."""
 
 
 @dataclass(eq=False)
@@ -72,6 +76,12 @@ class _Request:
     guide_error: str | None = None
     result: Any = None
     has_prefilled: bool = False
+    disaggregated: Any = None
+    refusal: str | None = None
+
+    @property
+    def phase(self) -> str:
+        return "context_and_generation" if self.disaggregated is None else self.disaggregated.request_type
 
     @property
     def open(self) -> list[_Sequence]:
@@ -115,6 +125,7 @@ class LLM:
         kv = self.args.kv_cache_config
         self._block_size = kv.tokens_per_block
         self._num_blocks = (kv.max_tokens or 65536) // self._block_size
+        self.transceiver = Transceiver()
         self._num_host_blocks = (kv.host_cache_size or 0) // (self._block_size * _HOST_BYTES_PER_TOKEN)
 
     def __enter__(self) -> LLM:
@@ -152,6 +163,9 @@ class LLM:
         prompt, text = self._tokenize(arguments["inputs"], params)
         if not self.args.enable_chunked_prefill and len(prompt) > (self.args.max_num_tokens or 8192):
             raise (RequestError if _IS_13 else ValueError)("the prompt is longer than max_num_tokens")
+        disaggregated = arguments["disaggregated_params"]
+        if disaggregated is not None and disaggregated.request_type == "context_only":
+            params.max_tokens = 1
         sampling.setup(params, toy_tokenizer(), self.args.stream_interval, self._generation_eos)
         if params.guided_decoding is not None and self.args.guided_decoding_backend is None:
             params.guided_decoding = None
@@ -167,6 +181,8 @@ class LLM:
             priority=arguments.get("priority") or 0.5,
             rank=self._rank(arguments["scheduling_params"]),
             retention=arguments["kv_cache_retention_config"],
+            disaggregated=disaggregated,
+            refusal=None if disaggregated is None else _refusal(self.args, disaggregated),
         )
         request.sequences = [_Sequence(i, _shipped(params)) for i in range(params.best_of)]
         request.guide_error = self._begin_guides(request)
@@ -288,9 +304,11 @@ class LLM:
         running = [r for r in self._active if r.has_prefilled]
         batch = [*running, *waiting][: self.args.max_batch_size]
         ready = [r for r in batch if r.trouble is None or not self._misbehave(r, *r.trouble)]
-        for request in [r for r in ready if r.guide_error is not None and r in self._active]:
+        for request in [r for r in ready if (r.guide_error or r.refusal) and r in self._active]:
             self._active.remove(request)
-            request.result._queue.put_nowait(RequestError(request.guide_error))
+            request.result._queue.put_nowait(RequestError(request.guide_error or request.refusal))
+        for request in [r for r in ready if r.phase == "generation_only" and not r.has_prefilled]:
+            self._take_over(request)
         if self._has_no_device:
             for request in [r for r in self._active if r in ready]:
                 self._active.remove(request)
@@ -298,6 +316,28 @@ class LLM:
         if self._is_crashed:
             return []
         return sorted((r for r in ready if r in self._active), key=lambda r: r.has_prefilled)
+
+    def _take_over(self, request: _Request) -> None:
+        """Begin where another engine has computed the prompt; blocks that never come stop everything."""
+        if request not in self._active:
+            return
+        try:
+            has_come = Transceiver.fetch(request.disaggregated, request.prompt)
+        except RequestError as error:
+            self._active.remove(request)
+            request.result._queue.put_nowait(error)
+            return
+        if not has_come:
+            self.crash(None)
+            return
+        request.has_prefilled = True
+        for token in request.disaggregated.first_gen_tokens:
+            sequence = request.sequences[0]
+            sequence.tokens.append(token)
+            sequence.is_handed_on = True
+            if sequence.guide is not None:
+                sequence.guide.accept_token(token)
+            request.result._queue.put_nowait(Response(0, [token], [], None, False, request.cached_tokens))
 
     def _step(self) -> bool:
         """Advance every scheduled request; say whether there was one."""
@@ -359,7 +399,8 @@ class LLM:
         return not self.args.disable_overlap_scheduler
 
     def _process(self, request: _Request, sequence: _Sequence, logits: torch.Tensor) -> None:
-        tokens = sequence.tokens[:-1] if self._overlaps else sequence.tokens
+        lags = self._overlaps and not sequence.is_handed_on
+        tokens = sequence.tokens[:-1] if lags else sequence.tokens
         for processor in sequence.processors:
             processor(request.id + 1000, logits, [request.prompt + tokens], None, None)
 
@@ -369,6 +410,7 @@ class LLM:
         params = request.params
         if sequence.guide is not None:
             _guides.mask(logits.reshape(-1), sequence.guide)
+        sequence.is_handed_on = False
         token = _sample(logits.reshape(-1), request, sequence)
         if sequence.guide is not None and not sequence.guide.is_terminated():
             sequence.guide.accept_token(token)
@@ -380,6 +422,9 @@ class LLM:
         if params.prompt_logprobs and len(sequence.tokens) == 1:
             request.prompt_logprobs = _prompt_logprobs(request, token)
         is_final = not request.open
+        if request.phase == "context_only" and sequence.reason == "LENGTH":
+            request.result._disaggregated_params = self.transceiver.hold(request.id, request.prompt, token)
+            sequence.reason = "NOT_FINISHED" if _IS_13 else "LENGTH"
         if request.streaming or sequence.reason is not None:
             tokens = [token] if request.streaming else list(sequence.tokens)
             logprobs = sequence.logprobs[-1:] if request.streaming else list(sequence.logprobs)

@@ -64,7 +64,7 @@ class RequestOutput:
         self.context_logits = None
         self.avg_decoded_tokens_per_iter = None
         self.metrics_dict: dict[str, float] = {}
-        self.disaggregated_params = None
+        self._disaggregated_params = request.disaggregated
         self.mm_embedding_handle = None
         if _IS_13:
             self.error: str | None = None
@@ -76,6 +76,11 @@ class RequestOutput:
     @property
     def id(self) -> int:
         return int(self._request.id)
+
+    @property
+    def disaggregated_params(self) -> Any:
+        """What the request came with, until the engine says something else."""
+        return self._disaggregated_params
 
     @property
     def finished(self) -> bool:
@@ -139,6 +144,10 @@ class RequestOutput:
         output._last_tokens = len(output.token_ids)
         output.token_ids.extend(response.tokens)
         output.logprobs.extend(response.logprobs)
+        output.disaggregated_params = self._disaggregated_params
+        is_handed_on = self._request.phase == "generation_only"
+        if is_handed_on and params.logprobs and _contract.has("handoff_loses_first_logprob"):
+            assert len(output.logprobs) == len(output.token_ids), "logprobs length"
         if response.prompt_logprobs is not None:
             output.prompt_logprobs = response.prompt_logprobs
         self._request.reasons[response.index] = response.reason
@@ -157,6 +166,7 @@ class RequestOutput:
             "LENGTH": "length",
             "TIMED_OUT": "timeout",
             "CANCELLED": "cancelled",
+            "NOT_FINISHED": "not_finished",
         }.get(reason or "", output.finish_reason)
         if reason != "STOP_WORDS":
             return

@@ -7,13 +7,14 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engines.factories import make_trt
+from twinjet.engines.base import KvEvent
 
 
 @contextlib.asynccontextmanager
@@ -85,3 +86,11 @@ def _ran_or_runnable_s() -> float:
     """Give the time that this thread has computed or waited for a processor."""
     computed_ns, waited_ns, _ = Path("/proc/thread-self/schedstat").read_text().split()
     return (int(computed_ns) + int(waited_ns)) / 1e9
+
+
+async def deltas(engine: Any) -> AsyncGenerator[Sequence[KvEvent], None]:
+    """Give what the engine's KV cache stores and removes from here on."""
+    journal = engine.kv_journal
+    async with contextlib.aclosing(journal.watch(journal.epoch, journal.sequence + 1)) as batches:
+        async for batch in batches:
+            yield batch.events

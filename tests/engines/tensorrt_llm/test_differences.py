@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.engines.factories import double_installed, make_request
-from tests.engines.tensorrt_llm.stand_in import LoopLag, behave, core, started
+from tests.engines.tensorrt_llm.stand_in import LoopLag, behave, core, deltas, started
 from tests.engines.test_contract import collect
 from twinjet.engines.base import Finish, KvRemoved, KvStored
 from twinjet.engines.tensorrt_llm.front.engine import TrtLlmEngine
@@ -94,7 +94,7 @@ async def test_d2_events_of_an_iterator_that_blocks_arrive(
 ) -> None:
     behave(monkeypatch, iterators_block=True)
     async with started({"kv_cache_config": {"event_buffer_max_size": 256}}) as engine:
-        events = engine.kv_events()
+        events = deltas(engine)
         first = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0)
         await collect(engine, make_request(engine, "y" * 100))
@@ -309,7 +309,7 @@ async def test_d10_blocks_in_host_memory_are_not_the_gpus(
 async def test_d11_hashes_may_be_strings(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     behave(monkeypatch, string_hashes=True)
     async with started({"kv_cache_config": {"event_buffer_max_size": 64}}) as engine:
-        events = engine.kv_events()
+        events = deltas(engine)
         first = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0)
         await collect(engine, make_request(engine, "y" * 100))
@@ -334,7 +334,7 @@ async def test_d11_several_windows_and_ranks_are_one_cache(
                 if isinstance(batch[-1], KvStored) and batch[-1].token_ids[-1] == last_token:
                     return
 
-        events = engine.kv_events()
+        events = deltas(engine)
         reading = asyncio.create_task(read_until(ord("w")))
         await asyncio.sleep(0)
         await collect(engine, make_request(engine, "z" * 40))

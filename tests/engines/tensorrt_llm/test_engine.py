@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.engines.factories import double_installed, make_request, make_trt
 from tests.engines.tensorrt_llm.fake_device import fake_device
-from tests.engines.tensorrt_llm.stand_in import core, started
+from tests.engines.tensorrt_llm.stand_in import core, deltas, started
 from tests.engines.test_contract import collect
 from twinjet.config import Config
 from twinjet.engines.base import KvStored, LoadProgress, OutputEvent
@@ -27,6 +28,7 @@ from twinjet.errors import (
     RequestFailed,
     Unsupported,
 )
+from twinjet.grammar.room import GrammarRoom
 from twinjet.request import Constraint
 from twinjet.sampling import cpu_target
 
@@ -194,9 +196,7 @@ async def test_without_ours_what_the_engine_would_ignore_is_refused(version: str
             with pytest.raises(Unsupported):
                 make_request(engine, **wrong)
         reason = engine.describe().sampler.reason
-        assert ("it does not honour bad_words, logprobs, min_tokens, penalties" in reason) == (
-            version == "1.2"
-        )
+        assert ("it does not honour logprobs, min_tokens, penalties" in reason) == (version == "1.2")
         asked = {"logprobs": 2} if version == "1.3" else {}
         outcome = await collect(engine, make_request(engine, n=2, max_tokens=8, ignore_eos=True, **asked))
         assert [len(entry) for entry in outcome.tokens.values()] == [8, 8]
@@ -307,14 +307,14 @@ async def test_an_abort_while_the_grammar_compiles_is_heard(
 ) -> None:
     async with started() as engine:
         compiling, release = threading.Event(), threading.Event()
-        real = engine._drawing._grammars.compile
+        real = engine._drawing._compiler.compile
 
         def slow(constraint: Constraint) -> Any:
             compiling.set()
             release.wait(10)
             return real(constraint)
 
-        monkeypatch.setattr(engine._drawing._grammars, "compile", slow)
+        monkeypatch.setattr(engine._drawing._compiler, "compile", slow)
         request = make_request(engine, constraint=Constraint("regex", "a+"))
         pending = asyncio.create_task(collect(engine, request))
         await asyncio.to_thread(compiling.wait, 10)
@@ -473,7 +473,7 @@ async def test_load_follows_the_statistics_while_running(version: str) -> None:
 async def test_kv_events_reach_two_subscribers(version: str) -> None:
     async with started({"kv_cache_config": {"event_buffer_max_size": 64}}) as engine:
         assert "kv_events" in engine.describe().capabilities
-        streams = [engine.kv_events(), engine.kv_events()]
+        streams = [deltas(engine), deltas(engine)]
         waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await asyncio.sleep(0)
         request = make_request(engine, "y" * 100)
@@ -573,3 +573,46 @@ async def test_a_start_given_up_half_way_is_cleaned_up(version: str, phase: str)
     await engine.stop()
     assert engine._handle.llm is None
     assert all(llm._is_down for llm in built if llm is not None)
+
+
+async def test_a_stop_string_ends_its_outputs_work_and_no_others(version: str) -> None:
+    async with started() as engine:
+        plain = await collect(engine, make_request(engine, n=2, max_tokens=40, ignore_eos=True))
+        stop = next(
+            text for at in range(30) if (text := plain.text[0][at : at + 3]) and text not in plain.text[1]
+        )
+        request = make_request(engine, n=2, max_tokens=400, ignore_eos=True, stop=(stop,))
+        running: list[int] = []
+        llm, finish = engine._handle.llm, {}
+        async with asyncio.timeout(30):
+            async for event in engine.generate(request):
+                if isinstance(event, OutputEvent):
+                    finish[event.output_index] = event.finish
+                    if finish.get(0) is not None and finish.get(1) is None:
+                        running.append(len(llm._active))
+        assert finish[0].stopped_by == stop and finish[1] is not None
+        assert 1 in running, "what has ended for the reader has ended in the engine"
+        assert not llm._active
+
+
+@pytest.mark.parametrize("native", [True, False])
+async def test_a_grammar_that_the_room_has_compiled_is_not_compiled_again(
+    version: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = GrammarRoom()
+    options = {} if native else {"guided_decoding_backend": "xgrammar"}
+    try:
+        async with started(options, native_sampler=native) as engine:
+            vocabulary = await engine.vocabulary(room.folder)
+            monkeypatch.setattr(engine._drawing._compiler, "compile", lambda _: pytest.fail("compiled again"))
+            for constraint, text in (
+                (Constraint("choice", choices=("yes",)), "yes"),
+                (Constraint("json_schema", '{"const": 7}'), "7"),
+                (Constraint("regex", "ab"), "ab"),
+            ):
+                request = make_request(engine, constraint=constraint)
+                grammar = await room.prepare(constraint, vocabulary)
+                outcome = await collect(engine, replace(request, grammar=grammar))
+                assert outcome.text[0] == text
+    finally:
+        await room.close()

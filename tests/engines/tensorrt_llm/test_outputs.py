@@ -1,16 +1,17 @@
-"""Cumulative results to deltas: nothing twice, nothing taken back, text and ends as for every engine."""
+"""Cumulative results to steps: nothing twice, nothing taken back, ends by token as for every engine."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinjet.engines.base import Finish, TokenLogprobs
-from twinjet.engines.fake import EOS, FakeTokenizer
-from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter, OutputTracker
+from twinjet.engines.base import Finish
+from twinjet.engines.fake import EOS
+from twinjet.engines.tensorrt_llm.front.outputs import OutputTracker, engine_row, report_row
 from twinjet.engines.tensorrt_llm.worker.reports import TokenReport
 from twinjet.errors import RequestAborted, RequestFailed
 from twinjet.request import EngineRequest, Sampling
@@ -28,7 +29,7 @@ def tracker(**sampling: Any) -> OutputTracker:
     request = EngineRequest(
         request_id="r", prompt_token_ids=(257, 104), sampling=Sampling(**(NEUTRAL | sampling))
     )
-    return OutputTracker(request, 0, FakeTokenizer(), frozenset({EOS}))
+    return OutputTracker(request, 0, frozenset({EOS}))
 
 
 def feed(output: OutputTracker, text: str) -> None:
@@ -36,55 +37,21 @@ def feed(output: OutputTracker, text: str) -> None:
         output.feed(byte, None)
 
 
-@given(st.text(max_size=40), st.lists(st.integers(1, 5), max_size=60))
-def test_pieces_join_to_the_text(text: str, sizes: list[int]) -> None:
-    """Characters of several bytes arrive a byte a token, taken out in pieces of any size."""
+@given(st.lists(st.integers(0, 255), max_size=40), st.lists(st.integers(1, 5), max_size=60))
+def test_pieces_join_to_the_tokens(tokens: list[int], sizes: list[int]) -> None:
     output = tracker(max_tokens=1000)
-    data, taken, tokens = list(text.encode()), "", []
-    for size in [*sizes, len(data)]:
-        for token in data[:size]:
+    left, taken = list(tokens), []
+    for size in [*sizes, len(left)]:
+        for token in left[:size]:
             output.feed(token, None)
-        del data[:size]
-        if (event := output.take()) is not None:
-            assert "\ufffd" not in event.text or "\ufffd" in text, "half a character was shown"
-            taken += event.text
-            tokens += event.token_ids
+        del left[:size]
+        if (news := output.take()) is not None:
+            taken += news.token_ids
     output.engine_ended("length", None)
     output.settle()
     last = output.take()
     assert last is not None
-    assert taken + last.text == text
-    assert tokens + list(last.token_ids) == list(text.encode())
-
-
-@given(st.binary(max_size=60))
-def test_bytes_that_are_no_text_join_to_what_decoding_gives(data: bytes) -> None:
-    output = tracker(max_tokens=1000)
-    for byte in data:
-        output.feed(byte, None)
-    output.engine_ended("length", None)
-    output.settle()
-    event = output.take()
-    assert event is not None
-    assert event.text == FakeTokenizer().decode(list(data), skip_special_tokens=True)
-
-
-@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=3))
-def test_a_stop_string_is_never_shown_in_part(text: str, stop: str) -> None:
-    output = tracker(stop=(stop,), max_tokens=1000)
-    shown = ""
-    for byte in text.encode():
-        output.feed(byte, None)
-        if (event := output.take()) is not None:
-            shown += event.text
-            assert shown == text[: len(shown)]
-            assert stop not in shown
-    if output.finish is None:
-        output.engine_ended("length", None)
-    output.settle()
-    last = output.take()
-    shown += last.text if last is not None else ""
-    assert shown == (text[: text.index(stop)] if stop in text else text)
+    assert taken + last.token_ids == tokens and last.finish == Finish("length")
 
 
 def test_a_list_that_shrank_gives_nothing_and_loses_nothing() -> None:
@@ -106,21 +73,21 @@ def test_nothing_follows_the_finish() -> None:
     feed(output, "abcd")
     assert output.take() is None, "the finish waits until it is settled"
     output.settle()
-    event = output.take()
-    assert event is not None
-    assert (event.text, list(event.token_ids), event.finish) == ("ab", [97, 98], Finish("length"))
+    news = output.take()
+    assert news is not None
+    assert (news.token_ids, news.finish) == ([97, 98], Finish("length"))
     assert output.take() is None
 
 
-def test_an_end_token_counts_and_shows_nothing() -> None:
+def test_an_end_token_counts() -> None:
     output = tracker()
     feed(output, "hi")
     output.feed(EOS, None)
     output.settle()
-    event = output.take()
-    assert event is not None
-    assert (event.text, event.token_ids[-1]) == ("hi", EOS)
-    assert event.finish == Finish("stop", EOS, is_eos=True)
+    news = output.take()
+    assert news is not None
+    assert news.token_ids == [*b"hi", EOS]
+    assert news.finish == Finish("stop", EOS, is_eos=True)
 
 
 def test_an_ignored_end_token_ends_nothing() -> None:
@@ -129,23 +96,13 @@ def test_an_ignored_end_token_ends_nothing() -> None:
     assert output.finish is None
 
 
-def test_an_included_stop_token_shows_its_text() -> None:
-    output = tracker(stop_token_ids=(33,), include_stop=True)
-    feed(output, "hi!")
-    output.settle()
-    event = output.take()
-    assert event is not None
-    assert event.text == "hi!"
-    assert event.finish == Finish("stop", 33)
-
-
-def test_a_held_beginning_of_a_stop_string_is_shown_at_the_end() -> None:
-    output = tracker(stop=("xyz",), max_tokens=4)
-    feed(output, "abxy")
-    output.settle()
-    event = output.take()
-    assert event is not None
-    assert event.text == "abxy"
+def test_a_stop_token_ends_nothing_before_the_least_number_of_tokens() -> None:
+    output = tracker(stop_token_ids=(33,), min_tokens=2)
+    for token in (33, 33):
+        output.feed(token, None)
+        assert output.finish is None
+    output.feed(33, None)
+    assert output.finish == Finish("stop", 33)
 
 
 @pytest.mark.parametrize("reason", ["timeout", "not_finished", None])
@@ -173,21 +130,15 @@ class EngineLogprob:
 
 def test_engine_logprobs_keep_the_token_and_the_best() -> None:
     entry = {98: EngineLogprob(-5.0, 9), 97: EngineLogprob(-0.1, 1), 99: EngineLogprob(float("-inf"), 3)}
-    found = LogprobFormatter(FakeTokenizer()).from_engine(98, entry, 1)
-    assert isinstance(found, TokenLogprobs)
-    assert (found.chosen.token_id, found.chosen.rank, found.chosen.text) == (98, 9, "b")
-    assert [top.token_id for top in found.top] == [97]
-    all_of_them = LogprobFormatter(FakeTokenizer()).from_engine(98, entry, 3)
-    assert all_of_them.top[-1].logprob == -9999.0
+    assert engine_row(98, entry, 1) == ([98, 97], [-5.0, -0.1], 9)
+    assert engine_row(98, entry, 3) == ([98, 97, 98, 99], [-5.0, -0.1, -5.0, -9999.0], 9)
 
 
 def test_a_missing_logprob_is_an_error_not_a_zero() -> None:
     with pytest.raises(RequestFailed):
-        LogprobFormatter(FakeTokenizer()).from_engine(5, {97: EngineLogprob(-0.1, 1)}, 1)
+        engine_row(5, {97: EngineLogprob(-0.1, 1)}, 1)
 
 
 def test_reports_become_logprobs() -> None:
-    report = TokenReport(98, 4, ((98, -2.0), (97, -0.5), (99, -1.0)))
-    found = LogprobFormatter(FakeTokenizer()).from_report(report)
-    assert (found.chosen.logprob, found.chosen.rank) == (-2.0, 4)
-    assert [(top.token_id, top.rank) for top in found.top] == [(97, 1), (99, 2)]
+    ids, logprobs, rank = report_row(TokenReport(98, 4, ((98, -2.0), (97, -0.5), (99, -math.inf))))
+    assert (list(ids), list(logprobs), rank) == ([98, 97, 99], [-2.0, -0.5, -9999.0], 4)

@@ -16,6 +16,7 @@ from twinjet.engines.tensorrt_llm.front.params import (
     drawn_by_us,
 )
 from twinjet.errors import Unsupported
+from twinjet.grammar.compilation import written
 from twinjet.request import Constraint, EngineRequest, Sampling
 from twinjet.sampling.bad_text import BadTextSettings
 
@@ -46,7 +47,9 @@ def ours(**sampling: Any) -> dict[str, Any]:
 
 
 def engines(can: EngineSampler = ALL, **sampling: Any) -> dict[str, Any]:
-    return drawn_by_engine(request(**sampling), 1, one_end(sampling), can)
+    constraint = sampling.get("constraint")
+    guide = constraint and written(constraint.kind, constraint.value, constraint.choices)
+    return drawn_by_engine(request(**sampling), 1, one_end(sampling), can, guide)
 
 
 def one_end(sampling: dict[str, Any]) -> TokenFacts:
@@ -146,8 +149,8 @@ def test_the_engine_is_asked_for_at_least_one_logprob() -> None:
 @pytest.mark.parametrize(
     ("constraint", "guide"),
     [
-        (Constraint("json_schema", '{"type": "null"}'), {"json": '{"type": "null"}'}),
-        (Constraint("json_object"), {"json_object": True}),
+        (Constraint("json_schema", '{"type": "null"}'), {"json": '{"enum": [null]}'}),
+        (Constraint("json_object"), {"json": '{"type": "object", "additionalProperties": {}}'}),
         (Constraint("regex", "a+"), {"regex": "a+"}),
         (Constraint("ebnf", 'root ::= "a"'), {"grammar": 'root ::= "a"'}),
         (Constraint("choice", choices=('a"b', "c")), {"grammar": 'root ::= "a\\"b" | "c"'}),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from twinjet.engines.base import KvCache, KvCleared, KvEvent, KvRemoved, KvStored
+from twinjet.engines.base import KvBlockFacts, KvCache, KvEvent, KvRemoved, KvStored
 from twinjet.engines.tensorrt_llm.front import stats
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.stats import (
@@ -109,44 +109,48 @@ def stored(block_hash: int, parent: int | None) -> dict[str, Any]:
 
 
 def test_kv_events_are_converted() -> None:
-    assert convert_kv_event(stored(1, None)) == [KvStored([b"\0" * 7 + b"\1"], b"", [5, 6], 2)]
-    assert convert_kv_event(stored(-1, 1)) == [KvStored([b"\xff" * 8], b"\0" * 7 + b"\1", [5, 6], 2)]
+    one, other = b"\0" * 7 + b"\1", b"\xff" * 8
+    on_device = KvBlockFacts(medium="device")
+    assert convert_kv_event(stored(1, None)) == [KvStored([one], b"", [5, 6], 2, on_device)]
+    assert convert_kv_event(stored(-1, 1)) == [KvStored([other], one, [5, 6], 2, on_device)]
     assert convert_kv_event({"type": "removed", "block_hashes": [2]}) == [KvRemoved([b"\0" * 7 + b"\2"])]
     assert convert_kv_event({"type": "created", "num_blocks_per_cache_level": [4]}) == []
     assert convert_kv_event({"type": "updated", "block_hash": 3, "cache_level": None, "priority": None}) == []
 
 
-async def test_every_subscriber_gets_every_event() -> None:
+async def test_every_watcher_gets_every_event() -> None:
     fan = KvEventFan()
     seen: list[list[Sequence[KvEvent]]] = [[], []]
 
     async def read(into: list[Sequence[KvEvent]]) -> None:
-        async for batch in fan.subscribe():
-            into.append(batch)
+        async for batch in fan.journal.watch(fan.journal.epoch, 1):
+            into.append(batch.events)
+            if len(into) == 2:
+                return
 
     readers = [asyncio.create_task(read(into)) for into in seen]
     await asyncio.sleep(0)
     fan.take({"event_id": 0, "data": stored(1, None), "window_size": 1})
     fan.take({"event_id": 1, "data": stored(2, 1), "window_size": 1})
-    fan.close()
     async with asyncio.timeout(5):
         await asyncio.gather(*readers)
     assert len(seen[0]) == 2
     assert seen[0] == seen[1]
 
 
-async def test_a_subscriber_far_behind_is_told_to_forget() -> None:
+def test_a_block_that_moves_to_another_level_is_told_again() -> None:
     fan = KvEventFan()
-    events = fan.subscribe()
-    first = asyncio.ensure_future(anext(events))
-    await asyncio.sleep(0)
-    for i in range(3000):
-        fan.take({"data": stored(i, None)})
-    fan.close()
-    batches = [await first, *[batch async for batch in events]]
-    assert len(batches) < 1100
-    assert [KvCleared()] in batches
-    assert list(batches[-1]) == convert_kv_event(stored(2999, None))
+    fan.take({"data": stored(1, None)})
+    for old, new, medium in ((0, 1, "host"), (1, 2, "disk"), (2, 0, "device")):
+        level = {"old_value": old, "new_value": new}
+        fan.take({"data": {"type": "updated", "block_hash": 1, "cache_level": level, "priority": None}})
+        block = fan.journal.stored(b"\0" * 7 + b"\1")
+        assert block is not None and block.facts.medium == medium
+    assert fan.journal.sequence == 4
+    fan.take(
+        {"data": {"type": "updated", "block_hash": 9, "cache_level": {"new_value": 1}, "priority": None}}
+    )
+    assert fan.journal.sequence == 4, "nobody holds it"
 
 
 def test_blocks_whose_removal_is_never_told_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

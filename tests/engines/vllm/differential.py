@@ -50,6 +50,8 @@ def random_prompt(rng: random.Random, index: int, workload: Workload, setup: Set
             options["skip_reading_prefix_cache"] = True
         if rng.random() < 0.1:
             options["trace"] = True
+        if setup.max_loras and rng.random() < 0.7:
+            options["adapter"] = rng.randint(1, setup.max_loras + 2)
         options["priority"] = rng.randrange(3) if setup.policy == "priority" else 0
     max_tokens = rng.randint(*workload.max_tokens)
     if "min_tokens" not in options and rng.random() < 0.1:
@@ -82,6 +84,7 @@ def describe_output(output: Any) -> Any:
             new.num_computed_tokens,
             len(new.block_ids[0]),
             new.prefill_token_ids,
+            new.lora_request and new.lora_request.lora_int_id,
         )
         for new in output.scheduled_new_reqs
     ]
@@ -206,11 +209,21 @@ def difference(one: Any, other: Any, path: str = "") -> str:
     return next(difference(mine, yours, f"{path}/{key}") for key, mine, yours in pairs if mine != yours)
 
 
+def waits_for_adapter(engine: Engine) -> bool:
+    """Whether a request waits whose adapter none of the running ones has."""
+    scheduler = engine.scheduler
+    running = {request.lora_request and request.lora_request.lora_int_id for request in scheduler.running}
+    return any(
+        request.lora_request and request.lora_request.lora_int_id not in running
+        for request in scheduler.waiting
+    )
+
+
 def run(setup: Setup, workload: Workload, seed: int) -> dict[str, Any]:
     """Run to the end; returns what was met on the way. Raises AssertionError on the first difference."""
     rng = random.Random(seed)
     stock, native = make_engines(setup)
-    met = {"steps": 0, "equal_blocks": 0, "preemptions": 0, "hits": 0, "stops": 0}
+    met = {"steps": 0, "equal_blocks": 0, "preemptions": 0, "hits": 0, "stops": 0, "waits_for_adapter": 0}
     contents = SameContents()
     index = 0
     resume_at = -1
@@ -252,6 +265,7 @@ def run(setup: Setup, workload: Workload, seed: int) -> dict[str, Any]:
         contents.check(free_hashes(stock), free_hashes(native), where)
         met["equal_blocks"] += check_tables(stock, native)
         met["steps"] += 1
+        met["waits_for_adapter"] += waits_for_adapter(stock)
         if outputs[0] is not None:
             met["preemptions"] += len(outputs[0].preempted_req_ids or ())
             met["hits"] += sum(new.num_computed_tokens > 0 for new in outputs[0].scheduled_new_reqs)

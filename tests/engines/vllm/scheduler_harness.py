@@ -12,7 +12,8 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -44,6 +45,7 @@ class Setup:
     watermark: float = 0.0
     num_clients: int = 1
     log_stats: bool = True
+    max_loras: int = 0
     native: str = "on"
 
 
@@ -87,6 +89,7 @@ def vllm_config(setup: Setup) -> VllmConfig:
         ),
         cache_config=CacheConfig(block_size=setup.block_size, enable_prefix_caching=setup.prefix_caching),
         additional_config={"twinjet": {"native": setup.native}},
+        lora_config=LoRAConfig(max_loras=setup.max_loras, max_lora_rank=8) if setup.max_loras else None,
     )
     config.cache_config.num_gpu_blocks = setup.num_blocks
     # This machine's executor may not do it; the schedulers do not ask.
@@ -146,6 +149,7 @@ class Prompt:
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool | None = None
     repetition: bool = False
+    adapter: int = 0
     trace: bool = False
 
     def request(self, hasher: Any, arrival_time: float) -> Request:
@@ -174,6 +178,7 @@ class Prompt:
             priority=self.priority,
             cache_salt=self.cache_salt,
             block_hasher=hasher,
+            lora_request=LoRARequest(f"a{self.adapter}", self.adapter, "/none") if self.adapter else None,
             trace_headers={"traceparent": self.request_id} if self.trace else None,
         )
 

@@ -190,7 +190,6 @@ def test_status_crosses_the_process_boundary_as_plain_data() -> None:
         ("connector", object(), "block_manager", "kv_connector"),
         ("kv_metrics_collector", object(), "block_manager", "kv_metrics"),
         ("dcp_world_size", 2, "block_manager", "context_parallel"),
-        ("lora_config", object(), "decode_path", "lora"),
         ("num_spec_tokens", 2, "decode_path", "speculative"),
         ("use_pp", True, "decode_path", "pipeline_parallel"),
         ("num_sampled_tokens_per_step", 0, "decode_path", "pooling"),

@@ -76,6 +76,20 @@ def test_block_ids_are_the_same_where_allocation_order_is() -> None:
     assert met["native_steps"] > 10
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_adapters_are_counted_as_stock_counts_them(seed: int) -> None:
+    """Four adapters want the room of two: who waits for it depends on the adapters of resident rows."""
+    setup = Setup(
+        is_async=seed % 2 == 1, num_blocks=200, max_num_batched_tokens=400, max_num_seqs=32, max_loras=2
+    )
+    workload = Workload(num_requests=40, arrival_rate=2.0, prompt_lengths=(1, 30), max_tokens=(5, 60))
+    met = run(setup, workload, seed)
+
+    assert met["waits_for_adapter"] > 20
+    assert met["rows_updated"] > 300
+    assert met["native_steps"] + met["split_steps"] > met["stock_steps"]
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_manager_alone_decides_as_stock(is_async: bool) -> None:
     setup = Setup(is_async=is_async, num_blocks=40, native="manager", policy="priority")

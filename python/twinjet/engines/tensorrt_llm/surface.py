@@ -33,7 +33,8 @@ _USED = {
             "frequency_penalty", "presence_penalty",
         }
     ),
-    "LLM.generate_async": frozenset({"lora_request", "cache_salt", "priority"}),
+    "LLM.generate_async": frozenset({"lora_request", "cache_salt", "priority", "disaggregated_params"}),
+    "DisaggregatedParams": frozenset({"request_type", "first_gen_tokens", "ctx_request_id", "opaque_state"}),
     "TorchLlmArgs": frozenset(
         {
             "enable_iter_perf_stats", "num_postprocess_workers", "kv_cache_config", "scheduler_config",

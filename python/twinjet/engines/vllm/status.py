@@ -28,7 +28,6 @@ class Reason(StrEnum):
     KV_ZEROING = "kv_zeroing"
     CONTEXT_PARALLEL = "context_parallel"
     SPECULATIVE = "speculative"
-    LORA = "lora"
     PIPELINE_PARALLEL = "pipeline_parallel"
     POOLING = "pooling"
     ENCODER_DECODER = "encoder_decoder"

@@ -32,6 +32,10 @@ class LoraConfig(BaseModel, extra="allow"):
     """Its fields are not recorded."""
 
 
+class CacheTransceiverConfig(BaseModel, extra="allow"):
+    """Its fields are not recorded."""
+
+
 KvCacheConfig = _contract.make_model("KvCacheConfig", {})
 SchedulerConfig = _contract.make_model(
     "SchedulerConfig",
@@ -49,5 +53,6 @@ TorchLlmArgs = _contract.make_model(
         "CudaGraphConfig": CudaGraphConfig,
         "MoeConfig": MoeConfig,
         "LoraConfig": LoraConfig,
+        "CacheTransceiverConfig": CacheTransceiverConfig,
     },
 )

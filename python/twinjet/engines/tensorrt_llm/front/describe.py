@@ -91,6 +91,10 @@ def _capabilities(handle: EngineHandle, model: ModelFacts, drawing: Drawing) -> 
         found.add("data_parallel_rank")
     if handle.has_retention:
         found.add("kv_retention")
+    if handle.takes_handoffs:
+        found.add("handoff")
+    if handle.gives_handoffs:
+        found.add("prefill_only")
     if handle.features.has_trace_headers:
         found.add("trace_context")
     if has_adapters(handle):

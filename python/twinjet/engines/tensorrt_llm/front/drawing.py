@@ -25,6 +25,7 @@ from twinjet.engines.tensorrt_llm.front.trials import SETTINGS, EngineTrials, Se
 from twinjet.engines.tensorrt_llm.worker.device_draw import TARGET
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.errors import Unsupported
+from twinjet.grammar.compilation import written
 from twinjet.grammar.handle import grammar_text
 from twinjet.grammar.vocabulary import GrammarUnavailable
 from twinjet.models.token_texts import TokenTextsFile
@@ -51,8 +52,8 @@ class Drawing:
         self._reason = reason
         self._grammar_reason = ""
         self._target = ""
-        self._grammars: GrammarCompiler | None = None
-        self._checker: GrammarCompiler | None = None
+        self._compiler: GrammarCompiler | None = None
+        self._keeps_grammars = False
         self._unhonoured: list[Setting] = []
         self._model: ModelFacts
         self._token_texts: TokenTextsFile
@@ -64,12 +65,12 @@ class Drawing:
     @property
     def has_grammars(self) -> bool:
         """Whether constraints can be kept, by our sampler or by the engine's."""
-        return self._grammars is not None or self.can.has_guides
+        return self._keeps_grammars or self.can.has_guides
 
     @property
     def has_structural_tags(self) -> bool:
         """Whether structural tags can be kept; of the engine's backends xgrammar alone knows them."""
-        return self._grammars is not None or (self.can.has_guides and self.can.guided_backend == "xgrammar")
+        return self._keeps_grammars or (self.can.has_guides and self.can.guided_backend == "xgrammar")
 
     async def choose(self, test: SelfTest, trials: EngineTrials, model: ModelFacts) -> None:
         """Find out what works here."""
@@ -100,25 +101,27 @@ class Drawing:
             self._grammar_reason = self._reason
             return
         self._grammar_reason = await self._try_grammars(test)
+        self._keeps_grammars = not self._grammar_reason
         if self._grammar_reason:
-            self._grammars = None
             log.warning("%s: constraints are not ours to keep: %s", self._handle.name, self._grammar_reason)
 
     async def _try_grammars(self, test: SelfTest) -> str:
         try:
-            self._grammars = await self._make_compiler()
+            compiler = await self._make_compiler()
         except GrammarUnavailable as error:
             return str(error)
-        return await test.grammar(self._grammars)
+        return await test.grammar(compiler)
 
     async def _make_compiler(self) -> GrammarCompiler:
-        return await asyncio.to_thread(
-            GrammarCompiler,
-            self._model.tokenizer.hf,
-            vocab_size=self._model.tokens.vocab_size,
-            stop_token_ids=self._model.tokens.eos_token_ids,
-            folder=self._channel.folder,
-        )
+        if self._compiler is None:
+            self._compiler = await asyncio.to_thread(
+                GrammarCompiler,
+                self._model.tokenizer.hf,
+                vocab_size=self._model.tokens.vocab_size,
+                stop_token_ids=self._model.tokens.eos_token_ids,
+                folder=self._channel.folder,
+            )
+        return self._compiler
 
     async def _try_cache(self, trials: EngineTrials) -> None:
         """Find out whether salts keep cached prefixes apart."""
@@ -154,24 +157,25 @@ class Drawing:
         )
         if self.can.has_guides:
             try:
-                self._checker = await self._make_compiler()
+                await self._make_compiler()
             except GrammarUnavailable as error:
                 log.warning("%s: grammars reach the engine unchecked: %s", self._handle.name, error)
 
-    async def plan(self, request: EngineRequest) -> Plan:
-        """Decide who draws this request and compile its grammar.
+    async def plan(self, request: EngineRequest, drawn_token_ids: tuple[int, ...] = ()) -> Plan:
+        """Decide who draws this request and compile its grammar. drawn_token_ids: drawn elsewhere already.
 
         Raises InvalidRequest for a wrong grammar, Unsupported for what nobody here can honour.
         """
+        if request.prefill_only:
+            request = _first_token_of(request)
         constraint, tokens = request.sampling.constraint, self._model.tokens
         if self._reason or (self._grammar_reason and constraint is not None):
             refuse_unsupported(request.sampling, tokens, self.can)
-            if constraint is not None and self._checker is not None:
-                # Some versions end with a grammar that is none.
-                await asyncio.to_thread(self._checker.compile, constraint)
+            if request.sampling.logprobs is not None and (request.prefill_only or request.handoff):
+                raise Unsupported("logprobs", "some TensorRT-LLM lose those of the token that is handed over")
+            guide = None if constraint is None else await self._guide(request, constraint)
             self.counters["requests_engine"] += 1
-            request = _as_enforced(request)
-            return Plan(False, lambda index, _: drawn_by_engine(request, index, tokens, self.can))
+            return Plan(False, lambda index, _: drawn_by_engine(request, index, tokens, self.can, guide))
         if request.sampling.prompt_logprobs is not None:
             raise Unsupported("prompt_logprobs", PROMPT_LOGPROBS_AND_HOOK)
         grammar: GrammarHandle | None = None
@@ -184,8 +188,8 @@ class Drawing:
                 stop_token_ids=request.sampling.stop_token_ids,
             )
         elif constraint is not None:
-            assert self._grammars is not None, "no reason not to, so there is one"
-            grammar = await asyncio.to_thread(self._grammars.compile, constraint)
+            assert self._compiler is not None, "no reason not to, so there is one"
+            grammar = await asyncio.to_thread(self._compiler.compile, constraint)
         sampling = request.sampling
         bad_text = None
         if sampling.bad_words:
@@ -203,8 +207,20 @@ class Drawing:
                 report_path=self._channel.path,
                 bad_text=bad_text,
                 grammar=grammar,
+                drawn_token_ids=drawn_token_ids,
             ),
         )
+
+    async def _guide(self, request: EngineRequest, constraint: Constraint) -> tuple[str, str]:
+        """Give a constraint as compilation.written() has it, known to compile: some versions end with one that does not.
+
+        Raises InvalidRequest.
+        """
+        if request.grammar is not None and request.grammar.path:
+            return grammar_text(request.grammar.path)
+        if self._compiler is not None:
+            await asyncio.to_thread(self._compiler.compile, constraint)
+        return await asyncio.to_thread(written, constraint.kind, constraint.value, constraint.choices)
 
     def component(self) -> Component:
         """Describe the sampler in use."""
@@ -224,12 +240,7 @@ class Drawing:
         return Component("twinjet", str(SPEC_VERSION), self._target, "; ".join(reasons), counters)
 
 
-def _as_enforced(request: EngineRequest) -> EngineRequest:
-    """The request with its constraint as the grammar room has written it, for the engine's own compiler."""
-    constraint = request.sampling.constraint
-    if constraint is None or constraint.kind != "json_schema" or request.grammar is None:
-        return request
-    if not request.grammar.path:
-        return request
-    _, text = grammar_text(request.grammar.path)
-    return replace(request, sampling=replace(request.sampling, constraint=Constraint("json_schema", text)))
+def _first_token_of(request: EngineRequest) -> EngineRequest:
+    """The request cut to its first token, which is the last one that its sampler draws here."""
+    sampling = request.sampling
+    return replace(request, sampling=replace(sampling, max_tokens=1, min_tokens=min(1, sampling.min_tokens)))

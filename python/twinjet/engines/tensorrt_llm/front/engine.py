@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twinjet.engines import pushed
-from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, KvEvent, LoadProgress, Run
+from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, KvCache, LoadProgress, Run
+from twinjet.engines.kv_journal import KvJournal
 from twinjet.engines.tensorrt_llm.front import features
 from twinjet.engines.tensorrt_llm.front.adapters import AdapterTable
 from twinjet.engines.tensorrt_llm.front.channel import ReportChannel
 from twinjet.engines.tensorrt_llm.front.describe import DEFAULT_BLOCK_SIZE, describe
 from twinjet.engines.tensorrt_llm.front.drawing import Drawing
 from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.handoff import Handoff, Handoffs, read_key
 from twinjet.engines.tensorrt_llm.front.health import Watchdog, own_verdict
 from twinjet.engines.tensorrt_llm.front.model import ModelFacts, learn_model
-from twinjet.engines.tensorrt_llm.front.outputs import LogprobFormatter
 from twinjet.engines.tensorrt_llm.front.run import RequestRun, ResultError, RunContext, StepBatch
 from twinjet.engines.tensorrt_llm.front.selftest import SelfTest
 from twinjet.engines.tensorrt_llm.front.settings import parse_options
@@ -106,7 +107,8 @@ class TrtLlmEngine:
         self._kv_events = KvEventFan()
         self._readers: list[DestructiveReader] = []
         self._adapters = AdapterTable()
-        self._submission = Submission(self._handle, self._drawing, self._adapters)
+        self._handoffs = Handoffs(read_key(self._own.handoff_key_file), self._own.handoff_lifetime_s)
+        self._submission = Submission(self._handle, self._drawing, self._adapters, self._handoffs)
         self._failures_in_a_row = 0
         self._death: asyncio.Future[str] | None = None
         self._is_stopped = False
@@ -159,12 +161,19 @@ class TrtLlmEngine:
         if request.request_id in self._runs:
             raise AlreadyExists("request", request.request_id)
         self._submission.check(request)
-        made = self._runs[request.request_id] = RequestRun(self._context, request, self._drawing.plan, run)
+        handoff = self._submission.open_handoff(request)
+        drawn = () if handoff is None else handoff.first_tokens
+        made = self._runs[request.request_id] = RequestRun(
+            self._context, request, lambda each: self._drawing.plan(each, drawn), run, handoff
+        )
         made.start()
 
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
-        """See PushEngine.cancel. An output that a stop string ended is stopped by its run, which finds it, too."""
-        if output_index is not None or request_id not in self._runs:
+        """See PushEngine.cancel."""
+        if request_id not in self._runs:
+            return
+        if output_index is not None:
+            self._runs[request_id].stop_output(output_index)
             return
         closing = asyncio.create_task(self._runs.pop(request_id).close())
         self._closing.add(closing)
@@ -207,7 +216,7 @@ class TrtLlmEngine:
             await self._watchdog.stop()
         for reader in self._readers:
             await reader.stop()
-        self._kv_events.close()
+        self._kv_events.journal.close()
         await self._handle.shut_down()
         await self._channel.stop()
 
@@ -232,8 +241,9 @@ class TrtLlmEngine:
         self._submission.forget_prefixes()
         return True
 
-    def kv_events(self) -> AsyncIterator[Sequence[KvEvent]]:
-        return self._kv_events.subscribe()
+    @property
+    def kv_journal(self) -> KvJournal:
+        return self._kv_events.journal
 
     def _begin_service(self) -> SelfTest:
         own = self._own
@@ -260,11 +270,10 @@ class TrtLlmEngine:
         )
         self._context = RunContext(
             submit=self._submit,
+            seal=self._handoffs.seal,
             explain=self._explain,
             progressed=self._progressed,
             channel=self._channel,
-            formatter=LogprobFormatter(self.tokenizer),
-            tokenizer=self.tokenizer,
             eos_token_ids=frozenset(tokens.eos_token_ids),
             batch=StepBatch(),
             counters=self._drawing.counters,
@@ -355,9 +364,9 @@ class TrtLlmEngine:
         if self._death.done():
             raise EngineDied(self._death.result())
 
-    def _submit(self, request: EngineRequest, arguments: dict[str, Any]) -> Any:
+    def _submit(self, request: EngineRequest, arguments: dict[str, Any], handoff: Handoff | None) -> Any:
         """Hand one output to the engine."""
-        keywords = self._submission.keywords(request)
+        keywords = self._submission.keywords(request, handoff)
         return self._submit_raw(arguments, list(request.prompt_token_ids), keywords)
 
     def _submit_test(self, arguments: dict[str, Any], prompt: list[int]) -> Any:

@@ -243,7 +243,7 @@ class Examination:
         fan = self._engine.parts.kv_events
         if not self._engine.parts.handle.has_kv_events:
             return Line("KV events", "not tried", "not in use")
-        async with aclosing(fan.subscribe()) as events:
+        async with aclosing(fan.journal.watch(fan.journal.epoch, fan.journal.sequence + 1)) as events:
             batch = asyncio.ensure_future(anext(events))
             await asyncio.sleep(0)
             size = int(self._engine.parts.handle.kv_arg("tokens_per_block", 32))
@@ -265,6 +265,7 @@ class Examination:
         trials = self._engine.make_trials()
         handle = self._engine.parts.handle
         found = dict(await trials.sampler(has_logprobs=not handle.is_prebuilt))
+        found["bad_words"] = await trials.bad_words()
         if handle.has_block_reuse and handle.features.has_cache_salt:
             found["cache_salt"] = await trials.cache_salt()
         return [self._setting(finding) for finding in found.values()]

@@ -45,6 +45,7 @@ class Package:
     lora_request: Any | None
     scheduling_params: Any | None
     retention_config: Any | None
+    disaggregated_params: Any | None
     config_types: dict[str, Any]
     request_errors: tuple[type[BaseException], ...]
     fatal_errors: tuple[type[BaseException], ...]
@@ -70,6 +71,10 @@ class Features:
     @property
     def has_trace_headers(self) -> bool:
         return "trace_headers" in self.generate_keywords
+
+    @property
+    def has_disaggregation(self) -> bool:
+        return "disaggregated_params" in self.generate_keywords
 
     @property
     def has_lora(self) -> bool:
@@ -109,11 +114,26 @@ def load_package() -> Package:
         lora_request=find(["tensorrt_llm.executor:LoRARequest", "tensorrt_llm.executor.request:LoRARequest"]),
         scheduling_params=find(["tensorrt_llm.scheduling_params:SchedulingParams"]),
         retention_config=find(["tensorrt_llm.llmapi:KvCacheRetentionConfig"]),
+        disaggregated_params=find(
+            [
+                "tensorrt_llm.llmapi:DisaggregatedParams",
+                "tensorrt_llm.disaggregated_params:DisaggregatedParams",
+            ]
+        ),
         config_types={
             name: cls
             for name, cls in (
                 ("kv_cache_config", find(["tensorrt_llm.llmapi:KvCacheConfig"])),
                 ("scheduler_config", find(["tensorrt_llm.llmapi:SchedulerConfig"])),
+                (
+                    "cache_transceiver_config",
+                    find(
+                        [
+                            "tensorrt_llm.llmapi:CacheTransceiverConfig",
+                            "tensorrt_llm.llmapi.llm_args:CacheTransceiverConfig",
+                        ]
+                    ),
+                ),
                 ("cuda_graph_config", find(["tensorrt_llm.llmapi:CudaGraphConfig"])),
                 (
                     "lora_config",

@@ -8,12 +8,12 @@ which is megabytes, travels once as a file that workers read.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.errors import InvalidRequest
+from twinjet.grammar.compilation import compile_text, written
 from twinjet.grammar.vocabulary import GrammarUnavailable
 from twinjet.request import Constraint
 
@@ -48,28 +48,9 @@ class GrammarCompiler:
     def compile(self, constraint: Constraint) -> GrammarHandle:
         """Compile; thread-safe. Raises InvalidRequest if the grammar is wrong."""
         try:
-            compiled = self._compile(constraint)
+            kind, text = written(constraint.kind, constraint.value, constraint.choices)
+            compiled = compile_text(self._compiler, kind, text, is_compact=False)
         except (RuntimeError, ValueError, TypeError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else "not a valid grammar"
             raise InvalidRequest.of(f"sampling.constraint.{constraint.kind}", first_line) from error
         return GrammarHandle(str(self._path), compiled.serialize_json())
-
-    def _compile(self, constraint: Constraint) -> Any:
-        match constraint.kind:
-            case "json_schema":
-                return self._compiler.compile_json_schema(constraint.value)
-            case "json_object":
-                return self._compiler.compile_json_schema('{"type": "object"}')
-            case "regex":
-                return self._compiler.compile_regex(constraint.value)
-            case "ebnf":
-                return self._compiler.compile_grammar(constraint.value)
-            case "choice":
-                return self._compiler.compile_grammar(choice_grammar(constraint.choices))
-            case "structural_tag":
-                return self._compiler.compile_structural_tag(constraint.value)
-
-
-def choice_grammar(choices: tuple[str, ...]) -> str:
-    """Write alternatives as a GBNF grammar; JSON's escapes are a subset of GBNF's."""
-    return "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)

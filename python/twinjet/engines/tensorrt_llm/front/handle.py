@@ -134,6 +134,21 @@ class EngineHandle:
         )
 
     @property
+    def takes_handoffs(self) -> bool:
+        """Whether KV blocks can come from another engine."""
+        can = self.features.has_disaggregation and self.package.disaggregated_params is not None
+        return can and not self.is_prebuilt and self.arg("cache_transceiver_config", None) is not None
+
+    @property
+    def gives_handoffs(self) -> bool:
+        """Whether KV blocks can go to another engine.
+
+        Older versions refuse it while scheduling overlaps; the newer ones are known by a field.
+        """
+        is_newer = "ctx_dp_rank" in feature_detection.field_names(self.package.disaggregated_params)
+        return self.takes_handoffs and (is_newer or bool(self.arg("disable_overlap_scheduler", False)))
+
+    @property
     def silence_s(self) -> float:
         """How long the iterators of statistics and events should wait for more.
 

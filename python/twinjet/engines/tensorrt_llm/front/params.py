@@ -13,13 +13,14 @@ from typing import Any
 
 from twinjet.engines.base import Capability
 from twinjet.engines.seeds import output_seed
-from twinjet.engines.tensorrt_llm.front.grammar import choice_grammar
 from twinjet.engines.tensorrt_llm.worker.grammar import GrammarHandle
 from twinjet.engines.tensorrt_llm.worker.logits import DrawProcessor, DrawSettings
 from twinjet.errors import Unsupported
-from twinjet.request import Constraint, EngineRequest, KvRetention, Sampling
+from twinjet.request import EngineRequest, KvRetention, Sampling
 from twinjet.sampling.bad_text import BadTextSettings
 
+_GUIDES = {"schema": "json", "regex": "regex", "ebnf": "grammar", "structural_tag": "structural_tag"}
+"""What grammar.compilation.written() gives, as fields of GuidedDecodingParams."""
 DEFAULT_RETENTION = 35
 """TensorRT-LLM's own priority of a block."""
 
@@ -90,6 +91,7 @@ def drawn_by_us(
     report_path: str,
     bad_text: BadTextSettings | None,
     grammar: GrammarHandle | None,
+    drawn_token_ids: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that our sampler draws.
 
@@ -121,6 +123,7 @@ def drawn_by_us(
         fault_token_id=tokens.first_eos_token_id,
         num_logprobs=s.logprobs,
         grammar=grammar,
+        drawn_token_ids=drawn_token_ids,
     )
     return {
         **common_kwargs(s, tokens),
@@ -136,9 +139,11 @@ def drawn_by_engine(
     output_index: int,
     tokens: TokenFacts,
     can: EngineSampler,
+    guide: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Give SamplingParams arguments for an output that the engine's sampler draws.
 
+    guide: the constraint, as grammar.compilation.written() gives it.
     Raises Unsupported for what it would ignore.
     """
     s = request.sampling
@@ -163,8 +168,9 @@ def drawn_by_engine(
         kwargs["embedding_bias"] = bias_vector(s.logit_bias, tokens.vocab_size)
     if s.logprobs is not None:
         kwargs["logprobs"] = max(1, s.logprobs)
-    if s.constraint is not None:
-        kwargs["guided_decoding"] = can.guided_decoding(**_guide(s.constraint))  # type: ignore[misc]
+    if guide is not None:
+        kind, text = guide
+        kwargs["guided_decoding"] = can.guided_decoding(**{_GUIDES[kind]: text})  # type: ignore[misc]
     return kwargs
 
 
@@ -214,22 +220,6 @@ def retention_config(retention: KvRetention, config_type: Any) -> Any:
 def engine_priority(priority: int) -> float:
     """Map -100 .. 100 to the engine's 0 .. 1; 0 is its default, 0.5."""
     return min(1.0, max(0.0, (priority + 100) / 200))
-
-
-def _guide(constraint: Constraint) -> dict[str, Any]:
-    match constraint.kind:
-        case "json_schema":
-            return {"json": constraint.value}
-        case "json_object":
-            return {"json_object": True}
-        case "regex":
-            return {"regex": constraint.value}
-        case "ebnf":
-            return {"grammar": constraint.value}
-        case "choice":
-            return {"grammar": choice_grammar(constraint.choices)}
-        case "structural_tag":
-            return {"structural_tag": constraint.value}
 
 
 def bias_vector(biases: Mapping[int, float], vocab_size: int) -> Any:

@@ -15,6 +15,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -49,6 +50,10 @@ class AdapterOptions(BaseModel):
     shutdown_timeout_s: float = Field(60.0, gt=0, description="time the engine may take to shut down")
     max_logprobs: int = Field(20, ge=0, le=100, description="most logprobs a request may ask for")
     eos_token_ids: list[int] | None = Field(None, description="instead of the model's own end tokens")
+    handoff_key_file: Path | None = Field(
+        None, description="a secret of at least 32 bytes that servers share which take each other's handoffs"
+    )
+    handoff_lifetime_s: float = Field(300.0, gt=0, description="time within which a handoff must be taken up")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One reader each of the engine's statistics and KV events, fanned out to all who ask.
+"""One reader each of the engine's statistics and KV events, for all who ask.
 
 Both iterators of the LLM API are single, shared and destructive: an element read is gone. They end after a
 silence and work again once a request has been submitted, so the readers wait for requests, not for time.
@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from twinjet.engines.base import EngineLoad, KvCache, KvCleared, KvEvent, KvRemoved, KvStored
+from twinjet.engines.base import (
+    EngineLoad,
+    KvBlockFacts,
+    KvCache,
+    KvCleared,
+    KvEvent,
+    KvMedium,
+    KvRemoved,
+    KvStored,
+)
+from twinjet.engines.kv_journal import KvJournal
 from twinjet.engines.tensorrt_llm.front.processes import DaemonWorker, end_tasks
 
 log = logging.getLogger(__name__)
 
-_MAX_PENDING_BATCHES = 1024
 _MAX_BLOCKS = 1 << 20
 """Blocks remembered at most; the engine drops events when its buffer is full, so some are never removed."""
 _HASH_MASK = 2**64 - 1
+_MEDIA: tuple[KvMedium, ...] = ("device", "host")
+"""By cache level; what is below is on a disk."""
 
 
 @dataclass(slots=True)
@@ -145,9 +156,9 @@ class DestructiveReader:
 
 
 class KvEventFan:
-    """Converts the engine's KV events and gives them to every subscriber from its subscription on.
+    """Converts the engine's KV events and keeps the journal of them.
 
-    Subscribers see one cache. Of several attention windows it is the widest one's, since only what that holds makes a
+    The journal is of one cache. Of several attention windows it is the widest one's, since only what that holds makes a
     whole prefix; of several ranks (attention data parallelism), each with a cache of its own, it is all together: a
     block is stored with the first rank that has it and removed with the last.
     """
@@ -159,8 +170,7 @@ class KvEventFan:
         """Kinds of block hashes seen: "numbers", "strings"."""
         self.windows: set[int] = set()
         self.ranks: set[int] = set()
-        self._queues: set[asyncio.Queue[Sequence[KvEvent] | None]] = set()
-        self._is_closed = False
+        self.journal = KvJournal()
         self._widest = 0
         self._holders: dict[bytes, set[int]] = {}
 
@@ -185,8 +195,8 @@ class KvEventFan:
             if data.get("type") == "created" and data.get("num_blocks_per_cache_level"):
                 self.on_created(int(data["num_blocks_per_cache_level"][0]))
             events += [seen for event in convert_kv_event(data) if (seen := self._merge(event, rank))]
-        if events:
-            self._publish(events)
+            events += self._moved(data)
+        self.journal.put(events)
 
     def _merge(self, event: KvEvent, rank: int) -> KvEvent | None:
         """Note which rank holds the blocks; give the event if it changes what all hold together."""
@@ -208,35 +218,17 @@ class KvEventFan:
             return KvRemoved(gone) if gone else None
         return event
 
-    def close(self) -> None:
-        """End all subscriptions."""
-        self._is_closed = True
-        for queue in self._queues:
-            queue.put_nowait(None)
-
-    async def subscribe(self) -> AsyncGenerator[Sequence[KvEvent], None]:
-        """Give batches until close(). A reader that falls far behind is told KvCleared instead of the gap."""
-        if self._is_closed:
-            return
-        queue: asyncio.Queue[Sequence[KvEvent] | None] = asyncio.Queue()
-        self._queues.add(queue)
-        try:
-            while (batch := await queue.get()) is not None:
-                yield batch
-        finally:
-            self._queues.discard(queue)
-
-    def _publish(self, events: Sequence[KvEvent]) -> None:
-        for queue in self._queues:
-            if queue.qsize() >= _MAX_PENDING_BATCHES:
-                while not queue.empty():
-                    queue.get_nowait()
-                queue.put_nowait([KvCleared()])
-            queue.put_nowait(events)
+    def _moved(self, data: Mapping[str, Any]) -> list[KvEvent]:
+        """Tell of a block that is on another cache level than before."""
+        level = (data.get("cache_level") or {}).get("new_value")
+        if data.get("type") != "updated" or level is None:
+            return []
+        moved = self.journal.stored(hash_bytes(data["block_hash"]))
+        return [] if moved is None else [replace(moved, facts=replace(moved.facts, medium=_medium(level)))]
 
 
 def convert_kv_event(data: Mapping[str, Any]) -> list[KvEvent]:
-    """Convert one event. Moves between cache levels and the announcement of the pool's size give none.
+    """Convert one event. What only changes a block and the announcement of the pool's size give none.
 
     The engine's 64-bit hashes become 8 bytes, most significant first; hexadecimal digests become their bytes.
     """
@@ -257,8 +249,16 @@ def convert_kv_event(data: Mapping[str, Any]) -> list[KvEvent]:
             parent_hash=b"" if parent is None else hash_bytes(parent),
             token_ids=[token["token_id"] for block in full for token in block["tokens"]],
             block_size=size,
+            # The engine tells neither salt nor adapter.
+            facts=KvBlockFacts(medium=_medium(blocks[0].get("cache_level"))),
         )
     ]
+
+
+def _medium(level: int | None) -> KvMedium | None:
+    if level is None:
+        return None
+    return _MEDIA[level] if level < len(_MEDIA) else "disk"
 
 
 def hash_bytes(value: int | str) -> bytes:

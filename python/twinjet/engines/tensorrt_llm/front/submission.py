@@ -7,7 +7,9 @@ from typing import Any
 from twinjet.engines.tensorrt_llm.front.adapters import AdapterTable
 from twinjet.engines.tensorrt_llm.front.describe import has_adapters
 from twinjet.engines.tensorrt_llm.front.drawing import Drawing
+from twinjet.engines.tensorrt_llm.front.features import field_names
 from twinjet.engines.tensorrt_llm.front.handle import EngineHandle
+from twinjet.engines.tensorrt_llm.front.handoff import FIELD, Handoff, Handoffs
 from twinjet.engines.tensorrt_llm.front.params import engine_priority, retention_config
 from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.request import EngineRequest
@@ -18,7 +20,10 @@ _DEFAULT_MAX_NUM_TOKENS = 8192
 class Submission:
     """Checks requests before the engine sees them. adapters: the loaded ones."""
 
-    def __init__(self, handle: EngineHandle, drawing: Drawing, adapters: AdapterTable) -> None:
+    def __init__(
+        self, handle: EngineHandle, drawing: Drawing, adapters: AdapterTable, handoffs: Handoffs
+    ) -> None:
+        self._handoffs = handoffs
         self._handle = handle
         self._drawing = drawing
         self._adapters = adapters
@@ -43,7 +48,14 @@ class Submission:
         self._check_rank(request.data_parallel_rank)
         if request.kv_retention is not None and not self._handle.has_retention:
             raise Unsupported("kv_retention", "blocks are not reused, or this version knows no retention")
-        if self._handle.arg("enable_chunked_prefill", False):
+        if request.prefill_only and not self._handle.gives_handoffs:
+            raise Unsupported(
+                "prefill_only",
+                "set cache_transceiver_config and, with TensorRT-LLM 1.2, disable_overlap_scheduler = true",
+            )
+        if request.handoff and not self._handle.takes_handoffs:
+            raise Unsupported("handoff", "set cache_transceiver_config in the deployment's options")
+        if request.handoff or self._handle.arg("enable_chunked_prefill", False):
             return
         most = self._handle.arg("max_num_tokens", None) or _DEFAULT_MAX_NUM_TOKENS
         if len(request.prompt_token_ids) > most:
@@ -52,7 +64,11 @@ class Submission:
                 f"{len(request.prompt_token_ids)} tokens; at most {most} are possible without chunked prefill",
             )
 
-    def keywords(self, request: EngineRequest) -> dict[str, Any]:
+    def open_handoff(self, request: EngineRequest) -> Handoff | None:
+        """Open what a checked request goes on from, once; None if it begins here. Raises InvalidRequest."""
+        return self._handoffs.open(request) if request.handoff else None
+
+    def keywords(self, request: EngineRequest, handoff: Handoff | None = None) -> dict[str, Any]:
         """Give generate_async's keywords for a request that was checked."""
         has, package = self._handle.features, self._handle.package
         keywords: dict[str, Any] = {"streaming": True}
@@ -60,6 +76,10 @@ class Submission:
             keywords["lora_request"] = self._adapters.request(request.adapter, package.lora_request)
         if request.trace_headers and has.has_trace_headers:
             keywords["trace_headers"] = dict(request.trace_headers)
+        if request.prefill_only:
+            keywords["disaggregated_params"] = package.disaggregated_params(request_type="context_only")  # type: ignore[misc]
+        elif handoff is not None:
+            keywords["disaggregated_params"] = self._continuation(handoff)
         if request.data_parallel_rank is not None and package.scheduling_params is not None:
             keywords["scheduling_params"] = package.scheduling_params(
                 attention_dp_rank=request.data_parallel_rank, attention_dp_relax=True
@@ -73,6 +93,15 @@ class Submission:
         if (salt := self._salt(request)) is not None and has.has_cache_salt:
             keywords["cache_salt"] = salt
         return keywords
+
+    def _continuation(self, handoff: Handoff) -> Any:
+        """Tell the engine where the blocks are. Raises InvalidRequest if it knows less than the one that has them."""
+        params = self._handle.package.disaggregated_params
+        if unknown := sorted(set(handoff.params) - field_names(params)):
+            raise InvalidRequest.of(
+                FIELD, f"is of a newer TensorRT-LLM: this one knows no {', '.join(unknown)}"
+            )
+        return params(request_type="generation_only", **handoff.params)  # type: ignore[misc]
 
     def _check_rank(self, rank: int | None) -> None:
         """A request for a rank that is not there would wait for ever."""

@@ -21,9 +21,10 @@ Setting = Literal[
     "logit_bias", "bad_words", "min_tokens", "penalties", "logprobs", "prompt_logprobs", "seed", "cache_salt"
 ]
 SETTINGS: tuple[Setting, ...] = (
-    "logit_bias", "bad_words", "min_tokens", "penalties", "logprobs", "prompt_logprobs", "seed",
+    "logit_bias", "min_tokens", "penalties", "logprobs", "prompt_logprobs", "seed",
 )  # fmt: skip
-"""What is tried of the engine's own sampler; cache_salt concerns the cache."""
+"""What start-up tries of the engine's own sampler. Not bad_words: the engine bans sequences of tokens, a request strings,
+which have many, so they are refused there whatever a trial shows. cache_salt concerns the cache."""
 
 # Above and below what a model says: they decide whatever its weights are, and fit into half precision.
 _STRONG_BIAS = 1000.0
@@ -77,7 +78,6 @@ class EngineTrials:
         """Try everything of SETTINGS; without has_logprobs nothing that asks for logprobs."""
         trials: dict[Setting, Callable[[], Awaitable[str]]] = {
             "logit_bias": self._logit_bias,
-            "bad_words": self._bad_words,
             "min_tokens": self._min_tokens,
             "penalties": self._penalties,
             "seed": self._seed,
@@ -85,6 +85,10 @@ class EngineTrials:
         if has_logprobs:
             trials |= {"logprobs": self._logprobs, "prompt_logprobs": self._prompt_logprobs}
         return {setting: await self._try(setting, trial) for setting, trial in trials.items()}
+
+    async def bad_words(self) -> Finding:
+        """Try whether a banned token is drawn; for those who want to know, see SETTINGS."""
+        return await self._try("bad_words", self._bad_words)
 
     async def cache_salt(self) -> Finding:
         """Try whether a prompt finds what was cached under another salt."""

@@ -50,7 +50,8 @@ class DrawSettings:
     vocab_size: ids below it can be drawn; rows may be wider (padding for tensor parallelism).
     end_token_ids: ids that end the output; min_tokens holds them back. fault_token_id: forced after a fault.
     num_logprobs: None for no logprobs; then only tokens that end the output are reported, so that the server
-    can tell a drawn end from one that a fault has forced. tells_target: report what draws here.
+    can tell a drawn end from one that a fault has forced. tells_target: report what draws here. drawn_token_ids: the
+    output's beginning, which another engine has drawn.
     """
 
     key: int
@@ -76,6 +77,7 @@ class DrawSettings:
     num_logprobs: int | None
     grammar: GrammarHandle | None = None
     tells_target: bool = False
+    drawn_token_ids: tuple[int, ...] = ()
 
 
 class DrawFault(Exception):
@@ -200,7 +202,13 @@ class DrawProcessor:
             min_tokens=s.min_tokens,
             stop_token_ids=s.end_token_ids,
         )
-        return _State(request, None if s.grammar is None else s.grammar.matcher())
+        state = _State(request, None if s.grammar is None else s.grammar.matcher())
+        for token in s.drawn_token_ids:
+            if state.matcher is not None and not state.matcher.accept(token):
+                raise DrawFault(f"the grammar refuses token {token}, with which the output begins")
+            request.append(token)
+            state.tokens.append(token)
+        return state
 
     def _check_sequence(self, state: _State, shown: list[int]) -> None:
         """Compare what the engine shows with our own sequence; a difference must not go on in silence."""

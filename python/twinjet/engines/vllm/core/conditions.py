@@ -97,8 +97,6 @@ def _decode_objections(scheduler: Any) -> Iterator[Objection]:
         yield Reason.UNTESTED_VLLM, str(error)
     if config.speculative_config is not None or scheduler.num_spec_tokens or scheduler.num_lookahead_tokens:
         yield Reason.SPECULATIVE, "speculative decoding"
-    if scheduler.lora_config is not None:
-        yield Reason.LORA, "adapters are counted by step"
     if scheduler.use_pp:
         yield Reason.PIPELINE_PARALLEL, "pipeline stages"
     if config.max_concurrent_batches > 2:

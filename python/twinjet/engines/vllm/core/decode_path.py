@@ -82,6 +82,7 @@ class DecodePath:
     def schedule(self, stock: Callable[[bool], SchedulerOutput], throttle_prefills: bool) -> SchedulerOutput:
         scheduler = self.scheduler
         plan = None
+        may_admit = self._may_admit()
         if not throttle_prefills and scheduler._pause_state is not PauseState.PAUSED_ALL:
             plan = self.batch.schedule(
                 scheduler.running,
@@ -89,6 +90,8 @@ class DecodePath:
                 scheduler.prev_step_scheduled_req_ids,
                 self.token_budget,
                 scheduler.current_step + 1,
+                # vLLM admits a request only while its adapter is among those of the step or there is room for one.
+                shows_adapters=may_admit and scheduler.lora_config is not None,
             )
         if plan is None:
             self.batch.evict_all()
@@ -96,7 +99,7 @@ class DecodePath:
             self._steps["stock_steps"] += 1
             return stock(throttle_prefills)
         remainder, scheduled, rows = plan
-        if remainder is None and not self._may_admit():
+        if remainder is None and not may_admit:
             self._steps["native_steps"] += 1
             return self._make_output(scheduled, rows)
         self._steps["split_steps"] += 1

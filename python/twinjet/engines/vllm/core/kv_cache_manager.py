@@ -18,6 +18,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from twinjet._core import BlockManager
 
+from .kv_events import KvEventSender
+
 _WATERMARKED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -100,8 +102,11 @@ class NativeBlockPool:
 class NativeKVCacheManager:
     """Stands in for vLLM's KVCacheManager; takes its configuration over from the one it replaces."""
 
-    def __init__(self, stock: KVCacheManager, manager: BlockManager) -> None:
+    def __init__(
+        self, stock: KVCacheManager, manager: BlockManager, events: KvEventSender | None = None
+    ) -> None:
         self.manager = manager
+        self.events = events
         # request id -> sequence of the native manager
         self.sequences: dict[str, int] = {}
         # Requests that vLLM would see beside those in `running`: a scheduler hides rows while it lets
@@ -222,12 +227,22 @@ class NativeKVCacheManager:
         is_new = sequence is None
         if sequence is None:
             sequence = manager.open()
+            if self.events is not None:
+                self.events.begin(sequence, request)
+        tokens = request._all_token_ids if self.events is not None else None
         blocks = manager.reserve(
-            sequence, num_slots, num_to_cache, request.block_hashes or b"", matched or None, kept_free
+            sequence,
+            num_slots,
+            num_to_cache,
+            request.block_hashes or b"",
+            matched or None,
+            kept_free,
+            False,
+            tokens,
         )
         if blocks is None:
             if is_new:
-                manager.free(sequence)
+                self._free(sequence)
             return None
         if is_new:
             self.sequences[request_id] = sequence
@@ -251,7 +266,8 @@ class NativeKVCacheManager:
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         if self.enable_caching:
             sequence = self.sequences[request.request_id]
-            self.manager.publish_hashes(sequence, num_computed_tokens, request.block_hashes or b"")
+            tokens = request._all_token_ids if self.events is not None else None
+            self.manager.publish_hashes(sequence, num_computed_tokens, request.block_hashes or b"", tokens)
 
     def truncate_computed_blocks(self, blocks: KVCacheBlocks, num_computed_tokens: int) -> NativeBlocks:
         ids = blocks.get_block_ids()[0]
@@ -265,7 +281,12 @@ class NativeKVCacheManager:
             return
         sequence = self.sequences.pop(request.request_id, None)
         if sequence is not None:
-            self.manager.free(sequence)
+            self._free(sequence)
+
+    def _free(self, sequence: int) -> None:
+        self.manager.free(sequence)
+        if self.events is not None:
+            self.events.end(sequence)
 
     def put_off_frees(self) -> None:
         """From here to free_put_off(), only note which requests free() names."""
@@ -281,13 +302,15 @@ class NativeKVCacheManager:
         for request_id in noted:
             sequence = self.sequences.pop(request_id, None)
             if sequence is not None:
-                self.manager.free(sequence)
+                self._free(sequence)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         sequence = self.sequences.pop(request.request_id, None)
         if sequence is None:
             return []
         ids = self.manager.detach(sequence)
+        if self.events is not None:
+            self.events.end(sequence)
         return [_make_block(self.manager, block, i) for i, block in enumerate(ids)]
 
     def remove_skipped_blocks(

@@ -24,7 +24,7 @@ from twinjet._core import BlockManager
 from twinjet.engines.vllm import compat
 from twinjet.engines.vllm.status import STATUS_METHOD, LayerStatus, Reason, SchedulerStatus
 
-from . import conditions, grammars, prefix_hash
+from . import conditions, grammars, kv_events, prefix_hash
 from .decode_path import DecodePath
 from .kv_cache_manager import NativeKVCacheManager
 
@@ -67,8 +67,10 @@ class _NativeLayers(_Base):  # type: ignore[misc, valid-type]
             group.block_size,
             prefix_cache=stock.enable_caching,
             null_block=True,
+            max_events=kv_events.MAX_EVENTS if kv_events.are_wanted() else 0,
         )
-        self.kv_cache_manager = NativeKVCacheManager(stock, blocks)
+        events = kv_events.KvEventSender.from_environment(blocks) if stock.enable_caching else None
+        self.kv_cache_manager = NativeKVCacheManager(stock, blocks, events)
         status = self.native_status
         status.prefix_hash = conditions.judge_prefix_hash(self)
         hasher = None

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from twinjet.engines import pushed
 from twinjet.engines.base import EngineEvent, EngineInfo, EngineLoad, LoadProgress, Run, Tokenizer
 from twinjet.engines.vllm.front import startup
 from twinjet.engines.vllm.front.adapters import Adapters
+from twinjet.engines.vllm.front.kv_events import KvEventReceiver
 from twinjet.errors import (
     AlreadyExists,
     EngineDied,
@@ -26,6 +28,7 @@ from twinjet.errors import (
 from twinjet.grammar.vocabulary import write_vocabulary_apart
 
 if TYPE_CHECKING:
+    from twinjet.engines.kv_journal import KvJournal
     from twinjet.grammar.vocabulary import Vocabulary
     from twinjet.request import EngineRequest
 
@@ -37,6 +40,7 @@ class VllmEngine:
 
     name: the deployment's, for logs. model: a folder or a name that vLLM accepts. options: fields of vLLM's AsyncEngineArgs, passed through
     verbatim. native_sampler, native_block_manager: use ours where they apply; describe() says whether they do.
+    kv_events: tell what the prefix cache holds, where the block manager is ours.
     """
 
     def __init__(
@@ -47,8 +51,11 @@ class VllmEngine:
         *,
         native_sampler: bool = True,
         native_block_manager: bool = True,
+        kv_events: bool = False,
     ) -> None:
-        self._plan = startup.Plan(name, model, dict(options), native_sampler, native_block_manager)
+        self._kv_events = KvEventReceiver() if kv_events else None
+        address = "" if self._kv_events is None else self._kv_events.address
+        self._plan = startup.Plan(name, model, dict(options), native_sampler, native_block_manager, address)
         self._running: startup.Running | None = None
         self._runs: dict[str, Run] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -64,6 +71,8 @@ class VllmEngine:
         loop = asyncio.get_running_loop()
         self._died = loop.create_future()
         began = time.monotonic()
+        if self._kv_events is not None:
+            await self._kv_events.listen()
         running = await startup.launch(self._plan, report)
         if self._stopping:
             await asyncio.to_thread(running.shutdown)
@@ -71,6 +80,7 @@ class VllmEngine:
         self._running = running
         running.watch(loop, self._on_death)
         await running.components.complete()
+        self._check_kv_events(running.components.info())
         logger.info("the engine of %s started in %.1f s", self._plan.name, time.monotonic() - began)
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineEvent, None]:
@@ -134,7 +144,21 @@ class VllmEngine:
     def describe(self) -> EngineInfo:
         running = self._engine()
         self._refresh(running)
-        return running.components.info()
+        info = running.components.info()
+        if self._kv_events is None or not _tells_kv_events(info):
+            return info
+        return replace(info, capabilities=info.capabilities | {"kv_events"})
+
+    @property
+    def kv_journal(self) -> KvJournal:
+        """See KvEventEngine; for an engine with kv_events."""
+        assert self._kv_events is not None, "the capability tells of it"
+        return self._kv_events.journal
+
+    def _check_kv_events(self, info: EngineInfo) -> None:
+        if self._kv_events is not None and not _tells_kv_events(info):
+            reason = info.block_manager.reason or "prefix caching is off"
+            logger.warning("%s tells no KV events: %s", self._plan.name, reason)
 
     def _refresh(self, running: startup.Running) -> None:
         """Have the components' counters read again, at most once a second, for the next caller."""
@@ -157,6 +181,8 @@ class VllmEngine:
         """End the engine and its processes; see Engine.stop."""
         self._stopping = True
         running, self._running = self._running, None
+        if self._kv_events is not None:
+            self._kv_events.close()
         for run in list(self._runs.values()):
             run.fail(EngineDied("the engine was stopped"))
         if running is not None:
@@ -196,3 +222,7 @@ class VllmEngine:
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False if running requests hold some."""
         return await self._engine().link.reset_prefix_cache()
+
+
+def _tells_kv_events(info: EngineInfo) -> bool:
+    return info.block_manager.implementation == "twinjet" and "prefix_cache" in info.capabilities

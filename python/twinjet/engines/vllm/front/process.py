@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -68,10 +68,11 @@ class _EngineProcess(BaseProcess):
     """
 
     phases: Connection | None
+    additional: dict[str, str]
     environment: dict[str, str]
 
     def start(self) -> None:
-        self.environment = dict(os.environ)
+        self.environment = dict(os.environ) | self.additional
         with _anonymous_main():
             super().start()
         # Two threads ask for the exit code after a death, and only one can read it from the pipe.
@@ -111,18 +112,23 @@ class EngineContext:
     """A multiprocessing context whose processes report phases and die with us.
 
     forked: from the forkserver; otherwise spawned. phases: the writing end of a pipe for phase names; it
-    is closed once the first process has started. processes: those created so far.
+    is closed once the first process has started. environment: what its processes have beside ours. processes: those
+    created so far.
     """
 
-    def __init__(self, *, forked: bool, phases: Connection | None) -> None:
+    def __init__(
+        self, *, forked: bool, phases: Connection | None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._base = multiprocessing.get_context("forkserver" if forked else "spawn")
         self._class: type[_EngineProcess] = _ForkedEngine if forked else _SpawnedEngine
         self._phases = phases
+        self._environment = dict(environment or {})
         self.processes: list[BaseProcess] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
         process = self._class(*args, **kwargs)
         process.phases, self._phases = self._phases, None
+        process.additional = self._environment
         self.processes.append(process)
         return process
 

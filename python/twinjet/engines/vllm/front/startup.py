@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from twinjet.engines.base import LoadProgress, Tokenizer
+from twinjet.engines.vllm import kv_wire
 from twinjet.engines.vllm.core import host
 from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front import describe, parts, prestart
@@ -58,6 +59,8 @@ class Plan:
     options: dict[str, Any]
     native_sampler: bool
     native_block_manager: bool
+    kv_events: str = ""
+    """Where the engine is to tell its KV events, "" is nowhere; see KvEventReceiver."""
 
 
 @dataclass(slots=True)
@@ -130,7 +133,8 @@ async def launch(plan: Plan, report: Callable[[LoadProgress], None]) -> Running:
     reporter.enter("configure")
     receiver, sender = multiprocessing.Pipe(duplex=False)
     loop.add_reader(receiver.fileno(), reporter.receive, loop, receiver)
-    context = EngineContext(forked=not problem, phases=sender)
+    environment = {kv_wire.ADDRESS_ENV: plan.kv_events} if plan.kv_events else {}
+    context = EngineContext(forked=not problem, phases=sender, environment=environment)
     try:
         running = await asyncio.to_thread(launcher.launch, context)
     except BaseException:

@@ -1,0 +1,67 @@
+"""Takes the KV events of an engine core into a journal; the other end is core/kv_events.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+from pathlib import Path
+
+from twinjet.engines.base import KvCleared, KvEvent
+from twinjet.engines.kv_journal import KvJournal
+from twinjet.engines.vllm import kv_wire
+
+logger = logging.getLogger(__name__)
+
+
+class KvEventReceiver:
+    """Listens on a socket of its own that only this user reaches. Used on the engine's loop."""
+
+    def __init__(self) -> None:
+        self.journal = KvJournal()
+        self._folder = tempfile.TemporaryDirectory(prefix="twinjet-kv-")
+        self._server: asyncio.Server | None = None
+        self._reading: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> str:
+        """The socket's path."""
+        return str(Path(self._folder.name) / "events")
+
+    async def listen(self) -> None:
+        self._server = await asyncio.start_unix_server(self._accept, self.address)
+
+    def close(self) -> None:
+        """End every watch and stop listening. Idempotent."""
+        self.journal.close()
+        if self._server is not None:
+            self._server.close()
+        for task in self._reading:
+            task.cancel()
+        self._folder.cleanup()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._reading.add(task)
+        decoder = kv_wire.Decoder()
+        try:
+            # Ends with the engine core, whose death others notice.
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+                while True:
+                    kind, size = kv_wire.HEADER.unpack(await reader.readexactly(kv_wire.HEADER.size))
+                    self._take(decoder.decode(kind, await reader.readexactly(size)))
+        finally:
+            self._reading.discard(task)
+            writer.close()
+
+    def _take(self, decoded: list[KvEvent | kv_wire.Lost]) -> None:
+        events: list[KvEvent] = []
+        for event in decoded:
+            if isinstance(event, kv_wire.Lost):
+                logger.warning("%d KV events were lost: what the cache holds is told anew", event.num_events)
+                events.append(KvCleared())
+            else:
+                events.append(event)
+        self.journal.put(events)
