@@ -28,7 +28,8 @@ from twinjet.errors import (
     RequestFailed,
     Unsupported,
 )
-from twinjet.grammar.compilation import Job, perform
+from twinjet.grammar.compilation import perform
+from twinjet.grammar.job import Job
 from twinjet.grammar.room import CompiledGrammar
 from twinjet.request import Constraint
 from twinjet.sampling import cpu_target
