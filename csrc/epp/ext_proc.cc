@@ -105,12 +105,13 @@ bool ReadMetadata(std::string_view data, ProcessingRequest* request) {
   });
 }
 
-// ProtocolConfiguration { request_body_mode = 1 }; 0, NONE, is not on the wire.
+// ProtocolConfiguration { request_body_mode = 1, response_body_mode = 2 }; 0, NONE, is not on the wire.
 bool ReadProtocol(std::string_view data, ProcessingRequest* request) {
-  request->request_body_mode = 0;
+  request->request_body_mode = request->response_body_mode = 0;
   WireReader reader(data);
   while (reader.Next()) {
     if (reader.IsNumber(1)) request->request_body_mode = static_cast<int32_t>(reader.number() & 0xFF);
+    if (reader.IsNumber(2)) request->response_body_mode = static_cast<int32_t>(reader.number() & 0xFF);
   }
   return IsWhole(reader);
 }

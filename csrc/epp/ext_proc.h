@@ -22,7 +22,9 @@ struct ProcessingRequest {
   bool is_end_of_stream = false;
   std::string_view body;
   std::vector<std::pair<std::string_view, std::string_view>> headers;  // of headers and trailers alike
-  int32_t request_body_mode = -1;         // a ProcessingMode.BodySendMode; -1: not told in this message
+  // ProcessingMode.BodySendMode each; -1: not told in this message.
+  int32_t request_body_mode = -1;
+  int32_t response_body_mode = -1;
   std::vector<std::string_view> allowed;  // x-gateway-destination-endpoint-subset of envoy.lb.subset_hint
   bool has_allowed = false;
 };

@@ -1168,11 +1168,13 @@ class StepRouter:
     @property
     def num_open(self) -> int: ...
 
-def read_processing_request(data: bytes) -> tuple[int, bool, dict[str, str], bytes, int, list[str] | None]:
+def read_processing_request(
+    data: bytes,
+) -> tuple[int, bool, dict[str, str], bytes, int, int, list[str] | None]:
     """Read an envoy.service.ext_proc.v3.ProcessingRequest.
 
-    Gives the kind (its field number), end_of_stream, headers or trailers, body, the request's body mode or -1 where the
-    message does not tell it, and the addresses of envoy.lb.subset_hint or None.
+    Gives the kind (its field number), end_of_stream, headers or trailers, body, the body modes of request and
+    response, -1 where the message does not tell them, and the addresses of envoy.lb.subset_hint or None.
     Raises ValueError if it is none.
     """
 

@@ -88,9 +88,9 @@ def test_messages_of_envoys_own_making_are_read() -> None:
     headers, body, trailers = (read_processing_request(bytes.fromhex(GIVEN[name])) for name in GIVEN)
     addresses = ["1.1.1.1:5", "2.2.2.2:5"]
     found = {":path": "/some.p/M", "te": "trailers"}
-    assert headers == (wire.REQUEST_HEADERS, False, found, b"", wire.FULL_DUPLEX_STREAMED, addresses)
-    assert body == (wire.REQUEST_BODY, True, {}, b"abc", -1, None)
-    assert trailers == (wire.RESPONSE_TRAILERS, False, {"grpc-status": "0"}, b"", -1, None)
+    assert headers == (wire.REQUEST_HEADERS, False, found, b"", wire.FULL_DUPLEX_STREAMED, 0, addresses)
+    assert body == (wire.REQUEST_BODY, True, {}, b"abc", -1, -1, None)
+    assert trailers == (wire.RESPONSE_TRAILERS, False, {"grpc-status": "0"}, b"", -1, -1, None)
 
 
 def test_envoys_messages_are_read() -> None:
@@ -104,14 +104,17 @@ def test_envoys_messages_are_read() -> None:
     message = (
         wire.field(2, wire.field(1, headers) + wire.number_field(3, 1))
         + wire.field(8, metadata)
-        + wire.field(11, wire.number_field(1, wire.FULL_DUPLEX_STREAMED))
+        + wire.field(
+            11, wire.number_field(1, wire.FULL_DUPLEX_STREAMED) + wire.number_field(2, wire.STREAMED)
+        )
     )
-    kind, ends, found, body, mode, allowed = read_processing_request(message)
-    assert (kind, ends, body, mode) == (wire.REQUEST_HEADERS, True, b"", wire.FULL_DUPLEX_STREAMED)
+    kind, ends, found, body, mode, response_mode, allowed = read_processing_request(message)
+    assert (kind, ends, body) == (wire.REQUEST_HEADERS, True, b"")
+    assert (mode, response_mode) == (wire.FULL_DUPLEX_STREAMED, wire.STREAMED)
     assert found == {":path": "/p", "old": "value"}
     assert allowed == ["1.1.1.1:5", "2.2.2.2:5"]
     body_message = wire.field(4, wire.field(1, b"abc") + wire.number_field(2, 1))
-    assert read_processing_request(body_message) == (wire.REQUEST_BODY, True, {}, b"abc", -1, None)
+    assert read_processing_request(body_message) == (wire.REQUEST_BODY, True, {}, b"abc", -1, -1, None)
 
 
 def test_no_bytes_bring_the_reader_down() -> None:

@@ -15,7 +15,7 @@ from tests.epp.replicas import until
 from twinjet._core import EppPrompt
 from twinjet.epp.main import Epp
 from twinjet.epp.mirroring import EventError, Mirrored
-from twinjet.epp.picking import Ask, EndpointPicker, Replica
+from twinjet.epp.picking import Ask, EndpointPicker, ModelFacts, Replica
 from twinjet.epp.settings import EppConfig, IndexSettings, PickingSettings, SheddingSettings
 from twinjet.scheduler.orca import OrcaReport
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, service_pb2, service_pb2_grpc
@@ -64,21 +64,23 @@ def made(max_blocks: int = 1000) -> tuple[EndpointPicker, Replica, Mirrored]:
     return picker, replica, Mirrored(picker, replica, "m", max_blocks)
 
 
-def cached(picker: EndpointPicker, tokens: list[int], **options: str) -> int:
+def cached(picker: EndpointPicker, tokens: list[int], model: str = "m", **options: str) -> int:
     """Tokens of a prompt that the picker takes for cached."""
-    request = generation_pb2.GenerateRequest(model="m", token_ids=[*tokens, 1, 2], options=options)
+    request = generation_pb2.GenerateRequest(model=model, token_ids=[*tokens, 1, 2], options=options)
     pick = picker.pick(Ask(EppPrompt(request.SerializeToString(), "Generate")))
     picker.finish(pick)
     return pick.cached_tokens
 
 
 def test_it_holds_what_it_was_told() -> None:
-    picker, _, mirrored = made()
+    picker, replica, mirrored = made()
     mirrored.take(batch(SNAPSHOT, 0, stored(TOKENS[: 4 * SIZE])))
     assert not mirrored.can_go_on
     mirrored.take(batch(SNAPSHOT_END, 7, stored(TOKENS, 4)))
     assert cached(picker, TOKENS) == 10 * SIZE and mirrored.can_go_on
     assert cached(picker, TOKENS, cache_salt="other") == 0
+    picker.set_facts(replica, {"m": ModelFacts(True, "d")})
+    assert cached(picker, TOKENS, model="") == 10 * SIZE
     mirrored.take(batch(DELTA, 8, removed(names(TOKENS)[5])))
     assert cached(picker, TOKENS) == 5 * SIZE
     mirrored.take(batch(HEARTBEAT, 8))

@@ -32,6 +32,9 @@ class Bench:
             bits=lambda: next(bits) * 0x9E3779B97F4A7C15 % 2**64,
         )
         self.picker.set_replicas([f"10.0.0.{i}:50051" for i in range(count)])
+        self.all_up()
+
+    def all_up(self) -> None:
         for replica in self.all:
             self.facts(replica)
             self.report(replica)
@@ -63,7 +66,7 @@ def ids(start: int, count: int = 1000, **fields: Any) -> pb.GenerateRequest:
 def test_requests_with_one_beginning_stay_together_and_others_spread() -> None:
     bench = Bench(4)
     homes = {family: bench.pick(ids(10_000 * family)) for family in range(8)}
-    assert sorted(homes.values()) == sorted([r.address for r in bench.all] * 2)
+    assert len(set(homes.values())) > 1
     for family, home in homes.items():
         longer = pb.GenerateRequest(token_ids=[*range(10_000 * family, 10_000 * family + 1000), 7, 8, 9])
         assert bench.pick(longer) == home
@@ -79,6 +82,23 @@ def test_what_shares_no_cache_is_no_prefix(changed: dict[str, Any]) -> None:
     first = bench.pick(ids(0))
     assert bench.pick(ids(0)) == first
     assert bench.pick(ids(0, **changed)) != first
+
+
+def test_short_prompts_take_turns_on_idle_replicas() -> None:
+    bench = Bench(4)
+    taken = [bench.pick(ids(1000 * i, 100)) for i in range(8)]
+    assert sorted(taken) == sorted([r.address for r in bench.all] * 2)
+
+
+def test_pickers_that_know_nothing_of_each_other_agree_on_a_home() -> None:
+    one, other = Bench(5), Bench(5)
+    other.picker.set_replicas([])
+    other.picker.set_replicas([r.address for r in reversed(one.all)])
+    other.all_up()
+    assert [r.number for r in other.all] != [other.picker.replicas[r.address].number for r in one.all]
+    homes = [one.pick(ids(10_000 * family)) for family in range(6)]
+    assert [other.pick(ids(10_000 * family)) for family in reversed(range(6))] == homes[::-1]
+    assert len(set(homes)) > 1
 
 
 def test_text_that_begins_alike_stays_together() -> None:

@@ -48,7 +48,11 @@ def headers(
         wire.field(1, wire.field(1, k.encode()) + wire.field(3, v.encode())) for k, v in pairs.items()
     )
     message = wire.field(2, wire.field(1, made) + (wire.number_field(3, 1) if ends else b""))
-    return message if mode is None else message + wire.field(11, wire.number_field(1, mode))
+    return (
+        message
+        if mode is None
+        else message + wire.field(11, wire.number_field(1, mode) + wire.number_field(2, mode))
+    )
 
 
 def body(data: bytes, *, ends: bool = False) -> bytes:
@@ -124,6 +128,8 @@ async def test_where_no_prompt_will_come_the_headers_decide(
     async with stream(epp) as call:
         (first,) = await answers(call, [headers(path, mode=mode, ends=ends)], 1)
         assert destination(first)
+        if mode in (wire.STREAMED, wire.BUFFERED):
+            assert await answers(call, [body(b"abc", ends=True)], 1) == [wire.buffered_body()]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +175,13 @@ async def test_other_messages_are_let_through(epp: Epp) -> None:
             wire.REQUEST_TRAILERS_GO_ON, wire.RESPONSE_HEADERS_GO_ON, wire.response_body(b"abc", ends=False),
             wire.RESPONSE_TRAILERS_GO_ON,
         ]  # fmt: skip
+
+
+async def test_answers_whose_bodies_envoy_keeps_go_on_as_they_are(epp: Epp) -> None:
+    message = headers(ends=True, mode=None) + wire.field(11, wire.number_field(2, wire.STREAMED))
+    async with stream(epp) as call:
+        _, back = await answers(call, [message, wire.field(5, wire.field(1, b"abc"))], 2)
+        assert back == wire.RESPONSE_BODY_GOES_ON
 
 
 async def test_what_is_no_message_ends_the_stream(epp: Epp) -> None:

@@ -28,6 +28,7 @@ ONE = '[replicas]\naddresses = ["127.0.0.1:1"]\n'
             ONE + "[shedding]\nmax_waiting = 9\nhard_waiting = 3",
             "shedding: hard_waiting is below max_waiting",
         ),
+        (ONE + "[picking]\nreport_life_s = 0.5", "picking.report_life_s is below twice replicas.report_s"),
         (ONE + "[server]\nport = 70000", "server.port: 70000 is refused"),
         (ONE + '[tokenizers]\nm = "/nowhere"', "tokenizers.m: "),
     ],

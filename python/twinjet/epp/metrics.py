@@ -26,9 +26,12 @@ class _StateCollector(Collector):
             "twinjet_epp_in_flight", "Requests sent there and not ended", labels=["replica"]
         )
         for replica in list(self._picker.replicas.values()):
-            if not replica.is_gone:
-                up.add_metric([replica.address], float(replica.is_up))
+            try:
                 flying.add_metric([replica.address], self._picker.num_in_flight(replica))
+            except KeyError:
+                # It has gone meanwhile.
+                continue
+            up.add_metric([replica.address], float(replica.is_up))
         blocks = GaugeMetricFamily("twinjet_epp_index_blocks", "Blocks at replicas", labels=["index"])
         size = GaugeMetricFamily("twinjet_epp_index_bytes", "Memory of an index", labels=["index"])
         for name, (num_blocks, num_bytes) in self._picker.index_sizes().items():

@@ -26,7 +26,11 @@ _PAUSE_S: Final = 1.0
 _MAX_BLOCK_SIZE: Final = 65536
 _KEY_BYTES: Final = 16
 
-_NEVER: Final = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED)
+_NEVER: Final = (
+    grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+)  # fmt: skip
+"""Not asked again before the next connection."""
 
 
 class EventError(ValueError):
@@ -162,7 +166,7 @@ class KvMirror:
     ) -> None:
         while True:
             try:
-                await self._watch_once(channel, model, mirrored)
+                await self._watch_once(replica, channel, model, mirrored)
             except grpc.aio.AioRpcError as error:
                 if error.code() in _NEVER:
                     logger.warning(
@@ -177,8 +181,12 @@ class KvMirror:
                 self._count_gap(replica.address)
             await asyncio.sleep(_PAUSE_S)
 
-    async def _watch_once(self, channel: grpc.aio.Channel, model: str, mirrored: Mirrored) -> None:
-        request = admin_pb2.WatchKvEventsRequest(model=model)
+    async def _watch_once(
+        self, replica: Replica, channel: grpc.aio.Channel, model: str, mirrored: Mirrored
+    ) -> None:
+        facts = replica.models.get(model)
+        deployment = facts.deployment if facts else ""
+        request = admin_pb2.WatchKvEventsRequest(model=model, deployment=deployment)
         if mirrored.can_go_on:
             request.epoch, request.start_sequence = mirrored.epoch, mirrored.sequence + 1
         stub: Any = service_pb2_grpc.AdminServiceStub(channel)

@@ -6,6 +6,8 @@ replicas serve the model and have the adapter, and who is refused when all are f
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import os
 import random
 import struct
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
     from twinjet._core import EppPrompt
     from twinjet.epp.orca import Reading
     from twinjet.epp.settings import IndexSettings, PickingSettings, SheddingSettings
+
+_HOME_WORDS = 256
+"""By so much of its beginning a prompt that nobody holds has a home."""
+
+_KNOWN_SHARE = 0.25
+"""With less of it cached a prompt counts as one that nobody holds."""
+
+_HOME_SHARE = 0.6
+"""The home may cost so much of the prompt more than the cheapest replica."""
+
+_HOME_POINTS = 64
+_MAX_RINGS = 64
 
 _REPORT_LAG_S = 0.15
 """How old a replica's readings may be when its report comes: it takes them every 0.1 s."""
@@ -107,6 +121,7 @@ class EndpointPicker:
         self._index_settings = index
         self._shedding = shedding
         self._num_choices = 1 + picking.fallbacks
+        self._prefix_weight = picking.prefix_weight
         self._clock = clock
         self._bits = bits
         self._picker = Picker(
@@ -120,6 +135,9 @@ class EndpointPicker:
         self.told = PrefixIndex(index.max_blocks)
         self.replicas: dict[str, Replica] = {}
         self._by_number: dict[int, Replica] = {}
+        # Without a secret, so that several pickers agree; whoever chooses prompts for one home fills its queue alone.
+        self._home_hasher = BlockHasher(_HOME_WORDS, algorithm="siphash", key=bytes(32))
+        self._rings: dict[bytes, tuple[list[int], list[int]]] = {}
         self._candidates: dict[tuple[str, str], bytes] = {}
         self._tenants: Counter[str] = Counter()
 
@@ -135,6 +153,8 @@ class EndpointPicker:
         removed = [replica for address, replica in self.replicas.items() if address not in wanted]
         for replica in removed:
             self._forget(replica)
+        # Numbers come again.
+        self._rings.clear()
         added = []
         for address in wanted:
             if address not in self.replicas:
@@ -208,7 +228,14 @@ class EndpointPicker:
         hashes, lookups = self._lookups(prompt, ask.token_ids)
         is_exact = len(lookups) > 1
         now = self._clock()
-        choices = self._picker.rank(candidates, num_tokens, lookups, now, self._bits(), self._num_choices)
+        weight = self._prefix_weight
+        choices = self._picker.rank(
+            candidates, num_tokens * weight, [(i, h, size * weight) for i, h, size in lookups], now, self._bits(),
+            self._num_choices,
+        )  # fmt: skip
+        choices = [(n, cost, cached // weight, waiting) for n, cost, cached, waiting in choices]
+        if prompt is not None and hashes and choices[0][2] < num_tokens * _KNOWN_SHARE:
+            self._prefer_home(choices, candidates, prompt, num_tokens, now)
         number, _, cached_tokens, waiting = choices[0]
         best = self._by_number[number]
         tenant = prompt.tenant if prompt else ""
@@ -217,7 +244,7 @@ class EndpointPicker:
         num_new = _num_new(num_tokens, cached_tokens)
         ticket = self._picker.begin(number, num_new, now)
         self._tenants[tenant] += 1
-        if hashes and not (is_exact and model in best.event_sizes):
+        if hashes and not (is_exact and self._full_name(model) in best.event_sizes):
             self._sent.touch(number, hashes)
         destination = ",".join(self._by_number[choice[0]].address for choice in choices)
         return Pick(destination, best, num_tokens, cached_tokens, tenant, ticket)
@@ -263,6 +290,51 @@ class EndpointPicker:
             serving = having or serving
         return serving or knowing or up
 
+    def _prefer_home(
+        self,
+        choices: list[tuple[int, float, int, float]],
+        candidates: bytes,
+        prompt: EppPrompt,
+        num_tokens: int,
+        now: float,
+    ) -> None:
+        """Put the home of a prompt that nobody holds first, unless it costs too much more.
+
+        Pickers that know nothing of each other then send its like to one replica, not to one each.
+        """
+        beginning = prompt.hash(self._home_hasher)[:8]
+        if not beginning:
+            return
+        points, numbers = self._ring(candidates)
+        home = numbers[bisect.bisect(points, int.from_bytes(beginning, "big")) % len(numbers)]
+        number, cost, _, _ = choices[0]
+        if number == home:
+            return
+        (at_home,) = self._picker.rank(_number(home), num_tokens * self._prefix_weight, [], now, 0, 1)
+        is_full = at_home[3] >= self._shedding.max_waiting
+        if not is_full and at_home[1] <= cost + num_tokens * self._prefix_weight * _HOME_SHARE:
+            rest = [choice for choice in choices if choice[0] != home]
+            choices[:] = [at_home, *rest][: len(choices)]
+
+    def _ring(self, candidates: bytes) -> tuple[list[int], list[int]]:
+        ring = self._rings.get(candidates)
+        if ring is None:
+            if len(self._rings) >= _MAX_RINGS:
+                self._rings.clear()
+            places = sorted(
+                (
+                    int.from_bytes(
+                        hashlib.blake2b(f"{self._by_number[n].address} {i}".encode(), digest_size=8).digest(),
+                        "big",
+                    ),
+                    n,
+                )
+                for n in array("I", candidates)
+                for i in range(_HOME_POINTS)
+            )
+            ring = self._rings[candidates] = [point for point, _ in places], [number for _, number in places]
+        return ring
+
     def _lookups(
         self, prompt: EppPrompt | None, token_ids: bytes | None
     ) -> tuple[bytes, list[tuple[PrefixIndex, bytes, int]]]:
@@ -273,12 +345,19 @@ class EndpointPicker:
         if self._index_settings.mode == "events":
             ids = prompt.token_ids() if prompt.has_token_ids else token_ids
             if ids:
-                root = prefix_root(prompt.model, prompt.adapter, prompt.cache_salt)
-                for size in {r.event_sizes.get(prompt.model, 0) for r in self.replicas.values()} - {0}:
+                model = self._full_name(prompt.model)
+                root = prefix_root(model, prompt.adapter, prompt.cache_salt)
+                for size in {r.event_sizes.get(model, 0) for r in self.replicas.values()} - {0}:
                     exact = self.hasher(size).hash_bytes(memoryview(ids).cast("i"), salt=root)
                     if exact:
                         lookups.append((self.told, exact, size))
         return hashes, lookups
+
+    def _full_name(self, model: str) -> str:
+        """Give the name that "" stands for, where there is only one model."""
+        if not model and len(names := {name for r in self.replicas.values() for name in r.models}) == 1:
+            (model,) = names
+        return model
 
     def _refuse_if_full(self, waiting: float, tenant: str, priority: int, best: Replica) -> None:
         shedding = self._shedding
@@ -302,6 +381,10 @@ class EndpointPicker:
         """Blocks at replicas, and bytes, of each index."""
         indices = {"sent": self._sent, "told": self.told}
         return {name: (index.num_links, index.memory_bytes()) for name, index in indices.items()}
+
+
+def _number(number: int) -> bytes:
+    return array("I", [number]).tobytes()
 
 
 def _num_new(num_tokens: int, cached_tokens: int) -> int:

@@ -72,7 +72,7 @@ class _Stream:
     def __init__(self, parent: ExtProc, context: Any) -> None:
         self._parent = parent
         self._context = context
-        self._mode = wire.FULL_DUPLEX_STREAMED
+        self._mode = self._response_mode = wire.FULL_DUPLEX_STREAMED
         self._method = ""
         self._allowed: list[str] | None = None
         self._frames: FrameReader | None = None
@@ -88,14 +88,14 @@ class _Stream:
 
     async def take(self, data: bytes) -> None:
         """Answer one message. Raises ValueError if it cannot be read."""
-        kind, ends, headers, body, mode, allowed = read_processing_request(data)
+        kind, ends, headers, body, mode, response_mode, allowed = read_processing_request(data)
         async with self._writing:
             if self._is_refused:
                 return
             match kind:
                 case wire.REQUEST_HEADERS:
                     if mode >= 0:
-                        self._mode = mode
+                        self._mode, self._response_mode = mode, response_mode
                     self._allowed = allowed
                     await self._take_headers(headers, ends=ends)
                 case wire.REQUEST_BODY:
@@ -106,7 +106,10 @@ class _Stream:
                 case wire.RESPONSE_HEADERS:
                     await self._write(wire.RESPONSE_HEADERS_GO_ON)
                 case wire.RESPONSE_BODY:
-                    await self._give_back(wire.response_body, body, ends=ends)
+                    if self._response_mode == wire.FULL_DUPLEX_STREAMED:
+                        await self._give_back(wire.response_body, body, ends=ends)
+                    else:
+                        await self._write(wire.RESPONSE_BODY_GOES_ON)
                 case wire.RESPONSE_TRAILERS:
                     await self._write(wire.RESPONSE_TRAILERS_GO_ON)
 
@@ -144,6 +147,8 @@ class _Stream:
         if self._frames is not None:
             self._frames.add(body)
         if self._mode in (wire.BUFFERED, wire.BUFFERED_PARTIAL):
+            if self._is_decided:
+                await self._write(wire.buffered_body())
             await self._decide()
             return
         if self._mode == wire.STREAMED:
@@ -164,6 +169,7 @@ class _Stream:
                 await self._decide()
 
         self._late = asyncio.ensure_future(decide())
+        self._late.add_done_callback(_log_late)
 
     async def _decide(self) -> None:
         if self._is_decided:
@@ -225,3 +231,9 @@ class _Stream:
 
     async def _write(self, message: bytes) -> None:
         await self._context.write(message)
+
+
+def _log_late(task: asyncio.Task[None]) -> None:
+    # Envoy may have ended the stream meanwhile.
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.debug("a late decision came to nothing: %s", error)

@@ -126,6 +126,12 @@ class ReplicaSettings(_Section):
 class PickingSettings(_Section):
     """What a replica's load costs, in tokens of prompt; how long a decision may take, in seconds."""
 
+    prefix_weight: int = Field(
+        4,
+        ge=1,
+        le=100,
+        description="cost of a token that must be computed, as it takes another's place in the cache",
+    )
     prefill_tokens_per_s: Weight = Field(
         10_000.0,
         description="about the speed at which a replica computes prompts: its queue shrinks so between reports",
@@ -185,6 +191,14 @@ class EppConfig(_Section):
     tokenizers: dict[Name, File] = Field(
         default_factory=dict, description="model folder by model; with index.mode events, for text and chat"
     )
+
+    @model_validator(mode="after")
+    def _reports_come_in_time(self) -> EppConfig:
+        if self.picking.report_life_s < 2 * self.replicas.report_s:
+            raise ValueError(
+                "picking.report_life_s is below twice replicas.report_s: reports would not count"
+            )
+        return self
 
 
 def load(

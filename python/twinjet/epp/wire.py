@@ -96,7 +96,7 @@ def _streamed(body: bytes, *, ends: bool) -> bytes:
 
 
 RESPONSE_HEADERS_GO_ON: Final = field(2, field(1, b""))
-BUFFERED_RESPONSE_GOES_ON: Final = field(4, field(1, b""))
+RESPONSE_BODY_GOES_ON: Final = field(4, field(1, b""))
 REQUEST_TRAILERS_GO_ON: Final = field(5, b"")
 RESPONSE_TRAILERS_GO_ON: Final = field(6, b"")
 

@@ -10,10 +10,10 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twinjet.grammar.job import Job
 from twinjet.grammar.limits import MAX_COMPILED_BYTES, MAX_RECOMPILED_S
 from twinjet.grammar.schema import SchemaRefused, normalise, parse, validator
 from twinjet.grammar.vocabulary import tokenizer_info
@@ -28,28 +28,6 @@ _MAX_MASK_S = 0.02
 
 class ConstraintRefused(ValueError):
     """The constraint is wrong or too costly; the text is for the client."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """kind, value, choices: as Constraint. vocabulary: its file, "" to check only. target: file to write.
-
-    is_compact: JSON without white space. text: for kind "verify" what is checked against the schema `value`. is_exact: text holds nothing else.
-    """
-
-    kind: str
-    value: str = ""
-    choices: tuple[str, ...] = ()
-    vocabulary: str = ""
-    target: str = ""
-    is_compact: bool = False
-    text: str = ""
-    is_exact: bool = True
-
-    @staticmethod
-    def of(fields: dict[str, Any]) -> Job:
-        """Make one from what dataclasses.asdict gave, perhaps by way of JSON."""
-        return Job(**{**fields, "choices": tuple(fields["choices"])})
 
 
 def perform(job: Job) -> dict[str, Any]:

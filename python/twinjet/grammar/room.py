@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from twinjet.errors import DeadlinePassed, InvalidRequest, Overloaded, RequestFailed
-from twinjet.grammar.compilation import Job
+from twinjet.grammar.job import Job
 from twinjet.grammar.limits import GrammarLimits
 from twinjet.grammar.turns import Turns, Waste
 from twinjet.grammar.vocabulary import Vocabulary

@@ -66,7 +66,8 @@ def _limit(limits: dict[str, Any]) -> None:
 
 
 def _child(connection: socket.socket) -> None:
-    from twinjet.grammar.compilation import ConstraintRefused, Job, perform
+    from twinjet.grammar.compilation import ConstraintRefused, perform
+    from twinjet.grammar.job import Job
 
     sys.setrecursionlimit(20_000)
     try:

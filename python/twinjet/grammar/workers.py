@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from twinjet.grammar.compilation import Job
+from twinjet.grammar.job import Job
 from twinjet.grammar.limits import GrammarLimits
 from twinjet.grammar.worker import MAX_JOB_BYTES
 

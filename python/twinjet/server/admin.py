@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import importlib
 import ipaddress
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +12,6 @@ import grpc
 
 from twinjet.engines.base import PrefixCacheEngine
 from twinjet.errors import InvalidRequest, NotFound, PermissionRefused, Unsupported
-from twinjet.server.comparison import CompareServicer
 from twinjet.server.kv_events import watch_kv_events
 from twinjet.server.routes import RouteServicer
 from twinjet.v1 import admin_pb2 as pb
@@ -18,12 +19,14 @@ from twinjet.v1 import admin_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from twinjet.server.comparison import Comparisons
     from twinjet.server.deployments import Deployment, Deployments
+    from twinjet.v1 import compare_pb2
 
     Context = grpc.aio.ServicerContext[object, object]
 
 
-class AdminServicer(RouteServicer, CompareServicer):
+class AdminServicer(RouteServicer):
     """See proto AdminService. drain: stop admission, wait up to so many seconds; gives (finished, ended).
 
     grace_s: of RemoveDeployment where the caller names none. door: as GetLoad tells it.
@@ -43,6 +46,7 @@ class AdminServicer(RouteServicer, CompareServicer):
         self._drain = drain
         self._grace_s = grace_s
         self._door = door
+        self._comparisons: Comparisons | None = None
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         self._authorise(context)
@@ -52,6 +56,14 @@ class AdminServicer(RouteServicer, CompareServicer):
             for deployment in self._deployments.of_model(name):
                 response.models.append(await _load(name, deployment))
         return response
+
+    async def Compare(self, request: compare_pb2.CompareRequest, context: Context) -> None:
+        self._authorise(context)
+        if self._comparisons is None:
+            # What judges a comparison, numpy among it, is no part of the server's start.
+            module = await asyncio.to_thread(importlib.import_module, "twinjet.server.comparison")
+            self._comparisons = self._comparisons or module.Comparisons(self._deployments)
+        await self._comparisons.compare(request, context)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         self._authorise(context)

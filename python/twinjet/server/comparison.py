@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import math
 import secrets
-from abc import abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -106,17 +105,18 @@ class DeploymentTarget:
                     yield Arrived(event.token_ids, reason, text=event.text, chances=chances)
 
 
-class CompareServicer:
-    """Compare; see proto AdminService."""
+class Comparisons:
+    """The comparisons of one server; see proto AdminService."""
 
-    _deployments: Deployments
-    _is_comparing = False
+    def __init__(self, deployments: Deployments) -> None:
+        self._deployments = deployments
+        self._is_comparing = False
 
-    @abstractmethod
-    def _authorise(self, context: Context) -> None: ...
+    async def compare(self, request: pb.CompareRequest, context: Context) -> None:
+        """Run one and write how it goes, its report last.
 
-    async def Compare(self, request: pb.CompareRequest, context: Context) -> None:
-        self._authorise(context)
+        Raises InvalidRequest, NotFound, PreconditionFailed.
+        """
         sides = self._side("deployment_a", request), self._side("deployment_b", request)
         infos = [side.ready()[1] for side in sides]
         plan = _plan(request, infos)
