@@ -1,10 +1,11 @@
 """What Twinjet's sampler and block manager are worth: the same model with and without them, by `twinjet compare`.
 
-    python bench/compare_native.py FOLDER [--top-p 0.95 --temperature 0.8] [--limit SECONDS]
+    python bench/compare_native.py FOLDER [--limit SECONDS]
 
-Starts a server of deploy/examples/native-on-off.toml (SmolLM2 on this machine's CPU) and compares its two deployments. A
-run that the limit ended goes on when the command is given again; its exit code is 130 until it is complete. Flags that
-are not known here go to `twinjet compare`.
+Starts a server of deploy/examples/native-on-off.toml (SmolLM2 on this machine's CPU) and compares its two deployments
+twice: greedy, and with temperature 0.8 and top-p 0.95, into FOLDER/greedy and FOLDER/top-p. What the limit (of each) ended
+goes on when the command is given again; the exit code is 130 until all is complete. Flags that are not known here go to
+`twinjet compare`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from twinjet.client import Client
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "deploy" / "examples"
 MODELS = ("native", "stock")
+KINDS: dict[str, list[str]] = {"greedy": [], "top-p": ["--temperature", "0.8", "--top-p", "0.95"]}
 LOAD_S = 300.0
 
 
@@ -58,7 +60,7 @@ def main() -> int:
     """Serve, compare, stop."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--limit", type=float, default=24 * 3600.0, metavar="SECONDS", help="of measuring")
+    parser.add_argument("--limit", type=float, default=24 * 3600.0, metavar="SECONDS", help="of each")
     arguments, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "server.log"
@@ -69,7 +71,11 @@ def main() -> int:
         command = [sys.executable, "-m", "twinjet.cli", "serve", "--config", str(settings)]
         with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
             try:
-                return _compare(_address(process, log), arguments.folder, arguments.limit, flags)
+                address = _address(process, log)
+                return max(
+                    _compare(address, arguments.folder / kind, arguments.limit, [*own, *flags])
+                    for kind, own in KINDS.items()
+                )
             finally:
                 process.terminate()
                 process.wait(60)

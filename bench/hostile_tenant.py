@@ -46,14 +46,14 @@ def worst() -> list[dict[str, str]]:
     deep = integer
     for _ in range(9):
         deep = {"oneOf": [{"type": "object", "properties": {k: deep}, "required": [k]} for k in "ab"]}
-    wide = {f"p{_MARK}_{j:05d}": {"type": "string"} for j in range(9000)}
+    wide = {f"p{j:05d}": {"type": "string"} for j in range(9000)}
     long = {k: {"type": "string", "maxLength": 300} for k in list(wide)[:2000]}
     schemas: list[Any] = [
         {"type": "array", "items": integer, "minItems": 10**18},
         {"type": "array", "items": integer, "maxItems": 10**6},
-        {"type": "object", "properties": wide},
+        {"type": "object", "title": _MARK, "properties": wide},
         deep,
-        {"type": "object", "properties": long},
+        {"type": "object", "title": _MARK, "properties": long},
     ]
     return [
         *({"json_schema": json.dumps(schema)} for schema in schemas),

@@ -26,6 +26,7 @@ OTHER_VARIABLES = frozenset(
         "TWINJET_TOKEN",
         "TWINJET_CACHE_DIR",  # models.demo
         "TWINJET_CPU_TARGET",  # sampler and block hash
+        "TWINJET_KV_EVENTS",  # engines.vllm, of an engine's own process
         "TWINJET_VLLM_NATIVE",  # engines.vllm
         "TWINJET_CUDA",  # the build
     }

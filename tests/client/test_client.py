@@ -41,6 +41,7 @@ from twinjet.client import (
     TwinjetClientError,
     Unavailable,
 )
+from twinjet.client._channel import CHANNEL_OPTIONS
 from twinjet.v1 import generation_pb2
 
 QUICK = RetryPolicy(attempts=3, first_delay_s=0.01, max_delay_s=5.0)
@@ -335,6 +336,8 @@ async def test_a_server_that_is_away_is_looked_for_every_second(kind: str) -> No
             await asyncio.gather(asking, return_exceptions=True)
     gaps = [later - earlier for earlier, later in itertools.pairwise(tries)]
     assert max(gaps) < 2.0
+    # gRPC's own bound, two minutes, shows only after more tries than a test has time for.
+    assert dict(CHANNEL_OPTIONS)["grpc.max_reconnect_backoff_ms"] == 1000
 
 
 async def test_no_try_begins_that_the_deadline_would_cut(server: Scripted, run: Run) -> None:

@@ -1,7 +1,10 @@
 // BlockPool and PrefixCache alone: order of the free queue, duplicates, and probing under deletion.
 #include <algorithm>
+#include <cstring>
 #include <deque>
 #include <map>
+#include <string>
+#include <vector>
 
 #include "check.h"
 #include "kv/block_pool.h"
@@ -106,6 +109,40 @@ TEST(find_run_stops_at_the_first_miss) {
   CHECK_EQ(cache.FindRun(hashes, found.data()), 70);
   for (BlockId i = 0; i < 70; ++i) CHECK_EQ(found[i], i);
   CHECK_EQ(cache.FindRun({}, found.data()), 0);
+}
+
+TEST(event_log_encodes_chains_as_one_record_and_tells_what_was_lost) {
+  EventLog log(4, 2);
+  const int32_t tokens[] = {4, 5};
+  BlockHash hashes[] = {{1, 0}, {2, 0}, {3, 0}, {4, 0}};
+  for (BlockId i = 0; i < 4; ++i) log.Stored(i, hashes[i], i ? &hashes[i - 1] : nullptr, tokens, 7);
+  log.Removed(0, hashes[0]);  // makes the first stored one drop
+  std::string bytes;
+  log.Encode(2, &bytes);
+  CHECK_EQ(log.size(), 2u);
+  auto record_at = [&bytes](size_t offset) {
+    EventLog::Record record;
+    std::memcpy(&record, bytes.data() + offset, sizeof(record));
+    return record;
+  };
+  EventLog::Record lost = record_at(0);
+  CHECK(lost.kind == EventLog::Record::Kind::kLost);
+  CHECK_EQ(lost.num_blocks, 1u);
+  EventLog::Record stored = record_at(sizeof(lost));
+  CHECK(stored.kind == EventLog::Record::Kind::kStored);
+  CHECK_EQ(stored.num_blocks, 2u);
+  CHECK_EQ(stored.num_tokens, 2u);
+  CHECK_EQ(stored.tag, 7u);
+  CHECK(stored.has_parent == 1 && stored.parent == hashes[0]);
+  CHECK_EQ(bytes.size(), 2 * sizeof(lost) + 2 * (16 + 8));
+  bytes.clear();
+  log.Encode(100, &bytes);
+  CHECK_EQ(log.size(), 0u);
+  CHECK(record_at(0).kind == EventLog::Record::Kind::kStored);
+  CHECK(record_at(sizeof(lost) + 16 + 8).kind == EventLog::Record::Kind::kRemoved);
+  bytes.clear();
+  log.Encode(100, &bytes);
+  CHECK(bytes.empty());
 }
 
 TEST(event_log_drops_the_oldest_and_numbers_show_the_gap) {

@@ -28,7 +28,7 @@ from twinjet.server.load_reports import LoadReports
 from twinjet.v1 import generation_pb2
 
 NUM_CALLS = 300
-NUM_NODE_CALLS = 150
+NUM_NODE_CALLS = 100
 """grpc-js 1.14.7 reads its .proto files anew for every report, and does some tens of calls a second."""
 
 

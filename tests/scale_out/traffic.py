@@ -104,7 +104,7 @@ async def node_calls(target: str, config: str, num_tokens: int = 1) -> AsyncIter
 
 
 async def until_split(
-    servers: Sequence[Harness], num_calls: int, fits: Callable[[Counter[int]], bool], timeout_s: float = 60.0
+    servers: Sequence[Harness], num_calls: int, fits: Callable[[Counter[int]], bool], timeout_s: float = 240.0
 ) -> Counter[int]:
     """Count windows of at least so many calls until one fits; gives it. Raises AssertionError with the last one."""
     counts: Counter[int] = Counter()

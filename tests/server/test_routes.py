@@ -15,6 +15,7 @@ from google.protobuf.struct_pb2 import Struct
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.harness import Harness, Serve, collect, details
+from twinjet import config
 from twinjet.cli import main
 from twinjet.config import Config
 from twinjet.v1 import generation_pb2, routing_pb2, sampling_pb2
@@ -314,6 +315,36 @@ async def test_a_file_that_cannot_be_had_whole_changes_nothing(
     h = await serve(deployments=TWO, routes={"m": {"weights": {"a": 1}}})
     new = _config(h, **changes | {"routes": {"m": {"weights": {"b": 1}}}})
     await h.server.reload(lambda: new)
+    assert told in caplog.text and "nothing has changed" in caplog.text
+    assert sorted(h.server.deployments.by_name) == ["a", "b"]
+    assert await _served_by(h, 3) == {"a": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[deployments.a\n", "twinjet.toml"),
+        (b"\xff\xfe[deployments.a]", "twinjet.toml"),
+        (None, "twinjet.toml"),
+        (b'[deployments.a]\nengine = "fake"\ncolour = "red"\n', "colour"),
+        (b'[deployments.a]\nengine = "fake"\n[routes.m]\nweights = { a = -1 }\n', "routes.m.weights.a"),
+        (b'[deployments.a]\nengine = "fake"\n[routes.m]\nweights = { a = 0 }\n', "above 0"),
+        (b'[deployments.a]\nengine = "fake"\n[routes.m]\nweights = { z = 1 }\n', "'z'"),
+        (
+            b'[deployments.a]\nengine = "fake"\n[routes.m]\nweights = {a = 1}\nfallback = ["a", "a"]\n',
+            "twice",
+        ),
+    ],
+    ids=["cut", "no text", "gone", "unknown key", "negative", "all zero", "unknown deployment", "cycle"],
+)
+async def test_a_broken_file_changes_nothing(
+    serve: Serve, caplog: pytest.LogCaptureFixture, tmp_path: Path, content: bytes | None, told: str
+) -> None:
+    h = await serve(deployments=TWO, routes={"m": {"weights": {"a": 1}}})
+    path = tmp_path / "twinjet.toml"
+    if content is not None:
+        path.write_bytes(content)
+    await h.server.reload(lambda: config.load(path))
     assert told in caplog.text and "nothing has changed" in caplog.text
     assert sorted(h.server.deployments.by_name) == ["a", "b"]
     assert await _served_by(h, 3) == {"a": 3}

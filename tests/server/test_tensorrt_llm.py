@@ -17,7 +17,7 @@ import pytest
 from tests.engines.factories import MODEL, double_installed
 from tests.server.harness import Serve, details
 from twinjet.client import AsyncClient, BadRequest, Options, RetryPolicy, Sampling, Unavailable
-from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
+from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2
 
 Request = generation_pb2.GenerateRequest
 TRT = {"trt": {"engine": "tensorrt_llm", "model": str(MODEL), "options": {"max_seq_len": 2048}}}
@@ -39,6 +39,39 @@ async def test_streams_from_the_stand_in(serve: Serve, version: str) -> None:
     assert {end.output_tokens for end in ends} == {12}
     assert messages[-1].summary.usage.output_tokens == 24
     assert messages[-1].summary.sampler == "twinjet"
+
+
+async def _end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        continue
+
+
+async def test_kv_events_are_watched_where_they_are_switched_on(serve: Serve, version: str) -> None:
+    h = await serve(deployments={"trt": TRT["trt"] | {"kv_events": True}})
+    watch = h.admin.WatchKvEvents(admin_pb2.WatchKvEventsRequest())
+    messages = [await watch.read()]
+    prompt = [b % 100 for b in range(70)]
+    sampling = sampling_pb2.SamplingParams(max_tokens=1)
+    assert [m async for m in h.inference.Generate(Request(token_ids=prompt, sampling=sampling))]
+
+    def told() -> list[int]:
+        stored = [e.stored for m in messages for e in m.events if e.HasField("stored")]
+        return [t for s in stored for t in s.token_ids]
+
+    async with asyncio.timeout(30):
+        while prompt[:64] != [t for t in told() if t in prompt][-64:]:
+            messages.append(await watch.read())
+    assert len({m.epoch for m in messages}) == 1
+    assert {m.deployment for m in messages} == {"trt"}
+    again = admin_pb2.WatchKvEventsRequest(epoch=messages[-1].epoch, start_sequence=messages[-1].sequence)
+    delta = await h.admin.WatchKvEvents(again).read()
+    assert delta.kind == admin_pb2.KV_BATCH_KIND_DELTA
+    assert delta.events == messages[-1].events
+    await h.engines[-1].stop()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await _end(watch)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert details(caught.value)["ErrorInfo"].reason == "ENGINE_ENDED"
 
 
 async def test_get_model_says_what_is_in_use(serve: Serve, version: str) -> None:

@@ -63,6 +63,9 @@ class KvJournal:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def __contains__(self, block_hash: bytes) -> bool:
+        return block_hash in self._blocks
+
     def stored(self, block_hash: bytes) -> KvStored | None:
         """A block that is held, as one event; None if it is not."""
         block = self._blocks.get(block_hash)

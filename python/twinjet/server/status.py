@@ -96,7 +96,7 @@ def internal_failure() -> Failure:
 
 def _short(text: str, most: int = MAX_TEXT_BYTES) -> str:
     encoded = text.encode(errors="replace")
-    return text if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "…"
+    return encoded.decode() if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "…"
 
 
 def _info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:

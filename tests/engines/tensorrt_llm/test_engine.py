@@ -28,7 +28,8 @@ from twinjet.errors import (
     RequestFailed,
     Unsupported,
 )
-from twinjet.grammar.room import GrammarRoom
+from twinjet.grammar.compilation import Job, perform
+from twinjet.grammar.room import CompiledGrammar
 from twinjet.request import Constraint
 from twinjet.sampling import cpu_target
 
@@ -597,22 +598,26 @@ async def test_a_stop_string_ends_its_outputs_work_and_no_others(version: str) -
 
 @pytest.mark.parametrize("native", [True, False])
 async def test_a_grammar_that_the_room_has_compiled_is_not_compiled_again(
-    version: str, native: bool, monkeypatch: pytest.MonkeyPatch
+    version: str, native: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    room = GrammarRoom()
     options = {} if native else {"guided_decoding_backend": "xgrammar"}
-    try:
-        async with started(options, native_sampler=native) as engine:
-            vocabulary = await engine.vocabulary(room.folder)
-            monkeypatch.setattr(engine._drawing._compiler, "compile", lambda _: pytest.fail("compiled again"))
-            for constraint, text in (
+    async with started(options, native_sampler=native) as engine:
+        vocabulary = await engine.vocabulary(tmp_path)
+        monkeypatch.setattr(engine._drawing._compiler, "compile", lambda _: pytest.fail("compiled again"))
+        for number, (constraint, text) in enumerate(
+            (
                 (Constraint("choice", choices=("yes",)), "yes"),
                 (Constraint("json_schema", '{"const": 7}'), "7"),
                 (Constraint("regex", "ab"), "ab"),
-            ):
-                request = make_request(engine, constraint=constraint)
-                grammar = await room.prepare(constraint, vocabulary)
-                outcome = await collect(engine, replace(request, grammar=grammar))
-                assert outcome.text[0] == text
-    finally:
-        await room.close()
+            )
+        ):
+            target = str(tmp_path / f"{number}.json")
+            # What a worker of the room does.
+            size = perform(
+                Job(constraint.kind, constraint.value, constraint.choices, vocabulary.path, target)
+            )["num_bytes"]
+            grammar = CompiledGrammar(target, vocabulary, size)
+            outcome = await collect(
+                engine, replace(make_request(engine, constraint=constraint), grammar=grammar)
+            )
+            assert outcome.text[0] == text

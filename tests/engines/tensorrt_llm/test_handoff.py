@@ -254,3 +254,25 @@ def make_sampling() -> Any:
     from twinjet.request import Sampling
 
     return Sampling(**NEUTRAL)
+
+
+def test_what_was_used_is_forgotten_when_it_is_of_no_use_any_more() -> None:
+    now = [1000.0]
+    request = EngineRequest(request_id="r", prompt_token_ids=(1, 2), sampling=make_sampling())
+    handoffs = Handoffs(b"k" * 32, 60.0, clock=lambda: now[0])
+    params = {"first_gen_tokens": [5], "ctx_request_id": 7}
+    first = replace(request, handoff=handoffs.seal(request, params, []))
+    handoffs.open(first)
+    now[0] += 30
+    second = replace(request, handoff=handoffs.seal(request, params, []))
+    handoffs.open(second)
+    for spent in (first, second):
+        with pytest.raises(InvalidRequest, match="has been used"):
+            handoffs.open(spent)
+    now[0] += 59
+    handoffs.open(replace(request, handoff=handoffs.seal(request, params, [])))
+    with pytest.raises(InvalidRequest, match="prefill again"):
+        handoffs.open(first)
+    with pytest.raises(InvalidRequest, match="has been used"):
+        handoffs.open(second)
+    assert len(handoffs._used) == 2

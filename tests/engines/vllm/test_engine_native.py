@@ -44,7 +44,9 @@ SCHEMA = {
 async def engine(offline: list[dict[str, Any]], demo_model_path: Path) -> AsyncIterator[VllmEngine]:
     # Without this a grammar allows white space without end, and a small model takes it up.
     options = OPTIONS | {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
-    made = VllmEngine("demo", str(demo_model_path), options, native_sampler=True, native_block_manager=True)
+    made = VllmEngine(
+        "demo", str(demo_model_path), options, native_sampler=True, native_block_manager=True, kv_events=True
+    )
     await made.start(lambda progress: None)
     yield made
     await stop(made)
@@ -166,3 +168,34 @@ async def test_description_names_our_components(engine: VllmEngine) -> None:
     assert info.block_manager.implementation == "twinjet"
     assert (info.sampler.reason, info.block_manager.reason) == ("", "")
     assert info.block_manager.counters["rows_scheduled"] > 0
+
+
+async def test_the_journal_follows_the_prefix_cache(engine: VllmEngine) -> None:
+    assert "kv_events" in engine.describe().capabilities
+    journal = engine.kv_journal
+    prompt = _prompt(engine, "A prompt that fills some blocks, so that there is something to tell. " * 8)
+    answer = await collect(engine, request("kv", prompt, replace(GREEDY, max_tokens=40), cache_salt="mine"))
+    tokens = [*prompt, *answer.only.token_ids]
+    info = engine.describe()
+    assert info.kv_cache is not None
+    size = info.kv_cache.block_size
+    # The last token's keys and values were never needed.
+    num_full = (len(tokens) - 1) // size
+
+    def told() -> list[int]:
+        """The tokens of the blocks under the salt, put together by their parents."""
+        mine = {b.parent_hash: (h, b) for h, b in journal._blocks.items() if b.facts.salt == "mine"}
+        found, parent = [], b""
+        while parent in mine:
+            parent, block = mine[parent]
+            found += block.token_ids
+        return found
+
+    async with asyncio.timeout(60):
+        while len(told()) < num_full * size:
+            await asyncio.sleep(0.01)
+    assert told() == tokens[: num_full * size]
+    assert await engine.reset_prefix_cache()
+    async with asyncio.timeout(60):
+        while len(journal):
+            await asyncio.sleep(0.01)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ pytest.importorskip("vllm", reason="the vllm extra is not installed")
 
 from scheduler_harness import Engine, Prompt, Setup, make_native
 
+from twinjet._core import BlockManager
+from twinjet.engines.base import KvRemoved
+from twinjet.engines.kv_journal import KvBatch, KvJournal
 from twinjet.engines.vllm import kv_wire
-from twinjet.engines.vllm.core.kv_events import Tags
+from twinjet.engines.vllm.core.kv_events import KvEventSender, Tags
 from twinjet.engines.vllm.front.kv_events import KvEventReceiver
 
 
@@ -107,6 +111,31 @@ async def _check(receiver: KvEventReceiver, manager: Any, requests: dict[str, An
         told = (block.parent_hash, tuple(block.token_ids), facts.salt, facts.adapter)
         assert told == known[block_hash]
         assert facts.medium == "device"
+
+
+async def test_after_a_loss_only_what_was_told_is_taken_back(receiver: KvEventReceiver) -> None:
+    manager = BlockManager(64, 4, max_events=3)
+    tokens = list(range(40))
+    hashes = manager.hasher.hash_blocks(tokens)
+    sequence = manager.open()
+    manager.reserve(sequence, 40, 40, hashes, None, 0, False, tokens)
+    sender = KvEventSender(manager, receiver.address)
+    async with asyncio.timeout(30):
+        while receiver.journal.sequence < 1:
+            await asyncio.sleep(0.01)
+    assert set(receiver.journal._blocks) == set(hashes[7:])
+    manager.evict([b for b in range(64) if manager.block_hash(b) in (hashes[0], hashes[8])])
+    async with asyncio.timeout(30):
+        while receiver.journal.sequence < 2:
+            await asyncio.sleep(0.01)
+    (delta,) = [batch async for batch in _first(receiver.journal, 2)]
+    assert delta.events == [KvRemoved([hashes[8]])]
+    await asyncio.to_thread(sender.stop)
+
+
+async def _first(journal: KvJournal, sequence: int) -> AsyncIterator[KvBatch]:
+    async with aclosing(journal.watch(journal.epoch, sequence)) as batches:
+        yield await anext(batches)
 
 
 async def test_nothing_is_logged_where_nobody_listens() -> None:

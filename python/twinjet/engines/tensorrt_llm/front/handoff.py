@@ -127,7 +127,9 @@ class Handoffs:
         return Handoff(params, tuple(params["first_gen_tokens"]), rows)
 
     def _spend(self, handoff_id: str, expires: float, now: float) -> None:
-        self._used = {used: until for used, until in self._used.items() if until > now}
+        # Oldest first, if not to the second: what is over stays a little longer at most.
+        while self._used and next(iter(self._used.values())) <= now:
+            del self._used[next(iter(self._used))]
         if handoff_id in self._used:
             raise InvalidRequest.of(FIELD, "has been used; prefill again")
         self._used[handoff_id] = expires

@@ -8,7 +8,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from twinjet.engines.base import KvCleared, KvEvent
+from twinjet.engines.base import KvCleared, KvEvent, KvRemoved
 from twinjet.engines.kv_journal import KvJournal
 from twinjet.engines.vllm import kv_wire
 
@@ -23,6 +23,7 @@ class KvEventReceiver:
         self._folder = tempfile.TemporaryDirectory(prefix="twinjet-kv-")
         self._server: asyncio.Server | None = None
         self._reading: set[asyncio.Task[None]] = set()
+        self._has_lost = False
 
     @property
     def address(self) -> str:
@@ -59,9 +60,17 @@ class KvEventReceiver:
     def _take(self, decoded: list[KvEvent | kv_wire.Lost]) -> None:
         events: list[KvEvent] = []
         for event in decoded:
-            if isinstance(event, kv_wire.Lost):
-                logger.warning("%d KV events were lost: what the cache holds is told anew", event.num_events)
-                events.append(KvCleared())
-            else:
-                events.append(event)
+            match event:
+                case kv_wire.Lost():
+                    logger.warning("%d KV events were lost; the journal begins anew", event.num_events)
+                    self._has_lost = True
+                    events.append(KvCleared())
+                case KvRemoved() if self._has_lost:
+                    # Of blocks that nobody was told of nobody is told that they are gone.
+                    self.journal.put(events)
+                    events = []
+                    if known := [h for h in event.block_hashes if h in self.journal]:
+                        events.append(KvRemoved(known))
+                case _:
+                    events.append(event)
         self.journal.put(events)

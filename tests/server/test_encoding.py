@@ -1,0 +1,84 @@
+"""Texts to token ids: long ones hold up nobody else, and what is far too long is not tokenized whole."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from typing import Any, cast
+from urllib.parse import quote
+
+import pytest
+
+from twinjet.engines.base import Tokenizer
+from twinjet.engines.fake import FakeTokenizer
+from twinjet.errors import InvalidRequest, NotFound, Violation
+from twinjet.server.encoding import LONG_CHARS, Encoder
+from twinjet.server.status import to_failure
+
+
+class Sparse(FakeTokenizer):
+    """A token for each hundred characters."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [0] * (len(text) // 100)
+
+
+class Slow(FakeTokenizer):
+    """Tells how many texts it has at once, and keeps each until it is let go."""
+
+    def __init__(self) -> None:
+        self.num_now = self.num_most = 0
+        self.go = threading.Event()
+        self.lock = threading.Lock()
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        with self.lock:
+            self.num_now += 1
+            self.num_most = max(self.num_most, self.num_now)
+        assert self.go.wait(30)
+        with self.lock:
+            self.num_now -= 1
+        return [len(text)]
+
+
+def _tokenizer(made: Any) -> Tokenizer:
+    return cast("Tokenizer", made)
+
+
+async def test_a_long_text_of_few_tokens_is_tokenized_whole() -> None:
+    ids = await Encoder().prompt(_tokenizer(Sparse()), "x" * 20_000, 250, "text")
+    assert len(ids) == 200
+
+
+@pytest.mark.parametrize("num_chars", [801, 5000])
+async def test_a_beginning_with_too_many_tokens_is_enough(num_chars: int) -> None:
+    with pytest.raises(InvalidRequest, match="more than 736 tokens; the model's context is 100"):
+        await Encoder().prompt(_tokenizer(FakeTokenizer()), "x" * num_chars, 100, "text")
+
+
+async def test_of_long_texts_one_is_tokenized_at_a_time_and_shorter_ones_meanwhile() -> None:
+    encoder, slow = Encoder(), Slow()
+    long = [asyncio.create_task(encoder.encode(_tokenizer(slow), "x" * (LONG_CHARS + i))) for i in (1, 2, 3)]
+    async with asyncio.timeout(30):
+        while slow.num_now < 1:
+            await asyncio.sleep(0.001)
+        assert len(await encoder.encode(_tokenizer(FakeTokenizer()), "x" * LONG_CHARS)) == LONG_CHARS + 1
+        slow.go.set()
+        assert await asyncio.gather(*long) == [(LONG_CHARS + i,) for i in (1, 2, 3)]
+    assert slow.num_most == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest([Violation(f"field{i}", "🌶" * 1000) for i in range(100)]),
+        NotFound("model", "🌶" * 1000, "x"),
+        NotFound("model", "\ud800" * 1000, "x"),
+    ],
+    ids=["violations", "name", "surrogates"],
+)
+def test_whatever_an_error_repeats_it_fits_into_trailers(error: Any) -> None:
+    failure = to_failure(error)
+    ((_, details),) = failure.trailing_metadata
+    assert len(quote(failure.message)) + len(base64.b64encode(details)) < 8000
