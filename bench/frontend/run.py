@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROMPT = list(range(1000, 1032))
 START_TIMEOUT_S = 180.0
+QUIETS, QUIET_S, QUIET_SHARE = 4, 0.5, 0.03
 MAX_MODEL_LEN = 8192
 SLOTS = 16384
 
@@ -84,7 +85,7 @@ class FrontEnd:
         """Give the front end's memory: what is its own, and its share of what it shares."""
         total = 0
         for pid in self.pids():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
                 total += next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss:")) * 1024
         return total
@@ -249,10 +250,21 @@ def wait_serving(bench: Bench, end: FrontEnd) -> None:
                 pass
             result = bench.load(end, 4, 1, timeout=5)
             if result["statuses"] == {"OK": 1} and result["tokens"] == 4:
+                wait_quiet(end, deadline)
                 return
             error = json.dumps(result)
         time.sleep(0.5)
     raise RuntimeError(f"{end.name} did not serve within {START_TIMEOUT_S:.0f} s: {error}")
+
+
+def wait_quiet(end: FrontEnd, deadline: float) -> None:
+    """Wait until what a start leaves to do in the background is done: Twinjet writes a vocabulary for grammars."""
+    before, num_quiet = end.cpu_s(), 0
+    while num_quiet < QUIETS and time.monotonic() < deadline:
+        time.sleep(QUIET_S)
+        now = end.cpu_s()
+        num_quiet = num_quiet + 1 if now - before < QUIET_SHARE * QUIET_S else 0
+        before = now
 
 
 def cell(bench: Bench, end: FrontEnd, mode: str, streams: int, num_tokens: int) -> dict[str, Any]:

@@ -118,13 +118,14 @@ void Pump::CarryParcels() {
 
 void Pump::Note(SequenceKey key, Slot& slot, Effect effect, double now) {
   if (effect.is_awaited) {
-    if (std::shared_ptr<Carrier> carrier = slot.stream->carrier()) {
-      if (carrier != carrier_) {
-        CarryParcels();
-        carrier_ = std::move(carrier);
-      }
-      effect.is_awaited = !slot.stream->TakeParcels(now, &parcels_);
+    Stream& stream = *slot.stream;
+    Stream::Carried carried = stream.TakeParcels(now, carrier_.get(), &parcels_);
+    if (carried == Stream::Carried::kOther) {
+      CarryParcels();
+      carrier_ = stream.carrier();
+      carried = stream.TakeParcels(now, carrier_.get(), &parcels_);
     }
+    effect.is_awaited = carried != Stream::Carried::kDone;
   }
   uint32_t happenings = 0;
   if (effect.has_prompt) happenings |= kPromptDone;

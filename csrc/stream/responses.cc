@@ -115,14 +115,25 @@ std::string EncodeHandoff(const StreamFacts& facts, std::string_view state) {
 
 std::string EncodeDelta(uint32_t output_index, std::string_view text, std::span<const int32_t> token_ids,
                         const LogprobList& logprobs, const Vocabulary& vocabulary) {
-  std::string body;
-  body.reserve(text.size() + 5 * token_ids.size() + 12);
-  WireWriter writer(&body);
+  std::string rest;
+  for (const LogprobList::Row& row : logprobs.rows) TokenLogprobs(logprobs, row, 4, vocabulary, &rest);
+  size_t size = rest.size();
+  if (output_index != 0) size += 1 + VarintSize(output_index);
+  if (!text.empty()) size += 1 + VarintSize(text.size()) + text.size();
+  if (!token_ids.empty()) {
+    size_t packed = 0;
+    for (int32_t id : token_ids) packed += VarintSize(Int32Bits(id));
+    size += 1 + VarintSize(packed) + packed;
+  }
+  std::string message;
+  message.reserve(size + 1 + VarintSize(size));
+  WireWriter writer(&message);
+  writer.Begin(kDelta, size);
   writer.Scalar(1, output_index);
   writer.Bytes(2, text);
   writer.PackedInt32(3, token_ids);
-  for (const LogprobList::Row& row : logprobs.rows) TokenLogprobs(logprobs, row, 4, vocabulary, &body);
-  return Wrap(kDelta, body);
+  message.append(rest);
+  return message;
 }
 
 std::string EncodeFinished(uint32_t output_index, const Ending& ending, uint32_t num_tokens) {

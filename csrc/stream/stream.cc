@@ -220,31 +220,19 @@ std::optional<double> Stream::blocked_since() const {
   return blocked_since_;
 }
 
-bool Stream::TakeParcels(double now, std::vector<Carrier::Parcel>* parcels) {
-  std::lock_guard lock(mutex_);
-  if (!carrier_) return false;
-  is_awaited_ = true;
-  if (!carrier_->HasRoom(call_)) {
-    if (!blocked_since_) blocked_since_ = now;
-    return true;
+template <typename Add>
+void Stream::AddDelta(const Delta& delta, Add add) const {
+  const uint32_t index = delta.output_index;
+  if (!delta.text.empty() || !delta.token_ids.empty()) {
+    add(EncodeDelta(index, delta.text, delta.token_ids, delta.logprobs, *vocabulary_));
   }
-  blocked_since_.reset();
-  EncodeItems([&](std::string message) { parcels->push_back({call_, std::move(message)}); });
-  return true;
+  if (delta.ending) {
+    add(EncodeFinished(index, *delta.ending, static_cast<uint32_t>(num_tokens_[index])));
+  }
 }
 
-bool Stream::Take(std::vector<std::string>* messages) {
-  std::lock_guard lock(mutex_);
-  blocked_since_.reset();
-  if (items_.empty()) {
-    is_awaited_ = true;
-    return false;
-  }
-  EncodeItems([&](std::string message) { messages->push_back(std::move(message)); });
-  return true;
-}
-
-void Stream::EncodeItems(const std::function<void(std::string)>& add) {
+template <typename Add>
+void Stream::EncodeItems(Add add) {
   for (Item& item : items_) {
     if (item.kind != Item::Kind::kDelta) {
       add(std::move(item.message));
@@ -261,14 +249,30 @@ void Stream::EncodeItems(const std::function<void(std::string)>& add) {
   num_pending_bytes_ = 0;
 }
 
-void Stream::AddDelta(const Delta& delta, const std::function<void(std::string)>& add) const {
-  const uint32_t index = delta.output_index;
-  if (!delta.text.empty() || !delta.token_ids.empty()) {
-    add(EncodeDelta(index, delta.text, delta.token_ids, delta.logprobs, *vocabulary_));
+Stream::Carried Stream::TakeParcels(double now, const Carrier* carrier,
+                                    std::vector<Carrier::Parcel>* parcels) {
+  std::lock_guard lock(mutex_);
+  if (!carrier_) return Carried::kNobody;
+  if (carrier_.get() != carrier) return Carried::kOther;
+  is_awaited_ = true;
+  if (!carrier_->HasRoom(call_)) {
+    if (!blocked_since_) blocked_since_ = now;
+    return Carried::kDone;
   }
-  if (delta.ending) {
-    add(EncodeFinished(index, *delta.ending, static_cast<uint32_t>(num_tokens_[index])));
+  blocked_since_.reset();
+  EncodeItems([&](std::string message) { parcels->push_back({call_, std::move(message)}); });
+  return Carried::kDone;
+}
+
+bool Stream::Take(std::vector<std::string>* messages) {
+  std::lock_guard lock(mutex_);
+  blocked_since_.reset();
+  if (items_.empty()) {
+    is_awaited_ = true;
+    return false;
   }
+  EncodeItems([&](std::string message) { messages->push_back(std::move(message)); });
+  return true;
 }
 
 std::optional<PromptNews> Stream::TakePrompt() {

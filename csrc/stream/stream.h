@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -80,9 +79,10 @@ class Stream {
   // Hands over to a carrier: whenever a Take() has come back empty, what a pump's step puts is carried to
   // `call` instead of awaited. Who takes still learns of the end, and takes what the carrier had no room for.
   void Attach(std::shared_ptr<Carrier> carrier, std::shared_ptr<void> call);
-  // For the pump, after an Effect with is_awaited: appends what is to be carried. False: nobody carries, so
-  // whoever waits must be woken.
-  bool TakeParcels(double now, std::vector<Carrier::Parcel>* parcels);
+  // For the pump, after an Effect with is_awaited: appends what `carrier` is to carry, if it is this
+  // stream's. kNobody: nobody carries, so whoever waits must be woken. kOther: another carrier does.
+  enum class Carried : uint8_t { kNobody, kOther, kDone };
+  Carried TakeParcels(double now, const Carrier* carrier, std::vector<Carrier::Parcel>* parcels);
   std::shared_ptr<Carrier> carrier() const;
   // Since when the carrier has had no room for what waits; unset if nothing does.
   std::optional<double> blocked_since() const;
@@ -121,11 +121,13 @@ class Stream {
     std::unique_ptr<Delta> full = nullptr;  // of kDelta: the delta, if it was too large to go on in pending_
   };
 
-  void EncodeItems(const std::function<void(std::string)>& add);
+  template <typename Add>
+  void EncodeItems(Add add);
   bool Awaken();
   void PutPromptLocked(std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs);
   Delta& PendingOf(uint32_t output_index);
-  void AddDelta(const Delta& delta, const std::function<void(std::string)>& add) const;
+  template <typename Add>
+  void AddDelta(const Delta& delta, Add add) const;
   void NoteTokens(double now, Effect* effect);
   void Account(const Delta& pending, size_t num_bytes_before, Effect* effect);
   std::optional<double> PerTokenLocked() const;

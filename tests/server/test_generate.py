@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tests.server.harness import Serve, collect, kinds, text_of
 from twinjet.engines.base import ChatTurn
 from twinjet.models.tokenizer import HfTokenizer
+from twinjet.request import EngineRequest
 from twinjet.v1 import embedding_pb2, generation_pb2, sampling_pb2, tokenization_pb2
 
 GenerateRequest = generation_pb2.GenerateRequest
@@ -26,6 +28,24 @@ async def test_a_stream_is_started_deltas_finished_summary(serve: Serve) -> None
     assert events[-2:] == ["finished", "summary"]
     assert set(events[1:-2]) == {"delta"}
     await h.until_idle()
+
+
+async def test_a_request_that_is_over_needs_no_garbage_collector(serve: Serve) -> None:
+    h = await serve()
+
+    def num_requests() -> int:
+        return sum(type(thing) is EngineRequest for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = num_requests()
+        for _ in range(5):
+            await collect(h.inference.Generate(GenerateRequest(text="x", sampling=Sampling(max_tokens=3))))
+        await h.until_idle()
+        await h.until(lambda: num_requests() <= before)
+    finally:
+        gc.enable()
 
 
 async def test_started_and_summary_count_the_same_tokens(serve: Serve) -> None:

@@ -42,7 +42,7 @@ from twinjet.engines.base import (
 )
 from twinjet.engines.fixed_logits import fixed_logits
 from twinjet.errors import ConfigError, EngineDied, InvalidRequest, RequestAborted, RequestFailed
-from twinjet.request import EngineRequest, SamplingOverrides
+from twinjet.request import EngineRequest, Sampling, SamplingOverrides
 
 if TYPE_CHECKING:
     from twinjet._core import SamplerRequest
@@ -157,7 +157,9 @@ class _Sequence:
         if options.output == "logits":
             self.row = self._row()
             return iter(self._pop_drawn, None)
-        return self._letters(mix(seed, *self.request.prompt_token_ids), options.output_tokens)
+        return _letters(
+            self.request.sampling, mix(seed, *self.request.prompt_token_ids), options.output_tokens
+        )
 
     def _row(self) -> SamplerRequest:
         from twinjet.sampling import Request
@@ -183,14 +185,6 @@ class _Sequence:
         assert self.row is not None, "only where output is logits"
         return fixed_logits([*self.request.prompt_token_ids, *self.row.output_token_ids.tolist()], VOCAB_SIZE)
 
-    def _letters(self, base: int, num_tokens: int | None) -> Iterator[int]:
-        for position in itertools.count():
-            ends = num_tokens is not None and position >= num_tokens
-            if ends and position >= self.request.sampling.min_tokens and not self.request.sampling.ignore_eos:
-                yield EOS
-            draw = mix(base, position) % 32
-            yield 97 + draw if draw < 26 else 32
-
     def step(self) -> tuple[int, Literal["stop", "length"] | None]:
         """Give one token and, with the last one, why the output ends; it knows nothing of stop strings."""
         sampling = self.request.sampling
@@ -200,6 +194,15 @@ class _Sequence:
         if (is_end or token in sampling.stop_token_ids) and self.num_generated > sampling.min_tokens:
             return token, "stop"
         return token, "length" if self.num_generated >= sampling.max_tokens else None
+
+
+def _letters(sampling: Sampling, base: int, num_tokens: int | None) -> Iterator[int]:
+    for position in itertools.count():
+        ends = num_tokens is not None and position >= num_tokens
+        if ends and position >= sampling.min_tokens and not sampling.ignore_eos:
+            yield EOS
+        draw = mix(base, position) % 32
+        yield 97 + draw if draw < 26 else 32
 
 
 def _logprobs(token: int, num_top: int) -> LogprobRow:

@@ -114,6 +114,10 @@ def choose(route: Route, is_ready: Callable[[str], bool], rng: random.Random, st
     says why it cannot. sticky_key: requests with the same key get the same deployment, moved only when it is not
     ready or weights change, and then only those that must move (weighted rendezvous hashing). "" is no key.
     """
+    if len(route.weights) == 1:
+        only = next(iter(route.weights))
+        if is_ready(only):
+            return only
     ready = {name: weight for name, weight in route.weights.items() if is_ready(name)}
     positive = {name: weight for name, weight in ready.items() if weight > 0}
     if positive:

@@ -138,6 +138,10 @@ class Scheduler:
         return self._max_running
 
     @property
+    def num_waiting(self) -> int:
+        return self._queue.num_waiting
+
+    @property
     def is_idle(self) -> bool:
         return not self._entries
 

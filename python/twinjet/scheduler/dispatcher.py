@@ -394,7 +394,10 @@ class Dispatcher:
     def _release(self, entry: Entry, *, finished: bool = False) -> None:
         if entry.state is not State.ENDED:
             self._core.release(entry, self._clock(), finished=finished)
-            self._dispatch()
+            if self._core.num_waiting:
+                self._dispatch()
+            else:
+                self._set_timer()
 
     def _end(self, stream: _Stream | Ticket, error: Exception) -> None:
         """End one request; if it runs and nobody reads it at the moment, stop the engine's work on it now."""
@@ -437,7 +440,10 @@ class Dispatcher:
         if self._engine is not None:
             now = self._clock()
             # Those that wait first: a slot that an expired request leaves is not for another one.
-            for entry in sorted(self._core.expired(now), key=lambda entry: entry.state is not State.WAITING):
+            expired = self._core.expired(now)
+            for entry in (
+                sorted(expired, key=lambda entry: entry.state is not State.WAITING) if expired else ()
+            ):
                 where = "in the queue" if entry.state is State.WAITING else "while it ran"
                 stream = self._streams[entry.request.request_id]
                 self._end(stream, DeadlinePassed(f"the deadline passed {where}"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -26,8 +25,7 @@ _PRINTABLE = re.compile(r"[\x21-\x7e]*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """RequestOptions, checked. "" and 0 are unset."""
 
     request_id: str = ""
@@ -131,11 +129,15 @@ def _kv_retention(message: generation_pb2.KvRetention, violations: list[Violatio
 
 def trace_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> Mapping[str, str]:
     """Give the W3C trace context of a call: traceparent and tracestate, if the former is there and well formed."""
-    sent = {key: value for key, value in metadata or () if key in ("traceparent", "tracestate")}
-    found = {
-        key: value for key, value in sent.items() if isinstance(value, str) and len(value) <= MAX_TRACE_BYTES
-    }
-    return found if _TRACEPARENT.fullmatch(found.get("traceparent", "")) else {}
+    found = {}
+    for key, value in metadata or ():
+        if (
+            (key == "traceparent" or key == "tracestate")
+            and isinstance(value, str)
+            and len(value) <= MAX_TRACE_BYTES
+        ):
+            found[key] = value
+    return found if found and _TRACEPARENT.fullmatch(found.get("traceparent", "")) else {}
 
 
 def one_prompt(text: str, token_ids: Sequence[int], max_bytes: int, prefix: str = "") -> None:
@@ -143,7 +145,7 @@ def one_prompt(text: str, token_ids: Sequence[int], max_bytes: int, prefix: str 
     if bool(text) == bool(token_ids):
         what = "both are set" if text else "both are empty"
         raise InvalidRequest.of(f"{prefix}text", f"{what}; set exactly one of text and token_ids")
-    size = len(text.encode())
+    size = len(text.encode()) if text else 0
     if size > max_bytes:
         raise InvalidRequest.of(f"{prefix}text", f"{size} bytes; at most {max_bytes} are allowed")
 

@@ -112,7 +112,8 @@ class Deployments:
         if self._is_draining:
             raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=1)
         deployment = self._choose(self.table.routes[model], self._is_ready, tenant, session)
-        deployment.ready()
+        if not deployment.is_ready:
+            deployment.ready()
         return deployment
 
     def pick_other(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from twinjet.errors import Overloaded, QuotaExcess
@@ -26,34 +24,50 @@ class Gate:
         self._of_connection: Counter[str] = Counter()
         self._of_address: Counter[str] = Counter()
 
-    @contextmanager
-    def enter(self, peer: str) -> Iterator[None]:
-        """Count a stream while it is open. peer: gRPC's name of the connection. Raises Overloaded."""
+    def enter(self, peer: str) -> _Pass:
+        """Count a stream until the pass, a context manager, ends. peer: gRPC's name of the connection.
+
+        Raises Overloaded.
+        """
         address = address_of(peer)
-        self._check("server", "in all", self._num_streams, self._max_streams)
-        self._check(
-            f"connection:{peer}", "on one connection", self._of_connection[peer], self._max_of_connection
-        )
-        self._check(f"address:{address}", "from one address", self._of_address[address], self._max_of_address)
+        if 0 < self._max_streams <= self._num_streams:
+            raise _full("server", "in all", self._max_streams)
+        if 0 < self._max_of_connection <= self._of_connection[peer]:
+            raise _full(f"connection:{peer}", "on one connection", self._max_of_connection)
+        if 0 < self._max_of_address <= self._of_address[address]:
+            raise _full(f"address:{address}", "from one address", self._max_of_address)
         self._num_streams += 1
         self._of_connection[peer] += 1
         self._of_address[address] += 1
-        try:
-            yield
-        finally:
-            self._num_streams -= 1
-            _subtract(self._of_connection, peer)
-            _subtract(self._of_address, address)
+        return _Pass(self, peer, address)
 
-    @staticmethod
-    def _check(subject: str, where: str, count: int, limit: int) -> None:
-        if 0 < limit <= count:
-            text = f"{limit} concurrent streams {where}"
-            raise Overloaded(
-                f"the server has reached its limit of {text}",
-                retry_after_s=RETRY_S,
-                quotas=(QuotaExcess(subject, text),),
-            )
+    def leave(self, peer: str, address: str) -> None:
+        """A stream has ended; called by its pass."""
+        self._num_streams -= 1
+        _subtract(self._of_connection, peer)
+        _subtract(self._of_address, address)
+
+
+class _Pass:
+    __slots__ = ("_address", "_gate", "_peer")
+
+    def __init__(self, gate: Gate, peer: str, address: str) -> None:
+        self._gate, self._peer, self._address = gate, peer, address
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.leave(self._peer, self._address)
+
+
+def _full(subject: str, where: str, limit: int) -> Overloaded:
+    text = f"{limit} concurrent streams {where}"
+    return Overloaded(
+        f"the server has reached its limit of {text}",
+        retry_after_s=RETRY_S,
+        quotas=(QuotaExcess(subject, text),),
+    )
 
 
 def address_of(peer: str) -> str:

@@ -8,20 +8,21 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import grpc
 
 from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
-from twinjet.request import EngineRequest, Sampling, SamplingOverrides, draw_seed, resolve_sampling
+from twinjet.request import EngineRequest, Sampling, draw_seed
 from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
 from twinjet.server.encoding import Encoder
 from twinjet.server.failover import Failover
 from twinjet.server.gate import Gate, address_of
 from twinjet.server.grammar import Grammars
+from twinjet.server.samplings import Samplings, Wish
 from twinjet.server.stream import StreamWriter, WriterWatch
 from twinjet.v1 import embedding_pb2, generation_pb2, tokenization_pb2
 
@@ -40,8 +41,7 @@ ACCEPTED_ID_KEY = "twinjet-request-id"
 MAX_EMBED_INPUTS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class _Arrival:
+class _Arrival(NamedTuple):
     """When a call came in and when it must have ended, in time.monotonic() seconds; deadline None is none.
 
     Read once, before any work: the time that gRPC still gives shrinks while the request is looked at.
@@ -59,8 +59,7 @@ class _Arrival:
         return cls(now, None if left_s is None else now + left_s, trace)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
+class _Prompt(NamedTuple):
     """A prompt as token ids, and the field it came from."""
 
     token_ids: tuple[int, ...]
@@ -77,7 +76,7 @@ class _Call:
 
     model: str
     capability: Literal["generate", "chat"]
-    overrides: SamplingOverrides
+    wish: Wish
     options: convert.Options
     arrival: _Arrival
     encode: Callable[[Engine, EngineInfo], Awaitable[_Prompt]]
@@ -110,6 +109,7 @@ class InferenceServicer:
         self._watch = WriterWatch(settings.stalled_reader_s)
         self._grammars = grammars
         self._gate = Gate(settings)
+        self._samplings = Samplings()
         self._encoder = Encoder()
         self._failover = Failover(deployments, metrics)
 
@@ -123,8 +123,8 @@ class InferenceServicer:
     ) -> None:
         model = self._deployments.resolve(request.model)
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
-        overrides = convert.sampling_overrides(request.sampling)
-        options = self._options(request.options, context)
+        wish = self._samplings.wish(request.sampling)
+        options = _options(request, context)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             if request.token_ids:
@@ -134,7 +134,7 @@ class InferenceServicer:
             most = info.limits.max_context_tokens
             return _Prompt(await self._encoder.prompt(engine.tokenizer, request.text, most, "text"), "text")
 
-        await self._serve(_Call(model, "generate", overrides, options, arrival, encode), context)
+        await self._serve(_Call(model, "generate", wish, options, arrival, encode), context)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
@@ -148,8 +148,8 @@ class InferenceServicer:
             self._settings.max_prompt_bytes,
             continue_final=request.continue_final_message,
         )
-        overrides = convert.sampling_overrides(request.sampling)
-        options = self._options(request.options, context)
+        wish = self._samplings.wish(request.sampling)
+        options = _options(request, context)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             _, ids = await self._encoder.chat(
@@ -161,7 +161,7 @@ class InferenceServicer:
             )
             return _Prompt(ids, "messages")
 
-        await self._serve(_Call(model, "chat", overrides, options, arrival, encode), context)
+        await self._serve(_Call(model, "chat", wish, options, arrival, encode), context)
 
     async def Embed(
         self, request: embedding_pb2.EmbedRequest, context: Context
@@ -171,7 +171,7 @@ class InferenceServicer:
             raise InvalidRequest.of(
                 "inputs", f"{len(request.inputs)} inputs; allowed: 1 to {MAX_EMBED_INPUTS}"
             )
-        options = self._options(request.options, context)
+        options = _options(request, context)
         engine, info = self._deployments.pick(model).ready()
         _need(info, "embed")
         prompts = [
@@ -230,12 +230,6 @@ class InferenceServicer:
             engine.tokenizer, ids, skip_special_tokens=request.skip_special_tokens
         )
         return tokenization_pb2.DetokenizeResponse(text=text)
-
-    def _options(self, message: generation_pb2.RequestOptions, context: Context) -> convert.Options:
-        options = convert.options(message)
-        if options.request_id:
-            return options
-        return replace(options, request_id=_new_request_id(context))
 
     def _copy(self, request: EngineRequest, model: str) -> None:
         """Send a copy of the request to the model's mirror, if it has one that can take it."""
@@ -346,6 +340,7 @@ class InferenceServicer:
             # Reached by success, by cancellation and, when gRPC drops a handler that is blocked in a
             # write, by GeneratorExit, which allows no await.
             self._watch.discard(writer)
+            writer.close()
             ticket.close()
 
 
@@ -355,7 +350,7 @@ def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
     num_tokens = len(prompt.token_ids)
     _check_length(num_tokens, prompt.field, info)
     seed = call.seed if options.handoff_seed is None else options.handoff_seed
-    sampling = resolve_sampling(call.overrides, info, num_prompt_tokens=num_tokens, seed=seed)
+    sampling = call.wish.resolve(info, num_prompt_tokens=num_tokens, seed=seed)
     if options.priority and "priority" not in info.capabilities:
         raise Unsupported("priority")
     if options.adapter and "adapters" not in info.capabilities:
@@ -418,11 +413,24 @@ def _need(info: EngineInfo, capability: str) -> None:
         raise Unsupported(capability)
 
 
+def _options(
+    request: generation_pb2.GenerateRequest | generation_pb2.ChatRequest | embedding_pb2.EmbedRequest,
+    context: Context,
+) -> convert.Options:
+    """Check and convert a request's options; one without an id gets one. Raises InvalidRequest."""
+    if not request.HasField("options"):
+        return convert.Options(_new_request_id(context))
+    options = convert.options(request.options)
+    return options if options.request_id else options._replace(request_id=_new_request_id(context))
+
+
 def _new_request_id(context: Context) -> str:
     """Draw an id. It begins with the caller's x-request-id, which may come more than once, if that can be shown."""
-    sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
-    correlation = sent if isinstance(sent, str) else ""
+    sent = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str):
+            sent = value
     drawn = secrets.token_hex(12)
-    if not correlation or convert.request_id_violation(REQUEST_ID_KEY, correlation):
+    if not sent or convert.request_id_violation(REQUEST_ID_KEY, sent):
         return drawn
-    return f"{correlation[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"
+    return f"{sent[: convert.MAX_ID_CHARS - len(drawn) - 1]}-{drawn}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class LiveRequests:
@@ -19,19 +17,19 @@ class LiveRequests:
     def __len__(self) -> int:
         return len(self._holds)
 
-    @contextmanager
-    def hold(self, key: object) -> Iterator[None]:
-        """Count a request as alive; several holds of one key count once."""
+    def hold(self, key: object) -> _Hold:
+        """Count a request as alive until the hold, a context manager, ends; several holds of one key count once."""
         self._holds[key] += 1
         self._is_idle.clear()
-        try:
-            yield
-        finally:
-            self._holds[key] -= 1
-            if not self._holds[key]:
-                del self._holds[key]
-            if not self._holds:
-                self._is_idle.set()
+        return _Hold(self, key)
+
+    def let_go(self, key: object) -> None:
+        """Called by a hold that ends."""
+        self._holds[key] -= 1
+        if not self._holds[key]:
+            del self._holds[key]
+        if not self._holds:
+            self._is_idle.set()
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait until none is left; False if some are after timeout_s."""
@@ -41,3 +39,16 @@ class LiveRequests:
         except TimeoutError:
             return False
         return True
+
+
+class _Hold:
+    __slots__ = ("_key", "_requests")
+
+    def __init__(self, requests: LiveRequests, key: object) -> None:
+        self._requests, self._key = requests, key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._requests.let_go(self._key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -46,6 +47,9 @@ LIVENESS = "liveness"
 """A name in the health service that is served as long as the process answers."""
 FAREWELL_S = 0.5
 """How long calls that came last may take to be refused; at once, grpc.aio would end them with a bare CANCELLED."""
+
+_YOUNG_OBJECTS = 20_000
+"""Objects that come to be, less those that are gone, before the garbage collector looks at them."""
 
 _SERVICES = [
     service_pb2.DESCRIPTOR.services_by_name[name]
@@ -254,12 +258,37 @@ def _mirror(settings: MirrorSettings) -> Mirror:
     return Mirror(settings.max_streams, files, record_prompts=settings.record_prompts)
 
 
+class _Collector:
+    """Keeps Python's garbage collector from holding up streams.
+
+    What a server consists of is some 70,000 objects, which take a tenth of a second to walk through, and they stay;
+    requests free themselves when they end. So what is there once a deployment serves is never looked at again, and
+    what comes later is looked at seldom.
+    """
+
+    def __init__(self) -> None:
+        self._num_ready = 0
+        gc.set_threshold(_YOUNG_OBJECTS, 20, 50)
+
+    def changed(self, server: Server) -> None:
+        ready = [d for d in server.deployments.by_name.values() if d.is_ready]
+        if len(ready) > self._num_ready:
+            gc.collect()
+            gc.freeze()
+        self._num_ready = len(ready)
+
+
 async def _serve(
     config: Config, on_change: Callable[[Server], None], read: Callable[[], Config] | None
 ) -> int:
     loop = asyncio.get_running_loop()
     reloads: set[asyncio.Task[None]] = set()
     one_at_a_time = asyncio.Lock()
+    collector = _Collector()
+
+    def changed(server: Server) -> None:
+        collector.changed(server)
+        on_change(server)
 
     async def reload(read: Callable[[], Config]) -> None:
         async with one_at_a_time:
@@ -272,7 +301,7 @@ async def _serve(
         task.add_done_callback(reloads.discard)
 
     try:
-        server = Server(config, on_change=on_change)
+        server = Server(config, on_change=changed)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.ask_to_stop)
         if read is not None:

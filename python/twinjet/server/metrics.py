@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -151,20 +152,26 @@ class Metrics:
             registry=self.registry,
         )
 
+        # labels() costs more than the counting.
+        self._calls_of = cache(self._calls.labels)
+        self._tokens_of = cache(self._tokens.labels)
+        self._first_token_of = cache(self._first_token.labels)
+        self._per_token_of = cache(self._per_token.labels)
+
     def watch(self, deployments: Deployments) -> None:
         """Report queues, engines and counters of the deployments, too. Called on the loop that runs them."""
         self.registry.register(_LoadCollector(deployments, asyncio.get_running_loop()))
 
     def count_call(self, method: str, code: str) -> None:
-        self._calls.labels(method, code).inc()
+        self._calls_of(method, code).inc()
 
     def count_moved(self, model: str, source: str, target: str, *, was_running: bool) -> None:
         self._moved.labels(model, source, target, "running" if was_running else "waiting").inc()
 
     def observe_finished(self, model: str, deployment: str, request: Stream) -> None:
-        self._tokens.labels(model, "prompt").inc(request.num_prompt_tokens)
-        self._tokens.labels(model, "output").inc(request.num_output_tokens)
-        if request.first_token_s is not None:
-            self._first_token.labels(model, deployment).observe(request.first_token_s)
-        if request.per_token_s is not None:
-            self._per_token.labels(model, deployment).observe(request.per_token_s)
+        self._tokens_of(model, "prompt").inc(request.num_prompt_tokens)
+        self._tokens_of(model, "output").inc(request.num_output_tokens)
+        if (first_token_s := request.first_token_s) is not None:
+            self._first_token_of(model, deployment).observe(first_token_s)
+        if (per_token_s := request.per_token_s) is not None:
+            self._per_token_of(model, deployment).observe(per_token_s)

@@ -21,6 +21,10 @@ _LOOKS_A_LIMIT = 8
 """A blocked write is found at most an eighth of the limit late."""
 
 
+def _nothing(_: SlowReader) -> None:
+    pass
+
+
 class StreamWriter:
     """Writes messages, one at a time; a write that is blocked can be interrupted."""
 
@@ -29,7 +33,7 @@ class StreamWriter:
     def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._write = write
         self._stream: Stream | None = None
-        self._fail: Callable[[SlowReader], None] = lambda _: None
+        self._fail: Callable[[SlowReader], None] = _nothing
         self._task: asyncio.Task[object] | None = None
         self._interruption: SlowReader | None = None
         self._blocked_since: float | None = None
@@ -80,6 +84,15 @@ class StreamWriter:
         """Interrupt whatever is blocked."""
         self.interrupt(error)
         self._fail(error)
+
+    def close(self) -> None:
+        """Let go of the call and the stream; nothing is written or interrupted any more.
+
+        Who writes is known to the ticket, and the ticket here: without this each request would wait, with its prompt, for
+        the garbage collector.
+        """
+        self._task = self._stream = self._blocked_since = None
+        self._fail = _nothing
 
 
 class WriterWatch:

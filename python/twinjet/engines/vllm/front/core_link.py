@@ -24,9 +24,9 @@ import zmq
 from twinjet import _core
 from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front import wire
+from twinjet.engines.vllm.front.core_params import CoreParams
 from twinjet.engines.vllm.front.link import Adapter
 from twinjet.engines.vllm.front.outputs import failure
-from twinjet.engines.vllm.front.params import sampling_fields
 from twinjet.errors import EngineDied, Unsupported
 from twinjet.sampling.bad_text import BadTextSettings
 
@@ -140,7 +140,7 @@ class CoreLink:
         stats: LoadReader,
     ) -> None:
         self._endpoints = endpoints
-        self._facts = facts
+        self._params = CoreParams(facts)
         self._tokenizer = tokenizer
         self._stats = stats
         self._router = _core.StepRouter()
@@ -180,10 +180,9 @@ class CoreLink:
         request, run = entry.request, entry.run
         sampling = request.sampling
         for index, key in enumerate(entry.keys):
-            fields = sampling_fields(
+            params = self._params.of(
                 sampling, index, native=native, grammar=request.grammar, bad_text=entry.bad_text
             )
-            params = wire.core_params(fields, self._facts, native=native)
             message = wire.add_request(
                 entry.engine_id(key), request.request_id, request.prompt_token_ids, params,
                 adapter=adapter, cache_salt=request.cache_salt, priority=-request.priority,

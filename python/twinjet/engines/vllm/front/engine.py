@@ -162,7 +162,7 @@ class VllmEngine:
 
     def _refresh(self, running: startup.Running) -> None:
         """Have the components' counters read again, at most once a second, for the next caller."""
-        if running.components.is_due():
+        if running.components.claim():
             self._spawn(running.components.refresh())
 
     async def wait_dead(self) -> str:

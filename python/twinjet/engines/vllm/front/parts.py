@@ -85,15 +85,19 @@ class Components:
         if "embed" in tasks:
             capabilities.add("embed")
         self._info = replace(self._info, capabilities=frozenset(capabilities))
+        self._read_at = time.monotonic()
         await self.refresh()
 
-    def is_due(self) -> bool:
-        """Tell whether the counters are older than a second and nobody reads them yet."""
-        return time.monotonic() - self._read_at >= _REFRESH_S
+    def claim(self) -> bool:
+        """Tell whether refresh() is due, as often as once a second; whoever hears so must call it."""
+        now = time.monotonic()
+        if now - self._read_at < _REFRESH_S:
+            return False
+        self._read_at = now
+        return True
 
     async def refresh(self) -> None:
         """Read the components' state from the engine's processes."""
-        self._read_at = time.monotonic()
         sampler, manager = self._info.sampler, self._info.block_manager
         if self._parts.worker_cls is not None:
             # Every worker draws the same tokens; the first one speaks for all.
