@@ -78,14 +78,13 @@ async def test_a_prompt_goes_where_its_beginning_is(duplex: bool) -> None:
         through_envoy(epp.address, servers, duplex=duplex) as stub,
     ):
         for family in range(6):
-            # Idle replicas take turns.
             prefix = [1 + (family * 31 + i * 7) % 250 for i in range(2_000)]
             first = await started(stub, pb.GenerateRequest(token_ids=[*prefix, 5]))
             assert first.cached_prompt_tokens == 0
             for tail in range(4):
                 again = await started(stub, pb.GenerateRequest(token_ids=[*prefix, 9, tail]))
                 assert again.cached_prompt_tokens == 2_000
-        assert sum(served(servers)) == 30 and min(served(servers)) > 0
+        assert sum(served(servers)) == 30
         await until(lambda: all(epp.picker.num_in_flight(r) == 0 for r in epp.picker.replicas.values()))
 
 
