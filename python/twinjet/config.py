@@ -19,7 +19,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -98,6 +98,31 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Listening(Protocol):
+    """What settings of a server that listens have in common."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def metrics_port(self) -> int: ...
+    @property
+    def tls_cert(self) -> Path | None: ...
+    @property
+    def tls_key(self) -> Path | None: ...
+    @property
+    def tls_client_ca(self) -> Path | None: ...
+
+
+def check_listening(settings: Listening) -> None:
+    """Raise ValueError where ports or TLS files do not fit together."""
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise ValueError("tls_cert and tls_key belong together: set both or none")
+    if settings.tls_client_ca is not None and settings.tls_cert is None:
+        raise ValueError("tls_client_ca needs tls_cert and tls_key")
+    if settings.port == settings.metrics_port != 0:
+        raise ValueError(f"port and metrics_port are both {settings.port}; each needs its own")
+
+
 class ServerSettings(_Section):
     """Where to listen and what to bear. Sizes in bytes, times in seconds."""
 
@@ -139,12 +164,7 @@ class ServerSettings(_Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ServerSettings:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key belong together: set both or none")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("tls_client_ca needs tls_cert and tls_key")
-        if self.port == self.metrics_port != 0:
-            raise ValueError(f"port and metrics_port are both {self.port}; each needs its own")
+        check_listening(self)
         return self
 
     @property

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.epp.replicas import epp_beside, replicas, until
 from twinjet.epp import wire
 from twinjet.epp.main import Epp
+from twinjet.protobuf_bytes import field, number_field
 from twinjet.v1 import generation_pb2 as pb
 
 PATH = "/twinjet.v1.InferenceService/Generate"
@@ -44,19 +45,13 @@ def headers(
     path: str = PATH, *, mode: int | None = wire.FULL_DUPLEX_STREAMED, ends: bool = False, **others: str
 ) -> bytes:
     pairs = {":path": path} | {name.replace("_", "-"): value for name, value in others.items()}
-    made = b"".join(
-        wire.field(1, wire.field(1, k.encode()) + wire.field(3, v.encode())) for k, v in pairs.items()
-    )
-    message = wire.field(2, wire.field(1, made) + (wire.number_field(3, 1) if ends else b""))
-    return (
-        message
-        if mode is None
-        else message + wire.field(11, wire.number_field(1, mode) + wire.number_field(2, mode))
-    )
+    made = b"".join(field(1, field(1, k.encode()) + field(3, v.encode())) for k, v in pairs.items())
+    message = field(2, field(1, made) + (number_field(3, 1) if ends else b""))
+    return message if mode is None else message + field(11, number_field(1, mode) + number_field(2, mode))
 
 
 def body(data: bytes, *, ends: bool = False) -> bytes:
-    return wire.field(4, wire.field(1, data) + (wire.number_field(2, 1) if ends else b""))
+    return field(4, field(1, data) + (number_field(2, 1) if ends else b""))
 
 
 async def answers(call: Any, messages: Iterable[bytes], count: int) -> list[bytes]:
@@ -161,13 +156,13 @@ async def test_compressed_prompts_are_known(epp: Epp) -> None:
 
 async def test_other_messages_are_let_through(epp: Epp) -> None:
     async with stream(epp) as call:
-        trailers = wire.field(6, wire.field(1, b""))
+        trailers = field(6, field(1, b""))
         sent = [
             headers(),
             trailers,
-            wire.field(3, b""),
-            wire.field(5, wire.field(1, b"abc")),
-            wire.field(7, b""),
+            field(3, b""),
+            field(5, field(1, b"abc")),
+            field(7, b""),
         ]
         first, *rest = await answers(call, sent, 5)
         assert destination(first)
@@ -178,9 +173,9 @@ async def test_other_messages_are_let_through(epp: Epp) -> None:
 
 
 async def test_answers_whose_bodies_envoy_keeps_go_on_as_they_are(epp: Epp) -> None:
-    message = headers(ends=True, mode=None) + wire.field(11, wire.number_field(2, wire.STREAMED))
+    message = headers(ends=True, mode=None) + field(11, number_field(2, wire.STREAMED))
     async with stream(epp) as call:
-        _, back = await answers(call, [message, wire.field(5, wire.field(1, b"abc"))], 2)
+        _, back = await answers(call, [message, field(5, field(1, b"abc"))], 2)
         assert back == wire.RESPONSE_BODY_GOES_ON
 
 

@@ -15,7 +15,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from twinjet.config import LONGEST_S, Bytes, Duration, File, Host, Name, ServerSettings, Token, load_tree
+from twinjet.config import (
+    LONGEST_S,
+    Bytes,
+    Duration,
+    File,
+    Host,
+    Name,
+    ServerSettings,
+    Token,
+    check_listening,
+    load_tree,
+)
 
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 
@@ -67,12 +78,7 @@ class ListenSettings(_Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ListenSettings:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key belong together: set both or none")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("tls_client_ca needs tls_cert and tls_key")
-        if self.port == self.metrics_port != 0:
-            raise ValueError(f"port and metrics_port are both {self.port}; each needs its own")
+        check_listening(self)
         return self
 
     def door_settings(self) -> ServerSettings:

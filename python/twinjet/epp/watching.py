@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from twinjet.epp import orca, wire
+from twinjet.epp import orca
 from twinjet.epp.picking import EndpointPicker, ModelFacts, Replica
 from twinjet.errors import ConfigError
+from twinjet.protobuf_bytes import field
 from twinjet.v1 import model_pb2, service_pb2_grpc
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Watcher:
         interval_s = self._settings.report_s
         interval = Duration(nanos=int(interval_s % 1 * 1e9), seconds=int(interval_s))
         method: Any = channel.unary_stream("/xds.service.orca.v3.OpenRcaService/StreamCoreMetrics")
-        call = method(wire.field(1, interval.SerializeToString()))
+        call = method(field(1, interval.SerializeToString()))
         try:
             while True:
                 # A machine that hangs keeps its connection.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from twinjet.protobuf_bytes import field, number_field
+
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 DESTINATION: Final = "x-gateway-destination-endpoint"
 METADATA_NAMESPACE: Final = "envoy.lb"
@@ -25,26 +27,6 @@ MAX_CHUNK: Final = 60_000
 """Bytes of a body in one message; Envoy's buffers take 64 KiB."""
 
 _OVERWRITE = 2
-
-
-def varint(value: int) -> bytes:
-    """Give a number in protobuf's variable length."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def field(number: int, value: bytes) -> bytes:
-    """Give a length-delimited field."""
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def number_field(number: int, value: int) -> bytes:
-    """Give a field that is a number."""
-    return varint(number << 3) + varint(value)
 
 
 def _header_mutation(headers: Iterable[tuple[str, str]]) -> bytes:

@@ -9,11 +9,11 @@ the weight it has earned, and one that refuses everything at once, which is quic
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from twinjet.protobuf_bytes import double_field, field
 from twinjet.scheduler.events import SchedulerLoad
 
 TRAILER: Final = "endpoint-load-metrics-bin"
@@ -47,15 +47,14 @@ class OrcaReport:
     def encode(self) -> bytes:
         """Protobuf wire form."""
         parts = [
-            _double(number, value)
+            double_field(number, value)
             for number, value in ((6, self.rps), (7, self.eps), (9, self.application_utilization))
             if value
         ]
         for number, values in ((5, self.utilization), (8, self.named_metrics)):
             for key, value in values.items():
                 name = key.encode()
-                item = b"\x0a" + _varint(len(name)) + name + _double(2, value)
-                parts.append(_varint(number << 3 | 2) + _varint(len(item)) + item)
+                parts.append(field(number, field(1, name) + double_field(2, value)))
         return b"".join(parts)
 
 
@@ -147,16 +146,3 @@ def utilization_of(deployments: Iterable[DeploymentLoad]) -> float:
 
 def _kv_share(load: SchedulerLoad) -> float:
     return (load.kv_blocks_used or 0) / load.kv_blocks_total if load.kv_blocks_total else 0.0
-
-
-def _double(number: int, value: float) -> bytes:
-    return bytes((number << 3 | 1,)) + struct.pack("<d", value)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

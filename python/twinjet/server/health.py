@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
+from twinjet.protobuf_bytes import field
+
 if TYPE_CHECKING:
     from twinjet.server.doors import HandlerRegistry
 
@@ -73,15 +75,5 @@ class Health:
         entries = []
         for name in self._is_serving:
             key, value = name.encode(), _Response(status=self._status(name)).SerializeToString()
-            entry = b"\x0a" + _varint(len(key)) + key + b"\x12" + _varint(len(value)) + value
-            entries.append(b"\x0a" + _varint(len(entry)) + entry)
+            entries.append(field(1, field(1, key) + field(2, value)))
         return b"".join(entries)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
