@@ -85,7 +85,9 @@ async def test_d2_nothing_blocks_the_loop(version: str, monkeypatch: pytest.Monk
             await asyncio.gather(stalled, return_exceptions=True)
             await collect(engine, make_request(engine, max_tokens=50, ignore_eos=True))
             await asyncio.sleep(1.0)
-        assert lag.longest_s < LOOP_LIMIT_S
+        # An iterator's wait is 2 s, and comes again and again.
+        assert lag.second_s < LOOP_LIMIT_S
+        assert lag.longest_s < 1
         assert engine._stats.num_rows > 200, "and they are read"
 
 
