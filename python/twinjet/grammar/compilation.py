@@ -31,6 +31,11 @@ class ConstraintRefused(ValueError):
     """The constraint is wrong or too costly; the text is for the client."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether native code, or a library that was to be mapped, got no memory: neither raises MemoryError."""
+    return "bad_alloc" in str(error) or "failed to map segment" in str(error)
+
+
 def perform(job: Job) -> dict[str, Any]:
     """Do a job. Raises ConstraintRefused."""
     if job.kind == "verify":
@@ -82,7 +87,7 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
     try:
         compiled = compile_text(compiler, kind, text, is_compact=job.is_compact)
     except (RuntimeError, ValueError, TypeError) as error:
-        if "bad_alloc" in str(error):
+        if is_out_of_memory(error):
             # Out of memory, which is a limit of ours and says nothing of the constraint.
             raise MemoryError from None
         raise ConstraintRefused(_reason(error)) from None

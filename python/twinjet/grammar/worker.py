@@ -66,7 +66,7 @@ def _limit(limits: dict[str, Any]) -> None:
 
 
 def _child(connection: socket.socket) -> None:
-    from twinjet.grammar.compilation import ConstraintRefused, perform
+    from twinjet.grammar.compilation import ConstraintRefused, is_out_of_memory, perform
     from twinjet.grammar.job import Job
 
     sys.setrecursionlimit(20_000)
@@ -82,15 +82,10 @@ def _child(connection: socket.socket) -> None:
     except MemoryError:
         answer = {"died": "memory"}
     except Exception as error:  # noqa: BLE001 - told to the server, which logs it
-        answer = {"died": "memory"} if _is_out_of_memory(error) else {"failed": traceback.format_exc()}
+        answer = {"died": "memory"} if is_out_of_memory(error) else {"failed": traceback.format_exc()}
     answer["cpu_s"] = time.process_time()
     with contextlib.suppress(OSError):
         send(connection, json.dumps(answer).encode())
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether native code, or a library that was to be mapped, got no memory: neither raises MemoryError."""
-    return "bad_alloc" in str(error) or "failed to map segment" in str(error)
 
 
 def _how(status: int) -> str:
