@@ -36,8 +36,6 @@ from twinjet.routing.table import Route, check_route
 from twinjet.scheduler import SchedulerSettings
 from twinjet.settings_tree import did_you_mean, keys_at
 
-_SECTIONS = ("server", "admin", "grammar", "deployments", "routes")
-
 LONGEST_S = 1_000_000.0
 """Longest duration that can be set, in seconds: eleven days, which gRPC's milliseconds can hold."""
 

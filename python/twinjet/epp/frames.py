@@ -7,8 +7,6 @@ from typing import Final
 
 _HEAD: Final = 5
 
-ENCODINGS: Final = ("", "identity", "gzip", "deflate")
-
 
 class FrameError(ValueError):
     """The body is not gRPC's, or of an encoding that is not read."""

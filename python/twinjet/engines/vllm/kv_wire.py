@@ -11,8 +11,6 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from twinjet.engines.base import KvBlockFacts, KvCleared, KvEvent, KvRemoved, KvStored
 
 ADDRESS_ENV = "TWINJET_KV_EVENTS"
@@ -85,7 +83,7 @@ class Decoder:
                 yield KvRemoved(hashes)
                 continue
             end = at + num_blocks * num_tokens * _TOKEN_BYTES
-            tokens = np.frombuffer(data, np.int32, num_blocks * num_tokens, at).tolist()
+            tokens = memoryview(data)[at:end].cast("i").tolist()
             at = end
             facts = self._facts[tag]
             yield KvStored(hashes, parent if has_parent else b"", tokens, num_tokens, facts)
