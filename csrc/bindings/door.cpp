@@ -104,6 +104,7 @@ class PyDoor final : private door::EventSink {
 
   py::tuple Show(Event& event) {
     const auto kind = static_cast<int>(event.kind);
+    if (event.kind == EventKind::kRefused) return py::make_tuple(kind, 0, event.bytes);
     const uint64_t id = event.call->id();
     switch (event.kind) {
       case EventKind::kCall: {
@@ -137,6 +138,12 @@ bool Set(const py::kwargs& given, const char* name, T* field) {
   return true;
 }
 
+bool SetBytes(const py::kwargs& given, const char* name, std::string* field) {
+  if (!given.contains(name)) return false;
+  *field = std::string(py::cast<py::bytes>(given[name]));
+  return true;
+}
+
 Options ReadOptions(const py::kwargs& given) {
   Options o;
   const int num_known =
@@ -149,8 +156,13 @@ Options ReadOptions(const py::kwargs& given) {
       Set(given, "header_s", &o.header_s) + Set(given, "message_stall_s", &o.message_stall_s) +
       Set(given, "linger_s", &o.linger_s) + Set(given, "idle_s", &o.idle_s) +
       Set(given, "keepalive_s", &o.keepalive_s) + Set(given, "keepalive_timeout_s", &o.keepalive_timeout_s) +
-      Set(given, "client_ping_s", &o.client_ping_s) + Set(given, "overload_details", &o.overload_details);
-  if (num_known != static_cast<int>(py::len(given))) throw py::type_error("Door has no such option");
+      Set(given, "client_ping_s", &o.client_ping_s) + Set(given, "bounded_paths", &o.bounded_paths) +
+      Set(given, "max_open", &o.max_open) + Set(given, "full_message", &o.full_message);
+  // What is not text.
+  const int num_binary = SetBytes(given, "overload_details", &o.overload_details) +
+                         SetBytes(given, "full_details", &o.full_details);
+  if (num_known + num_binary != static_cast<int>(py::len(given)))
+    throw py::type_error("Door has no such option");
   return o;
 }
 
@@ -243,7 +255,8 @@ void BindDoor(py::module_& module) {
       .def("fileno", &PyDoor::fd)
       .def("take", &PyDoor::Take,
            "The events that came: (kind, call id, payload). 0: a call, (DoorCall, path, peer, metadata, "
-           "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room.")
+           "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room; "
+           "5: a call was refused by bounded_paths, its path; of no call.")
       .def("drain", [](PyDoor& self) { self.door().Drain(); })
       .def(
           "stop", [](PyDoor& self, double grace_s) { self.door().Stop(grace_s); },

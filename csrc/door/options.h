@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace twinjet::door {
 
@@ -33,6 +34,12 @@ struct Options {
   uint64_t idle_frame_rate = 100;    // and a second after that
   // A google.rpc.Status to send as grpc-status-details-bin when a call is refused for load; empty: none.
   std::string overload_details;
+  // Calls of these paths, over all connections, from their headers to their status. One more than max_open is
+  // refused with this message and these details before any handler hears of it.
+  std::vector<std::string> bounded_paths;
+  size_t max_open = 0;  // 0: no limit
+  std::string full_message;
+  std::string full_details;
 };
 
 }  // namespace twinjet::door

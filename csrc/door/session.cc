@@ -483,6 +483,10 @@ void Session::OnRequest(Stream* stream, bool is_ended) {
   if (loop_->totals->calls >= static_cast<int64_t>(limits.max_calls)) {
     return RefuseForLoad(stream, "the server has as many calls as it can bear");
   }
+  if (!FindPlace(stream)) {
+    loop_->events.push_back({EventKind::kRefused, nullptr, info.path, nullptr});
+    return RefuseForLoad(stream, limits.full_message, limits.full_details);
+  }
   stream->reader.set_encoding(stream->encoding);
   stream->call = std::make_shared<Call>(NextCallId(), loop_->mailbox, loop_->totals, held_calls_);
   stream->call->stream_ = stream;
@@ -725,6 +729,7 @@ void Session::Finish(Stream* stream, Status status) {
   if (stream->is_finished) return;
   stream->is_finished = true;
   stream->is_discarding = true;
+  stream->place.reset();
   stream->moved_at_ns = loop_->now_ns;
   std::atomic<int64_t>& count =
       status.code == kOk ? loop_->totals->calls_succeeded : loop_->totals->calls_failed;
@@ -787,13 +792,24 @@ void Session::Refuse(Stream* stream, int code, std::string message, const char* 
 }
 
 void Session::RefuseForLoad(Stream* stream, std::string message) {
+  RefuseForLoad(stream, std::move(message), loop_->options->overload_details);
+}
+
+void Session::RefuseForLoad(Stream* stream, std::string message, const std::string& details) {
   TellHandler(stream, message);
   stream->is_discarding = true;
   Status status{kResourceExhausted, std::move(message), {}};
-  if (!loop_->options->overload_details.empty()) {
-    status.trailers.push_back({"grpc-status-details-bin", loop_->options->overload_details});
-  }
+  if (!details.empty()) status.trailers.push_back({"grpc-status-details-bin", details});
   Finish(stream, std::move(status));
+}
+
+// False if the path is bounded and no place is left.
+bool Session::FindPlace(Stream* stream) {
+  const Options& limits = *loop_->options;
+  if (limits.max_open == 0) return true;
+  if (std::ranges::find(limits.bounded_paths, stream->info->path) == limits.bounded_paths.end()) return true;
+  stream->place = Place::Take(loop_->totals, limits.max_open);
+  return stream->place != nullptr;
 }
 
 // What is unsent still goes first: a message may be half sent, and RST_STREAM would hide the status.

@@ -34,6 +34,7 @@ struct Stream {
   const int32_t id;
   CallRef call;  // null until the request's headers are found good
   std::unique_ptr<CallInfo> info = std::make_unique<CallInfo>();  // until the handler is told
+  std::unique_ptr<Place> place;  // until the status is set, if the path is bounded
 
   // What the headers say beyond info.
   std::string method;
@@ -156,6 +157,8 @@ class Session {
   // Answers instead of a handler, which is told if it has the call.
   void Refuse(Stream* stream, int code, std::string message, const char* http_status = "200");
   void RefuseForLoad(Stream* stream, std::string message);
+  void RefuseForLoad(Stream* stream, std::string message, const std::string& details);
+  bool FindPlace(Stream* stream);
   // Ends a call in the middle, and tells its handler.
   void Break(Stream* stream, int code, const std::string& why);
   void TellHandler(Stream* stream, std::string why);

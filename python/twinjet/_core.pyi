@@ -1100,7 +1100,7 @@ class DoorCall:
 class Door:
     """A gRPC server. Options: see csrc/door/options.h."""
 
-    def __init__(self, **options: float | bytes) -> None: ...
+    def __init__(self, **options: float | bytes | str | list[str]) -> None: ...
     def listen(self, host: str, port: int, use_tls: bool, /) -> int:
         """Listen, and give the port. Raises OSError."""
     def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
@@ -1112,7 +1112,7 @@ class Door:
         """The events that came: (kind, call id, payload).
 
         0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
-        2: half-closed; 3: cancelled, why; 4: room.
+        2: half-closed; 3: cancelled, why; 4: room; 5: a call was refused by bounded_paths, its path; of no call.
         """
     def drain(self) -> None: ...
     def stop(self, grace_s: float, /) -> None: ...

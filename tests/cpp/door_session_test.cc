@@ -429,6 +429,38 @@ TEST(messages_beyond_the_limit_are_refused) {
   CHECK_EQ(rig.Count(EventKind::kCancelled), 2u);
 }
 
+TEST(calls_of_bounded_paths_are_refused_before_handlers_hear_of_them) {
+  Options options;
+  options.bounded_paths = {"/a/Stream", "/a/Other"};
+  options.max_open = 2;
+  options.full_message = "no more than 2";
+  options.full_details = "details";
+  Rig rig(options);
+  const int32_t first = rig.client.Ask("/a/Stream", "x");
+  const CallRef call = rig.TakeCall();
+  const int32_t second = rig.client.Ask("/a/Other", "x");
+  rig.TakeCall();
+  const int32_t third = rig.client.Ask("/a/Stream", "x");
+  rig.Pump();
+  CHECK_EQ(rig.client.answer(third).status(), kResourceExhausted);
+  CHECK_EQ(rig.client.answer(third).message(), "no more than 2");
+  CHECK_EQ(*Base64Decode(rig.client.answer(third).Find("grpc-status-details-bin")), "details");
+  std::vector<Event> events = rig.Take();
+  CHECK_EQ(events.size(), 1u);
+  CHECK(events[0].kind == EventKind::kRefused);
+  CHECK_EQ(events[0].bytes, "/a/Stream");
+  rig.client.Ask("/a/b", "x");
+  rig.Finish(rig.TakeCall());
+  CHECK_EQ(rig.state.totals->open.load(), 2);
+  // A place is free as soon as its call has a status or is cancelled, whoever still holds the call.
+  rig.Finish(call);
+  rig.client.Cancel(second);
+  rig.Pump();
+  rig.Take();
+  CHECK_EQ(rig.client.answer(first).status(), kOk);
+  CHECK_EQ(rig.state.totals->open.load(), 0);
+}
+
 TEST(request_bytes_of_all_calls_together_are_bounded) {
   Options options;
   options.max_received_bytes = 100'000;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -36,6 +36,9 @@ class Door(HandlerRegistry, Protocol):
     def channelz_servicer(self) -> Any:
         """Answers for channelz.v1.Channelz."""
 
+    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+        """Call tell with the method of each call that is refused before any handler hears of it."""
+
     def bind(self) -> str:
         """Listen on the settings' address and give it. Raises ConfigError."""
 
@@ -63,6 +66,9 @@ class GrpcDoor:
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         self._server.add_registered_method_handlers(service_name, method_handlers)
+
+    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+        """All calls come to handlers."""
 
     def channelz_servicer(self) -> Any:
         return channelz.aio.ChannelzServicer()

@@ -20,8 +20,9 @@ import grpc
 
 from twinjet.errors import ConfigError
 from twinjet.server.binding import server_credentials, why_not
+from twinjet.server.gate import STREAM_PATHS, full
 from twinjet.server.native_channelz import NativeChannelz
-from twinjet.server.status import overload_details
+from twinjet.server.status import overload_details, to_failure
 
 if TYPE_CHECKING:
     from twinjet import _core
@@ -34,7 +35,7 @@ else:
 
 logger = logging.getLogger("twinjet.server")
 
-_CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM = range(5)
+_CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM, _REFUSED = range(6)
 _WRITES_A_TURN = 32
 """After so many writes that did not have to wait a handler lets the others go on."""
 _CLEANUP_S = 10.0
@@ -337,7 +338,9 @@ class NativeDoor:
             linger_s=settings.stalled_reader_s,
             max_unsent_bytes=max(4 * settings.max_pending_bytes, 64 << 20),
             overload_details=overload_details(),
+            **_bounds(settings.max_streams),
         )
+        self._tell_refused: Callable[[str], None] = _nothing
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._by_path: dict[str, _Handler] = {}
         self._calls: dict[int, CallContext] = {}
@@ -353,6 +356,10 @@ class NativeDoor:
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         """Called by generated code, which gives the same handlers as generic ones, too."""
+
+    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+        """Call tell with the method of each stream that the door refuses by itself, max_streams being open."""
+        self._tell_refused = tell
 
     def channelz_servicer(self) -> NativeChannelz:
         return NativeChannelz(lambda: self._address, self._door.totals, self._door.connections)
@@ -407,6 +414,9 @@ class NativeDoor:
                 except Exception:  # one call's fault must not lose the events of the others
                     logger.exception("a call could not be begun")
                     payload[0].finish(grpc.StatusCode.INTERNAL.value[0], "internal error", ())
+                continue
+            if kind == _REFUSED:
+                self._tell_refused(payload.rpartition("/")[2])
                 continue
             context = self._calls.get(call_id)
             if context is None:
@@ -488,6 +498,23 @@ class NativeDoor:
                     logger.info("new TLS files are in use")
             except (OSError, ConfigError) as error:
                 logger.warning("the new TLS files are not used: %s", error)
+
+
+def _bounds(max_streams: int) -> dict[str, Any]:
+    """Options by which the door refuses streams as the gate would, but before Python hears of them."""
+    if not max_streams:
+        return {}
+    failure = to_failure(full(max_streams))
+    return {
+        "bounded_paths": list(STREAM_PATHS),
+        "max_open": max_streams,
+        "full_message": failure.message,
+        "full_details": failure.trailing_metadata[0][1],
+    }
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 def _times(files: Sequence[Path]) -> tuple[int, ...]:
