@@ -187,11 +187,8 @@ class Bench:
         )
 
     def _twinjet(self, name: str, kinds: set[str]) -> FrontEnd:
-        from google.protobuf import json_format
-
         tree = Path(name.partition("@")[2] or ROOT)
         sys.path.insert(0, str(ROOT / "python"))
-        from twinjet.v1 import generation_pb2
 
         label = name.replace("/", "_")
         control, path = self._control(label)
@@ -221,15 +218,9 @@ class Bench:
         command = [sys.executable, str(tree / "bench/frontend/twinjet_server.py"), "--config", str(config)]
         process = self._spawn(label, command, env)
 
-        def body(num_tokens: int) -> bytes:
-            sampling = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True}
-            message = json_format.ParseDict(
-                {"model": "demo", "token_ids": PROMPT, "sampling": sampling}, generation_pb2.GenerateRequest()
-            )
-            return message.SerializeToString()
-
-        where = "/twinjet.v1.InferenceService/Generate"
-        return FrontEnd(name, process, port, control, path, where, "2.3", body, has_tls="tls" in kinds)
+        return FrontEnd(
+            name, process, port, control, path, TWINJET_PATH, "2.3", twinjet_body, has_tls="tls" in kinds
+        )
 
     def _certificate(self) -> tuple[Path, Path]:
         certificate, key = self.folder / "server.crt", self.folder / "server.key"
@@ -283,7 +274,7 @@ class Bench:
     def _smg(self, name: str) -> FrontEnd:
         env = {"SMG_VLLM_SERVICER_IMPL": "rust" if name == "smg_rs" else "python"}
         server = self._vllm(name, "grpc", [], env)
-        return FrontEnd(name, *server, "/vllm.grpc.engine.VllmEngine/Generate", "1.1", smg_body)
+        return FrontEnd(name, *server, SMG_PATH, "1.1", smg_body)
 
     def _vllm(
         self, name: str, kind: str, more: list[str], env: dict[str, str]
@@ -311,8 +302,25 @@ def completions_body(num_tokens: int) -> bytes:
     ).encode()  # fmt: skip
 
 
+TWINJET_PATH = "/twinjet.v1.InferenceService/Generate"
+SMG_PATH = "/vllm.grpc.engine.VllmEngine/Generate"
 REQUEST_ID = "@@@@@@@@@@@@"
 """The load client makes it another one for each request."""
+
+
+def twinjet_body(num_tokens: int, top_p: float = 0.0) -> bytes:
+    """Ask twinjet.v1, for text and token ids; top_p 0 is greedy."""
+    from google.protobuf import json_format
+
+    from twinjet.v1 import generation_pb2
+
+    sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True}
+    if top_p:
+        sampling |= {"temperature": 1.0, "top_p": top_p}
+    message = json_format.ParseDict(
+        {"model": "demo", "token_ids": PROMPT, "sampling": sampling}, generation_pb2.GenerateRequest()
+    )
+    return message.SerializeToString()
 
 
 def rust_body(num_tokens: int) -> bytes:
@@ -322,9 +330,10 @@ def rust_body(num_tokens: int) -> bytes:
     return wire((1, REQUEST_ID), (2, "demo"), (4, wire((1, PROMPT))), (5, 0.0), (8, stopping), (9, response))
 
 
-def smg_body(num_tokens: int) -> bytes:
-    """Ask vllm.grpc.engine.VllmEngine, which gives token ids and no text."""
-    sampling = wire((1, 0.0), (2, 1.0), (7, 1.0), (8, num_tokens), (14, 1), (15, 1))
+def smg_body(num_tokens: int, top_p: float = 0.0) -> bytes:
+    """Ask vllm.grpc.engine.VllmEngine, which gives token ids and no text; top_p 0 is greedy."""
+    temperature = 1.0 if top_p else 0.0
+    sampling = wire((1, temperature), (2, top_p or 1.0), (7, 1.0), (8, num_tokens), (14, 1), (15, 1))
     return wire((1, REQUEST_ID), (2, wire((2, PROMPT))), (4, sampling), (5, 1))
 
 
@@ -360,8 +369,9 @@ def wait_quiet(end: FrontEnd, deadline: float) -> None:
 
 @contextlib.contextmanager
 def started(bench: Bench, names: list[str]) -> Iterator[list[FrontEnd]]:
-    """Start front ends one after the other; end them and their mocks afterwards."""
+    """Start front ends one after the other; end them and their mocks afterwards, also when a signal ends the run."""
     ends: list[FrontEnd] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         for name in names:
             ends.append(bench.begin(name))
