@@ -26,8 +26,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import SIZES, Engine
 from shapes import make_served_shape
+
+from engines import SIZES, Engine
 
 PROMPT = list(range(1000, 1032))
 MODES: dict[str, dict[str, Any]] = {
