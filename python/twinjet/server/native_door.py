@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from twinjet.errors import ConfigError
+from twinjet.errors import ConfigError, DeadlinePassed, InvalidRequest
 from twinjet.server.binding import server_credentials, why_not
 from twinjet.server.gate import STREAM_PATHS, full
 from twinjet.server.native_channelz import NativeChannelz
-from twinjet.server.status import overload_details, to_failure
+from twinjet.server.status import Failure, internal_failure, overload_failure, shutdown_failure, to_failure
 
 if TYPE_CHECKING:
     from twinjet import _core
@@ -194,6 +194,11 @@ class CallContext(_Base):
         )
         self._run_callbacks()
 
+    def fail(self, failure: Failure) -> None:
+        """End the call with one of the door's own statuses."""
+        self._trailers = failure.trailing_metadata
+        self.finish(failure.code, failure.message)
+
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         self._trailers = trailing_metadata
 
@@ -275,7 +280,7 @@ class CallContext(_Base):
         except CallIsOver:
             pass
         except _BadRequest:
-            self.finish(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid message of its type")
+            self.fail(_bad_request("not a valid message of its type"))
         except asyncio.CancelledError:
             if not self.done():
                 self.finish(grpc.StatusCode.CANCELLED, "the server cancelled the call")
@@ -337,8 +342,12 @@ class NativeDoor:
             client_ping_s=settings.client_ping_s,
             linger_s=settings.stalled_reader_s,
             max_unsent_bytes=max(4 * settings.max_pending_bytes, 64 << 20),
-            overload_details=overload_details(),
-            **_bounds(settings.max_streams),
+            overload=_own_status(overload_failure()),
+            deadline=_own_status(to_failure(DeadlinePassed("the deadline has passed"))),
+            # As the gate would, but before Python hears of it.
+            bounded_paths=list(STREAM_PATHS),
+            max_open=settings.max_streams,
+            full=_own_status(to_failure(full(settings.max_streams))),
         )
         self._tell_refused: Callable[[str], None] = _nothing
         self._handlers: list[grpc.GenericRpcHandler] = []
@@ -396,7 +405,7 @@ class NativeDoor:
         if self._tasks and grace_s > 0:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for context in list(self._calls.values()):
-            context.finish(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+            context.fail(shutdown_failure())
             context.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLEANUP_S)
@@ -413,7 +422,7 @@ class NativeDoor:
                     self._begin(call_id, payload)
                 except Exception:  # one call's fault must not lose the events of the others
                     logger.exception("a call could not be begun")
-                    payload[0].finish(grpc.StatusCode.INTERNAL.value[0], "internal error", ())
+                    _refuse(payload[0], internal_failure())
                 continue
             if kind == _REFUSED:
                 self._tell_refused(payload.rpartition("/")[2])
@@ -429,7 +438,7 @@ class NativeDoor:
                 context.half_close()
                 if context.task is None:
                     del self._calls[call_id]
-                    context.finish(grpc.StatusCode.INVALID_ARGUMENT, "the request has no message")
+                    context.fail(_bad_request("there is no message"))
             elif kind == _CANCELLED:
                 if context.task is None:
                     del self._calls[call_id]
@@ -440,7 +449,7 @@ class NativeDoor:
     def _begin(self, call_id: int, payload: Any) -> None:
         call, path, peer, metadata, timeout_s, accepts_gzip = payload
         if self._is_stopping:
-            call.finish(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
+            _refuse(call, shutdown_failure())
             return
         handler = self._find(path, metadata)
         if handler is None:
@@ -500,17 +509,16 @@ class NativeDoor:
                 logger.warning("the new TLS files are not used: %s", error)
 
 
-def _bounds(max_streams: int) -> dict[str, Any]:
-    """Options by which the door refuses streams as the gate would, but before Python hears of them."""
-    if not max_streams:
-        return {}
-    failure = to_failure(full(max_streams))
-    return {
-        "bounded_paths": list(STREAM_PATHS),
-        "max_open": max_streams,
-        "full_message": failure.message,
-        "full_details": failure.trailing_metadata[0][1],
-    }
+def _own_status(failure: Failure) -> tuple[str, bytes]:
+    return failure.message, failure.trailing_metadata[0][1]
+
+
+def _refuse(call: _core.DoorCall, failure: Failure) -> None:
+    call.finish(failure.code.value[0], failure.message, failure.trailing_metadata)
+
+
+def _bad_request(what: str) -> Failure:
+    return to_failure(InvalidRequest.of("request", what))
 
 
 def _nothing(_: str) -> None:
