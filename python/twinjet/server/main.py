@@ -173,6 +173,7 @@ class Server:
         inference = InferenceServicer(
             self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
         )
+        self._door.take_plain_calls(inference.sharing, self.load_reports)
         models = ModelServicer(self.deployments)
         admin = AdminServicer(
             self.deployments,
