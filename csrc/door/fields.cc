@@ -1,0 +1,52 @@
+#include "door/fields.h"
+
+#include <cstdint>
+#include <utility>
+
+#include "door/wire.h"
+
+namespace twinjet::door {
+
+size_t MetadataBytes(const Metadata& metadata) {
+  size_t total = 0;
+  for (const MetadataEntry& entry : metadata) {
+    total += entry.key.size() + entry.value.size() * (IsBinaryKey(entry.key) ? 4 : 3) / 3 + kHeaderOverhead;
+  }
+  return total;
+}
+
+void FieldList::AddOpening(std::string_view http_status, bool is_gzip) {
+  Add(":status", http_status);
+  Add("content-type", "application/grpc");
+  if (is_gzip) Add("grpc-encoding", "gzip");
+  Add("grpc-accept-encoding", "identity,deflate,gzip");
+}
+
+void FieldList::AddStatus(const Status& status) {
+  Keep("grpc-status", std::to_string(status.code));
+  if (!status.message.empty()) Keep("grpc-message", PercentEncode(status.message));
+  AddMetadata(status.trailers);
+}
+
+void FieldList::AddMetadata(const Metadata& metadata) {
+  for (const MetadataEntry& entry : metadata) {
+    if (IsBinaryKey(entry.key)) {
+      Keep(entry.key, Base64Encode(entry.value));
+    } else {
+      Add(entry.key, entry.value);
+    }
+  }
+}
+
+void FieldList::Add(std::string_view name, std::string_view value) {
+  fields_.push_back({reinterpret_cast<uint8_t*>(const_cast<char*>(name.data())),
+                     reinterpret_cast<uint8_t*>(const_cast<char*>(value.data())), name.size(), value.size(),
+                     NGHTTP2_NV_FLAG_NONE});
+}
+
+void FieldList::Keep(std::string_view name, std::string value) {
+  kept_.push_back(std::make_unique<std::string>(std::move(value)));
+  Add(name, *kept_.back());
+}
+
+}  // namespace twinjet::door
