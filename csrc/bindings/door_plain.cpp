@@ -223,6 +223,16 @@ py::object PlainPicker::TakeMessage(Event& event, Event* call) {
 }
 
 void BindDoorPlain(py::module_& module) {
+  module.def(
+      "read_plain_generate",
+      [](const py::bytes& message) -> py::object {
+        const auto plain = requests::ReadPlainGenerate(std::string_view(message));
+        if (!plain) return py::none();
+        return py::make_tuple(plain->model, plain->text, plain->token_ids, plain->largest_token,
+                              py::bytes(plain->sampling.data(), plain->sampling.size()), plain->request_id,
+                              plain->tenant, plain->cache_salt, plain->session);
+      },
+      py::arg("message"));
   py::class_<PyTrailers>(module, "DoorTrailers", "Trailers that many calls end with.")
       .def(py::init([](const py::iterable& entries) {
              return std::make_unique<PyTrailers>(PyTrailers{ReadMetadata(entries)});

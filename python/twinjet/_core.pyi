@@ -1097,6 +1097,14 @@ class DoorCall:
         """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
+def read_plain_generate(
+    message: bytes,
+) -> tuple[str, str, list[int], int, bytes, str, str, str, str] | None:
+    """What a plain GenerateRequest holds, None if the message is not plain; see csrc/requests/plain_generate.h.
+
+    (model, text, token ids, the largest of them or -1, SamplingParams as bytes, request id, tenant, cache salt, session).
+    """
+
 class PlainCall:
     """A call whose request is plain: unpack() it, or accept() it, and finish() or end() it."""
 
