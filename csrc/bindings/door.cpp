@@ -13,6 +13,7 @@
 #include <system_error>
 
 #include "bindings.h"
+#include "door/fields.h"
 #include "door_internal.h"
 #include "stream/stream.h"
 
@@ -58,6 +59,15 @@ class PyDoor final : private door::EventSink {
     }
     taken_.clear();
     return py::make_tuple(std::move(events), std::move(plain));
+  }
+
+  py::list StopPicking() {
+    py::list events;
+    if (picker_) {
+      for (Event& event : picker_->DropAll()) events.append(Show(event));
+    }
+    picker_.reset();
+    return events;
   }
 
   void PickPlain(std::string path) { picker_.emplace(std::move(path), door_.options().write_ahead_bytes); }
@@ -122,6 +132,14 @@ bool Set(const py::kwargs& given, const char* name, T* field) {
   return true;
 }
 
+// A pair of message and details.
+bool SetStatus(const py::kwargs& given, const char* name, door::OwnStatus* status) {
+  std::pair<std::string, std::string> texts;
+  if (!Set(given, name, &texts)) return false;
+  *status = {std::move(texts.first), std::move(texts.second)};
+  return true;
+}
+
 Options ReadOptions(const py::kwargs& given) {
   Options o;
   const int num_known =
@@ -134,7 +152,8 @@ Options ReadOptions(const py::kwargs& given) {
       Set(given, "header_s", &o.header_s) + Set(given, "message_stall_s", &o.message_stall_s) +
       Set(given, "linger_s", &o.linger_s) + Set(given, "idle_s", &o.idle_s) +
       Set(given, "keepalive_s", &o.keepalive_s) + Set(given, "keepalive_timeout_s", &o.keepalive_timeout_s) +
-      Set(given, "client_ping_s", &o.client_ping_s) + Set(given, "overload_details", &o.overload_details);
+      Set(given, "client_ping_s", &o.client_ping_s) + SetStatus(given, "overload", &o.overload) +
+      SetStatus(given, "deadline", &o.deadline);
   if (num_known != static_cast<int>(py::len(given))) throw py::type_error("Door has no such option");
   return o;
 }
@@ -217,7 +236,12 @@ void BindDoor(py::module_& module) {
       .def_property_readonly("unsent_bytes", [](const PyCall& self) { return self.call->unsent_bytes(); })
       .def("send_headers",
            [](const PyCall& self, const py::iterable& metadata) {
-             door::SendHeaders(self.call, ReadMetadata(metadata));
+             Metadata headers = ReadMetadata(metadata);
+             if (door::MetadataBytes(headers) > door::kMaxMetadataBytes) {
+               throw py::value_error("the initial metadata has more than " +
+                                     std::to_string(door::kMaxMetadataBytes) + " bytes");
+             }
+             door::SendHeaders(self.call, std::move(headers));
            })
       .def(
           "write",
@@ -269,6 +293,7 @@ void BindDoor(py::module_& module) {
            "And "
            "the calls that pick_plain picked: they began before the events beside them.")
       .def("pick_plain", &PyDoor::PickPlain, py::arg("path"))
+      .def("stop_picking", &PyDoor::StopPicking)
       .def("hold", [](PyDoor& self) { self.door().Hold(); })
       .def("let_go", [](PyDoor& self) { self.door().LetGo(); })
       .def("drain", [](PyDoor& self) { self.door().Drain(); })

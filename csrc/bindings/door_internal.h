@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "door/call.h"
 #include "door/carrier.h"
@@ -43,6 +44,8 @@ class PlainPicker {
   pybind11::object TakeMessage(door::Event& event, door::Event* call);
   // The same for a call that ends without a message.
   door::Event Drop(const door::Event& event);
+  // The beginnings of all calls that are kept.
+  std::vector<door::Event> DropAll();
 
  private:
   const std::string path_;

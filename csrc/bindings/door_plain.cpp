@@ -193,6 +193,13 @@ Event PlainPicker::Drop(const Event& event) {
   return std::move(node.mapped());
 }
 
+std::vector<Event> PlainPicker::DropAll() {
+  std::vector<Event> dropped;
+  for (auto& [id, event] : waiting_) dropped.push_back(std::move(event));
+  waiting_.clear();
+  return dropped;
+}
+
 py::object PlainPicker::TakeMessage(Event& event, Event* call) {
   *call = Drop(event);
   const door::CallInfo& info = *call->info;

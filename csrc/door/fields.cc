@@ -7,6 +7,24 @@
 
 namespace twinjet::door {
 
+namespace {
+
+// The longest beginning of text that takes no more than kMaxMessageBytes when encoded, cut between
+// characters.
+std::string_view Beginning(std::string_view text) {
+  size_t num_encoded = 0;
+  size_t fitting = 0;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(text[i]);
+    if ((byte & 0xc0) != 0x80) fitting = i;
+    num_encoded += byte >= 0x20 && byte <= 0x7e && byte != '%' ? 1 : 3;
+    if (num_encoded > kMaxMessageBytes) return text.substr(0, fitting);
+  }
+  return text;
+}
+
+}  // namespace
+
 size_t MetadataBytes(const Metadata& metadata) {
   size_t total = 0;
   for (const MetadataEntry& entry : metadata) {
@@ -24,7 +42,7 @@ void FieldList::AddOpening(std::string_view http_status, bool is_gzip) {
 
 void FieldList::AddStatus(const Status& status) {
   Keep("grpc-status", std::to_string(status.code));
-  if (!status.message.empty()) Keep("grpc-message", PercentEncode(status.message));
+  if (!status.message.empty()) Keep("grpc-message", PercentEncode(Beginning(status.message)));
   AddMetadata(status.trailers);
 }
 

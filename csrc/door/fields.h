@@ -15,6 +15,11 @@ namespace twinjet::door {
 
 inline constexpr size_t kHeaderOverhead = 32;  // a field's, by HTTP/2's definition of a header list's size
 
+// Of an answer's metadata and of its status's message, encoded. HTTP/2 libraries, nghttp2 among them, refuse
+// header lists beyond 64 KiB.
+inline constexpr size_t kMaxMetadataBytes = 32 << 10;
+inline constexpr size_t kMaxMessageBytes = 16 << 10;
+
 // As HTTP/2 counts the size of a header list.
 size_t MetadataBytes(const Metadata& metadata);
 
@@ -24,6 +29,7 @@ class FieldList {
  public:
   // The fields of a gRPC answer's first block.
   void AddOpening(std::string_view http_status, bool is_gzip);
+  // Leaves out what is too much of the message.
   void AddStatus(const Status& status);
   void AddMetadata(const Metadata& metadata);
 

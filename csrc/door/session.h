@@ -96,9 +96,9 @@ class Session {
   void SubmitTrailers(Stream* stream);
   // Answers instead of a handler, which is told if it has the call.
   void Refuse(Stream* stream, Refusal refusal);
-  void RefuseForLoad(Stream* stream, std::string message);
+  void RefuseForLoad(Stream* stream);
   // Ends a call in the middle, and tells its handler.
-  void Break(Stream* stream, int code, const std::string& why);
+  void Break(Stream* stream, Status status);
   void Reset(Stream* stream, uint32_t error_code);
   void TellHandler(Stream* stream, std::string why);
   int OnStreamClose(int32_t stream_id, uint32_t error_code);

@@ -51,7 +51,7 @@ void Session::SendHeaders(Stream* stream, const Metadata& headers) {
 void Session::AddMessage(Stream* stream, std::string_view bytes) {
   if (stream->out.size() > loop_->options->max_unsent_bytes) {
     stream->call->unsent_bytes_ -= static_cast<int64_t>(bytes.size() + kPrefixBytes);
-    Break(stream, kResourceExhausted, "the client reads too slowly");
+    Break(stream, {kResourceExhausted, "the client reads too slowly", {}});
     Reset(stream, NGHTTP2_ENHANCE_YOUR_CALM);
     return;
   }

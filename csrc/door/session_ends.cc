@@ -10,7 +10,11 @@
 namespace twinjet::door {
 namespace {
 
-constexpr size_t kMaxTrailerBytes = 32 << 10;  // beyond which trailers are left out
+Status Told(int code, const OwnStatus& own) {
+  Status status{code, own.message, {}};
+  if (!own.details.empty()) status.trailers.push_back({"grpc-status-details-bin", own.details});
+  return status;
+}
 
 }  // namespace
 
@@ -23,7 +27,7 @@ void Session::Finish(Stream* stream, Status status) {
       status.code == kOk ? loop_->totals->calls_succeeded : loop_->totals->calls_failed;
   ++count;
   ++(status.code == kOk ? stats_->calls_succeeded : stats_->calls_failed);
-  if (MetadataBytes(status.trailers) > kMaxTrailerBytes) status.trailers.clear();
+  if (MetadataBytes(status.trailers) > kMaxMetadataBytes) status.trailers.clear();
   if (stream->withheld_bytes > 0) {
     nghttp2_session_consume_stream(http2_, stream->id, std::exchange(stream->withheld_bytes, 0));
   }
@@ -63,20 +67,17 @@ void Session::Refuse(Stream* stream, Refusal refusal) {
   nghttp2_submit_response(http2_, stream->id, fields.data(), fields.size(), nullptr);
 }
 
-void Session::RefuseForLoad(Stream* stream, std::string message) {
-  TellHandler(stream, message);
+void Session::RefuseForLoad(Stream* stream) {
+  const OwnStatus& overload = loop_->options->overload;
+  TellHandler(stream, overload.message);
   stream->is_discarding = true;
-  Status status{kResourceExhausted, std::move(message), {}};
-  if (!loop_->options->overload_details.empty()) {
-    status.trailers.push_back({"grpc-status-details-bin", loop_->options->overload_details});
-  }
-  Finish(stream, std::move(status));
+  Finish(stream, Told(kResourceExhausted, overload));
 }
 
 // What is unsent still goes first: a message may be half sent, and RST_STREAM would hide the status.
-void Session::Break(Stream* stream, int code, const std::string& why) {
-  TellHandler(stream, why);
-  Finish(stream, {code, why, {}});
+void Session::Break(Stream* stream, Status status) {
+  TellHandler(stream, status.message);
+  Finish(stream, std::move(status));
 }
 
 void Session::Reset(Stream* stream, uint32_t error_code) {
@@ -145,10 +146,10 @@ void Session::OnTimer(Stream* stream) {
       return;
     }
   } else if (stream->deadline_ns >= 0 && now_ns >= stream->deadline_ns) {
-    Break(stream, kDeadlineExceeded, "the deadline has passed");
+    Break(stream, Told(kDeadlineExceeded, limits.deadline));
   } else if (stream->reader.is_in_message() &&
              now_ns >= stream->read_at_ns + Nanoseconds(limits.message_stall_s)) {
-    Break(stream, kResourceExhausted, "the client stopped in the middle of a message");
+    Break(stream, {kResourceExhausted, "the client stopped in the middle of a message", {}});
   }
   SettleTimer(stream);
 }

@@ -127,7 +127,7 @@ void Session::OnRequest(Stream* stream, bool is_ended) {
     return Refuse(stream, std::move(*refusal));
   }
   if (loop_->totals->calls >= static_cast<int64_t>(limits.max_calls)) {
-    return RefuseForLoad(stream, "the server has as many calls as it can bear");
+    return RefuseForLoad(stream);
   }
   stream->reader.set_encoding(head->encoding());
   stream->call = std::make_shared<Call>(NextCallId(), loop_->mailbox, loop_->totals, held_calls_);
@@ -187,7 +187,7 @@ void Session::ReadMessages(Stream* stream, std::string_view data) {
       return Refuse(stream, {kInternal, "a message is not compressed as grpc-encoding says"});
   }
   if (loop_->totals->received_bytes > static_cast<int64_t>(loop_->options->max_received_bytes)) {
-    return RefuseForLoad(stream, "the server holds as many request bytes as it can bear");
+    return RefuseForLoad(stream);
   }
   if (stream->reader.is_in_message()) SettleTimer(stream);
 }

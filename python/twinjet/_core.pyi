@@ -1163,7 +1163,7 @@ class StreamMaker:
 class Door:
     """A gRPC server. Options: see csrc/door/options.h."""
 
-    def __init__(self, **options: float | bytes) -> None: ...
+    def __init__(self, **options: float | tuple[str, bytes]) -> None: ...
     def listen(self, host: str, port: int, use_tls: bool, /) -> int:
         """Listen, and give the port. Raises OSError."""
     def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
@@ -1181,6 +1181,8 @@ class Door:
         """
     def pick_plain(self, path: str) -> None:
         """Read requests of this method, which takes a GenerateRequest; see csrc/requests/plain_generate.h."""
+    def stop_picking(self) -> list[tuple[int, int, Any]]:
+        """Pick no more, and give the events of calls whose requests have not come."""
     def hold(self) -> None:
         """Let what is written wait, to leave together, until let_go()."""
     def let_go(self) -> None: ...

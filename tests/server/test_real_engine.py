@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,49 +16,18 @@ import grpc
 import pytest
 from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.server.harness import details
-from tests.server.processes import descendants, is_alive, server
-from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
+from tests.server.processes import Service, descendants, is_alive, server
+from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 Request = generation_pb2.GenerateRequest
 Sampling = sampling_pb2.SamplingParams
 SETTINGS = '[deployments.smollm2]\nengine = "vllm"\nmodel = "demo"\n'
-
-
-class Service:
-    """A running server process and stubs for it."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.process = process
-        self.channel = grpc.insecure_channel(address)
-        self.inference = service_pb2_grpc.InferenceServiceStub(self.channel)
-        self.models = service_pb2_grpc.ModelServiceStub(self.channel)
-        self.admin = service_pb2_grpc.AdminServiceStub(self.channel)
-        self.health = health_pb2_grpc.HealthStub(self.channel)
-
-    def load(self) -> admin_pb2.ModelLoad:
-        return self.admin.GetLoad(admin_pb2.GetLoadRequest()).models[0]
-
-    def until(self, condition: Any, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, "it did not come true in time"
-            time.sleep(0.05)
-
-    def until_idle(self, timeout_s: float = 10.0) -> None:
-        def is_idle() -> bool:
-            load = self.load()
-            return (load.waiting, load.running, load.engine_running, load.kv_blocks_used) == (0, 0, 0, 0)
-
-        self.until(is_idle, timeout_s)
-
-    def status(self) -> int:
-        return self.health.Check(health_pb2.HealthCheckRequest(service="smollm2")).status
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,8 @@ class PlainCalls:
         self._door = door
         self._go_on = go_on
         self._runs: dict[int, _Run] = {}
-        self._makers: dict[tuple[Wish, tuple[Any, ...]], tuple[Sampling | None, _core.StreamMaker]] = {}
+        self._makers: dict[tuple[Wish, str, str], tuple[Sampling | None, _core.StreamMaker]] = {}
+        self._alike: dict[tuple[str, str], tuple[Any, ...]] = {}
         self._ended: list[_Run] = []
         self._trailer: tuple[tuple[str, bytes], ...] = ()
         self._native_trailer = _core.DoorTrailers(())
@@ -182,8 +183,7 @@ class PlainCalls:
             return None
         return places[key]
 
-    @staticmethod
-    def _look_at(model: str, deployment: Deployment) -> _Place | None:
+    def _look_at(self, model: str, deployment: Deployment) -> _Place | None:
         engine, info = deployment.ready()
         if "generate" not in info.capabilities or not hasattr(engine, "submit"):
             return None
@@ -191,6 +191,9 @@ class PlainCalls:
         alike = (
             model, deployment.name, info.name, info.sampler.implementation, info.eos_token_ids, vocabulary
         )  # fmt: skip
+        if self._alike.setdefault((model, deployment.name), alike) != alike:
+            self._makers.clear()
+            self._alike = {(model, deployment.name): alike}
         return _Place(model, deployment, engine, info, alike)
 
     def _take(self, item: PlainItem, now: float) -> bool:
@@ -257,11 +260,11 @@ class PlainCalls:
         return len(text.encode()) <= self._settings.max_prompt_bytes
 
     def _maker(self, wish: Wish, sampling: Sampling, place: _Place) -> _core.StreamMaker:
-        key = (wish, place.alike)
+        model, deployment, engine, sampler, eos_token_ids, vocabulary = place.alike
+        key = (wish, model, deployment)
         kept = self._makers.get(key)
         if kept is not None and kept[0] is wish.base:
             return kept[1]
-        model, deployment, engine, sampler, eos_token_ids, vocabulary = place.alike
         maker = _core.StreamMaker(
             vocabulary,
             num_outputs=sampling.n,
