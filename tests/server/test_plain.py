@@ -320,3 +320,41 @@ async def test_nothing_is_left_of_calls_that_end_in_any_way(serve: Serve) -> Non
     door: Any = h.server._door
     await asyncio.wait_for(door._plain.wait_idle(), 10)
     assert len(door._plain) == 0
+
+
+async def test_calls_without_a_request_end_as_others_do(serve: Serve) -> None:
+    """One that is closed, one that is cancelled, and one that the server's end finds open."""
+    h = await serve()
+    door: Any = h.server._door
+    open_call = h.channel.stream_stream("/twinjet.v1.InferenceService/Generate")
+    closed = open_call()
+    await closed.done_writing()
+    assert await closed.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await closed.details() == "request: there is no message"
+    cancelled = open_call()
+    await cancelled.wait_for_connection()
+    await h.until(lambda: door._door.totals()["calls"] == 1)
+    cancelled.cancel()
+    await h.until(lambda: door._door.totals()["calls"] == 0)
+    left = open_call()
+    await left.wait_for_connection()
+    await h.until(lambda: door._door.totals()["calls"] == 1)
+    await h.server.stop()
+    assert await left.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_that_is_behind_gets_all_of_it(serve: Serve) -> None:
+    """More than the door takes at once waits for the end, which a task then writes."""
+    window: list[tuple[str, Any]] = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
+    h = await serve({"max_context_tokens": 100_000, "num_blocks": 10_000}, channel_options=window)
+    door: Any = h.server._door
+    sampling = Sampling(max_tokens=4000, min_tokens=4000, logprobs=20, seed=1)
+    call = h.inference.Generate(Request(text="x", sampling=sampling))
+    messages = [await call.read()]
+    assert len(door._plain) == 1
+    await h.until(lambda: len(door._calls) == 1)  # the task has it
+    messages += await collect(call)
+    assert sum(len(m.delta.token_ids) for m in messages) == 4000
+    assert kinds(messages)[-2:] == ["finished", "summary"]
+    await h.until_idle()
+    await asyncio.wait_for(door._plain.wait_idle(), 10)

@@ -146,6 +146,7 @@ class PlainCalls:
             except Exception:  # one call's fault must not lose the others
                 logger.exception("%s failed", METHOD)
                 self._fail(item[1], _INTERNAL, None)
+        self._places.clear()
         return left
 
     def cancel(self, call_id: int) -> None:
