@@ -113,8 +113,8 @@ FUZZ_S ?= 300
 fuzz-door:
 	mkdir -p build/fuzz-door/corpus
 	$(FUZZ_CXX) -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc -Wall -Wextra \
-	  tests/fuzz/door_fuzz.cc csrc/door/call.cc csrc/door/mailbox.cc csrc/door/message_reader.cc csrc/door/session.cc \
-	  csrc/door/wire.cc -lnghttp2 -lz -o build/fuzz-door/door_fuzz
+	  tests/fuzz/door_fuzz.cc csrc/door/call.cc csrc/door/fields.cc csrc/door/mailbox.cc csrc/door/message_reader.cc \
+	  csrc/door/outbox.cc csrc/door/peer_conduct.cc csrc/door/request_head.cc csrc/door/session*.cc csrc/door/wire.cc -lnghttp2 -lz -o build/fuzz-door/door_fuzz
 	build/fuzz-door/door_fuzz -max_total_time=$(FUZZ_S) -max_len=4096 -artifact_prefix=build/fuzz-door/ build/fuzz-door/corpus
 
 # The extension itself under the address and undefined-behaviour sanitizers: its Python tests without an engine.

@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "door/carrier.h"
+#include "door/fields.h"
 #include "stream/stream.h"
 
 namespace py = pybind11;
@@ -137,6 +138,14 @@ bool Set(const py::kwargs& given, const char* name, T* field) {
   return true;
 }
 
+// A pair of message and details.
+bool SetStatus(const py::kwargs& given, const char* name, door::OwnStatus* status) {
+  std::pair<std::string, std::string> texts;
+  if (!Set(given, name, &texts)) return false;
+  *status = {std::move(texts.first), std::move(texts.second)};
+  return true;
+}
+
 Options ReadOptions(const py::kwargs& given) {
   Options o;
   const int num_known =
@@ -149,7 +158,8 @@ Options ReadOptions(const py::kwargs& given) {
       Set(given, "header_s", &o.header_s) + Set(given, "message_stall_s", &o.message_stall_s) +
       Set(given, "linger_s", &o.linger_s) + Set(given, "idle_s", &o.idle_s) +
       Set(given, "keepalive_s", &o.keepalive_s) + Set(given, "keepalive_timeout_s", &o.keepalive_timeout_s) +
-      Set(given, "client_ping_s", &o.client_ping_s) + Set(given, "overload_details", &o.overload_details);
+      Set(given, "client_ping_s", &o.client_ping_s) + SetStatus(given, "overload", &o.overload) +
+      SetStatus(given, "deadline", &o.deadline);
   if (num_known != static_cast<int>(py::len(given))) throw py::type_error("Door has no such option");
   return o;
 }
@@ -190,7 +200,12 @@ void BindDoor(py::module_& module) {
       .def_property_readonly("unsent_bytes", [](const PyCall& self) { return self.call->unsent_bytes(); })
       .def("send_headers",
            [](const PyCall& self, const py::iterable& metadata) {
-             door::SendHeaders(self.call, ReadMetadata(metadata));
+             Metadata headers = ReadMetadata(metadata);
+             if (door::MetadataBytes(headers) > door::kMaxMetadataBytes) {
+               throw py::value_error("the initial metadata has more than " +
+                                     std::to_string(door::kMaxMetadataBytes) + " bytes");
+             }
+             door::SendHeaders(self.call, std::move(headers));
            })
       .def(
           "write",

@@ -7,6 +7,12 @@
 
 namespace twinjet::door {
 
+// A status that the door itself gives.
+struct OwnStatus {
+  std::string message;
+  std::string details;  // a google.rpc.Status to send as grpc-status-details-bin; empty: none
+};
+
 struct Options {
   int num_threads = 1;
   size_t max_message_bytes = 16 << 20;   // of one request message, after decompression
@@ -31,8 +37,8 @@ struct Options {
   uint64_t reset_rate = 1000;        // and a second after that
   uint64_t idle_frame_burst = 1000;  // frames that carry nothing, at once
   uint64_t idle_frame_rate = 100;    // and a second after that
-  // A google.rpc.Status to send as grpc-status-details-bin when a call is refused for load; empty: none.
-  std::string overload_details;
+  OwnStatus overload{"the server has more to do than it can bear", ""};  // RESOURCE_EXHAUSTED
+  OwnStatus deadline{"the deadline has passed", ""};                     // DEADLINE_EXCEEDED
 };
 
 }  // namespace twinjet::door

@@ -1100,7 +1100,7 @@ class DoorCall:
 class Door:
     """A gRPC server. Options: see csrc/door/options.h."""
 
-    def __init__(self, **options: float | bytes) -> None: ...
+    def __init__(self, **options: float | tuple[str, bytes]) -> None: ...
     def listen(self, host: str, port: int, use_tls: bool, /) -> int:
         """Listen, and give the port. Raises OSError."""
     def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:

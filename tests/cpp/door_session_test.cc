@@ -216,6 +216,73 @@ TEST(an_answer_before_the_request_has_ended_stops_the_client) {
   CHECK_EQ(rig.client.answer(id).status(), kInvalidArgument);
 }
 
+// Whenever the door ends a call, its client gets the status, whole, and is told with NO_ERROR to send no
+// more.
+TEST(the_status_arrives_however_far_the_request_has_come) {
+  const std::string message(40'000, 'm');
+  const std::string framed = test::Framed(message);
+  const std::vector<std::string> pieces = {
+      "", framed.substr(0, 3), framed.substr(3, 20'000), framed.substr(20'003), framed, ""};
+  enum class End { kFinish, kFinishAfterMessages, kDeadline, kTooLarge };
+  for (const End end : {End::kFinish, End::kFinishAfterMessages, End::kDeadline, End::kTooLarge}) {
+    for (size_t when = 0; when <= pieces.size(); ++when) {
+      const bool is_between_messages = when < 2 || when == 4 || when == 5;
+      if (end == End::kTooLarge && !is_between_messages) continue;
+      // Pumped: what was sent has arrived. Not: it is on its way while the call ends.
+      for (const bool is_pumped : {true, false}) {
+        Options options;
+        options.deadline = {"too late", "details"};
+        options.max_message_bytes = 50'000;
+        Rig rig(options);
+        const int32_t id = rig.client.Begin("/a/b", {{"grpc-timeout", "9S"}});
+        const CallRef call = rig.TakeCall();
+        for (size_t i = 0; i < when; ++i) {
+          rig.client.SendRaw(id, pieces[i]);
+          if (i + 1 == pieces.size()) rig.client.HalfClose(id);
+          if (is_pumped) rig.Pump();
+        }
+        int expected = kResourceExhausted;
+        if (end == End::kDeadline) {
+          expected = kDeadlineExceeded;
+          rig.Later(9);
+        } else if (end == End::kTooLarge) {
+          rig.client.SendRaw(id, test::Framed(std::string(60'000, 'x')));
+          rig.Pump();
+        } else {
+          if (end == End::kFinishAfterMessages) rig.Write(call, "answer");
+          rig.Finish(call, {kResourceExhausted, "no", {{"grpc-status-details-bin", "details"}}});
+        }
+        rig.client.SendRaw(id, framed);
+        rig.client.HalfClose(id);
+        rig.Pump();
+        const test::Answer& answer = rig.client.answer(id);
+        CHECK_EQ(answer.status(), expected);
+        CHECK(answer.is_closed);
+        CHECK_EQ(answer.error_code, static_cast<uint32_t>(NGHTTP2_NO_ERROR));
+        CHECK_EQ(answer.messages().size(), end == End::kFinishAfterMessages ? 1u : 0u);
+        if (end != End::kTooLarge) CHECK_EQ(*Base64Decode(answer.Find("grpc-status-details-bin")), "details");
+      }
+    }
+  }
+}
+
+TEST(a_status_is_sent_however_long_its_message) {
+  Rig rig;
+  std::string text;
+  while (text.size() < 100'000) text += "\u00e9\u4e16%";  // three to nine bytes each when encoded
+  const int32_t id = rig.client.Ask("/a/b", "question");
+  const CallRef call = rig.TakeCall();
+  rig.Finish(call, {kInternal, text, {{"k", std::string(31'000, 'v')}}});
+  rig.Pump();
+  const test::Answer& answer = rig.client.answer(id);
+  CHECK_EQ(answer.status(), kInternal);
+  CHECK(answer.Find("grpc-message").size() > 16'000);
+  CHECK(text.starts_with(answer.message()));
+  const size_t num_left = answer.message().size() % 6;  // of a six-byte group of three characters
+  CHECK(num_left == 0 || num_left == 2 || num_left == 5);
+  CHECK_EQ(answer.Find("k").size(), 31'000u);
+}
+
 TEST(gzip_goes_both_ways) {
   Rig rig;
   const std::string text(10000, 'z');
@@ -432,7 +499,7 @@ TEST(messages_beyond_the_limit_are_refused) {
 TEST(request_bytes_of_all_calls_together_are_bounded) {
   Options options;
   options.max_received_bytes = 100'000;
-  options.overload_details = "details";
+  options.overload = {"too much", "details"};
   Rig rig(options);
   std::vector<int32_t> ids;
   for (int i = 0; i < 20; ++i) {

@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -20,61 +19,22 @@ import grpc
 import pytest
 from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.epp.replicas import until
 from tests.epp.test_mirroring import cached, picker_over
 from tests.server.harness import details
-from tests.server.processes import descendants, is_alive, server
+from tests.server.processes import Service, descendants, is_alive, server
 from twinjet.epp.main import Epp
 from twinjet.epp.mirroring import Mirrored
-from twinjet.v1 import (
-    admin_pb2,
-    generation_pb2,
-    model_pb2,
-    sampling_pb2,
-    service_pb2_grpc,
-    tokenization_pb2,
-)
+from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, tokenization_pb2
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 Request = generation_pb2.GenerateRequest
 Sampling = sampling_pb2.SamplingParams
 SETTINGS = '[deployments.smollm2]\nengine = "vllm"\nmodel = "demo"\nkv_events = true\n'
-
-
-class Service:
-    """A running server process and stubs for it."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.process = process
-        self.address = address
-        self.channel = grpc.insecure_channel(address)
-        self.inference = service_pb2_grpc.InferenceServiceStub(self.channel)
-        self.models = service_pb2_grpc.ModelServiceStub(self.channel)
-        self.admin = service_pb2_grpc.AdminServiceStub(self.channel)
-        self.health = health_pb2_grpc.HealthStub(self.channel)
-
-    def load(self) -> admin_pb2.ModelLoad:
-        return self.admin.GetLoad(admin_pb2.GetLoadRequest()).models[0]
-
-    def until(self, condition: Any, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, "it did not come true in time"
-            time.sleep(0.05)
-
-    def until_idle(self, timeout_s: float = 10.0) -> None:
-        def is_idle() -> bool:
-            load = self.load()
-            return (load.waiting, load.running, load.engine_running, load.kv_blocks_used) == (0, 0, 0, 0)
-
-        self.until(is_idle, timeout_s)
-
-    def status(self) -> int:
-        return self.health.Check(health_pb2.HealthCheckRequest(service="smollm2")).status
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from twinjet.errors import ConfigError
+from twinjet.errors import ConfigError, DeadlinePassed, InvalidRequest
 from twinjet.server.binding import server_credentials, why_not
 from twinjet.server.native_channelz import NativeChannelz
-from twinjet.server.status import overload_details
+from twinjet.server.status import Failure, internal_failure, overload_failure, shutdown_failure, to_failure
 
 if TYPE_CHECKING:
     from twinjet import _core
@@ -193,6 +193,11 @@ class CallContext(_Base):
         )
         self._run_callbacks()
 
+    def fail(self, failure: Failure) -> None:
+        """End the call with one of the door's own statuses."""
+        self._trailers = failure.trailing_metadata
+        self.finish(failure.code, failure.message)
+
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         self._trailers = trailing_metadata
 
@@ -274,7 +279,7 @@ class CallContext(_Base):
         except CallIsOver:
             pass
         except _BadRequest:
-            self.finish(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid message of its type")
+            self.fail(_bad_request("not a valid message of its type"))
         except asyncio.CancelledError:
             if not self.done():
                 self.finish(grpc.StatusCode.CANCELLED, "the server cancelled the call")
@@ -336,7 +341,8 @@ class NativeDoor:
             client_ping_s=settings.client_ping_s,
             linger_s=settings.stalled_reader_s,
             max_unsent_bytes=max(4 * settings.max_pending_bytes, 64 << 20),
-            overload_details=overload_details(),
+            overload=_own_status(overload_failure()),
+            deadline=_own_status(to_failure(DeadlinePassed("the deadline has passed"))),
         )
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._by_path: dict[str, _Handler] = {}
@@ -389,7 +395,7 @@ class NativeDoor:
         if self._tasks and grace_s > 0:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for context in list(self._calls.values()):
-            context.finish(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+            context.fail(shutdown_failure())
             context.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLEANUP_S)
@@ -406,7 +412,7 @@ class NativeDoor:
                     self._begin(call_id, payload)
                 except Exception:  # one call's fault must not lose the events of the others
                     logger.exception("a call could not be begun")
-                    payload[0].finish(grpc.StatusCode.INTERNAL.value[0], "internal error", ())
+                    _refuse(payload[0], internal_failure())
                 continue
             context = self._calls.get(call_id)
             if context is None:
@@ -419,7 +425,7 @@ class NativeDoor:
                 context.half_close()
                 if context.task is None:
                     del self._calls[call_id]
-                    context.finish(grpc.StatusCode.INVALID_ARGUMENT, "the request has no message")
+                    context.fail(_bad_request("there is no message"))
             elif kind == _CANCELLED:
                 if context.task is None:
                     del self._calls[call_id]
@@ -430,7 +436,7 @@ class NativeDoor:
     def _begin(self, call_id: int, payload: Any) -> None:
         call, path, peer, metadata, timeout_s, accepts_gzip = payload
         if self._is_stopping:
-            call.finish(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
+            _refuse(call, shutdown_failure())
             return
         handler = self._find(path, metadata)
         if handler is None:
@@ -488,6 +494,18 @@ class NativeDoor:
                     logger.info("new TLS files are in use")
             except (OSError, ConfigError) as error:
                 logger.warning("the new TLS files are not used: %s", error)
+
+
+def _own_status(failure: Failure) -> tuple[str, bytes]:
+    return failure.message, failure.trailing_metadata[0][1]
+
+
+def _refuse(call: _core.DoorCall, failure: Failure) -> None:
+    call.finish(failure.code.value[0], failure.message, failure.trailing_metadata)
+
+
+def _bad_request(what: str) -> Failure:
+    return to_failure(InvalidRequest.of("request", what))
 
 
 def _times(files: Sequence[Path]) -> tuple[int, ...]:
