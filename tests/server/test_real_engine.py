@@ -188,7 +188,7 @@ def test_a_picker_started_again_knows_what_the_engine_has_cached(
 ) -> None:
     """By the snapshot of the engine's real events; and where the stream broke it goes on with the next delta."""
     text = "The quick brown fox jumps over the lazy dog and tells everybody about it. " * 12
-    tokenized = service.models.Tokenize(tokenization_pb2.TokenizeRequest(text=text))
+    tokenized = service.inference.Tokenize(tokenization_pb2.TokenizeRequest(text=text))
     tokens = list(tokenized.token_ids)
     kinds: list[int] = []
     take = Mirrored.take
