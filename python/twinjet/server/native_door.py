@@ -412,7 +412,7 @@ class NativeDoor:
         if grace_s > 0:
             await self._wait_for_calls(grace_s)
         if self._plain is not None:
-            self._plain.end_all(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down")
+            self._plain.end_all(shutdown_failure())
         for context in list(self._calls.values()):
             context.fail(shutdown_failure())
             context.cancel()
@@ -442,7 +442,11 @@ class NativeDoor:
         finally:
             self._door.let_go()
         for call_id, call, *_ in left:
-            self._serve_picked(call_id, call)
+            try:
+                self._serve_picked(call_id, call)
+            except Exception:
+                logger.exception("a call could not be begun")
+                _refuse(call, internal_failure())
         for kind, call_id, payload in events:
             if kind == _CALL:
                 try:
@@ -568,7 +572,7 @@ def _own_status(failure: Failure) -> tuple[str, bytes]:
     return failure.message, failure.trailing_metadata[0][1]
 
 
-def _refuse(call: _core.DoorCall, failure: Failure) -> None:
+def _refuse(call: _core.DoorCall | _core.PlainCall, failure: Failure) -> None:
     call.finish(failure.code.value[0], failure.message, failure.trailing_metadata)
 
 

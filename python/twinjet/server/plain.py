@@ -160,11 +160,11 @@ class PlainCalls:
         """Return when none is left."""
         await self._is_idle.wait()
 
-    def end_all(self, code: int, message: str) -> None:
+    def end_all(self, failure: Failure) -> None:
         """End all that are left, but for those that a task has."""
         for run in list(self._runs.values()):
             if not run.is_late:
-                run.call.finish(code, message, ())
+                run.call.finish(failure.code.value[0], failure.message, failure.trailing_metadata)
                 self.cancel(run.call_id)
 
     def _place(self, model: str, tenant: str, session: str) -> _Place | None:
@@ -220,7 +220,10 @@ class PlainCalls:
         self._gate.count(peer)
         is_taken = False
         try:
-            dispatcher.check(request_id, tenant)
+            try:
+                dispatcher.check(request_id, tenant)
+            except Unavailable:  # perhaps another deployment takes it
+                return False
             if text:
                 token_ids = tuple(place.engine.tokenizer.encode(text, add_special_tokens=True))
             if not 1 <= len(token_ids) < limits.max_context_tokens:
@@ -242,9 +245,6 @@ class PlainCalls:
             run = _Run(call_id, call, peer, session, Lost(place.model, place.deployment, wish, stream, now))
             run.ticket = dispatcher.open_carried(request, stream, lambda: self._on_end(run))
             is_taken = True
-        except Unavailable:
-            # Before it was accepted: perhaps another deployment takes it.
-            return False
         finally:
             if not is_taken:
                 self._gate.leave(peer)
