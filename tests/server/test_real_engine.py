@@ -242,6 +242,7 @@ async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
     """A port before another that breaks every connection, old and new, while the event is set."""
     broken = asyncio.Event()
     writers: set[asyncio.StreamWriter] = set()
+    copying: set[asyncio.Task[Any]] = set()
     host, _, port = address.rpartition(":")
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -257,6 +258,9 @@ async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
             return
         far_reader, far_writer = await asyncio.open_connection(host, int(port))
         writers.update((writer, far_writer))
+        task = asyncio.current_task()
+        assert task is not None
+        copying.add(task)
         await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
 
     async def breaking() -> None:
@@ -275,6 +279,7 @@ async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
         listener.close()
         for writer in writers:
             writer.transport.abort()
+        await asyncio.gather(*copying)
 
 
 def test_kill_9_of_the_engine_ends_every_stream_at_once_and_it_comes_back(service: Service) -> None:
