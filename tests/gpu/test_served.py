@@ -49,6 +49,7 @@ SETTINGS = """
 [deployments.roomy]
 model = "demo"
 [deployments.roomy.options]
+dtype = "bfloat16"
 enable_lora = true
 max_lora_rank = 8
 max_num_seqs = 64
@@ -59,6 +60,7 @@ kv_cache_memory_bytes = 4000000000
 [deployments.tight]
 model = "demo"
 [deployments.tight.options]
+dtype = "bfloat16"
 enforce_eager = true
 max_num_seqs = 16
 max_model_len = 1024
@@ -242,20 +244,20 @@ def test_preempted_streams_go_on_with_the_tokens_they_would_have_had(served: Ser
     tight = served.together([{**one, "model": "tight"} for one in wanted])
     assert served.load("tight").preemptions > before
     roomy = served.together(wanted)
-    assert [answer[0][1] for answer in tight] == [answer[0][1] for answer in roomy]
+    pairs = [(a, b) for x, y in zip(tight, roomy, strict=True) for a, b in zip(x[0][1], y[0][1], strict=True)]
+    # bfloat16 sums differ by batch: now and then a race is that close. A token lost or drawn twice would move all after it.
+    same = sum(a == b for a, b in pairs)
+    assert same >= 0.99 * len(pairs), (same, len(pairs))
+    greedy = {"temperature": 0.0, "max_tokens": 160, "ignore_eos": True}
     texts = [
-        [answer[0][0] for answer in served.together(
-            [
-                {"model": model, "text": name, "sampling": {"temperature": 0.0, "max_tokens": 160, "ignore_eos": True}}
-                for name in names
-            ]
-        )]
-        for model in ("tight", "roomy")
-    ]  # fmt: skip
-    # Real text: a near tie may fall otherwise in another batch.
-    same = sum(a == b for a, b in zip(*texts, strict=True))
-    print(f"{same} of {len(names)} greedy texts equal through preemption")
-    assert all(a[:40] == b[:40] for a, b in zip(*texts, strict=True)), texts
+        [a[0][0] for a in served.together([{"model": m, "text": n, "sampling": greedy} for n in names])]
+        for m in ("tight", "roomy")
+    ]
+    equal = sum(a == b for a, b in zip(*texts, strict=True))
+    print(
+        f"through preemption {same} of {len(pairs)} drawn tokens and {equal} of {len(names)} greedy texts equal"
+    )
+    assert all(a[:12] == b[:12] for a, b in zip(*texts, strict=True)), texts
     served.until_idle(deployment="tight")
 
 
