@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from tests.server.harness import details
 from tests.server.processes import descendants, is_alive, server
+from twinjet.server import native_door
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -62,11 +63,19 @@ class Service:
         return self.health.Check(health_pb2.HealthCheckRequest(service="smollm2")).status
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Iterator[Service]:
+ONE_DOOR = pytest.mark.parametrize("service", ["grpc"], indirect=True)
+"""For what lies behind the door: the same through either."""
+
+
+@pytest.fixture(scope="module", params=["grpc", "native"])
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path
+) -> Iterator[Service]:
+    if request.param == "native" and not native_door.is_available():
+        pytest.skip("this build has no native door")
     folder = tmp_path_factory.mktemp("server")
     log = folder / "server.log"
-    with server(folder, SETTINGS) as (process, address):
+    with server(folder, f'door = "{request.param}"\n{SETTINGS}') as (process, address):
         service = Service(process, address)
         yield service
         below = descendants(process.pid)
@@ -102,6 +111,7 @@ def test_a_stranger_gets_the_capital_of_france_through_reflection_alone(service:
     assert events[-1].summary.usage.output_tokens > 0
 
 
+@ONE_DOOR
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
@@ -122,6 +132,7 @@ def test_a_first_question_has_a_good_answer_at_the_models_own_temperature(
     assert [text for text in texts if answer not in text] == []
 
 
+@ONE_DOOR
 def test_the_model_describes_itself_and_the_native_parts_are_in_use(service: Service) -> None:
     model = service.models.GetModel(model_pb2.GetModelRequest()).model
     assert model.state == model_pb2.MODEL_STATE_READY
@@ -149,6 +160,7 @@ def test_a_stream_is_served_by_the_native_parts(service: Service) -> None:
     service.until(is_counted, 10)
 
 
+@ONE_DOOR
 @pytest.mark.parametrize(
     ("constraint", "field"),
     [
