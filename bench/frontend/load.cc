@@ -83,7 +83,10 @@ struct Stream {
 };
 
 struct Result {
-  int64_t tokens = 0, messages = 0, done = 0, started = 0;
+  int64_t tokens = 0, messages = 0, done = 0, started = 0, with_tokens = 0;
+  // While every stream has begun and none has ended: when that was, and the tokens until then.
+  double full_from = 0, full_until = 0;
+  int64_t full_first = 0, full_last = 0;
   std::map<std::string, int64_t> statuses;
   std::map<std::string, int64_t> without_details;
   std::vector<float> first_ms, gap_ms, end_ms;
@@ -414,6 +417,10 @@ void Load::Tokens(Stream& stream, int64_t count) {
   if (stream.tokens == 0) {
     stream.first = now;
     result_.first_ms.push_back(static_cast<float>((now - stream.began) * 1e3));
+    if (++result_.with_tokens == options_.requests && result_.done == 0) {
+      result_.full_from = now;
+      result_.full_first = result_.tokens;
+    }
   } else if (result_.gap_ms.size() < kMaxGaps) {
     result_.gap_ms.push_back(static_cast<float>((now - stream.last) * 1e3));
   }
@@ -434,6 +441,10 @@ void Load::OnClose(Stream& stream, uint32_t error_code) {
 }
 
 void Load::Finish(Stream& stream, const std::string& status, bool has_details) {
+  if (result_.done == 0) {
+    result_.full_until = Now();
+    result_.full_last = result_.tokens;
+  }
   ++result_.done;
   ++result_.statuses[status];
   if (status != "OK" && !has_details) ++result_.without_details[status];
@@ -479,6 +490,7 @@ void Load::Print(double seconds) const {
   getrusage(RUSAGE_SELF, &usage);
   const double cpu = static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
                      static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+  const bool is_full = result_.full_from > 0 && result_.full_until > result_.full_from;
   auto counts = [](const std::map<std::string, int64_t>& map) {
     std::string out = "{";
     for (const auto& [name, count] : map) {
@@ -491,12 +503,14 @@ void Load::Print(double seconds) const {
       "\"statuses\": %s, "
       "\"without_details\": %s, \"ttft_ms\": [%.3f, %.3f], \"gap_ms\": [%.3f, %.3f], \"end_ms\": [%.3f, "
       "%.3f], "
-      "\"client_cpu_s\": %.4f}\n",
+      "\"full_tokens\": %lld, \"full_seconds\": %.4f, \"client_cpu_s\": %.4f}\n",
       seconds, static_cast<long long>(result_.started), static_cast<long long>(result_.done),
       static_cast<long long>(result_.tokens), static_cast<long long>(result_.messages),
       counts(result_.statuses).c_str(), counts(result_.without_details).c_str(),
       Percentile(result_.first_ms, .5), Percentile(result_.first_ms, .99), Percentile(result_.gap_ms, .5),
-      Percentile(result_.gap_ms, .99), Percentile(result_.end_ms, .5), Percentile(result_.end_ms, .99), cpu);
+      Percentile(result_.gap_ms, .99), Percentile(result_.end_ms, .5), Percentile(result_.end_ms, .99),
+      static_cast<long long>(is_full ? result_.full_last - result_.full_first : 0),
+      is_full ? result_.full_until - result_.full_from : 0.0, cpu);
 }
 
 Options Parse(int argc, char** argv) {

@@ -137,7 +137,8 @@ class Worker:
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor.abstract import Executor
 
-        from twinjet.engines.vllm.front import config, parts
+        from twinjet.engines.vllm import config
+        from twinjet.engines.vllm.front import parts
 
         self.spec, self.native = spec, spec["native"]
         options = {"max_model_len": 2048, "max_num_seqs": 1024, **spec["options"]}
@@ -158,7 +159,7 @@ class Worker:
         driver = self.core.model_executor.driver_worker
         self.worker = getattr(driver, "worker", driver)
         self.runner = self.worker.model_runner
-        if self.config.load_config.load_format == "dummy":
+        if self.config.load_config.load_format == "dummy" and not spec.get("as_is"):
             _shape_weights(self.runner.model)
         self.clock = Clock()
         self.clock.watch(self.core.scheduler, "schedule", "schedule")

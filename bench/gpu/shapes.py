@@ -1,8 +1,9 @@
-"""Model folders with a shape and no weights, for load_format "dummy" and skip_tokenizer_init."""
+"""Model folders with a shape and no weights, for load_format "dummy"."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,4 +29,19 @@ def make_shape(name: str, folder: Path) -> Path:
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def make_served_shape(name: str, folder: Path) -> Path:
+    """Write the same with the demo model's tokenizer, whose vocabulary is filled up, so that it can be served."""
+    from twinjet.models.demo import demo_model
+
+    path, demo = make_shape(name, folder), demo_model()
+    tokenizer = json.loads((demo / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    used = {*vocabulary.values(), *(added["id"] for added in tokenizer["added_tokens"])}
+    vocabulary |= {f"\u0120t{i}": i for i in range(VOCAB) if i not in used}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(demo / "tokenizer_config.json", path)
+    (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     return path

@@ -9,6 +9,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from twinjet.v1 import admin_pb2, service_pb2_grpc
 
 MAIN = """
 import logging, sys
@@ -88,3 +94,37 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+class Service:
+    """A running server process and stubs for it."""
+
+    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
+        self.process = process
+        self.address = address
+        self.channel = grpc.insecure_channel(address)
+        self.inference = service_pb2_grpc.InferenceServiceStub(self.channel)
+        self.models = service_pb2_grpc.ModelServiceStub(self.channel)
+        self.admin = service_pb2_grpc.AdminServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    def load(self, deployment: str = "") -> admin_pb2.ModelLoad:
+        """Give a deployment's load, the first one's without a name."""
+        loads = self.admin.GetLoad(admin_pb2.GetLoadRequest()).models
+        return next(load for load in loads if deployment in ("", load.deployment))
+
+    def until(self, condition: Any, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come true in time"
+            time.sleep(0.05)
+
+    def until_idle(self, timeout_s: float = 10.0, deployment: str = "") -> None:
+        def is_idle() -> bool:
+            load = self.load(deployment)
+            return (load.waiting, load.running, load.engine_running, load.kv_blocks_used) == (0, 0, 0, 0)
+
+        self.until(is_idle, timeout_s)
+
+    def status(self, service: str = "smollm2") -> int:
+        return self.health.Check(health_pb2.HealthCheckRequest(service=service)).status

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +19,23 @@ import grpc
 import pytest
 from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from tests.epp.replicas import until
+from tests.epp.test_mirroring import cached, picker_over
 from tests.server.harness import details
-from tests.server.processes import descendants, is_alive, server
+from tests.server.processes import Service, descendants, is_alive, server
+from twinjet.epp.main import Epp
+from twinjet.epp.mirroring import Mirrored
 from twinjet.server import native_door
-from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
+from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, tokenization_pb2
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 Request = generation_pb2.GenerateRequest
 Sampling = sampling_pb2.SamplingParams
-SETTINGS = '[deployments.smollm2]\nengine = "vllm"\nmodel = "demo"\n'
-
-
-class Service:
-    """A running server process and stubs for it."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.process = process
-        self.channel = grpc.insecure_channel(address)
-        self.inference = service_pb2_grpc.InferenceServiceStub(self.channel)
-        self.models = service_pb2_grpc.ModelServiceStub(self.channel)
-        self.admin = service_pb2_grpc.AdminServiceStub(self.channel)
-        self.health = health_pb2_grpc.HealthStub(self.channel)
-
-    def load(self) -> admin_pb2.ModelLoad:
-        return self.admin.GetLoad(admin_pb2.GetLoadRequest()).models[0]
-
-    def until(self, condition: Any, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, "it did not come true in time"
-            time.sleep(0.05)
-
-    def until_idle(self, timeout_s: float = 10.0) -> None:
-        def is_idle() -> bool:
-            load = self.load()
-            return (load.waiting, load.running, load.engine_running, load.kv_blocks_used) == (0, 0, 0, 0)
-
-        self.until(is_idle, timeout_s)
-
-    def status(self) -> int:
-        return self.health.Check(health_pb2.HealthCheckRequest(service="smollm2")).status
+SETTINGS = '[deployments.smollm2]\nengine = "vllm"\nmodel = "demo"\nkv_events = true\n'
 
 
 ONE_DOOR = pytest.mark.parametrize("service", ["grpc"], indirect=True)
@@ -218,6 +193,101 @@ def _engine_process(service: Service) -> int:
     forked = [pid for pid, parent in below.items() if parent in below]
     assert len(forked) == 1, below
     return forked[0]
+
+
+@ONE_DOOR
+def test_a_picker_started_again_knows_what_the_engine_has_cached(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the snapshot of the engine's real events; and where the stream broke it goes on with the next delta."""
+    text = "The quick brown fox jumps over the lazy dog and tells everybody about it. " * 12
+    tokenized = service.inference.Tokenize(tokenization_pb2.TokenizeRequest(text=text))
+    tokens = list(tokenized.token_ids)
+    kinds: list[int] = []
+    take = Mirrored.take
+
+    def noted(self: Mirrored, message: admin_pb2.WatchKvEventsResponse) -> None:
+        kinds.append(message.kind)
+        take(self, message)
+
+    monkeypatch.setattr(Mirrored, "take", noted)
+
+    def ask(prompt: list[int]) -> int:
+        """Have a prompt computed; gives how much of it was cached."""
+        request = Request(token_ids=[*prompt, 1, 2], sampling=Sampling(temperature=0, max_tokens=2))
+        return int(next(service.inference.Generate(request)).started.cached_prompt_tokens)
+
+    async def agree(epp: Epp, prompt: list[int]) -> None:
+        """The picker knows of all that the engine has."""
+        held = await asyncio.to_thread(ask, prompt)
+        assert held > len(prompt) - 32
+        await until(lambda: cached(epp.picker, prompt, "smollm2") == held)
+
+    async def look() -> None:
+        async with forwarder(service.address) as (address, broken):
+            for start in range(2):
+                kinds.clear()
+                async with picker_over(address) as epp:
+                    await agree(epp, tokens)
+                    assert kinds[0] in (
+                        admin_pb2.KV_BATCH_KIND_SNAPSHOT,
+                        admin_pb2.KV_BATCH_KIND_SNAPSHOT_END,
+                    )
+                    if start == 1:
+                        kinds.clear()
+                        broken.set()
+                        await until(lambda epp=epp: not any(r.is_up for r in epp.picker.replicas.values()))
+                        await asyncio.to_thread(ask, tokens[::-1])
+                        broken.clear()
+                        await agree(epp, tokens[::-1])
+                        await agree(epp, tokens)
+                        assert set(kinds) <= {
+                            admin_pb2.KV_BATCH_KIND_DELTA,
+                            admin_pb2.KV_BATCH_KIND_HEARTBEAT,
+                        }
+
+    ask(tokens)
+    asyncio.run(look())
+
+
+@asynccontextmanager
+async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """A port before another that breaks every connection, old and new, while the event is set."""
+    broken = asyncio.Event()
+    writers: set[asyncio.StreamWriter] = set()
+    host, _, port = address.rpartition(":")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if broken.is_set():
+            writer.transport.abort()
+            return
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        writers.update((writer, far_writer))
+        await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+
+    async def breaking() -> None:
+        while True:
+            await broken.wait()
+            while writers:
+                writers.pop().transport.abort()
+            await asyncio.sleep(0.01)
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    task = asyncio.create_task(breaking())
+    try:
+        yield f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", broken
+    finally:
+        task.cancel()
+        listener.close()
+        for writer in writers:
+            writer.transport.abort()
 
 
 def test_kill_9_of_the_engine_ends_every_stream_at_once_and_it_comes_back(service: Service) -> None:

@@ -99,7 +99,7 @@ class Server:
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
         self._tasks.append(asyncio.create_task(self.load_reports.run(), name="load reports"))
         for deployment in list(self.deployments.by_name.values()):
-            deployment.supervisor.start()
+            deployment.start()
 
     async def reload(self, read: Callable[[], Config]) -> None:
         """Read the configuration again and bring deployments and routes to it; logs what was done or why not.
@@ -146,7 +146,7 @@ class Server:
         await self.live.wait(CLEANUP_S)
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
-            await deployment.supervisor.stop()
+            await deployment.stop()
         await self.grammars.close()
         if self._web is not None:
             await asyncio.to_thread(self._web.close)

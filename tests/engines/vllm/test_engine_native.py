@@ -164,7 +164,7 @@ async def test_description_names_our_components(engine: VllmEngine) -> None:
     await _counters(engine)
     info = engine.describe()
     assert (info.sampler.implementation, info.sampler.version) == ("twinjet", str(SPEC_VERSION))
-    assert info.sampler.target in {"scalar", "avx2", "avx512"}
+    assert info.sampler.target in {"scalar", "avx2", "avx512", "cuda"}
     assert info.block_manager.implementation == "twinjet"
     assert (info.sampler.reason, info.block_manager.reason) == ("", "")
     assert info.block_manager.counters["rows_scheduled"] > 0
