@@ -106,6 +106,7 @@ class PyDoor final : private door::EventSink {
 
   py::tuple Show(Event& event) {
     const auto kind = static_cast<int>(event.kind);
+    if (event.kind == EventKind::kRefused) return py::make_tuple(kind, 0, event.bytes);
     const uint64_t id = event.call->id();
     switch (event.kind) {
       case EventKind::kCall:
@@ -153,7 +154,8 @@ Options ReadOptions(const py::kwargs& given) {
       Set(given, "linger_s", &o.linger_s) + Set(given, "idle_s", &o.idle_s) +
       Set(given, "keepalive_s", &o.keepalive_s) + Set(given, "keepalive_timeout_s", &o.keepalive_timeout_s) +
       Set(given, "client_ping_s", &o.client_ping_s) + SetStatus(given, "overload", &o.overload) +
-      SetStatus(given, "deadline", &o.deadline);
+      SetStatus(given, "deadline", &o.deadline) + Set(given, "bounded_paths", &o.bounded_paths) +
+      Set(given, "max_open", &o.max_open) + SetStatus(given, "full", &o.full);
   if (num_known != static_cast<int>(py::len(given))) throw py::type_error("Door has no such option");
   return o;
 }
@@ -289,9 +291,10 @@ void BindDoor(py::module_& module) {
       .def("fileno", &PyDoor::fd)
       .def("take", &PyDoor::Take,
            "The events that came: (kind, call id, payload). 0: a call, (DoorCall, path, peer, metadata, "
-           "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room. "
-           "And "
-           "the calls that pick_plain picked: they began before the events beside them.")
+           "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room; "
+           "5: a call was refused by bounded_paths, its path; of no call. And the calls that pick_plain "
+           "picked: "
+           "they began before the events beside them.")
       .def("pick_plain", &PyDoor::PickPlain, py::arg("path"))
       .def("stop_picking", &PyDoor::StopPicking)
       .def("hold", [](PyDoor& self) { self.door().Hold(); })

@@ -1163,7 +1163,7 @@ class StreamMaker:
 class Door:
     """A gRPC server. Options: see csrc/door/options.h."""
 
-    def __init__(self, **options: float | tuple[str, bytes]) -> None: ...
+    def __init__(self, **options: float | list[str] | tuple[str, bytes]) -> None: ...
     def listen(self, host: str, port: int, use_tls: bool, /) -> int:
         """Listen, and give the port. Raises OSError."""
     def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
@@ -1175,9 +1175,10 @@ class Door:
         """The events that came, (kind, call id, payload), and the calls that pick_plain() picked.
 
         0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
-        2: half-closed; 3: cancelled, why; 4: room. A picked call began before the events beside it: (call id,
-        PlainCall, peer, timeout in s or None, model, text, token ids, the largest of them, SamplingParams as bytes,
-        request id, drawn if none was sent, tenant, cache salt, session, a seed).
+        2: half-closed; 3: cancelled, why; 4: room; 5: a call was refused by bounded_paths, its path; of no call.
+        A picked call began before the events beside it: (call id, PlainCall, peer, timeout in s or None, model, text,
+        token ids, the largest of them, SamplingParams as bytes, request id, drawn if none was sent, tenant, cache salt,
+        session, a seed).
         """
     def pick_plain(self, path: str) -> None:
         """Read requests of this method, which takes a GenerateRequest; see csrc/requests/plain_generate.h."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from twinjet.config import ServerSettings
 
 RETRY_S = 1.0
+STREAM_PATHS = tuple(f"/twinjet.v1.InferenceService/{method}" for method in ("Generate", "Chat"))
+"""The methods whose calls enter the gate."""
 
 
 class Gate:
@@ -35,7 +37,7 @@ class Gate:
     def count(self, peer: str) -> None:
         """Count a stream until leave(). Raises Overloaded."""
         if 0 < self._max_streams <= self._num_streams:
-            raise _full("server", "in all", self._max_streams)
+            raise full(self._max_streams)
         if self._max_of_connection or self._max_of_address:
             self._count_peer(peer)
         self._num_streams += 1
@@ -68,6 +70,11 @@ class _Pass:
 
     def __exit__(self, *_: object) -> None:
         self._gate.leave(self._peer)
+
+
+def full(max_streams: int) -> Overloaded:
+    """Give the error of a server that has max_streams open."""
+    return _full("server", "in all", max_streams)
 
 
 def _full(subject: str, where: str, limit: int) -> Overloaded:

@@ -20,6 +20,7 @@ import grpc
 
 from twinjet.errors import ConfigError, DeadlinePassed, InvalidRequest
 from twinjet.server.binding import server_credentials, why_not
+from twinjet.server.gate import STREAM_PATHS, full
 from twinjet.server.native_channelz import NativeChannelz
 from twinjet.server.status import Failure, internal_failure, overload_failure, shutdown_failure, to_failure
 
@@ -37,7 +38,7 @@ else:
 
 logger = logging.getLogger("twinjet.server")
 
-_CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM = range(5)
+_CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM, _REFUSED = range(6)
 _WRITES_A_TURN = 32
 """After so many writes that did not have to wait a handler lets the others go on."""
 _CLEANUP_S = 10.0
@@ -351,7 +352,12 @@ class NativeDoor:
             max_unsent_bytes=max(4 * settings.max_pending_bytes, 64 << 20),
             overload=_own_status(overload_failure()),
             deadline=_own_status(to_failure(DeadlinePassed("the deadline has passed"))),
+            # As the gate would, but before Python hears of it.
+            bounded_paths=list(STREAM_PATHS),
+            max_open=settings.max_streams,
+            full=_own_status(to_failure(full(settings.max_streams))),
         )
+        self._tell_refused: Callable[[str], None] = _nothing
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._by_path: dict[str, _Handler] = {}
         self._calls: dict[int, CallContext] = {}
@@ -368,6 +374,10 @@ class NativeDoor:
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         """Called by generated code, which gives the same handlers as generic ones, too."""
+
+    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+        """Call tell with the method of each stream that the door refuses by itself, max_streams being open."""
+        self._tell_refused = tell
 
     def channelz_servicer(self) -> NativeChannelz:
         return NativeChannelz(lambda: self._address, self._door.totals, self._door.connections)
@@ -454,6 +464,9 @@ class NativeDoor:
                 except Exception:  # one call's fault must not lose the events of the others
                     logger.exception("a call could not be begun")
                     _refuse(payload[0], internal_failure())
+                continue
+            if kind == _REFUSED:
+                self._tell_refused(payload.rpartition("/")[2])
                 continue
             context = self._calls.get(call_id)
             if context is None:
@@ -578,6 +591,10 @@ def _refuse(call: _core.DoorCall | _core.PlainCall, failure: Failure) -> None:
 
 def _bad_request(what: str) -> Failure:
     return to_failure(InvalidRequest.of("request", what))
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 def _times(files: Sequence[Path]) -> tuple[int, ...]:
