@@ -22,6 +22,7 @@ void Session::Finish(Stream* stream, Status status) {
   if (stream->is_finished) return;
   stream->is_finished = true;
   stream->is_discarding = true;
+  stream->place.reset();
   stream->moved_at_ns = loop_->now_ns;
   std::atomic<int64_t>& count =
       status.code == kOk ? loop_->totals->calls_succeeded : loop_->totals->calls_failed;
@@ -67,11 +68,10 @@ void Session::Refuse(Stream* stream, Refusal refusal) {
   nghttp2_submit_response(http2_, stream->id, fields.data(), fields.size(), nullptr);
 }
 
-void Session::RefuseForLoad(Stream* stream) {
-  const OwnStatus& overload = loop_->options->overload;
-  TellHandler(stream, overload.message);
+void Session::RefuseForLoad(Stream* stream, const OwnStatus& status) {
+  TellHandler(stream, status.message);
   stream->is_discarding = true;
-  Finish(stream, Told(kResourceExhausted, overload));
+  Finish(stream, Told(kResourceExhausted, status));
 }
 
 // What is unsent still goes first: a message may be half sent, and RST_STREAM would hide the status.
@@ -86,7 +86,7 @@ void Session::Reset(Stream* stream, uint32_t error_code) {
 }
 
 void Session::TellHandler(Stream* stream, std::string why) {
-  if (stream->is_handler_told || !stream->call) return;
+  if (stream->is_handler_told || !stream->call || stream->untold) return;
   stream->is_handler_told = true;
   stream->call->is_over_ = true;
   loop_->events.push_back({EventKind::kCancelled, stream->call, std::move(why), nullptr});

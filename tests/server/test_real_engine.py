@@ -29,6 +29,7 @@ from tests.server.processes import Service, descendants, is_alive, server
 from twinjet.epp.main import Epp
 from twinjet.epp.mirroring import Mirrored
 from twinjet.errors import Unavailable
+from twinjet.server import native_door
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, tokenization_pb2
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -38,11 +39,19 @@ Sampling = sampling_pb2.SamplingParams
 SETTINGS = '[deployments.smollm2]\nengine = "vllm"\nmodel = "demo"\nkv_events = true\n'
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Iterator[Service]:
+ONE_DOOR = pytest.mark.parametrize("service", ["grpc"], indirect=True)
+"""For what lies behind the door: the same through either."""
+
+
+@pytest.fixture(scope="module", params=["grpc", "native"])
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path
+) -> Iterator[Service]:
+    if request.param == "native" and not native_door.is_available():
+        pytest.skip("this build has no native door")
     folder = tmp_path_factory.mktemp("server")
     log = folder / "server.log"
-    with server(folder, SETTINGS) as (process, address):
+    with server(folder, f'door = "{request.param}"\n{SETTINGS}') as (process, address):
         service = Service(process, address)
         yield service
         below = descendants(process.pid)
@@ -78,6 +87,7 @@ def test_a_stranger_gets_the_capital_of_france_through_reflection_alone(service:
     assert events[-1].summary.usage.output_tokens > 0
 
 
+@ONE_DOOR
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
@@ -98,6 +108,7 @@ def test_a_first_question_has_a_good_answer_at_the_models_own_temperature(
     assert [text for text in texts if answer not in text] == []
 
 
+@ONE_DOOR
 def test_the_model_describes_itself_and_the_native_parts_are_in_use(service: Service) -> None:
     model = service.models.GetModel(model_pb2.GetModelRequest()).model
     assert model.state == model_pb2.MODEL_STATE_READY
@@ -125,6 +136,7 @@ def test_a_stream_is_served_by_the_native_parts(service: Service) -> None:
     service.until(is_counted, 10)
 
 
+@ONE_DOOR
 @pytest.mark.parametrize(
     ("constraint", "field"),
     [
@@ -184,6 +196,7 @@ def _engine_process(service: Service) -> int:
     return forked[0]
 
 
+@ONE_DOOR
 def test_a_picker_started_again_knows_what_the_engine_has_cached(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
