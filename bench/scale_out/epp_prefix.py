@@ -8,8 +8,8 @@ Poisson's law and take the gateways in turn; a prompt is one of --prefixes begin
 
 Prints a line of JSON a run: cached share of prompt tokens as the engines tell it, and TTFT. Whether the machine carried the
 rate is told too: how late requests were sent (`sent_late_p99_ms`), processor seconds of each kind of process a second of
-the run (`cores`), requests that Envoy let go without the picker's word, which came later than 0.5 s (`picker_late`), and those without
-any picker, which is told ill then (`without_picker`). A row in which one of these is not small tells of the machine, not of the policy.
+the run (`cores`), and requests that Envoy let go without the picker's word (`without_picker`), those of them for which it had
+waited 0.5 s (`picker_late`). A row in which one of these is not small tells of the machine, not of the policy.
 """
 
 from __future__ import annotations
@@ -340,10 +340,8 @@ async def run(options: argparse.Namespace) -> None:
             for count in options.gateways:
                 for policy in options.policies:
                     await reset(replicas)
-                    if (policy, count) in {("round_robin", 2), ("least_request", 2)} and len(
-                        options.gateways
-                    ) > 1:
-                        # Neither knows more with one gateway than with two.
+                    if count > 1 and 1 in options.gateways and policy in ("round_robin", "least_request"):
+                        # Neither knows more with one gateway than with several.
                         continue
                     gateways = [await start_gateway(processes, policy, replicas, n) for n in range(count)]
                     result = await load(gateways, options, vocab_size, processes)

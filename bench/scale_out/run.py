@@ -39,7 +39,7 @@ from twinjet.client._channel import SERVICE_CONFIG  # noqa: E402
 from twinjet.v1 import service_pb2_grpc  # noqa: E402
 
 CONFIG = json.dumps(SERVICE_CONFIG)
-PERIOD_S = {"envoy": 0.25, "python": 0.5, "node": 0.5}
+PERIOD_S = 0.25
 """How often a balancer has reports and looks at them, by deploy/envoy and by SERVICE_CONFIG."""
 
 
@@ -164,7 +164,7 @@ async def split(folder: Path, arguments: argparse.Namespace) -> AsyncIterator[di
                     counts = {s.name: load.shares(began, ended)[s.name] for s in servers}
                     times = [at - took for at, took, _ in load.done if began <= at - took < ended]
                 # A balancer has a report for half of both its periods before it goes by it, on the average.
-                implied = reports.implied([when - PERIOD_S[balancer] for when in times])
+                implied = reports.implied([when - PERIOD_S for when in times])
                 await reports.close()
             total = sum(counts.values())
             errors = {

@@ -97,8 +97,9 @@ class Session {
   // Answers instead of a handler, which is told if it has the call.
   void Refuse(Stream* stream, Refusal refusal);
   void RefuseForLoad(Stream* stream, const OwnStatus& status);
-  // False if the path is bounded and no place is left.
-  bool FindPlace(Stream* stream, const std::string& path);
+  // Tells the handler of its call, if it has not been told. False: there is no place, and the call is
+  // refused.
+  bool TellOfCall(Stream* stream, bool is_bounded);
   // Ends a call in the middle, and tells its handler.
   void Break(Stream* stream, Status status);
   void Reset(Stream* stream, uint32_t error_code);

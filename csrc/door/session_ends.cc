@@ -86,7 +86,7 @@ void Session::Reset(Stream* stream, uint32_t error_code) {
 }
 
 void Session::TellHandler(Stream* stream, std::string why) {
-  if (stream->is_handler_told || !stream->call) return;
+  if (stream->is_handler_told || !stream->call || stream->untold) return;
   stream->is_handler_told = true;
   stream->call->is_over_ = true;
   loop_->events.push_back({EventKind::kCancelled, stream->call, std::move(why), nullptr});

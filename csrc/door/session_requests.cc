@@ -131,26 +131,34 @@ void Session::OnRequest(Stream* stream, bool is_ended) {
     return RefuseForLoad(stream, limits.overload);
   }
   std::unique_ptr<CallInfo> info = head->TakeInfo();
-  if (!FindPlace(stream, info->path)) {
-    loop_->events.push_back({EventKind::kRefused, nullptr, std::move(info->path), nullptr});
-    return RefuseForLoad(stream, limits.full);
-  }
   stream->reader.set_encoding(head->encoding());
   stream->call = std::make_shared<Call>(NextCallId(), loop_->mailbox, loop_->totals, held_calls_);
   stream->call->stream_ = stream;
   if (info->timeout_ns >= 0) stream->deadline_ns = loop_->now_ns + info->timeout_ns;
   info->peer = stats_->peer;
-  loop_->events.push_back({EventKind::kCall, stream->call, {}, std::move(info)});
+  stream->untold = std::move(info);
+  const bool is_bounded =
+      limits.max_open > 0 &&
+      std::ranges::find(limits.bounded_paths, stream->untold->path) != limits.bounded_paths.end();
+  if ((!is_bounded || is_ended || is_draining_) && !TellOfCall(stream, is_bounded)) return;
   if (is_ended) loop_->events.push_back({EventKind::kHalfClosed, stream->call, {}, nullptr});
   SettleTimer(stream);
 }
 
-bool Session::FindPlace(Stream* stream, const std::string& path) {
-  const Options& limits = *loop_->options;
-  if (limits.max_open == 0) return true;
-  if (std::ranges::find(limits.bounded_paths, path) == limits.bounded_paths.end()) return true;
-  stream->place = Place::Take(loop_->totals, limits.max_open);
-  return stream->place != nullptr;
+bool Session::TellOfCall(Stream* stream, bool is_bounded) {
+  if (!stream->untold) return true;
+  std::unique_ptr<CallInfo> info = std::move(stream->untold);
+  if (is_bounded) {
+    stream->place = Place::Take(loop_->totals, loop_->options->max_open);
+    if (!stream->place) {
+      stream->is_handler_told = true;
+      loop_->events.push_back({EventKind::kRefused, nullptr, std::move(info->path), nullptr});
+      RefuseForLoad(stream, loop_->options->full);
+      return false;
+    }
+  }
+  loop_->events.push_back({EventKind::kCall, stream->call, {}, std::move(info)});
+  return true;
 }
 
 int Session::OnData(int32_t stream_id, std::string_view data) {
@@ -174,6 +182,7 @@ void Session::ReadMessages(Stream* stream, std::string_view data) {
   Call& call = *stream->call;
   std::string message;
   while (stream->reader.Read(&data, limit, &message)) {
+    if (!TellOfCall(stream, true)) return;
     ++loop_->totals->messages_received;
     ++stats_->messages_received;
     ++stream->num_unacknowledged;
@@ -225,6 +234,7 @@ void Session::OnHalfClosed(Stream* stream) {
   if (stream->reader.is_in_message()) {
     return Refuse(stream, {kInvalidArgument, "the request ended in the middle of a message"});
   }
+  if (!TellOfCall(stream, true)) return;
   loop_->events.push_back({EventKind::kHalfClosed, stream->call, {}, nullptr});
 }
 

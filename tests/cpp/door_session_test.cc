@@ -1,4 +1,6 @@
 // One connection between the door's session and nghttp2's client, bytes moved by hand and time set by hand.
+#include <poll.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -103,6 +105,31 @@ struct Rig {
 std::string Text(const test::Http2Client::Goaway& goaway) { return goaway.text; }
 
 }  // namespace
+
+TEST(held_mail_wakes_nobody_until_it_is_let_go) {
+  const auto mailbox = std::make_shared<Mailbox>();
+  const auto is_awake = [&] {
+    pollfd look{mailbox->fd(), POLLIN, 0};
+    return poll(&look, 1, 0) == 1;
+  };
+  const auto call = std::make_shared<Call>(1, mailbox, std::make_shared<Totals>(),
+                                           std::make_shared<std::atomic<int64_t>>(0));
+  mailbox->Hold();
+  mailbox->PostMessage(call, "one");
+  mailbox->Post({CommandKind::kAck, call, 0, 0, nullptr, nullptr});
+  CHECK(!is_awake());
+  mailbox->LetGo();
+  CHECK(is_awake());
+  Mail mail;
+  mailbox->Take(&mail);
+  CHECK_EQ(mail.commands.size(), 2u);
+  CHECK(!is_awake());
+  mailbox->Hold();
+  mailbox->LetGo();
+  CHECK(!is_awake());
+  mailbox->PostMessage(call, "two");
+  CHECK(is_awake());
+}
 
 TEST(a_unary_call_comes_with_its_message_and_gets_its_answer) {
   Rig rig;
@@ -525,6 +552,29 @@ TEST(calls_of_bounded_paths_are_refused_before_handlers_hear_of_them) {
   rig.Take();
   CHECK_EQ(rig.client.answer(first).status(), kOk);
   CHECK_EQ(rig.state.totals->open.load(), 0);
+}
+
+TEST(a_call_of_a_bounded_path_takes_no_place_before_it_asks) {
+  Options options;
+  options.bounded_paths = {"/a/Stream"};
+  options.max_open = 2;
+  Rig rig(options);
+  std::vector<int32_t> silent;
+  for (int i = 0; i < 10; ++i) silent.push_back(rig.client.Begin("/a/Stream"));
+  rig.client.SendRaw(silent[0], test::Framed("half").substr(0, 7));
+  rig.Pump();
+  CHECK_EQ(rig.Take().size(), 0u);
+  CHECK_EQ(rig.state.totals->open.load(), 0);
+  rig.client.Ask("/a/Stream", "x");
+  rig.Finish(rig.TakeCall());
+  rig.client.Cancel(silent[1]);
+  rig.Pump();
+  CHECK_EQ(rig.Take().size(), 0u);
+  // A server that ends tells all of them so.
+  rig.session->Drain();
+  std::vector<Event> events = rig.Take();
+  CHECK_EQ(std::ranges::count(events, EventKind::kCall, &Event::kind), 2);
+  CHECK_EQ(std::ranges::count(events, EventKind::kRefused, &Event::kind), 7);
 }
 
 TEST(request_bytes_of_all_calls_together_are_bounded) {

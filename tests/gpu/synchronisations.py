@@ -49,7 +49,7 @@ class Warned:
         warnings.showwarning = self._note  # type: ignore[assignment]
 
     def _note(self, message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
-        if "sync" in str(message):
+        if "called a synchronizing" in str(message) or "silently synchronous" in str(message):
             self.found[f"{str(message).splitlines()[0][:100]} at {filename}:{lineno}"] += 1
 
 

@@ -14,6 +14,8 @@ from twinjet.server.binding import server_credentials, why_not
 
 if TYPE_CHECKING:
     from twinjet.config import ServerSettings
+    from twinjet.server.inference import Sharing
+    from twinjet.server.load_reports import LoadReports
 
 logger = logging.getLogger("twinjet.server")
 
@@ -35,6 +37,9 @@ class Door(HandlerRegistry, Protocol):
 
     def channelz_servicer(self) -> Any:
         """Answers for channelz.v1.Channelz."""
+
+    def take_plain_calls(self, sharing: Sharing, load_reports: LoadReports) -> None:
+        """Serve calls of Generate that are plain without the handler, if this door can; see server.plain."""
 
     def watch_refusals(self, tell: Callable[[str], None]) -> None:
         """Call tell with the method of each call that is refused before any handler hears of it."""
@@ -72,6 +77,9 @@ class GrpcDoor:
 
     def channelz_servicer(self) -> Any:
         return channelz.aio.ChannelzServicer()
+
+    def take_plain_calls(self, sharing: Sharing, load_reports: LoadReports) -> None:
+        """grpc.aio gives calls one by one."""
 
     def bind(self) -> str:
         settings = self._settings

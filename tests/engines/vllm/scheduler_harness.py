@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 import torch
@@ -47,6 +48,7 @@ class Setup:
     log_stats: bool = True
     max_loras: int = 0
     native: str = "on"
+    is_v2: bool = False
 
 
 @cache
@@ -115,14 +117,23 @@ def scheduler_arguments(setup: Setup) -> dict[str, Any]:
     }
 
 
+def _runner(setup: Setup) -> Any:
+    """Have vLLM's configuration name this runner; the V2 one is refused without Triton, which a scheduler has no use for."""
+    return patch.object(VllmConfig, "use_v2_model_runner", setup.is_v2)
+
+
 def make_stock(setup: Setup) -> Any:
-    return (AsyncScheduler if setup.is_async else Scheduler)(**scheduler_arguments(setup))
+    arguments = scheduler_arguments(setup)
+    with _runner(setup):
+        return (AsyncScheduler if setup.is_async else Scheduler)(**arguments)
 
 
 def make_native(setup: Setup) -> Any:
     from twinjet.engines.vllm.core.scheduler import make_scheduler
 
-    return make_scheduler(**scheduler_arguments(setup))
+    arguments = scheduler_arguments(setup)
+    with _runner(setup):
+        return make_scheduler(**arguments)
 
 
 @cache
@@ -203,7 +214,8 @@ class Runner:
             self.num_tokens.pop(request_id, None)
             self.tables.pop(request_id, None)
         for new in output.scheduled_new_reqs:
-            self.num_tokens[new.req_id] = len(new.prompt_token_ids)
+            # For the V2 runner a resumed request is a new one that has output.
+            self.num_tokens[new.req_id] = len(new.prefill_token_ids or new.prompt_token_ids)
             self.tables[new.req_id] = list(new.block_ids[0])
             computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs

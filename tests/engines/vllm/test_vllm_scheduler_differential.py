@@ -33,6 +33,7 @@ def random_case(seed: int) -> tuple[Setup, Workload]:
         max_model_len=rng.choice((112, 232)),
         long_prefill_token_threshold=rng.choice((0, 0, 20)),
         log_stats=rng.random() < 0.8,
+        is_v2=seed % 4 >= 2,
     )
     workload = Workload(
         num_requests=40,
@@ -62,7 +63,8 @@ def test_the_cases_reach_what_they_are_for() -> None:
     for seed in range(12):
         total.update(outcome(seed))
 
-    for what in ("preemptions", "hits", "native_steps", "split_steps", "stock_steps", "native_updates"):
+    reached = ("preemptions", "hits", "native_steps", "split_steps", "stock_steps", "native_updates")
+    for what in (*reached, "requests_admitted"):
         assert total[what] > 20, what
     assert total["rows_adopted"] > 12 * 40 * 0.8
 

@@ -4,6 +4,7 @@ A running request whose next step is one decode becomes resident in a DecodeBatc
 counters and new tokens live in native memory. Each step, the batch schedules its rows; stock
 schedule() then sees only the rest (prefills, waiting and unusual requests), with budgets reduced by
 what the rows took, and the two outputs are merged in running order. The same for the update.
+Where nothing but rows runs, plain requests that wait are admitted before stock sees any (Admissions).
 A request is evicted from the batch, its Python object written back, before stock code may touch it.
 
 The split is made only where it cannot change a decision: enough free blocks for everything that
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.utils import remove_all
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
@@ -26,6 +27,7 @@ from vllm.v1.request import RequestStatus
 
 from twinjet._core import DecodeBatch
 
+from .admissions import Admissions
 from .prefix_hash import RequestHasher
 
 Outputs = dict[int, EngineCoreOutputs]
@@ -49,6 +51,7 @@ class DecodePath:
             statuses=(RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED),
             output_type=EngineCoreOutput,
         )
+        self.admissions = Admissions(scheduler)
         # Rows that stock schedule() is not to see just now.
         self.num_hidden = 0
         self.token_budget = min(
@@ -64,7 +67,8 @@ class DecodePath:
 
     def counters(self) -> dict[str, int]:
         """Steps and updates by who made them, and rows served natively."""
-        return {**self._steps, **self._updates, **self.batch.counters()}
+        admitted = {"requests_admitted": self.admissions.num_admitted}
+        return {**self._steps, **self._updates, **self.batch.counters(), **admitted}
 
     def evict(self, request_ids: Iterable[str] | None) -> None:
         """Bring these requests' Python objects up to date and stop serving them; None: all."""
@@ -99,11 +103,16 @@ class DecodePath:
             self._steps["stock_steps"] += 1
             return stock(throttle_prefills)
         remainder, scheduled, rows = plan
-        if remainder is None and not may_admit:
+        new: list[NewRequestData] = []
+        if not remainder and may_admit and self.admissions.are_plain():
+            new, may_admit = self.admissions.admit(scheduled)
+        if not remainder and not may_admit:
             self._steps["native_steps"] += 1
-            return self._make_output(scheduled, rows)
+            return self._make_output(scheduled, rows, new)
         self._steps["split_steps"] += 1
-        return self._schedule_rest(stock, remainder or [], scheduled, rows)
+        output = self._schedule_rest(stock, remainder or [], scheduled, rows)
+        output.scheduled_new_reqs[:0] = new
+        return output
 
     def _may_admit(self) -> bool:
         """Whether stock schedule() could do anything about requests that wait."""
@@ -113,14 +122,16 @@ class DecodePath:
         num_held = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
         return bool(scheduler.waiting) and num_held < scheduler.max_num_active_reqs
 
-    def _make_output(self, scheduled: dict[str, int], rows: Rows) -> SchedulerOutput:
-        """The whole step, for one that schedules nothing but rows."""
+    def _make_output(
+        self, scheduled: dict[str, int], rows: Rows, new: list[NewRequestData]
+    ) -> SchedulerOutput:
+        """The whole step, for one that schedules nothing but rows and what was admitted."""
         scheduler = self.scheduler
         scheduler.current_step += 1
         scheduler.prefill_capacity_bound = len(scheduler.waiting) > len(scheduler.deferred_waiting)
         request_ids, new_block_ids, num_computed_tokens, num_output_tokens = rows
         output = SchedulerOutput(
-            scheduled_new_reqs=[],
+            scheduled_new_reqs=new,
             scheduled_cached_reqs=CachedRequestData(
                 req_ids=request_ids,
                 resumed_req_ids=set(),
@@ -131,7 +142,7 @@ class DecodePath:
                 num_output_tokens=num_output_tokens,
             ),
             num_scheduled_tokens=scheduled,
-            total_num_scheduled_tokens=len(scheduled),
+            total_num_scheduled_tokens=sum(scheduled.values()) if new else len(scheduled),
             scheduled_spec_decode_tokens={},
             scheduled_encoder_inputs={},
             finished_req_ids=scheduler.finished_req_ids,
@@ -141,10 +152,10 @@ class DecodePath:
         )
         scheduler.finished_req_ids = set()
         scheduler.reset_preempted_req_ids = set()
-        if self.resends_tokens and self._recorded_version != self.batch.template_version:
+        if self.resends_tokens and (new or self._recorded_version != self.batch.template_version):
             scheduler.prev_step_scheduled_req_ids.clear()
             scheduler.prev_step_scheduled_req_ids.update(scheduled)
-            self._recorded_version = self.batch.template_version
+            self._recorded_version = -1 if new else self.batch.template_version
         return output
 
     def _schedule_rest(
@@ -158,7 +169,7 @@ class DecodePath:
         scheduler = self.scheduler
         running = scheduler.running
         num_remaining = len(remainder)
-        output = self._call_stock(stock, remainder, num_rows=len(scheduled))
+        output = self._call_stock(stock, remainder, num_tokens=sum(scheduled.values()))
         if len(remainder) < num_remaining:
             raise RuntimeError("stock preempted a request although there was room for all")
         cached = output.scheduled_cached_reqs
@@ -184,16 +195,16 @@ class DecodePath:
         return output
 
     def _call_stock(
-        self, stock: Callable[[bool], SchedulerOutput], remainder: list[Any], num_rows: int
+        self, stock: Callable[[bool], SchedulerOutput], remainder: list[Any], num_tokens: int
     ) -> SchedulerOutput:
-        """stock schedule() as if the rows were not there; `remainder` is its running list."""
+        """stock schedule() as if all else that runs, and its tokens of this step, were not there."""
         scheduler = self.scheduler
         running, config = scheduler.running, scheduler.scheduler_config
         num_hidden = len(running) - len(remainder)
-        self._reduced_config.__dict__["max_num_batched_tokens"] = config.max_num_batched_tokens - num_rows
+        self._reduced_config.__dict__["max_num_batched_tokens"] = config.max_num_batched_tokens - num_tokens
         scheduler.running = remainder
         scheduler.scheduler_config = self._reduced_config
-        scheduler.max_num_scheduled_tokens -= num_rows
+        scheduler.max_num_scheduled_tokens -= num_tokens
         scheduler.max_num_running_reqs -= num_hidden
         scheduler.max_num_active_reqs -= num_hidden
         self.num_hidden = num_hidden
@@ -203,7 +214,7 @@ class DecodePath:
         finally:
             scheduler.running = running
             scheduler.scheduler_config = config
-            scheduler.max_num_scheduled_tokens += num_rows
+            scheduler.max_num_scheduled_tokens += num_tokens
             scheduler.max_num_running_reqs += num_hidden
             scheduler.max_num_active_reqs += num_hidden
             self.num_hidden = 0
@@ -278,10 +289,24 @@ class DecodePath:
         for _, request, output in stopped:
             output.finish_reason = request.get_finished_reason()
             output.stop_reason = request.stop_reason
-            if scheduler._handle_stopped_request(request):
-                output.kv_transfer_params, output.ec_transfer_params = scheduler._free_request(request)
+            if request.resumable or request.mm_features:
+                if scheduler._handle_stopped_request(request):
+                    output.kv_transfer_params, output.ec_transfer_params = scheduler._free_request(request)
+            else:
+                self._free_plain(request)
             finished.add(request)
         scheduler.running = remove_all(scheduler.running, finished)
+
+    def _free_plain(self, request: Any) -> None:
+        """_free_request() without connectors and encoder, of which this path has none."""
+        scheduler = self.scheduler
+        request_id = request.request_id
+        scheduler._inflight_prefills.discard(request)
+        scheduler.finished_req_ids.add(request_id)
+        if scheduler.finished_req_ids_dict is not None:
+            scheduler.finished_req_ids_dict[request.client_index].add(request_id)
+        self.manager.free(request)
+        del scheduler.requests[request_id]
 
     def free_put_off(self) -> None:
         if self._has_put_off:

@@ -248,6 +248,43 @@ class NativeKVCacheManager:
             self.sequences[request_id] = sequence
         return NativeBlocks(manager, blocks) if blocks else self.empty_kv_cache_blocks
 
+    def admit(
+        self, request: Request, budget: int, has_scheduled_reqs: bool
+    ) -> tuple[int, int, list[int] | None]:
+        """get_computed_blocks() and allocate_slots() in one, for a request that never ran and is to be computed whole.
+
+        Gives the tokens found and those to compute, and the block ids; without these, and with nothing allocated, if
+        more must be computed than budget, or there are too few blocks.
+        """
+        manager = self.manager
+        num_tokens = request.num_prompt_tokens
+        hashes = request.block_hashes or b""
+        hits: list[int] = []
+        if self.enable_caching and not request.skip_reading_prefix_cache:
+            # One token at least must be computed, for its logits.
+            hits = manager.match_hashes(hashes, (num_tokens - 1) // manager.block_size)
+        num_hit = len(hits) * manager.block_size
+        num_new = num_tokens - num_hit
+        if num_new > budget:
+            return num_hit, num_new, None
+        kept_free = 0
+        if self.watermark_blocks and (has_scheduled_reqs or self.has_hidden_requests):
+            kept_free = self.watermark_blocks
+        sequence = manager.open()
+        tokens = None
+        if self.events is not None:
+            self.events.begin(sequence, request)
+            tokens = request._all_token_ids
+        num_to_cache = num_tokens if self.enable_caching else 0
+        blocks = manager.reserve(
+            sequence, num_tokens, num_to_cache, hashes, hits or None, kept_free, False, tokens
+        )
+        if blocks is None:
+            self._free(sequence)
+            return num_hit, num_new, None
+        self.sequences[request.request_id] = sequence
+        return num_hit, num_new, [*hits, *blocks]
+
     def _fits_whole(
         self, request: Request, sequence: int | None, matched: list[int] | None, watermark: int
     ) -> bool:
