@@ -3,9 +3,13 @@
     python bench/scale_out/epp_prefix.py [--policies round_robin ring_hash least_request epp] [--gateways 1 2] ...
 
 Starts replicas as processes (the fake engine, or vLLM with --model), an Envoy for each gateway and, for epp, a picker
-beside each. Requests come by Poisson's law and take the gateways in turn; a prompt is one of --prefixes beginnings and a
-tail of its own. Prints a line of JSON a run: cached share of prompt tokens as the engines tell it, TTFT, balance. The
-first fifth of a run, which fills the caches, is left out.
+beside each. First every beginning is asked for once, which fills the caches and is not counted. Then requests come by
+Poisson's law and take the gateways in turn; a prompt is one of --prefixes beginnings and a tail of its own.
+
+Prints a line of JSON a run: cached share of prompt tokens as the engines tell it, and TTFT. Whether the machine carried the
+rate is told too: how late requests were sent (`sent_late_p99_ms`), processor seconds of each kind of process a second of
+the run (`cores`), and requests that Envoy let go without the picker's word (`without_picker`), those of them for which it had
+waited 0.5 s (`picker_late`). A row in which one of these is not small tells of the machine, not of the policy.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -78,18 +83,45 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def _cpu_s(root: int) -> float:
+    """Processor time of a process and of what it started, as far as that still runs."""
+    children: dict[int, list[int]] = {}
+    times: dict[int, float] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            children.setdefault(int(fields[1]), []).append(pid)
+            times[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    waiting, total = [root], 0.0
+    while waiting:
+        pid = waiting.pop()
+        total += times.get(pid, 0.0)
+        waiting += children.get(pid, [])
+    return total
+
+
 class Processes:
     """What runs beside the bench."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.running: list[subprocess.Popen[bytes]] = []
+        self.names: list[str] = []
 
     def start(self, name: str, command: list[str]) -> Path:
         log = self.folder / f"{name}.log"
         with log.open("w") as file:
             self.running.append(subprocess.Popen(command, stdout=file, stderr=file, env=os.environ))
+        self.names.append(name.partition("-")[0])
         return log
+
+    def cpu_s(self) -> Counter[str]:
+        """Processor time so far, by kind of process; `bench` is this one."""
+        totals = Counter({"bench": time.process_time()})
+        for name, process in zip(self.names, self.running, strict=True):
+            totals[name] += _cpu_s(process.pid)
+        return totals
 
     async def find(self, log: Path, pattern: str, timeout_s: float = 240.0) -> str:
         async with asyncio.timeout(timeout_s):
@@ -104,7 +136,7 @@ class Processes:
         for process in self.running[count:]:
             process.kill()
             process.wait()
-        del self.running[count:]
+        del self.running[count:], self.names[count:]
 
 
 async def start_replicas(processes: Processes, options: argparse.Namespace) -> list[str]:
@@ -129,7 +161,41 @@ async def start_replicas(processes: Processes, options: argparse.Namespace) -> l
     return addresses
 
 
-async def start_gateway(processes: Processes, policy: str, replicas: list[str], number: int) -> str:
+async def hold(processes: Processes, share: float) -> None:
+    """Let the pickers run for the rest of every second only, as on a machine that has no time for them."""
+    pickers = [p for p, name in zip(processes.running, processes.names, strict=True) if name == "epp"]
+    while True:
+        for kind, seconds in ((signal.SIGSTOP, share), (signal.SIGCONT, 1 - share)):
+            for picker in pickers:
+                picker.send_signal(kind)
+            await asyncio.sleep(seconds)
+
+
+class Gateway:
+    """A running Envoy. admin: its own HTTP port."""
+
+    def __init__(self, address: str, admin: str) -> None:
+        self.address = address
+        self._admin = admin
+
+    async def counted(self, *names: str) -> int:
+        """The sum of counters whose names end so."""
+        stats = json.loads(
+            await _get(f"http://{self._admin}/stats?format=json&filter=ext_proc|endpoint_picker")
+        )
+        return sum(
+            s["value"]
+            for s in stats["stats"]
+            if "value" in s and s["name"].endswith(tuple(f".{n}" for n in names))
+        )
+
+
+async def _get(url: str) -> bytes:
+    reader = await asyncio.create_subprocess_exec("curl", "-s", url, stdout=asyncio.subprocess.PIPE)
+    return (await reader.communicate())[0]
+
+
+async def start_gateway(processes: Processes, policy: str, replicas: list[str], number: int) -> Gateway:
     picker = ""
     if policy == "epp":
         command = [
@@ -158,14 +224,11 @@ async def start_gateway(processes: Processes, policy: str, replicas: list[str], 
         while not (at := _read(admin)):
             await asyncio.sleep(0.05)
         while True:
-            reader = await asyncio.create_subprocess_exec(
-                "curl", "-s", f"http://{at}/listeners?format=json", stdout=asyncio.subprocess.PIPE
-            )
-            told = json.loads((await reader.communicate())[0] or b"{}")
+            told = json.loads(await _get(f"http://{at}/listeners?format=json") or b"{}")
             listening = told.get("listener_statuses")
             if listening and (port := listening[0]["local_address"]["socket_address"].get("port_value")):
                 await asyncio.sleep(2.5 if policy == "epp" else 0.5)
-                return f"127.0.0.1:{port}"
+                return Gateway(f"127.0.0.1:{port}", at)
             await asyncio.sleep(0.1)
 
 
@@ -187,18 +250,21 @@ async def reset(replicas: list[str]) -> None:
                 await asyncio.sleep(0.2)
 
 
-async def load(gateways: list[str], options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+async def load(
+    gateways: list[Gateway], options: argparse.Namespace, vocab_size: int, processes: Processes
+) -> dict[str, Any]:
     rng = random.Random(options.seed)
     top = min(vocab_size - 10, 250 if not options.model else 40_000)
     prefixes = [[rng.randrange(1, top) for _ in range(options.shared)] for _ in range(options.prefixes)]
     weights = [1 / (rank + 1) ** options.zipf for rank in range(options.prefixes)]
-    first_s: list[tuple[int, float]] = []
-    tokens: list[tuple[int, int, int]] = []
+    first_s: list[float] = []
+    tokens: list[tuple[int, int]] = []
+    late_s: list[float] = []
     failures: Counter[str] = Counter()
 
-    async def one(number: int, stub: Any, family: int, tail: list[int]) -> None:
+    async def one(stub: Any, family: int, tail: list[int], num_output: int) -> None:
         request = generation_pb2.GenerateRequest(token_ids=prefixes[family] + tail)
-        request.sampling.max_tokens = options.output
+        request.sampling.max_tokens = num_output
         request.sampling.ignore_eos = True
         began = time.perf_counter()
         call = stub.Generate(request, metadata=[(KEY, str(family))], timeout=120)
@@ -207,37 +273,58 @@ async def load(gateways: list[str], options: argparse.Namespace, vocab_size: int
             async for message in call:
                 event = message.WhichOneof("event")
                 if event == "started":
-                    tokens.append(
-                        (number, message.started.cached_prompt_tokens, message.started.prompt_tokens)
-                    )
+                    tokens.append((message.started.cached_prompt_tokens, message.started.prompt_tokens))
                 elif event == "delta" and is_first:
                     is_first = False
-                    first_s.append((number, time.perf_counter() - began))
+                    first_s.append(time.perf_counter() - began)
         except grpc.aio.AioRpcError as error:
             failures[error.code().name] += 1
 
-    async with channels(gateways) as through:
+    async with channels([g.address for g in gateways]) as through:
         stubs = [service_pb2_grpc.InferenceServiceStub(channel) for channel in through]
+        room = asyncio.Semaphore(4 * options.replicas)
+
+        async def warm(family: int) -> None:
+            async with room:
+                await one(stubs[family % len(stubs)], family, [1], 1)
+
+        await asyncio.gather(
+            *(warm(family) for family in rng.sample(range(options.prefixes), options.prefixes))
+        )
+        first_s.clear()
+        tokens.clear()
         tasks = []
+        holding = asyncio.create_task(hold(processes, options.hold_picker)) if options.hold_picker else None
+        cpu_before = processes.cpu_s()
         began = when = time.perf_counter()
-        for number in range(options.requests):
-            when += rng.expovariate(options.rate)
+        while (when := when + rng.expovariate(options.rate)) < began + options.seconds:
             await asyncio.sleep(max(when - time.perf_counter(), 0))
+            late_s.append(time.perf_counter() - when)
             family = rng.choices(range(options.prefixes), weights)[0]
             tail = [rng.randrange(1, top) for _ in range(options.tail)]
-            tasks.append(asyncio.create_task(one(number, stubs[number % len(stubs)], family, tail)))
+            tasks.append(
+                asyncio.create_task(one(stubs[len(tasks) % len(stubs)], family, tail, options.output))
+            )
         await asyncio.gather(*tasks)
         took_s = time.perf_counter() - began
-    warm = options.requests // 5
-    waits = sorted(s for number, s in first_s if number >= warm)
-    known = [(cached, all_) for number, cached, all_ in tokens if number >= warm]
+        cpu = processes.cpu_s()
+        if holding is not None:
+            holding.cancel()
+    waits = sorted(first_s)
     return {
-        "hit_rate": round(sum(c for c, _ in known) / max(sum(a for _, a in known), 1), 3),
+        "requests": len(tasks), "failures": dict(failures),
+        "hit_rate": round(sum(c for c, _ in tokens) / max(sum(a for _, a in tokens), 1), 3),
         "ttft_mean_ms": round(1e3 * statistics.fmean(waits), 1),
         "ttft_p50_ms": round(1e3 * waits[len(waits) // 2], 1),
         "ttft_p95_ms": round(1e3 * waits[len(waits) * 95 // 100], 1),
         "ttft_p99_ms": round(1e3 * waits[len(waits) * 99 // 100], 1),
-        "failures": dict(failures), "took_s": round(took_s, 1),
+        "took_s": round(took_s, 1),
+        "sent_late_p99_ms": round(1e3 * sorted(late_s)[len(late_s) * 99 // 100], 1),
+        "cores": {name: round((s - cpu_before[name]) / took_s, 2) for name, s in cpu.items()},
+        "picker_late": sum([await g.counted("message_timeouts") for g in gateways]),
+        "without_picker": sum(
+            [await g.counted("endpoint_picker.upstream_cx_none_healthy", "failure_mode_allowed") for g in gateways]
+        ),
     }  # fmt: skip
 
 
@@ -253,8 +340,11 @@ async def run(options: argparse.Namespace) -> None:
             for count in options.gateways:
                 for policy in options.policies:
                     await reset(replicas)
+                    if count > 1 and 1 in options.gateways and policy in ("round_robin", "least_request"):
+                        # Neither knows more with one gateway than with several.
+                        continue
                     gateways = [await start_gateway(processes, policy, replicas, n) for n in range(count)]
-                    result = await load(gateways, options, vocab_size)
+                    result = await load(gateways, options, vocab_size, processes)
                     facts = {"policy": policy, "gateways": count, "rate": options.rate, "zipf": options.zipf}
                     print(json.dumps(facts | result), flush=True)
                     processes.end(len(replicas))
@@ -270,7 +360,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=names, choices=names)
     parser.add_argument("--gateways", type=int, nargs="+", default=[1])
     parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of a run, after its caches were filled")
     parser.add_argument("--rate", type=float, default=40.0, help="requests a second")
     parser.add_argument("--prefixes", type=int, default=600)
     parser.add_argument("--zipf", type=float, default=0.0, help="exponent; 0 draws prefixes evenly")
@@ -282,6 +372,9 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.01)
     parser.add_argument("--prefill-token-s", type=float, default=0.00005)
     parser.add_argument("--blocks", type=int, default=12_000, help="KV blocks of 16 tokens a fake engine has")
+    parser.add_argument(
+        "--hold-picker", type=float, default=0.0, help="share of every second in which pickers are stopped"
+    )
     parser.add_argument("--seed", type=int, default=1)
     asyncio.run(run(parser.parse_args()))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import contextlib
 import json
 import sys
@@ -38,6 +39,8 @@ from twinjet.client._channel import SERVICE_CONFIG  # noqa: E402
 from twinjet.v1 import service_pb2_grpc  # noqa: E402
 
 CONFIG = json.dumps(SERVICE_CONFIG)
+PERIOD_S = 0.25
+"""How often a balancer has reports and looks at them, by deploy/envoy and by SERVICE_CONFIG."""
 
 
 @contextlib.asynccontextmanager
@@ -80,17 +83,17 @@ class Load:
 
 
 class Reports:
-    """The weights that the replicas' reports out of band imply, averaged over time."""
+    """The weights that the replicas' reports out of band imply, as they were over time."""
 
     def __init__(self, servers: Sequence[Replica]) -> None:
         self._latest = dict.fromkeys((s.name for s in servers), 0.0)
+        self._times: list[float] = []
         self._shares: list[dict[str, float]] = []
         self._tasks = [asyncio.create_task(self._read(s)) for s in servers]
-        self._tasks.append(asyncio.create_task(self._sample()))
 
     async def _read(self, server: Replica) -> None:
         request = OrcaLoadReportRequest()
-        request.report_interval.nanos = 500_000_000
+        request.report_interval.nanos = 250_000_000
         async with grpc.aio.insecure_channel(server.address) as channel:
             ask = channel.unary_stream(
                 "/xds.service.orca.v3.OpenRcaService/StreamCoreMetrics",
@@ -99,19 +102,21 @@ class Reports:
             )
             async for report in ask(request):
                 self._latest[server.name] = weight(report)
+                if all(self._latest.values()):
+                    total = sum(self._latest.values())
+                    self._times.append(time.monotonic())
+                    self._shares.append({name: w / total for name, w in self._latest.items()})
 
-    async def _sample(self) -> None:
-        while True:
-            await asyncio.sleep(0.25)
-            total = sum(self._latest.values())
-            if total and all(self._latest.values()):
-                self._shares.append({name: w / total for name, w in self._latest.items()})
+    def at(self, when: float) -> dict[str, float]:
+        """The share of each replica by the reports that were there at a time."""
+        return self._shares[max(bisect.bisect_right(self._times, when) - 1, 0)]
 
-    def restart(self) -> None:
-        self._shares.clear()
-
-    def implied(self) -> dict[str, float]:
-        return {name: sum(s[name] for s in self._shares) / len(self._shares) for name in self._latest}
+    def implied(self, times: Sequence[float]) -> dict[str, float]:
+        """The share of each in calls that began at these times: each counts by what the weights were then."""
+        totals: Counter[str] = Counter()
+        for when in times:
+            totals.update(self.at(when))
+        return {name: totals[name] / len(times) for name in self._latest}
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -146,14 +151,21 @@ async def split(folder: Path, arguments: argparse.Namespace) -> AsyncIterator[di
                 else:
                     load = Load(several, CONFIG, 8 * count, 16)
                 await asyncio.sleep(10)
+                began = time.monotonic()
                 before = await served(servers)
-                reports.restart()
                 await asyncio.sleep(arguments.seconds)
-                after, implied = await served(servers), reports.implied()
-                if load is not None:
+                ended = time.monotonic()
+                after = await served(servers)
+                if load is None:
+                    counts = {name: after[name] - before[name] for name in after}
+                    times = [began + (ended - began) * i / 999 for i in range(1000)]
+                else:
                     await load.close()
+                    counts = {s.name: load.shares(began, ended)[s.name] for s in servers}
+                    times = [at - took for at, took, _ in load.done if began <= at - took < ended]
+                # A balancer has a report for half of both its periods before it goes by it, on the average.
+                implied = reports.implied([when - PERIOD_S for when in times])
                 await reports.close()
-            counts = {name: after[name] - before[name] for name in after}
             total = sum(counts.values())
             errors = {
                 name: (counts[name] / total - p) / (p * (1 - p) / total) ** 0.5 for name, p in implied.items()

@@ -4,8 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace twinjet::door {
+
+// A status that the door itself gives.
+struct OwnStatus {
+  std::string message;
+  std::string details;  // a google.rpc.Status to send as grpc-status-details-bin; empty: none
+};
 
 struct Options {
   int num_threads = 1;
@@ -31,8 +38,13 @@ struct Options {
   uint64_t reset_rate = 1000;        // and a second after that
   uint64_t idle_frame_burst = 1000;  // frames that carry nothing, at once
   uint64_t idle_frame_rate = 100;    // and a second after that
-  // A google.rpc.Status to send as grpc-status-details-bin when a call is refused for load; empty: none.
-  std::string overload_details;
+  OwnStatus overload{"the server has more to do than it can bear", ""};  // RESOURCE_EXHAUSTED
+  OwnStatus deadline{"the deadline has passed", ""};                     // DEADLINE_EXCEEDED
+  // Calls of these paths, over all connections, from their first message to their status. One more than max_open
+  // gets the status `full` before any handler hears of it.
+  std::vector<std::string> bounded_paths;
+  size_t max_open = 0;                                                // 0: no limit
+  OwnStatus full{"the server has as many calls open as it may", ""};  // RESOURCE_EXHAUSTED
 };
 
 }  // namespace twinjet::door

@@ -6,79 +6,21 @@
 
 #include <nghttp2/nghttp2.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <set>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
-#include <vector>
 
 #include "door/call.h"
 #include "door/mailbox.h"
-#include "door/message_reader.h"
-#include "door/options.h"
+#include "door/peer_conduct.h"
+#include "door/request_head.h"
+#include "door/stream.h"
 
 namespace twinjet::door {
-
-class Session;
-
-// A call as its connection has it, from its first header to the end of its HTTP/2 stream.
-struct Stream {
-  Stream(Session* owner, int32_t stream_id) : session(owner), id(stream_id) {}
-
-  Session* const session;
-  const int32_t id;
-  CallRef call;  // null until the request's headers are found good
-  std::unique_ptr<CallInfo> info = std::make_unique<CallInfo>();  // until the handler is told
-
-  // What the headers say beyond info.
-  std::string method;
-  std::string content_type;
-  std::string bad_metadata;  // what is wrong with it
-  Encoding encoding = Encoding::kIdentity;
-  bool has_bad_timeout = false;
-  size_t metadata_bytes = 0;
-
-  MessageReader reader;
-  size_t buffered_bytes = 0;  // of reader, as counted in Totals
-  size_t withheld_bytes = 0;  // of flow-control window that the client gets back once messages are taken
-  int num_unacknowledged = 0;
-  int64_t read_at_ns = 0;
-
-  std::string out;  // framed messages, of which the first out_pos bytes are sent
-  size_t out_pos = 0;
-  int64_t moved_at_ns = 0;  // when bytes last left out, or the call was finished
-  Status status;
-  bool is_compressing = false;
-  bool are_headers_sent = false;
-  bool is_finished = false;    // status is set
-  bool is_discarding = false;  // what the client still sends is of no use
-  bool is_request_ended = false;
-  bool is_handler_told = false;  // of the end
-  int64_t deadline_ns = -1;
-  int64_t timer_at_ns = -1;
-};
-
-// When something must be done about a stream: its deadline, or the end of patience with it.
-struct Timer {
-  int64_t at_ns;
-  Stream* stream;
-  friend auto operator<=>(const Timer&, const Timer&) = default;
-};
-
-// What the sessions of one loop share. Not for other threads.
-struct LoopState {
-  const Options* options;
-  std::shared_ptr<Totals> totals;
-  std::shared_ptr<Mailbox> mailbox;
-  int64_t now_ns = 0;         // steady clock, as of this turn of the loop
-  std::vector<Event> events;  // to be delivered at the end of the turn
-  std::set<Timer> timers;
-};
 
 // Counters of a connection; any thread may read them.
 struct ConnectionStats {
@@ -90,20 +32,6 @@ struct ConnectionStats {
   std::atomic<int64_t> messages_sent{0};
   std::atomic<int64_t> messages_received{0};
   std::atomic<int64_t> keepalives_sent{0};
-};
-
-// Spends up to burst at once and regains rate a second.
-class TokenBucket {
- public:
-  TokenBucket(uint64_t burst, uint64_t rate) : burst_(burst), rate_(rate), tokens_(burst) {}
-  bool Spend(int64_t now_ns);
-  void Refund(uint64_t tokens) { tokens_ = std::min(burst_, tokens_ + tokens); }
-
- private:
-  const uint64_t burst_;
-  const uint64_t rate_;
-  uint64_t tokens_;
-  int64_t filled_at_ns_ = 0;
 };
 
 class Session {
@@ -134,46 +62,56 @@ class Session {
   void* owner = nullptr;  // of whoever runs the session, for its own use
 
  private:
+  // nghttp2's callbacks: session_callbacks.cc.
   struct Callbacks;
-  using NvList = std::vector<nghttp2_nv>;
+  static nghttp2_session_callbacks* CallbackTable();
+  static nghttp2_data_provider MessagesOf(Stream* stream);
 
+  // What the client sends: session_requests.cc.
   int OnBeginFrame(uint8_t type);
   int OnBeginHeaders(const nghttp2_frame* frame);
   int OnHeader(const nghttp2_frame* frame, std::string_view name, std::string_view value);
+  int OnInvalidHeader(int32_t stream_id, std::string_view name);
   int OnFrame(const nghttp2_frame* frame);
   int OnData(int32_t stream_id, std::string_view data);
-  int OnFrameSent(const nghttp2_frame* frame);
-  int OnStreamClose(int32_t stream_id, uint32_t error_code);
-  ssize_t ReadOutgoing(Stream* stream, size_t max_bytes, uint32_t* flags);
-  int SendData(nghttp2_frame* frame, const uint8_t* header, size_t num_bytes, Stream* stream);
-
   void OnRequest(Stream* stream, bool is_ended);
   void OnHalfClosed(Stream* stream);
-  bool OnClientPing();
   void ReadMessages(Stream* stream, std::string_view data);
   void SetBuffered(Stream* stream, size_t num_bytes);
+  void Acknowledge(Stream* stream, size_t num_bytes);
+  bool SpendIdleFrame();
 
-  // Answers instead of a handler, which is told if it has the call.
-  void Refuse(Stream* stream, int code, std::string message, const char* http_status = "200");
-  void RefuseForLoad(Stream* stream, std::string message);
-  // Ends a call in the middle, and tells its handler.
-  void Break(Stream* stream, int code, const std::string& why);
-  void TellHandler(Stream* stream, std::string why);
-
+  // What handlers send: session_answers.cc.
   void SendHeaders(Stream* stream, const Metadata& headers);
   void AddMessage(Stream* stream, std::string_view bytes);
-  void Finish(Stream* stream, Status status);
-  void SubmitTrailers(Stream* stream);
   void Resume(Stream* stream);
-  void Acknowledge(Stream* stream, size_t num_bytes);
+  ssize_t ReadOutgoing(Stream* stream, size_t max_bytes, uint32_t* flags);
+  int SendData(const uint8_t* frame_header, size_t num_bytes, Stream* stream);
+  int OnFrameSent(const nghttp2_frame* frame);
   void DropOutgoing(Stream* stream);
   void TakeFromUnsent(Stream* stream, size_t num_bytes);
+
+  // How calls end: session_ends.cc.
+  void Finish(Stream* stream, Status status);
+  void SubmitTrailers(Stream* stream);
+  // Answers instead of a handler, which is told if it has the call.
+  void Refuse(Stream* stream, Refusal refusal);
+  void RefuseForLoad(Stream* stream, const OwnStatus& status);
+  // Tells the handler of its call, if it has not been told. False: there is no place, and the call is
+  // refused.
+  bool TellOfCall(Stream* stream, bool is_bounded);
+  // Ends a call in the middle, and tells its handler.
+  void Break(Stream* stream, Status status);
+  void Reset(Stream* stream, uint32_t error_code);
+  void TellHandler(Stream* stream, std::string why);
+  int OnStreamClose(int32_t stream_id, uint32_t error_code);
   void SetTimer(Stream* stream, int64_t at_ns);
   void SettleTimer(Stream* stream);
+
+  // The connection: session.cc.
   void SendLastGoaway();
   void ComplainAndClose(uint32_t error_code, std::string_view text);
   Stream* Find(int32_t stream_id);
-  bool SpendIdleFrame();
 
   LoopState* const loop_;
   const std::shared_ptr<ConnectionStats> stats_;
@@ -194,12 +132,8 @@ class Session {
   int64_t heard_at_ns_;
   int64_t pinged_at_ns_ = 0;  // 0: no ping of ours is unanswered
   int64_t idle_since_ns_;
-  int64_t drain_at_ns_ = 0;      // when the second GOAWAY goes out at the latest
-  int64_t header_since_ns_ = 0;  // when a header block began that has not ended
-  int64_t client_ping_at_ns_;    // when the client last pinged without having been sent anything since
-  bool has_client_pinged_ = false;
-  int num_ping_strikes_ = 0;
-  TokenBucket idle_frames_;
+  int64_t drain_at_ns_ = 0;  // when the second GOAWAY goes out at the latest
+  PeerConduct conduct_;
 };
 
 }  // namespace twinjet::door

@@ -192,6 +192,36 @@ class GrammarSettings(_Section):
     verify: bool = Field(True, description="check finished outputs against their JSON schema")
 
 
+def _endpoint(text: str) -> str:
+    if text and (not _ENDPOINT.fullmatch(text) or len(text.encode()) > 512):
+        raise ValueError(f"{text[:80]!r} is no ZMQ endpoint; allowed: tcp://HOST:PORT and ipc://PATH")
+    return text
+
+
+_ENDPOINT = re.compile(r"(tcp://\S+:(\d{1,5}|\*)|ipc:///\S+)", re.ASCII)
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+
+
+class KvZmqSettings(_Section):
+    """KV events over ZMQ, as vLLM publishes them. Needs kv_events."""
+
+    endpoint: Endpoint = Field(
+        "", description="listened at if it has * or :: or is ipc://, else connected to; empty is off"
+    )
+    replay_endpoint: Endpoint = Field("", description="listened at, for who missed batches; empty is none")
+    topic: Label = Field("", description="first frame of every message")
+    kept_batches: int = Field(10_000, ge=1, le=2**24, description="for replays; 64 MiB at most")
+    queued_batches: int = Field(
+        2_000, ge=1, le=2**31 - 1, description="for one subscriber; further ones are dropped for it"
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> KvZmqSettings:
+        if self.replay_endpoint and not self.endpoint:
+            raise ValueError("replay_endpoint needs endpoint")
+        return self
+
+
 class DeploymentSettings(_Section):
     """One engine with one model."""
 
@@ -203,11 +233,18 @@ class DeploymentSettings(_Section):
         True, description="account KV blocks with Twinjet's manager where it can"
     )
     kv_events: bool = Field(False, description="tell what the prefix cache holds, for WatchKvEvents")
+    kv_zmq: KvZmqSettings = KvZmqSettings()
     max_restarts: int = Field(
         5, ge=0, le=2**31 - 1, description="restarts in a row before the deployment is given up"
     )
     stall_s: Duration = Field(120.0, description="no token for this long while requests run: restart")
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+
+    @model_validator(mode="after")
+    def _can_tell_kv_events(self) -> DeploymentSettings:
+        if self.kv_zmq.endpoint and not self.kv_events:
+            raise ValueError("kv_zmq.endpoint needs kv_events = true")
+        return self
 
 
 class RouteSettings(_Section):

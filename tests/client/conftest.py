@@ -11,6 +11,6 @@ from tests.server.conftest import serve as serve
 
 
 @pytest.fixture
-def server() -> Iterator[Scripted]:
-    with running() as scripted:
+def server(door: str) -> Iterator[Scripted]:
+    with running(door) as scripted:
         yield scripted

@@ -14,6 +14,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from twinjet.config import ServerSettings
+from twinjet.server.doors import make_door
 from twinjet.v1 import admin_pb2, embedding_pb2, generation_pb2, model_pb2, service_pb2_grpc, tokenization_pb2
 
 pb = generation_pb2
@@ -215,13 +217,13 @@ class Scripted(
 
 
 @contextmanager
-def running() -> Iterator[Scripted]:
-    """Serve in a thread of its own, so that blocking clients can be tested as well."""
+def running(door: str = "auto") -> Iterator[Scripted]:
+    """Serve through a door, in a thread of its own, so that blocking clients can be tested as well."""
     scripted = Scripted()
     up: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
-        server = grpc.aio.server()
+        server: Any = make_door(ServerSettings(port=0, door=door))  # type: ignore[arg-type]
         for add in (
             service_pb2_grpc.add_InferenceServiceServicer_to_server,
             service_pb2_grpc.add_ModelServiceServicer_to_server,
@@ -231,7 +233,7 @@ def running() -> Iterator[Scripted]:
         watch = grpc.unary_stream_rpc_method_handler(scripted.Watch)
         health = grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Watch": watch})
         server.add_generic_rpc_handlers((health,))
-        scripted.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        scripted.address = server.bind()
         await server.start()
         done = asyncio.Event()
         up.set_result((asyncio.get_running_loop(), done))

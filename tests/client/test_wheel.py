@@ -21,6 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ROOT / "python"
 
 
+@pytest.fixture
+def door() -> str:
+    """One is enough for what is installed."""
+    return "auto"
+
+
 def _project(folder: Path) -> dict[str, Any]:
     return tomllib.loads((folder / "pyproject.toml").read_text())
 

@@ -1,4 +1,6 @@
 // One connection between the door's session and nghttp2's client, bytes moved by hand and time set by hand.
+#include <poll.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -103,6 +105,31 @@ struct Rig {
 std::string Text(const test::Http2Client::Goaway& goaway) { return goaway.text; }
 
 }  // namespace
+
+TEST(held_mail_wakes_nobody_until_it_is_let_go) {
+  const auto mailbox = std::make_shared<Mailbox>();
+  const auto is_awake = [&] {
+    pollfd look{mailbox->fd(), POLLIN, 0};
+    return poll(&look, 1, 0) == 1;
+  };
+  const auto call = std::make_shared<Call>(1, mailbox, std::make_shared<Totals>(),
+                                           std::make_shared<std::atomic<int64_t>>(0));
+  mailbox->Hold();
+  mailbox->PostMessage(call, "one");
+  mailbox->Post({CommandKind::kAck, call, 0, 0, nullptr, nullptr});
+  CHECK(!is_awake());
+  mailbox->LetGo();
+  CHECK(is_awake());
+  Mail mail;
+  mailbox->Take(&mail);
+  CHECK_EQ(mail.commands.size(), 2u);
+  CHECK(!is_awake());
+  mailbox->Hold();
+  mailbox->LetGo();
+  CHECK(!is_awake());
+  mailbox->PostMessage(call, "two");
+  CHECK(is_awake());
+}
 
 TEST(a_unary_call_comes_with_its_message_and_gets_its_answer) {
   Rig rig;
@@ -214,6 +241,73 @@ TEST(an_answer_before_the_request_has_ended_stops_the_client) {
   CHECK(rig.client.answer(id).is_closed);
   CHECK_EQ(rig.client.answer(id).error_code, static_cast<uint32_t>(NGHTTP2_NO_ERROR));
   CHECK_EQ(rig.client.answer(id).status(), kInvalidArgument);
+}
+
+// Whenever the door ends a call, its client gets the status, whole, and is told with NO_ERROR to send no
+// more.
+TEST(the_status_arrives_however_far_the_request_has_come) {
+  const std::string message(40'000, 'm');
+  const std::string framed = test::Framed(message);
+  const std::vector<std::string> pieces = {
+      "", framed.substr(0, 3), framed.substr(3, 20'000), framed.substr(20'003), framed, ""};
+  enum class End { kFinish, kFinishAfterMessages, kDeadline, kTooLarge };
+  for (const End end : {End::kFinish, End::kFinishAfterMessages, End::kDeadline, End::kTooLarge}) {
+    for (size_t when = 0; when <= pieces.size(); ++when) {
+      const bool is_between_messages = when < 2 || when == 4 || when == 5;
+      if (end == End::kTooLarge && !is_between_messages) continue;
+      // Pumped: what was sent has arrived. Not: it is on its way while the call ends.
+      for (const bool is_pumped : {true, false}) {
+        Options options;
+        options.deadline = {"too late", "details"};
+        options.max_message_bytes = 50'000;
+        Rig rig(options);
+        const int32_t id = rig.client.Begin("/a/b", {{"grpc-timeout", "9S"}});
+        const CallRef call = rig.TakeCall();
+        for (size_t i = 0; i < when; ++i) {
+          rig.client.SendRaw(id, pieces[i]);
+          if (i + 1 == pieces.size()) rig.client.HalfClose(id);
+          if (is_pumped) rig.Pump();
+        }
+        int expected = kResourceExhausted;
+        if (end == End::kDeadline) {
+          expected = kDeadlineExceeded;
+          rig.Later(9);
+        } else if (end == End::kTooLarge) {
+          rig.client.SendRaw(id, test::Framed(std::string(60'000, 'x')));
+          rig.Pump();
+        } else {
+          if (end == End::kFinishAfterMessages) rig.Write(call, "answer");
+          rig.Finish(call, {kResourceExhausted, "no", {{"grpc-status-details-bin", "details"}}});
+        }
+        rig.client.SendRaw(id, framed);
+        rig.client.HalfClose(id);
+        rig.Pump();
+        const test::Answer& answer = rig.client.answer(id);
+        CHECK_EQ(answer.status(), expected);
+        CHECK(answer.is_closed);
+        CHECK_EQ(answer.error_code, static_cast<uint32_t>(NGHTTP2_NO_ERROR));
+        CHECK_EQ(answer.messages().size(), end == End::kFinishAfterMessages ? 1u : 0u);
+        if (end != End::kTooLarge) CHECK_EQ(*Base64Decode(answer.Find("grpc-status-details-bin")), "details");
+      }
+    }
+  }
+}
+
+TEST(a_status_is_sent_however_long_its_message) {
+  Rig rig;
+  std::string text;
+  while (text.size() < 100'000) text += "\u00e9\u4e16%";  // three to nine bytes each when encoded
+  const int32_t id = rig.client.Ask("/a/b", "question");
+  const CallRef call = rig.TakeCall();
+  rig.Finish(call, {kInternal, text, {{"k", std::string(31'000, 'v')}}});
+  rig.Pump();
+  const test::Answer& answer = rig.client.answer(id);
+  CHECK_EQ(answer.status(), kInternal);
+  CHECK(answer.Find("grpc-message").size() > 16'000);
+  CHECK(text.starts_with(answer.message()));
+  const size_t num_left = answer.message().size() % 6;  // of a six-byte group of three characters
+  CHECK(num_left == 0 || num_left == 2 || num_left == 5);
+  CHECK_EQ(answer.Find("k").size(), 31'000u);
 }
 
 TEST(gzip_goes_both_ways) {
@@ -429,10 +523,64 @@ TEST(messages_beyond_the_limit_are_refused) {
   CHECK_EQ(rig.Count(EventKind::kCancelled), 2u);
 }
 
+TEST(calls_of_bounded_paths_are_refused_before_handlers_hear_of_them) {
+  Options options;
+  options.bounded_paths = {"/a/Stream", "/a/Other"};
+  options.max_open = 2;
+  options.full = {"no more than 2", "details"};
+  Rig rig(options);
+  const int32_t first = rig.client.Ask("/a/Stream", "x");
+  const CallRef call = rig.TakeCall();
+  const int32_t second = rig.client.Ask("/a/Other", "x");
+  rig.TakeCall();
+  const int32_t third = rig.client.Ask("/a/Stream", "x");
+  rig.Pump();
+  CHECK_EQ(rig.client.answer(third).status(), kResourceExhausted);
+  CHECK_EQ(rig.client.answer(third).message(), "no more than 2");
+  CHECK_EQ(*Base64Decode(rig.client.answer(third).Find("grpc-status-details-bin")), "details");
+  std::vector<Event> events = rig.Take();
+  CHECK_EQ(events.size(), 1u);
+  CHECK(events[0].kind == EventKind::kRefused);
+  CHECK_EQ(events[0].bytes, "/a/Stream");
+  rig.client.Ask("/a/b", "x");
+  rig.Finish(rig.TakeCall());
+  CHECK_EQ(rig.state.totals->open.load(), 2);
+  // A place is free as soon as its call has a status or is cancelled, whoever still holds the call.
+  rig.Finish(call);
+  rig.client.Cancel(second);
+  rig.Pump();
+  rig.Take();
+  CHECK_EQ(rig.client.answer(first).status(), kOk);
+  CHECK_EQ(rig.state.totals->open.load(), 0);
+}
+
+TEST(a_call_of_a_bounded_path_takes_no_place_before_it_asks) {
+  Options options;
+  options.bounded_paths = {"/a/Stream"};
+  options.max_open = 2;
+  Rig rig(options);
+  std::vector<int32_t> silent;
+  for (int i = 0; i < 10; ++i) silent.push_back(rig.client.Begin("/a/Stream"));
+  rig.client.SendRaw(silent[0], test::Framed("half").substr(0, 7));
+  rig.Pump();
+  CHECK_EQ(rig.Take().size(), 0u);
+  CHECK_EQ(rig.state.totals->open.load(), 0);
+  rig.client.Ask("/a/Stream", "x");
+  rig.Finish(rig.TakeCall());
+  rig.client.Cancel(silent[1]);
+  rig.Pump();
+  CHECK_EQ(rig.Take().size(), 0u);
+  // A server that ends tells all of them so.
+  rig.session->Drain();
+  std::vector<Event> events = rig.Take();
+  CHECK_EQ(std::ranges::count(events, EventKind::kCall, &Event::kind), 2);
+  CHECK_EQ(std::ranges::count(events, EventKind::kRefused, &Event::kind), 7);
+}
+
 TEST(request_bytes_of_all_calls_together_are_bounded) {
   Options options;
   options.max_received_bytes = 100'000;
-  options.overload_details = "details";
+  options.overload = {"too much", "details"};
   Rig rig(options);
   std::vector<int32_t> ids;
   for (int i = 0; i < 20; ++i) {

@@ -1,6 +1,8 @@
 """gRPC's interoperability cases with the stock clients of other languages, where their tools are.
 
-grpc-js comes through npm; C++ needs libgrpc++-dev; Go needs golang-google-grpc-dev and golang-google-protobuf-dev.
+grpc-js comes through npm; C++ needs libgrpc++-dev; Go needs golang-google-grpc-dev and golang-google-protobuf-dev;
+Java needs openjdk-17-jdk-headless, libgrpc-java, libguava-java, libnetty-java, libopencensus-java and
+libperfmark-java.
 """
 
 from __future__ import annotations
@@ -23,6 +25,14 @@ ROOT = HERE.parents[1]
 NODE_MODULES = ROOT / ".cache" / "interop" / "node_modules"
 NODE_PACKAGES = ["@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.0"]
 GO_PATH = Path("/usr/share/gocode")
+JARS = [
+    Path("/usr/share/java") / f"{name}.jar"
+    for name in (
+        "grpc-api", "grpc-context", "grpc-core", "grpc-netty", "grpc-stub", "guava", "netty-buffer", "netty-codec",
+        "netty-codec-http", "netty-codec-http2", "netty-common", "netty-handler", "netty-resolver",
+        "netty-transport", "opencensus-api", "perfmark-api", "perfmark-impl",
+    )
+]  # fmt: skip
 CASES = {
     "empty_unary", "large_unary", "compressed_unary", "client_streaming", "server_streaming", "ping_pong",
     "empty_stream", "cancel_after_begin", "cancel_after_first_response", "timeout_on_sleeping_server",
@@ -95,3 +105,13 @@ def test_cpp(port: str, tmp_path: Path) -> None:
     command = [compiler, "-std=c++17", "-O1", str(HERE / "client.cc"), *flags, "-o", str(client)]
     subprocess.run(command, check=True, timeout=280)
     assert _passed([str(client), port]) == CASES
+
+
+@pytest.mark.skipif(
+    shutil.which("javac") is None or not all(jar.exists() for jar in JARS),
+    reason="Java or its gRPC library is missing",
+)
+def test_java(port: str) -> None:
+    # One compiler and few threads: it runs for a second.
+    flags = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-cp", os.pathsep.join(map(str, JARS))]
+    assert _passed(["java", *flags, str(HERE / "Client.java"), port]) == CASES

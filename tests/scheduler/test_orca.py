@@ -112,6 +112,31 @@ def test_a_server_that_slows_down_loses_weight_within_two_seconds() -> None:
     assert weight(read(served, one(4))) < 0.6 * before
 
 
+@pytest.mark.parametrize(("rate", "within_s"), [(200, 0.6), (80, 0.7), (40, 1.1)])
+def test_the_more_a_server_does_the_sooner_it_is_found_out(rate: int, within_s: float) -> None:
+    """Steps four times as long: a quarter of the requests end, and those that come meanwhile pile up."""
+    served = run(rate, 16, 20)
+    before = weight(read(served, one(16)))
+    running = 16.0
+    steps = 0
+    while weight(read(served, one(int(running)))) > before / 2:
+        served = run(rate / 4, int(running), 0.1, served=served, start=20 + steps / 10)
+        running += 0.1 * rate * 3 / 4
+        steps += 1
+    assert steps / 10 <= within_s
+
+
+@pytest.mark.parametrize("every_s", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("rate", [20, 100, 400])
+def test_a_steady_rate_is_told_as_it_is_however_often_it_is_looked_at(rate: int, every_s: float) -> None:
+    served = ServedLoad()
+    for step in range(int(20 / every_s)):
+        for _ in range(round(rate * every_s)):
+            served.count(failed=False)
+        served.sample(step * every_s, one(3))
+    assert read(served, one(3)).rps_fractional == pytest.approx(rate, rel=0.01)
+
+
 def test_the_fullest_deployment_counts_and_details_tell_them_apart() -> None:
     readings = [
         DeploymentLoad("a", load(1, 0, 0.25), 4),

@@ -101,6 +101,7 @@ class Service:
 
     def __init__(self, process: subprocess.Popen[str], address: str) -> None:
         self.process = process
+        self.address = address
         self.channel = grpc.insecure_channel(address)
         self.inference = service_pb2_grpc.InferenceServiceStub(self.channel)
         self.models = service_pb2_grpc.ModelServiceStub(self.channel)

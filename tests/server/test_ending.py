@@ -45,6 +45,18 @@ async def test_a_deadline_ends_the_engines_work(serve: Serve) -> None:
     await h.until_idle()
 
 
+async def test_a_client_that_waits_beyond_its_deadline_is_told_the_reason(serve: Serve, door: str) -> None:
+    h = await serve({"step_s": 0.005})
+    # As metadata: the client's library then keeps no clock of its own, as if its packets had been slow.
+    late = (("grpc-timeout", "200m"),)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(h.inference.Generate(Request(text="x"), metadata=late))
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    if door == "native":  # gRPC's core may end the call before we do, and then gives no details
+        assert details(caught.value)["ErrorInfo"].reason == "DEADLINE_PASSED"
+    await h.until_idle()
+
+
 async def test_a_deadline_counts_from_the_calls_arrival_whatever_came_before_admission(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,36 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from tests.epp.replicas import until
+from tests.epp.test_mirroring import cached, picker_over
 from tests.server.harness import details
 from tests.server.processes import Service, descendants, is_alive, server
-from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
+from twinjet.epp.main import Epp
+from twinjet.epp.mirroring import Mirrored
+from twinjet.errors import Unavailable
+from twinjet.server import native_door
+from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, tokenization_pb2
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 Request = generation_pb2.GenerateRequest
 Sampling = sampling_pb2.SamplingParams
-SETTINGS = '[deployments.smollm2]\nengine = "vllm"\nmodel = "demo"\n'
+SETTINGS = '[deployments.smollm2]\nengine = "vllm"\nmodel = "demo"\nkv_events = true\n'
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Iterator[Service]:
+ONE_DOOR = pytest.mark.parametrize("service", ["grpc"], indirect=True)
+"""For what lies behind the door: the same through either."""
+
+
+@pytest.fixture(scope="module", params=["grpc", "native"])
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path
+) -> Iterator[Service]:
+    if request.param == "native" and not native_door.is_available():
+        pytest.skip("this build has no native door")
     folder = tmp_path_factory.mktemp("server")
     log = folder / "server.log"
-    with server(folder, SETTINGS) as (process, address):
+    with server(folder, f'door = "{request.param}"\n{SETTINGS}') as (process, address):
         service = Service(process, address)
         yield service
         below = descendants(process.pid)
@@ -70,6 +87,7 @@ def test_a_stranger_gets_the_capital_of_france_through_reflection_alone(service:
     assert events[-1].summary.usage.output_tokens > 0
 
 
+@ONE_DOOR
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
@@ -90,6 +108,7 @@ def test_a_first_question_has_a_good_answer_at_the_models_own_temperature(
     assert [text for text in texts if answer not in text] == []
 
 
+@ONE_DOOR
 def test_the_model_describes_itself_and_the_native_parts_are_in_use(service: Service) -> None:
     model = service.models.GetModel(model_pb2.GetModelRequest()).model
     assert model.state == model_pb2.MODEL_STATE_READY
@@ -117,6 +136,7 @@ def test_a_stream_is_served_by_the_native_parts(service: Service) -> None:
     service.until(is_counted, 10)
 
 
+@ONE_DOOR
 @pytest.mark.parametrize(
     ("constraint", "field"),
     [
@@ -174,6 +194,113 @@ def _engine_process(service: Service) -> int:
     forked = [pid for pid, parent in below.items() if parent in below]
     assert len(forked) == 1, below
     return forked[0]
+
+
+@ONE_DOOR
+def test_a_picker_started_again_knows_what_the_engine_has_cached(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the snapshot of the engine's real events; and where the stream broke it goes on with the next delta."""
+    text = "The quick brown fox jumps over the lazy dog and tells everybody about it. " * 12
+    tokenized = service.inference.Tokenize(tokenization_pb2.TokenizeRequest(text=text))
+    tokens = list(tokenized.token_ids)
+    kinds: list[int] = []
+    take = Mirrored.take
+
+    def noted(self: Mirrored, message: admin_pb2.WatchKvEventsResponse) -> None:
+        kinds.append(message.kind)
+        take(self, message)
+
+    monkeypatch.setattr(Mirrored, "take", noted)
+
+    def ask(prompt: list[int]) -> int:
+        """Have a prompt computed; gives how much of it was cached."""
+        request = Request(token_ids=[*prompt, 1, 2], sampling=Sampling(temperature=0, max_tokens=2))
+        return int(next(service.inference.Generate(request)).started.cached_prompt_tokens)
+
+    def known(epp: Epp, prompt: list[int]) -> int:
+        """How much of a prompt the picker takes for cached; nothing while no replica answers it."""
+        try:
+            return cached(epp.picker, prompt, "smollm2")
+        except Unavailable:
+            return 0
+
+    async def agree(epp: Epp, prompt: list[int]) -> None:
+        """The picker knows of all that the engine has."""
+        held = await asyncio.to_thread(ask, prompt)
+        assert held > len(prompt) - 32
+        await until(lambda: known(epp, prompt) == held)
+
+    async def look() -> None:
+        async with forwarder(service.address) as (address, broken):
+            for start in range(2):
+                kinds.clear()
+                async with picker_over(address) as epp:
+                    await agree(epp, tokens)
+                    assert kinds[0] in (
+                        admin_pb2.KV_BATCH_KIND_SNAPSHOT,
+                        admin_pb2.KV_BATCH_KIND_SNAPSHOT_END,
+                    )
+                    if start == 1:
+                        kinds.clear()
+                        broken.set()
+                        await until(lambda epp=epp: not any(r.is_up for r in epp.picker.replicas.values()))
+                        await asyncio.to_thread(ask, tokens[::-1])
+                        broken.clear()
+                        await agree(epp, tokens[::-1])
+                        await agree(epp, tokens)
+                        assert set(kinds) <= {
+                            admin_pb2.KV_BATCH_KIND_DELTA,
+                            admin_pb2.KV_BATCH_KIND_HEARTBEAT,
+                        }
+
+    ask(tokens)
+    asyncio.run(look())
+
+
+@asynccontextmanager
+async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """A port before another that breaks every connection, old and new, while the event is set."""
+    broken = asyncio.Event()
+    writers: set[asyncio.StreamWriter] = set()
+    copying: set[asyncio.Task[Any]] = set()
+    host, _, port = address.rpartition(":")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if broken.is_set():
+            writer.transport.abort()
+            return
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        writers.update((writer, far_writer))
+        task = asyncio.current_task()
+        assert task is not None
+        copying.add(task)
+        await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+
+    async def breaking() -> None:
+        while True:
+            await broken.wait()
+            while writers:
+                writers.pop().transport.abort()
+            await asyncio.sleep(0.01)
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    task = asyncio.create_task(breaking())
+    try:
+        yield f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", broken
+    finally:
+        task.cancel()
+        listener.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.gather(*copying)
 
 
 def test_kill_9_of_the_engine_ends_every_stream_at_once_and_it_comes_back(service: Service) -> None:

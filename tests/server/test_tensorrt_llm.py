@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from tests.engines.factories import MODEL, double_installed
 from tests.server.harness import Serve, details
+from tests.server.test_kv_zmq import Subscriber
 from twinjet.client import AsyncClient, BadRequest, Options, RetryPolicy, Sampling, Unavailable
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2
 
@@ -47,7 +49,8 @@ async def _end(call: Any) -> None:
 
 
 async def test_kv_events_are_watched_where_they_are_switched_on(serve: Serve, version: str) -> None:
-    h = await serve(deployments={"trt": TRT["trt"] | {"kv_events": True}})
+    zmq = {"endpoint": "tcp://127.0.0.1:*", "replay_endpoint": "tcp://127.0.0.1:*"}
+    h = await serve(deployments={"trt": TRT["trt"] | {"kv_events": True, "kv_zmq": zmq}})
     watch = h.admin.WatchKvEvents(admin_pb2.WatchKvEventsRequest())
     messages = [await watch.read()]
     prompt = [b % 100 for b in range(70)]
@@ -67,6 +70,12 @@ async def test_kv_events_are_watched_where_they_are_switched_on(serve: Serve, ve
     delta = await h.admin.WatchKvEvents(again).read()
     assert delta.kind == admin_pb2.KV_BATCH_KIND_DELTA
     assert delta.events == messages[-1].events
+    publisher = h.server.deployments.by_name["trt"].kv_publisher
+    assert publisher is not None
+    with contextlib.closing(Subscriber(publisher)) as subscriber:
+        await subscriber.replay(0)
+        told_by_zmq = [block[1] for block in subscriber.blocks.values()]
+    assert prompt[:64] == [t for tokens in told_by_zmq for t in tokens if t in prompt][-64:]
     await h.engines[-1].stop()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await _end(watch)

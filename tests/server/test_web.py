@@ -22,6 +22,9 @@ from twinjet.v1 import generation_pb2, sampling_pb2
 
 CHROMIUM = shutil.which("chromium")
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kubernetes.md"
+SCRAPED = set(re.findall(r"Spec: (twinjet_\w+)", PAGE.read_text()))
+
 
 def _free_port() -> int:
     with socket.socket() as free:
@@ -96,6 +99,13 @@ async def test_metrics_are_where_they_were(serve: Serve) -> None:
     code, text = await _get(f"{url}/metrics")
     assert code == 200 and re.search(
         r'twinjet_first_token_seconds_count\{deployment="(one|two)",model="m"\} 1.0', text
+    )
+    # What docs/kubernetes.md has pickers of others read, and the labels in which they look for the cache's sizes.
+    assert len(SCRAPED) == 4
+    for name in SCRAPED:
+        assert re.search(rf'^{name}\{{.*deployment="one"', text, re.MULTILINE), name
+    assert re.search(
+        r'twinjet_kv_cache_info\{block_size="\d+",deployment="one",num_gpu_blocks="\d+"\} 1.0', text
     )
 
 

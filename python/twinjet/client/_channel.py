@@ -28,9 +28,9 @@ SERVICE_CONFIG = {
         {
             "weighted_round_robin": {
                 "enableOobLoadReport": True,
-                "oobReportingPeriod": "1s",
+                "oobReportingPeriod": "0.25s",
                 "blackoutPeriod": "2s",
-                "weightUpdatePeriod": "1s",
+                "weightUpdatePeriod": "0.25s",
                 "weightExpirationPeriod": "180s",
                 "errorUtilizationPenalty": 1.0,
             }

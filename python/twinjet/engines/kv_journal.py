@@ -98,27 +98,53 @@ class KvJournal:
 
         epoch, start_sequence: as in proto WatchKvEventsRequest. heartbeat_s: longest silence.
         """
-        can_resume = epoch == self.epoch and self._keeps(start_sequence)
-        position = start_sequence if can_resume else 0
+        cursor = KvCursor(self, epoch, start_sequence)
         while not self._is_closed:
-            if not self._keeps(position):
-                position = self._sequence + 1
-                for part in self._snapshot():
-                    yield part
-            elif position <= self._sequence:
-                delta = self._deltas[position - self._first_kept]
-                position += 1
-                yield delta
-            elif not await self._wait(heartbeat_s):
-                yield KvBatch("heartbeat", position - 1, time.time(), ())
+            if (batch := cursor.next()) is not None:
+                yield batch
+            elif not await self.wait(heartbeat_s):
+                yield KvBatch("heartbeat", cursor.position - 1, time.time(), ())
+
+    async def wait(self, timeout_s: float | None) -> bool:
+        """Wait for a change or close(); False if neither came in time."""
+        changed = self._changed = self._changed or asyncio.Event()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def snapshot(self) -> Iterator[KvBatch]:
+        """The blocks of this moment in parts, as if every block had come just now; the last is "snapshot_end"."""
+        sequence, now = self._sequence, time.time()
+        rest = iter(list(self._blocks.items()))
+        events: list[KvEvent] = [KvCleared()]
+        part = list(islice(rest, SNAPSHOT_BLOCKS))
+        while True:
+            events += _chains(part)
+            part = list(islice(rest, SNAPSHOT_BLOCKS))
+            yield KvBatch("snapshot" if part else "snapshot_end", sequence, now, events)
+            if not part:
+                return
+            events = []
+
+    def keeps(self, sequence: int) -> bool:
+        """Whether a delta can still be had, or is the next one."""
+        return self._first_kept <= sequence <= self._sequence + 1 and sequence > 0
+
+    def delta(self, sequence: int) -> KvBatch | None:
+        """A delta that is kept; None if it is still to come."""
+        return self._deltas[sequence - self._first_kept] if sequence <= self._sequence else None
 
     @property
     def _first_kept(self) -> int:
         """The first delta that is kept, or the next one."""
         return self._sequence + 1 - len(self._deltas)
-
-    def _keeps(self, sequence: int) -> bool:
-        return self._first_kept <= sequence <= self._sequence + 1 and sequence > 0
 
     def _apply(self, event: KvEvent) -> None:
         match event:
@@ -134,34 +160,35 @@ class KvJournal:
             case KvCleared():
                 self._blocks.clear()
 
-    def _snapshot(self) -> Iterator[KvBatch]:
-        """The blocks of this moment in parts; what happens between two parts is not in it."""
-        sequence, now = self._sequence, time.time()
-        rest = iter(list(self._blocks.items()))
-        events: list[KvEvent] = [KvCleared()]
-        part = list(islice(rest, SNAPSHOT_BLOCKS))
-        while True:
-            events += _chains(part)
-            part = list(islice(rest, SNAPSHOT_BLOCKS))
-            yield KvBatch("snapshot" if part else "snapshot_end", sequence, now, events)
-            if not part:
-                return
-            events = []
-
     def _wake(self) -> None:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
 
-    async def _wait(self, timeout_s: float) -> bool:
-        """Wait for a change; False if none came in time."""
-        changed = self._changed = self._changed or asyncio.Event()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await changed.wait()
-        except TimeoutError:
-            return False
-        return True
+
+class KvCursor:
+    """A watcher's place in a journal. epoch, start_sequence: as in proto WatchKvEventsRequest."""
+
+    def __init__(self, journal: KvJournal, epoch: str = "", start_sequence: int = 0) -> None:
+        self._journal = journal
+        can_resume = epoch == journal.epoch and journal.keeps(start_sequence)
+        self.position = start_sequence if can_resume else 0
+        """The sequence of the next delta."""
+        self._parts: Iterator[KvBatch] = iter(())
+
+    def next(self) -> KvBatch | None:
+        """Give what comes next; None if there is nothing now. Who fell behind gets a snapshot."""
+        if (part := next(self._parts, None)) is not None:
+            return part
+        if not self._journal.keeps(self.position):
+            # What happens between two parts is not in it, and follows.
+            self.position = self._journal.sequence + 1
+            self._parts = self._journal.snapshot()
+            return next(self._parts)
+        delta = self._journal.delta(self.position)
+        if delta is not None:
+            self.position += 1
+        return delta
 
 
 def _weight(events: Sequence[KvEvent]) -> int:

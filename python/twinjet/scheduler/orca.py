@@ -22,7 +22,11 @@ MIN_UTILIZATION: Final = 0.01
 """What an idle server reports, since balancers pass over 0."""
 
 MEMORY_S: Final = 2.0
-"""Time constant of the averages: a server that slows down is found out within seconds."""
+MIN_MEMORY_S: Final = 0.5
+"""Time constant of the averages, at most and at least: a server that slows down is found out within a second or two."""
+
+MEMORY_REQUESTS: Final = 40
+"""Requests that the averages are over: of fewer they are no steadier than the answers are alike, of more they are late."""
 
 _MIN_RPS: Final = 0.01
 
@@ -89,15 +93,19 @@ class ServedLoad:
         """Take a reading, several times a second."""
         since_s = 0.0 if self._sampled_at is None else max(0.0, now - self._sampled_at)
         self._sampled_at = now
-        share = -math.expm1(-since_s / MEMORY_S)
-        self._eps += self._num_failed / MEMORY_S - share * self._eps
+        memory_s = min(max(MEMORY_REQUESTS / (self._rps + self._eps or 1.0), MIN_MEMORY_S), MEMORY_S)
+        share = -math.expm1(-since_s / memory_s)
+        # What a request adds, so that a steady rate is told as it is however seldom the readings are.
+        gain = share / since_s if since_s else 1.0 / memory_s
+        self._eps += gain * self._num_failed - share * self._eps
         self._num_failed = 0
         readings = list(deployments)
-        self._rps += self._num_served / MEMORY_S
+        served = gain * self._num_served
         self._num_served = 0
         if any(d.load.running or d.load.waiting for d in readings):
             self._rps -= share * self._rps
             self._utilization += share * (utilization_of(readings) - self._utilization)
+        self._rps += served
 
     def report(self, deployments: Iterable[DeploymentLoad], *, details: bool) -> OrcaReport:
         """Report the averages, and the state as read. details: by deployment, too."""

@@ -20,18 +20,30 @@ from twinjet.errors import (
 )
 from twinjet.routing.table import Route, RoutingTable, check_route, choose
 from twinjet.scheduler import Dispatcher
+from twinjet.server.kv_zmq import KvPublisher
 
 EngineFactory = Callable[[str, DeploymentSettings], Engine]
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One engine with its supervisor and its dispatcher."""
+    """One engine with its supervisor, its dispatcher and, where asked for, who publishes its KV events."""
 
     name: str
     settings: DeploymentSettings
     supervisor: Supervisor
     dispatcher: Dispatcher
+    kv_publisher: KvPublisher | None = None
+
+    def open(self) -> None:
+        """Open what is listened at. Raises ConfigError."""
+        if self.kv_publisher is not None:
+            self.kv_publisher.open()
+
+    def close(self) -> None:
+        """Close what was opened. Idempotent."""
+        if self.kv_publisher is not None:
+            self.kv_publisher.close()
 
     def ready(self) -> tuple[Engine, EngineInfo]:
         """The engine and what it says of itself. Raises Unavailable, saying why, while it is not ready."""
@@ -62,14 +74,24 @@ class Deployments:
 
     def _make(self, name: str, settings: DeploymentSettings) -> Deployment:
         dispatcher = Dispatcher(settings.scheduler)
+        publisher = None
+        if settings.kv_zmq.endpoint:
+            cache_kind = "full_attention" if settings.engine == "vllm" else None
+            publisher = KvPublisher(name, settings.kv_zmq, cache_kind)
+
+        def changed(supervisor: Supervisor) -> None:
+            if publisher is not None:
+                publisher.changed(supervisor)
+            self._changed(supervisor)
+
         supervisor = Supervisor(
             name,
             lambda: self._make_engine(name, settings),
             dispatcher,
             SupervisorSettings(settings.max_restarts, settings.stall_s),
-            self._changed,
+            changed,
         )
-        return Deployment(name, settings, supervisor, dispatcher)
+        return Deployment(name, settings, supervisor, dispatcher, publisher)
 
     def _changed(self, supervisor: Supervisor) -> None:
         self._state_changed.set()
@@ -192,6 +214,10 @@ class Deployments:
             raise AlreadyExists("route", name)
         deployment = self.by_name[name] = self._make(name, settings)
         try:
+            try:
+                deployment.open()
+            except ConfigError as error:
+                raise _failed(name, str(error)) from None
             deployment.supervisor.start()
             await self._until_settled(deployment)
             if public:
@@ -199,6 +225,7 @@ class Deployments:
         except BaseException:
             del self.by_name[name]
             await asyncio.shield(deployment.supervisor.stop())
+            deployment.close()
             raise
         return self.table.revision
 
@@ -208,9 +235,7 @@ class Deployments:
             # A start that failed for now is tried again by the supervisor; here the operator waits, and hears of it.
             if supervisor.state is State.FAILED or supervisor.num_restarts:
                 reason = supervisor.failure or supervisor.last_error or "its engine did not start"
-                raise PreconditionFailed(
-                    f"deployment {deployment.name!r} failed: {reason}", reason="DEPLOYMENT_FAILED"
-                )
+                raise _failed(deployment.name, reason)
             self._state_changed.clear()
             await self._state_changed.wait()
 
@@ -242,6 +267,7 @@ class Deployments:
                 Unavailable(f"deployment {name!r} was removed", reason="DRAINING", retry_after_s=1)
             )
         await deployment.supervisor.stop()
+        deployment.close()
         return num_live - num_ended, num_ended
 
     async def reload(self, config: Config, grace_s: float) -> list[str]:
@@ -290,3 +316,7 @@ class Deployments:
 
     def _is_ready(self, name: str) -> bool:
         return self.by_name[name].is_ready
+
+
+def _failed(name: str, reason: str) -> PreconditionFailed:
+    return PreconditionFailed(f"deployment {name!r} failed: {reason}", reason="DEPLOYMENT_FAILED")

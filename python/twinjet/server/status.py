@@ -83,10 +83,14 @@ def to_failure(error: errors.TwinjetError) -> Failure:
             return internal_failure()
 
 
-def overload_details() -> bytes:
-    """Give the details that a call refused for load carries before any handler sees it."""
-    error = errors.Overloaded("the server has more to do than it can bear", retry_after_s=1)
-    return bytes(to_failure(error).trailing_metadata[0][1])
+def overload_failure() -> Failure:
+    """Give the status of a call refused for load before any handler sees it."""
+    return to_failure(errors.Overloaded("the server has more to do than it can bear", retry_after_s=1))
+
+
+def shutdown_failure() -> Failure:
+    """Give the status of a call that comes, or still runs, when the server ends."""
+    return to_failure(errors.Unavailable("the server is shutting down", reason="DRAINING", retry_after_s=1))
 
 
 def internal_failure() -> Failure:

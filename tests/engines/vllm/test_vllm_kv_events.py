@@ -12,14 +12,20 @@ import pytest
 
 pytest.importorskip("vllm", reason="the vllm extra is not installed")
 
-from scheduler_harness import Engine, Prompt, Setup, make_native
+import msgspec
+from scheduler_harness import Engine, Prompt, Setup, make_native, scheduler_arguments, stock_hasher
+from vllm.config.kv_events import KVEventsConfig
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from twinjet._core import BlockManager
-from twinjet.engines.base import KvRemoved
-from twinjet.engines.kv_journal import KvBatch, KvJournal
+from twinjet.engines.base import KvRemoved, KvStored
+from twinjet.engines.kv_journal import KvBatch, KvCursor, KvJournal
 from twinjet.engines.vllm import kv_wire
 from twinjet.engines.vllm.core.kv_events import KvEventSender, Tags
 from twinjet.engines.vllm.front.kv_events import KvEventReceiver
+from twinjet.server.kv_zmq import Translator
 
 
 @pytest.fixture
@@ -156,8 +162,138 @@ def test_tags_are_told_before_they_are_used_and_taken_back_after() -> None:
     tags.give_back(1)
     tags.give_back(9)
     assert tags.unused() == []
-    tags.give_back(2)
-    assert tags.unused() == [], "it has not been told yet"
     assert tags.made() == {one: ("a", ""), other: ("b", "")}
-    assert tags.unused() == [one]
+    tags.give_back(2)
+    assert tags.drop(tags.unused()) == [one]
+    assert tags.unused() == []
     assert tags.take(4, ("a", "")) not in (one, other)
+
+
+def test_tags_that_no_event_ever_named_are_kept_nowhere() -> None:
+    """Of requests too short for a block, each with a salt of its own."""
+    tags = Tags()
+    for sequence in range(5):
+        tags.take(sequence, (f"salt {sequence}", ""))
+        tags.give_back(sequence)
+        assert tags.drop(tags.unused()) == []
+    assert tags.made() == {}
+
+
+async def test_short_requests_with_salts_of_their_own_leave_nothing(
+    receiver: KvEventReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(kv_wire.ADDRESS_ENV, receiver.address)
+    engine = native_engine(Setup())
+    for number in range(20):
+        engine.add(Prompt(f"s{number}#0", (3, 4, 5), 2, cache_salt=f"salt {number}"), 0.0)
+        while engine.scheduler.has_requests():
+            engine.step()
+    engine.step()
+    sender = engine.scheduler.kv_cache_manager.events
+    await asyncio.to_thread(sender.stop)
+    tags = sender._tags
+    assert not (tags._made or tags._unused or tags._numbers or tags._num_users or tags._by_sequence)
+
+
+class Capture:
+    """In the place of vLLM's publisher: what it would send."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def publish(self, batch: Any) -> None:
+        self.batches.append(batch)
+
+    def get_publisher_config(self) -> None:
+        return None
+
+    def shutdown(self) -> None:
+        pass
+
+
+def stock_engine(setup: Setup) -> tuple[Engine, Capture]:
+    """vLLM's own scheduler and block manager, with its own KV events."""
+    arguments = scheduler_arguments(setup)
+    config = arguments["vllm_config"]
+    config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    scheduler = Scheduler(**arguments)
+    capture = scheduler.kv_event_publisher = Capture()
+    return Engine(scheduler, setup, stock_hasher(setup.block_size)), capture
+
+
+def follow(batches: list[Any]) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """The blocks that vLLM's events tell of: each by the keys and tokens of its chain, with what was said of it."""
+    chains: dict[Any, tuple[Any, ...]] = {}
+    blocks: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for batch in batches:
+        assert type(batch) is KVEventBatch
+        for event in batch.events:
+            match event:
+                case BlockStored():
+                    chain = chains[event.parent_block_hash] if event.parent_block_hash is not None else ()
+                    assert event.extra_keys is not None
+                    assert len(event.extra_keys) == len(event.block_hashes)
+                    for i, (block_hash, keys) in enumerate(
+                        zip(event.block_hashes, event.extra_keys, strict=True)
+                    ):
+                        size = event.block_size
+                        tokens = tuple(event.token_ids[i * size : (i + 1) * size])
+                        chain = (*chain, (tuple(keys or ()), tokens))
+                        chains[block_hash] = chain
+                        blocks[chain] = (
+                            size, event.medium, event.lora_name, event.group_idx, event.kv_cache_spec_kind,
+                            event.kv_cache_spec_sliding_window, event.locality, event.ownership, event.session_id,
+                        )  # fmt: skip
+                case BlockRemoved():
+                    assert (event.medium, event.group_idx) == ("GPU", 0)
+                    for block_hash in event.block_hashes:
+                        blocks.pop(chains[block_hash], None)
+                case AllBlocksCleared():
+                    blocks.clear()
+    return blocks
+
+
+@pytest.mark.parametrize("max_loras", [0, 2])
+async def test_vllm_would_have_told_the_same(
+    receiver: KvEventReceiver, monkeypatch: pytest.MonkeyPatch, max_loras: int
+) -> None:
+    """Ours in vLLM's format, read by vLLM's own classes, beside those of vLLM's block manager for the same requests."""
+    monkeypatch.setenv(kv_wire.ADDRESS_ENV, receiver.address)
+    setup = Setup(num_blocks=60, max_loras=max_loras)
+    native = native_engine(setup)
+    stock, capture = stock_engine(setup)
+    translator = Translator("full_attention")
+    batches: list[Any] = []
+    cursor = KvCursor(receiver.journal)
+    manager = native.scheduler.kv_cache_manager.manager
+    decoder = msgspec.msgpack.Decoder(KVEventBatch)
+    rng = random.Random(3)
+    waiting = list(prompts(rng, max_loras))
+    step = 0
+    while waiting or stock.scheduler.has_requests() or native.scheduler.has_requests():
+        step += 1
+        if waiting and step % 8 == 0:
+            prompt = waiting.pop()
+            for engine in (native, stock):
+                engine.add(prompt, float(step))
+        native.step()
+        stock.step()
+        if step % 100 and (waiting or stock.scheduler.has_requests()):
+            continue
+        if native.scheduler.decode_path is not None:
+            native.scheduler.decode_path.evict(None)
+        await until_told(receiver, manager)
+        while (batch := cursor.next()) is not None:
+            batches.append(
+                decoder.decode(msgspec.msgpack.encode(translator.batch(batch.time_s, batch.events)))
+            )
+        assert batches[-1].data_parallel_rank == 0
+        assert follow(batches) == follow(capture.batches)
+    assert sum(isinstance(e, BlockRemoved) for b in batches for e in b.events) > 10
+    await asyncio.to_thread(native.scheduler.kv_cache_manager.events.stop)
+
+
+def test_numbers_are_vllms() -> None:
+    for block_hash in (bytes(range(32)), b"\xff" * 8, bytes(range(200, 216))):
+        (told,) = Translator(None).batch(1.0, [KvStored((block_hash,), b"", (1,), 1)])[1]
+        assert told["block_hashes"] == [maybe_convert_block_hash(block_hash)]

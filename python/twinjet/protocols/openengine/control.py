@@ -233,7 +233,7 @@ class ControlServicer:
         self, request: kv_pb2.GetKvEventSourcesRequest, context: Context
     ) -> kv_pb2.GetKvEventSourcesResponse:
         kv.check_ranks(request.data_parallel_ranks)
-        return kv_pb2.GetKvEventSourcesResponse()
+        return kv_pb2.GetKvEventSourcesResponse(sources=kv.sources(self._deployments))
 
     async def SubscribeKvEvents(self, request: kv_pb2.SubscribeKvEventsRequest, context: Context) -> None:
         authorise(self._token, context)

@@ -35,6 +35,27 @@ def check_ranks(ranks: Sequence[int]) -> None:
         raise NotFound("rank", str(other[0]), "there is rank 0 alone")
 
 
+def sources(deployments: Deployments) -> list[pb.KvEventSource]:
+    """Where the KV events of the server's only deployment are published, if anybody may connect there."""
+    published = [d.kv_publisher for d in deployments.by_name.values()]
+    if len(published) != 1 or published[0] is None or (listens := published[0].listens_at) is None:
+        return []
+    host, port = listens
+    settings = published[0].settings
+    return [
+        pb.KvEventSource(
+            transport="zmq",
+            endpoint_addr=pb.KvEndpoint(host=host, port=port, protocol="tcp"),
+            topic=settings.topic,
+            replay_endpoint=published[0].replay_endpoint,
+            data_parallel_rank=0,
+            encoding="msgpack",
+            buffer_steps=settings.kept_batches,
+            hwm=settings.queued_batches,
+        )
+    ]
+
+
 async def subscribe(
     deployments: Deployments,
     request: pb.SubscribeKvEventsRequest,

@@ -74,15 +74,15 @@ class KvEventSender:
             logger.info("KV events are not sent any more: %s", error)
 
     def _send(self) -> None:
-        # Tags that nobody uses now were last used by events that are in the log already.
+        # Tags that no sequence has now were last used by events that are in the log already.
         unused = self._tags.unused()
         while data := self._manager.drain_events(EVENTS_A_FRAME):
             # And those of the drained events were made before.
             if made := self._tags.made():
                 self._socket.sendall(kv_wire.facts_frame(made))
             self._socket.sendall(kv_wire.frame(kv_wire.EVENTS, data))
-        if unused:
-            self._socket.sendall(kv_wire.forget_frame(unused))
+        if told := self._tags.drop(unused):
+            self._socket.sendall(kv_wire.forget_frame(told))
 
 
 class Tags:
@@ -129,8 +129,12 @@ class Tags:
             return made
 
     def unused(self) -> list[int]:
-        """Numbers that went out of use since the last call, as far as they have been told."""
+        """Numbers that went out of use since the last call; each is to be dropped."""
         with self._lock:
-            unused = [number for number in self._unused if number not in self._made]
-            self._unused = [number for number in self._unused if number in self._made]
+            unused, self._unused = self._unused, []
             return unused
+
+    def drop(self, numbers: list[int]) -> list[int]:
+        """Forget numbers that no event names any more; gives those of them that made() has told of."""
+        with self._lock:
+            return [number for number in numbers if self._made.pop(number, None) is None]
