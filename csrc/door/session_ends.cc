@@ -74,6 +74,16 @@ void Session::RefuseForLoad(Stream* stream) {
   Finish(stream, Told(kResourceExhausted, overload));
 }
 
+void Session::EndCallsThatAskNothing() {
+  const Options& limits = *loop_->options;
+  if (loop_->totals->calls < static_cast<int64_t>(limits.max_calls / 2)) return;
+  const int64_t longest_ns = Nanoseconds(limits.message_stall_s);
+  for (const auto& [id, stream] : streams_) {
+    if (!stream->call || stream->is_finished || stream->is_request_ended || stream->has_message) continue;
+    if (loop_->now_ns - stream->read_at_ns >= longest_ns) RefuseForLoad(stream.get());
+  }
+}
+
 // What is unsent still goes first: a message may be half sent, and RST_STREAM would hide the status.
 void Session::Break(Stream* stream, Status status) {
   TellHandler(stream, status.message);
