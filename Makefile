@@ -20,7 +20,7 @@ endif
 extension = -DSKBUILD_PROJECT_VERSION=0.1.0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
   -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
-.PHONY: serve venv test guidellm bench-frontend cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan \
+.PHONY: serve venv test guidellm bench-frontend bench-frontend-figures cuda lint format native stubs test-cpp test-cpp-asan test-cpp-tsan test-core-asan \
   fuzz-door
 
 # Install what is missing, make the demo model ready and serve it. ARGS go to `twinjet serve`.
@@ -80,15 +80,22 @@ cuda: venv
 	  $(extension)
 	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cuda --target _core sampler_gpu_test kv_gpu_test sampler_gpu_bench
 
-# What the front end costs behind a mock of vLLM's engine core. ARGS go to bench/frontend/run.py; VLLM_RS names
-# the binary for the row rs_http.
+# What the front end costs behind a mock of vLLM's engine core. ARGS go to bench/frontend/run.py.
 bench-frontend: build/bench/load
 	@$(ready)
 	@$(run) bench/frontend/run.py $(ARGS)
 
+# All of it, beside other front ends, into docs/frontend.md: some 20 minutes, on a machine that does nothing else.
+FRONTEND_FIGURES := build/bench/frontend.json
+bench-frontend-figures: build/bench/load
+	@$(ready)
+	VENV=$(VENV) bench/frontend/peers.sh
+	$(run) bench/frontend/run.py --campaign --out $(FRONTEND_FIGURES) --keep-logs build/bench/logs $(ARGS)
+	$(run) bench/frontend/table.py $(FRONTEND_FIGURES)
+
 build/bench/load: bench/frontend/load.cc
 	mkdir -p $(@D)
-	$(CXX) -O2 -std=c++20 -Wall -Wextra $< -lnghttp2 -o $@
+	$(CXX) -O2 -std=c++20 -Wall -Wextra $< -lnghttp2 -lssl -lcrypto -o $@
 
 stubs:
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python proto/generate.py python

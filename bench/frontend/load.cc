@@ -5,16 +5,18 @@
 // JSON object. In a body the twelve characters "@@@@@@@@@@@@" become the stream's number.
 //
 //   load --port P --kind grpc|sse --path /p.S/M --body FILE --streams N [--requests R] [--connections C]
-//        [--tokens-path 2.3] [--rate R/S] [--control FILE] [--timeout S]
+//        [--tokens-path 2.3] [--rate R/S] [--control FILE] [--timeout S] [--tls 1]
 //
 // --streams are open at once, --requests are made in all. --rate: requests begin at that rate instead, at
-// most
-// --streams at once. --tokens-path: field numbers that lead from a response to its packed token ids.
+// most --streams at once. --tokens-path: field numbers that lead from a response to its packed token ids.
+// --tls: with any certificate. A status other than OK is timed from when the call's headers were sent: calls
+// that the server's SETTINGS_MAX_CONCURRENT_STREAMS holds back here have not reached it.
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <nghttp2/nghttp2.h>
+#include <openssl/ssl.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -54,6 +56,7 @@ struct Options {
   int64_t requests = 0;
   double rate = 0;
   double timeout_s = 120;
+  bool use_tls = false;
   std::string control;
 };
 
@@ -71,6 +74,7 @@ struct Stream {
   int32_t id = -1;
   int connection = 0;
   double began = 0;
+  double sent_at = 0;
   double first = 0;
   double last = 0;
   int64_t tokens = 0;
@@ -89,7 +93,7 @@ struct Result {
   int64_t full_first = 0, full_last = 0;
   std::map<std::string, int64_t> statuses;
   std::map<std::string, int64_t> without_details;
-  std::vector<float> first_ms, gap_ms, end_ms;
+  std::vector<float> first_ms, gap_ms, end_ms, refused_ms;
 };
 
 class Load {
@@ -104,6 +108,7 @@ class Load {
  private:
   struct Connection {
     int fd = -1;
+    SSL* tls = nullptr;
     nghttp2_session* session = nullptr;
     int open = 0;
     bool wants_write = false;
@@ -113,6 +118,9 @@ class Load {
   };
 
   void Open(int index);
+  void StartTls(Connection& connection);
+  ssize_t Send(Connection& connection);
+  ssize_t Receive(Connection& connection);
   void Start();
   void StartGrpc(Connection& connection, Stream* stream);
   void StartHttp1(Connection& connection, Stream* stream);
@@ -126,6 +134,7 @@ class Load {
 
   Options options_;
   int epoll_ = -1;
+  SSL_CTX* tls_ = nullptr;
   uint64_t* control_ = nullptr;
   std::vector<Connection> connections_;
   std::deque<int> idle_;
@@ -159,6 +168,13 @@ int OnCloseCallback(nghttp2_session* session, int32_t id, uint32_t error_code, v
   return 0;
 }
 
+int OnSentCallback(nghttp2_session* session, const nghttp2_frame* frame, void*) {
+  if (frame->hd.type != NGHTTP2_HEADERS) return 0;
+  void* stream = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+  if (stream != nullptr) static_cast<Stream*>(stream)->sent_at = Now();
+  return 0;
+}
+
 ssize_t ReadBody(nghttp2_session*, int32_t, uint8_t* out, size_t size, uint32_t* flags,
                  nghttp2_data_source* source, void*) {
   auto& stream = *static_cast<Stream*>(source->ptr);
@@ -172,6 +188,12 @@ ssize_t ReadBody(nghttp2_session*, int32_t, uint8_t* out, size_t size, uint32_t*
 Load::Load(Options options) : options_(std::move(options)) {
   mark_at_ = options_.body.find(kMark);
   epoll_ = epoll_create1(0);
+  if (options_.use_tls) {
+    tls_ = SSL_CTX_new(TLS_client_method());
+    SSL_CTX_set_mode(tls_, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    const unsigned char h2[] = {2, 'h', '2'};
+    if (options_.is_grpc) SSL_CTX_set_alpn_protos(tls_, h2, sizeof h2);
+  }
   if (!options_.control.empty()) {
     const int fd = open(options_.control.c_str(), O_RDWR);
     if (fd < 0) Fail(options_.control);
@@ -194,6 +216,7 @@ void Load::Open(int index) {
   if (connect(connection.fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) Fail("connect");
   const int on = 1;
   setsockopt(connection.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  if (tls_ != nullptr) StartTls(connection);
   fcntl(connection.fd, F_SETFL, fcntl(connection.fd, F_GETFL) | O_NONBLOCK);
   epoll_event event{};
   event.events = EPOLLIN;
@@ -208,6 +231,7 @@ void Load::Open(int index) {
   nghttp2_session_callbacks_set_on_header_callback(callbacks, OnHeaderCallback);
   nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, OnDataCallback);
   nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, OnCloseCallback);
+  nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, OnSentCallback);
   nghttp2_session_client_new(&connection.session, callbacks, this);
   nghttp2_session_callbacks_del(callbacks);
   const nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, 1 << 20},
@@ -215,6 +239,32 @@ void Load::Open(int index) {
   nghttp2_submit_settings(connection.session, NGHTTP2_FLAG_NONE, settings, 2);
   nghttp2_session_set_local_window_size(connection.session, NGHTTP2_FLAG_NONE, 0, 1 << 28);
   Flush(index);
+}
+
+void Load::StartTls(Connection& connection) {
+  connection.tls = SSL_new(tls_);
+  SSL_set_fd(connection.tls, connection.fd);
+  if (SSL_connect(connection.tls) != 1) Fail("TLS");
+}
+
+// As send and recv: -1 with EAGAIN when it would block.
+ssize_t Load::Send(Connection& connection) {
+  if (connection.tls == nullptr)
+    return send(connection.fd, connection.out.data(), connection.out.size(), MSG_NOSIGNAL);
+  const int count = SSL_write(connection.tls, connection.out.data(), static_cast<int>(connection.out.size()));
+  if (count > 0) return count;
+  errno = SSL_get_error(connection.tls, count) == SSL_ERROR_WANT_WRITE ? EAGAIN : EIO;
+  return -1;
+}
+
+ssize_t Load::Receive(Connection& connection) {
+  if (connection.tls == nullptr) return recv(connection.fd, buffer_.data(), buffer_.size(), 0);
+  const int count = SSL_read(connection.tls, buffer_.data(), static_cast<int>(buffer_.size()));
+  if (count > 0) return count;
+  const int error = SSL_get_error(connection.tls, count);
+  if (error == SSL_ERROR_ZERO_RETURN) return 0;
+  errno = error == SSL_ERROR_WANT_READ ? EAGAIN : EIO;
+  return -1;
 }
 
 void Load::Start() {
@@ -277,7 +327,7 @@ void Load::Flush(int index) {
       }
     }
     if (connection.out.empty()) break;
-    const ssize_t sent = send(connection.fd, connection.out.data(), connection.out.size(), MSG_NOSIGNAL);
+    const ssize_t sent = Send(connection);
     if (sent < 0 && errno == EAGAIN) break;
     if (sent < 0) Fail("send");
     connection.out.erase(0, static_cast<size_t>(sent));
@@ -295,7 +345,7 @@ void Load::Flush(int index) {
 void Load::Readable(int index) {
   Connection& connection = connections_[static_cast<size_t>(index)];
   for (;;) {
-    const ssize_t size = recv(connection.fd, buffer_.data(), buffer_.size(), 0);
+    const ssize_t size = Receive(connection);
     if (size < 0 && errno == EAGAIN) return;
     if (size <= 0) Fail("the server closed a connection");
     if (connection.session != nullptr) {
@@ -305,7 +355,7 @@ void Load::Readable(int index) {
       connection.in.append(reinterpret_cast<const char*>(buffer_.data()), static_cast<size_t>(size));
       OnEvents(connection);
     }
-    if (size < static_cast<ssize_t>(buffer_.size())) return;
+    if (connection.tls == nullptr && size < static_cast<ssize_t>(buffer_.size())) return;
   }
 }
 
@@ -448,7 +498,10 @@ void Load::Finish(Stream& stream, const std::string& status, bool has_details) {
   ++result_.done;
   ++result_.statuses[status];
   if (status != "OK" && !has_details) ++result_.without_details[status];
-  result_.end_ms.push_back(static_cast<float>((Now() - stream.began) * 1e3));
+  const double now = Now();
+  result_.end_ms.push_back(static_cast<float>((now - stream.began) * 1e3));
+  if (status != "OK" && stream.sent_at > 0)
+    result_.refused_ms.push_back(static_cast<float>((now - stream.sent_at) * 1e3));
 }
 
 void Load::Run() {
@@ -502,13 +555,16 @@ void Load::Print(double seconds) const {
       "{\"seconds\": %.4f, \"requests\": %lld, \"done\": %lld, \"tokens\": %lld, \"messages\": %lld, "
       "\"statuses\": %s, "
       "\"without_details\": %s, \"ttft_ms\": [%.3f, %.3f], \"gap_ms\": [%.3f, %.3f], \"end_ms\": [%.3f, "
-      "%.3f], "
+      "%.3f], \"refused_ms\": [%.3f, %.3f, %.3f], "
       "\"full_tokens\": %lld, \"full_seconds\": %.4f, \"client_cpu_s\": %.4f}\n",
       seconds, static_cast<long long>(result_.started), static_cast<long long>(result_.done),
       static_cast<long long>(result_.tokens), static_cast<long long>(result_.messages),
       counts(result_.statuses).c_str(), counts(result_.without_details).c_str(),
       Percentile(result_.first_ms, .5), Percentile(result_.first_ms, .99), Percentile(result_.gap_ms, .5),
       Percentile(result_.gap_ms, .99), Percentile(result_.end_ms, .5), Percentile(result_.end_ms, .99),
+      Percentile(result_.refused_ms, .5), Percentile(result_.refused_ms, .99),
+      Percentile(result_.refused_ms, 1),
+
       static_cast<long long>(is_full ? result_.full_last - result_.full_first : 0),
       is_full ? result_.full_until - result_.full_from : 0.0, cpu);
 }
@@ -536,6 +592,8 @@ Options Parse(int argc, char** argv) {
       options.rate = std::stod(value);
     else if (name == "--timeout")
       options.timeout_s = std::stod(value);
+    else if (name == "--tls")
+      options.use_tls = value == "1";
     else if (name == "--control")
       options.control = value;
     else if (name == "--body") {

@@ -52,7 +52,8 @@ class Control:
     """A page that the mock, the load client and the harness share.
 
     received: tokens that the client has counted, written by it. emitted: tokens that the mock has sent. Both
-    only grow. gather: requests to wait for before the first step of a batch. step_us: least time of a step.
+    only grow. gather: requests to wait for before the first step of a batch. step_us: time between the
+    tokens of a stream; its first one comes at once, so that what a client waits for it is the front end's.
     lockstep: a step begins only when the client has every token of the one before. pid: the mock's, written by
     it, so that its work is not counted as the front end's.
     """
@@ -143,11 +144,15 @@ class MockCore:
             has_work = bool(self._running or self._waiting)
             if self._input.poll(0 if has_work else None):
                 self._receive()
-            if (self._running or self._waiting) and not self._may_step():
-                time.sleep(_POLL_S)
+            if not self._running and not self._waiting:
                 continue
-            if self._running or self._waiting:
+            if self._may_step():
+                self._next_step = time.monotonic() + self._control.step_us * 1e-6
                 self._make_step()
+            elif self._waiting and not self._is_gathering and self._control.step_us:
+                self._emit([])
+            else:
+                time.sleep(_POLL_S)
 
     def _receive(self) -> None:
         while True:
@@ -183,13 +188,16 @@ class MockCore:
         return time.monotonic() >= self._next_step
 
     def _make_step(self) -> None:
-        self._next_step = time.monotonic() + self._control.step_us * 1e-6
+        self._emit(list(self._running.values()))
+
+    def _emit(self, decoding: list[_Stream]) -> None:
+        """Give each of these streams a token, and those that wait their first."""
         self._step += 1
         parts = list(self._starts())
         tokens, plain, step = self._tokens, self._plain, self._step
         count = len(tokens)
         ended = []
-        for stream in self._running.values():
+        for stream in decoding:
             stream.left -= 1
             parts.append(stream.head)
             parts.append(tokens[(stream.word + step * 7919) % count])

@@ -1,292 +1,125 @@
 """What a front end costs, measured behind a mock of vLLM's engine core: `make bench-frontend`.
 
-Starts each front end with a mock of its own, then runs the cells in turn, so that noise of the machine meets
-all of them; prints medians and writes JSON. CPU is what the kernel's scheduler counted for the front end's
-processes (schedstat of every thread), without the mock and without the client.
+Starts each front end (front_ends.py) with a mock of its own, then runs the cells in turn, so that noise of the
+machine meets all of them; prints medians and writes JSON, which table.py puts into docs/frontend.md. CPU is what
+the kernel's scheduler counted for the front end's processes (schedstat of every thread), without the mock and
+without the client.
 
 Cells:
   lockstep  the next token of all streams comes when the client has the last one: CPU a token, one a message
+  each      the same with a connection a stream
   free      the engine never waits: CPU a token and tokens a second, with the merging that comes of it
-  starts    streams of one token, 64 at a time: CPU a request and new streams a second
-  paced     a token every 20 ms in every stream, evenly spaced arrivals at half the rate: TTFT and gaps
+  starts    streams of one token, so many at a time: CPU a request and new streams a second
+  paced     a token every 20 ms in every stream, the first at once; evenly spaced arrivals at half the rate that
+            keeps so many streams open: TTFT and gaps
   memory    all streams open and silent: bytes a stream
+  burst     so many calls at once, 4 tokens each: how each ends, and how long those that are refused wait for it
 
-    python bench/frontend/run.py --rows twinjet,rs_http --streams 1,32,256 --rounds 3
+    python bench/frontend/run.py --rows twinjet,rs_grpc --streams 1,32,256 --rounds 3
+    python bench/frontend/run.py --campaign --out build/bench/frontend.json
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
+import platform
 import shutil
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mock_core import Control, environment
+from front_ends import ROOT, Bench, FrontEnd, started
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PROMPT = list(range(1000, 1032))
-START_TIMEOUT_S = 180.0
-QUIETS, QUIET_S, QUIET_SHARE = 4, 0.5, 0.03
-MAX_MODEL_LEN = 8192
-SLOTS = 16384
-
-
-@dataclass
-class FrontEnd:
-    """One row: a running server and how to ask it. body: the request for so many tokens, encoded."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    port: int
-    control: Control
-    control_path: Path
-    kind: str
-    path: str
-    tokens_path: str
-    body: Callable[[int], bytes]
-    others: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def pids(self) -> list[int]:
-        """List the processes of the front end, without the mock."""
-        found, todo = [], [self.process.pid]
-        while todo:
-            pid = todo.pop()
-            if pid == self.control.pid:
-                continue
-            found.append(pid)
-            with contextlib.suppress(FileNotFoundError):
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    todo += map(int, (task / "children").read_text().split())
-        return found
-
-    def cpu_s(self) -> float:
-        """Give the CPU time of the front end so far."""
-        total = 0
-        for pid in self.pids():
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    total += int((task / "schedstat").read_text().split()[0])
-        return total / 1e9
-
-    def memory_bytes(self) -> int:
-        """Give the front end's memory: what is its own, and its share of what it shares."""
-        total = 0
-        for pid in self.pids():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss:")) * 1024
-        return total
+PACE_S = 0.02
+CELL_TIMEOUT_S = 45
+TOKENS = {1: 256, 32: 256, 256: 64, 1024: 64, 4096: 128, 8192: 8}
+REQUESTS_OF_STARTS = 20
+SHOWN = {
+    "lockstep": ("us_per_token", "tokens_per_message"), "each": ("us_per_token", "tokens_per_message"),
+    "free": ("us_per_token", "tokens_per_s", "tokens_per_message"), "starts": ("us_per_request", "requests_per_s"),
+    "paced": ("ttft_ms", "gap_ms", "us_per_token"), "memory": ("bytes_per_stream",),
+    "burst": ("seconds", "ttft_ms", "refused_ms"),
+}  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+class Cell(NamedTuple):
+    """One cell, the rows that it is about, and in how many rounds of a campaign it is run."""
+
+    mode: str
+    streams: int
+    fits: Callable[[str], bool]
+    rounds: int
 
 
-class Bench:
-    """The front ends under test and where their files lie."""
-
-    def __init__(self, folder: Path, model: Path, load: Path, python: str) -> None:
-        self.folder, self.model, self._load, self._python = folder, model, load, python
-
-    def _control(self, name: str) -> tuple[Control, Path]:
-        path = self.folder / f"{name}.control"
-        return Control.create(path), path
-
-    def _spawn(
-        self, name: str, command: list[str], env: dict[str, str], **more: Any
-    ) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{name}.log").open("wb")
-        return subprocess.Popen(
-            command,
-            env=os.environ | env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            **more,
-        )
-
-    def twinjet(self, name: str) -> FrontEnd:
-        """Start Twinjet, as twinjet_native with its own gRPC door. A checkout of another state: twinjet@PATH."""
-        from google.protobuf import json_format
-
-        tree = Path(name.partition("@")[2] or ROOT)
-        sys.path.insert(0, str(ROOT / "python"))
-        from twinjet.v1 import generation_pb2
-
-        control, path = self._control(name.replace("/", "_"))
-        port = free_port()
-        options = {"max_num_seqs": SLOTS, "max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": False}
-        options["max_num_batched_tokens"] = SLOTS
-        config = self.folder / f"{port}.toml"
-        door = 'door = "native"\n' if name.startswith("twinjet_native") else ""
-        lines = [f"{k} = {json.dumps(v)}" for k, v in options.items()]
-        config.write_text(
-            f'[server]\nport = {port}\n{door}[deployments.demo]\nmodel = "{self.model}"\n'
-            "[deployments.demo.options]\n" + "\n".join(lines) + "\n[deployments.demo.scheduler]\n"
-            "max_waiting = 0\n"
-        )
-        env = environment(path, self.model / "tokenizer.json")
-        env["PYTHONPATH"] = os.pathsep.join([str(tree / "python"), str(HERE)])
-        process = self._spawn(
-            name.replace("/", "_"),
-            [self._python, str(tree / "bench/frontend/twinjet_server.py"), "--config", str(config)],
-            env,
-        )
-
-        def body(num_tokens: int) -> bytes:
-            sampling = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True}
-            message = json_format.ParseDict(
-                {"model": "demo", "token_ids": PROMPT, "sampling": sampling}, generation_pb2.GenerateRequest()
-            )
-            return message.SerializeToString()
-
-        return FrontEnd(
-            name, process, port, control, path, "grpc", "/twinjet.v1.InferenceService/Generate", "2.3", body
-        )
-
-    def rs(self, name: str) -> FrontEnd:
-        """Start vLLM's Rust front end on two ipc listeners, as vLLM's own supervisor does."""
-        binary = os.environ.get("VLLM_RS", "vllm-rs")
-        control, path = self._control(name)
-        http = socket.create_server(("127.0.0.1", 0))
-        listeners = []
-        for end in ("input", "output"):
-            listener = socket.socket(socket.AF_UNIX)
-            listener.bind(str(self.folder / f"{name}.{end}"))
-            listener.listen(128)
-            listeners.append(listener)
-        fds = [x.fileno() for x in (http, *listeners)]
-        arguments = {
-            "model_tag": str(self.model), "max_model_len": MAX_MODEL_LEN, "served_model_name": ["demo"],
-            "engine_ready_timeout_secs": 600, "http_timeout_keep_alive": 60,
-        }  # fmt: skip
-        flags = ("--listen-fd", "--input-listener-fd", "--output-listener-fd")
-        command = [binary, "frontend"]
-        for flag, fd in zip(flags, fds, strict=True):
-            command += [flag, str(fd)]
-        command += ["--args-json", json.dumps(arguments)]
-        process = self._spawn(name, command, {}, pass_fds=fds)
-        mock = self._mock(
-            name, path, [f"--{end}=ipc://{self.folder}/{name}.{end}" for end in ("input", "output")]
-        )
-        port = http.getsockname()[1]
-        for held in (http, *listeners):
-            held.close()
-        where = "/v1/completions"
-        return FrontEnd(name, process, port, control, path, "sse", where, "", completions_body, [mock])
-
-    def openai(self, name: str) -> FrontEnd:
-        """Start vLLM's OpenAI server; a sitecustomize folder puts the mock in its engine's place."""
-        control, path = self._control(name)
-        port = free_port()
-        env = environment(path, self.model / "tokenizer.json")
-        env |= {"PYTHONPATH": str(HERE), "VLLM_PLUGINS": ""}
-        command = [self._python, str(HERE / "openai_server.py"), "--model", str(self.model)]
-        command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--max-model-len", str(MAX_MODEL_LEN), "--disable-uvicorn-access-log"]
-        process = self._spawn(name, command, env)
-        where = "/v1/completions"
-        return FrontEnd(name, process, port, control, path, "sse", where, "", completions_body)
-
-    def _mock(self, name: str, control: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
-        command = [self._python, str(HERE / "mock_core.py"), *arguments, f"--max-model-len={MAX_MODEL_LEN}"]
-        return self._spawn(f"{name}.mock", command, environment(control, self.model / "tokenizer.json"))
-
-    def load(self, end: FrontEnd, num_tokens: int, streams: int, **options: Any) -> dict[str, Any]:
-        """Run the load client once; gives what it printed."""
-        body = self.folder / "body"
-        body.write_bytes(end.body(num_tokens))
-        values = {
-            "port": end.port, "kind": end.kind, "path": end.path, "body": body, "streams": streams,
-            "connections": 1 if streams == 1 else 8, "control": end.control_path,
-        } | options  # fmt: skip
-        if end.tokens_path:
-            values["tokens-path"] = end.tokens_path
-        command = [str(self._load)]
-        for key, value in values.items():
-            command += [f"--{key}", str(value)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"the load client failed on {end.name}: {done.stderr.strip()}")
-        result: dict[str, Any] = json.loads(done.stdout)
-        return result
+def _is_plain(row: str) -> bool:
+    return not any(kind in row.split("_") for kind in ("tls", "limited"))
 
 
-def completions_body(num_tokens: int) -> bytes:
-    return json.dumps(
-        {
-            "model": "demo", "prompt": PROMPT, "max_tokens": num_tokens, "temperature": 0, "stream": True,
-            "ignore_eos": True,
-        }
-    ).encode()  # fmt: skip
+def _is_native(row: str) -> bool:
+    """Whether the row's path of a token is native from end to end."""
+    return _is_plain(row) and ("native" in row or row.startswith("rs_") or row == "smg_rs")
 
 
-def wait_serving(bench: Bench, end: FrontEnd) -> None:
-    """Wait until one stream went through."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    end.control.put("lockstep", 0)
-    error = ""
-    while time.monotonic() < deadline:
-        if end.process.poll() is not None:
-            raise RuntimeError(f"{end.name} ended with code {end.process.returncode}; see its log")
-        with contextlib.suppress(RuntimeError, ConnectionError):
-            with socket.create_connection(("127.0.0.1", end.port), 1):
-                pass
-            result = bench.load(end, 4, 1, timeout=5)
-            if result["statuses"] == {"OK": 1} and result["tokens"] == 4:
-                wait_quiet(end, deadline)
-                return
-            error = json.dumps(result)
-        time.sleep(0.5)
-    raise RuntimeError(f"{end.name} did not serve within {START_TIMEOUT_S:.0f} s: {error}")
+def _is_plain_or_tls(row: str) -> bool:
+    return "limited" not in row.split("_")
 
 
-def wait_quiet(end: FrontEnd, deadline: float) -> None:
-    """Wait until what a start leaves to do in the background is done: Twinjet writes a vocabulary for grammars."""
-    before, num_quiet = end.cpu_s(), 0
-    while num_quiet < QUIETS and time.monotonic() < deadline:
-        time.sleep(QUIET_S)
-        now = end.cpu_s()
-        num_quiet = num_quiet + 1 if now - before < QUIET_SHARE * QUIET_S else 0
-        before = now
+def _is_limited(row: str) -> bool:
+    return "limited" in row.split("_")
 
 
-def cell(bench: Bench, end: FrontEnd, mode: str, streams: int, num_tokens: int) -> dict[str, Any]:
-    """Run one cell once."""
+def _has_many(row: str) -> bool:
+    """Rows that take up thousands of streams within a cell's time, with or without TLS."""
+    return _is_plain_or_tls(row) and row != "openai"
+
+
+CAMPAIGN_ROWS = (
+    "twinjet", "twinjet_native", "rs_grpc", "rs_http", "smg_rs", "smg", "openai", "twinjet_tls",
+    "twinjet_native_tls", "twinjet_limited", "twinjet_native_limited",
+)  # fmt: skip
+CAMPAIGN = (
+    # First: afterwards an allocator has memory in hand that it would fill.
+    Cell("memory", 8192, _has_many, 1),
+    *(Cell("lockstep", n, _is_plain if n < 256 else _is_plain_or_tls, 3) for n in (1, 32, 256, 1024)),
+    *(Cell("each", n, _is_plain, 3) for n in (32, 256)),
+    *(Cell("free", n, _is_plain, 3) for n in (32, 256, 1024)),
+    Cell("starts", 64, _is_plain_or_tls, 3),
+    *(Cell("paced", n, _is_plain, 3) for n in (64, 256)),
+    Cell("paced", 4096, _is_native, 2),
+    *(Cell(mode, 8192, _is_plain, 1) for mode in ("lockstep", "free")),
+    Cell("burst", 10_000, _is_limited, 3),
+)
+
+
+def run_cell(bench: Bench, end: FrontEnd, mode: str, streams: int) -> dict[str, Any]:
+    """Run one cell once. Raises RuntimeError if not every request ended as it should."""
+    num_tokens = {"starts": 1, "burst": 4}.get(mode) or TOKENS.get(streams, 64)
     control = end.control
     control.put("received", 0)
     control.put("emitted", 0)
-    control.put("lockstep", int(mode == "lockstep"))
-    control.put("step_us", 20_000 if mode == "paced" else 0)
-    control.put("gather", streams if mode in ("lockstep", "free") else 1)
-    options: dict[str, Any] = {"timeout": 100}
-    if mode == "starts":
-        num_tokens, options["requests"] = 1, streams * 20
-    if mode == "paced":
-        # On average half of the streams are open: each takes num_tokens steps.
-        options |= {"rate": streams / 2 / (num_tokens * 0.02), "requests": streams * 2}
+    control.put("lockstep", int(mode in ("lockstep", "each")))
+    control.put("step_us", int(1e6 * PACE_S) if mode == "paced" else 0)
+    control.put("gather", streams if mode in ("lockstep", "each", "free") else 1)
+    options: dict[str, Any] = {"timeout": CELL_TIMEOUT_S}
     if mode == "memory":
         return memory(bench, end, streams)
+    if mode == "each":
+        options["connections"] = streams
+    if mode == "starts":
+        options["requests"] = streams * REQUESTS_OF_STARTS
+    if mode == "paced":
+        # On average half of the streams are open.
+        options |= {"rate": streams / 2 / (num_tokens * PACE_S), "requests": streams * 2}
     before = end.cpu_s()
     result = bench.load(end, num_tokens, streams, **options)
     cpu = end.cpu_s() - before
-    if result["statuses"] != {"OK": result["requests"]} and mode != "flood":
+    if result["statuses"] != {"OK": result["requests"]} and mode != "burst":
         raise RuntimeError(f"{end.name}, {mode}, {streams} streams: {result}")
     return result | {
         "cpu_s": cpu,
@@ -302,23 +135,8 @@ def memory(bench: Bench, end: FrontEnd, streams: int) -> dict[str, Any]:
     """Hold streams open before their first token and see what they weigh."""
     end.control.put("gather", 1 << 40)
     start, before = end.control.num_requests, end.memory_bytes()
-    body = bench.folder / "body"
-    body.write_bytes(end.body(2))
-    command = [
-        str(bench._load),
-        "--port",
-        str(end.port),
-        "--kind",
-        end.kind,
-        "--path",
-        end.path,
-        "--body",
-        str(body),
-    ]
-    command += ["--streams", str(streams), "--connections", "8", "--control", str(end.control_path)]
-    command += ["--timeout", "90"] + (["--tokens-path", end.tokens_path] if end.tokens_path else [])
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
-        deadline = time.monotonic() + 60
+    with bench.loading(end, 2, streams, timeout=CELL_TIMEOUT_S) as client:
+        deadline = time.monotonic() + CELL_TIMEOUT_S - 5
         while end.control.num_requests - start < streams and time.monotonic() < deadline:
             time.sleep(0.05)
         arrived = end.control.num_requests - start
@@ -328,55 +146,44 @@ def memory(bench: Bench, end: FrontEnd, streams: int) -> dict[str, Any]:
     return {"streams_open": arrived, "bytes_per_stream": held / max(1, arrived), **json.loads(out)}
 
 
-TOKENS = {1: 256, 32: 256, 256: 64, 1024: 32, 8192: 8}
-SHOWN = {
-    "lockstep": ("us_per_token", "tokens_per_message"), "free": ("us_per_token", "tokens_per_s", "tokens_per_message"),
-    "starts": ("us_per_request", "requests_per_s"), "paced": ("ttft_ms", "gap_ms"),
-    "memory": ("bytes_per_stream",),
-}  # fmt: skip
-
-
 def summary(runs: list[dict[str, Any]], key: str) -> str:
-    values = [run[key] for run in runs]
+    """Give the median, and the range where the figure is one number."""
+    values = [run[key] for run in runs if key in run]
+    if not values:
+        return "failed"
     if isinstance(values[0], list):
-        return " / ".join(f"{statistics.median(v[i] for v in values):.1f}" for i in range(2))
+        return " / ".join(f"{statistics.median(v[i] for v in values):.1f}" for i in range(len(values[0])))
     return f"{statistics.median(values):,.1f} [{min(values):,.1f}-{max(values):,.1f}]"
 
 
-@contextlib.contextmanager
-def started(bench: Bench, names: list[str]) -> Iterator[list[FrontEnd]]:
-    """Start front ends one after the other; end them and their mocks afterwards."""
-    ends: list[FrontEnd] = []
-    try:
-        for name in names:
-            begin = {"twinjet": bench.twinjet, "rs": bench.rs, "openai": bench.openai}
-            ends.append(begin[name.partition("@")[0].partition("_")[0]](name))
-            wait_serving(bench, ends[-1])
-            print(f"{name} serves", file=sys.stderr, flush=True)
-        yield ends
-    finally:
-        for end in ends:
-            for process in [end.process, *end.others]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+def turns(options: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[str], bool]]]:
+    """Give the cells to run, one round after the other."""
+    cells: tuple[Cell, ...] = CAMPAIGN
+    if not options.campaign:
+        streams = [int(n) for n in options.streams.split(",")]
+        modes = options.modes.split(",")
+        cells = tuple(Cell(mode, n, lambda _: True, options.rounds) for mode in modes for n in streams)
+    for number in range(max(cell.rounds for cell in cells)):
+        yield from (cell[:3] for cell in cells if number < min(cell.rounds, options.rounds))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rows", default="twinjet", help="twinjet[@PATH], twinjet_native[@PATH], rs_http, openai"
-    )
+    parser.add_argument("--rows", default=None, help="see front_ends.py; default: twinjet")
     parser.add_argument("--streams", default="1,32,256")
     parser.add_argument("--modes", default="lockstep,free,starts")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--campaign", action="store_true", help="all rows and cells of docs/frontend.md")
     parser.add_argument("--model", type=Path, default=None, help="folder; default: the demo model")
     parser.add_argument("--load", type=Path, default=ROOT / "build/bench/load")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--keep-logs", type=Path, default=None)
     options = parser.parse_args()
+    rows = (
+        options.rows.split(",") if options.rows else list(CAMPAIGN_ROWS if options.campaign else ["twinjet"])
+    )
     model = options.model
     if model is None:
         sys.path.insert(0, str(ROOT / "python"))
@@ -384,17 +191,23 @@ def main() -> None:
 
         model = demo_model()
     runs: dict[str, list[dict[str, Any]]] = {}
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-frontend-") as folder:
-        bench = Bench(Path(folder), model, options.load, sys.executable)
+        bench = Bench(Path(folder), model, options.load)
         try:
-            with started(bench, options.rows.split(",")) as ends:
-                for _ in range(options.rounds):
-                    for mode in options.modes.split(","):
-                        for streams in map(int, options.streams.split(",")):
-                            for end in ends:
-                                result = cell(bench, end, mode, streams, TOKENS.get(streams, 32))
-                                runs.setdefault(f"{end.name} {mode} {streams}", []).append(result)
+            with started(bench, rows) as ends:
                 resting = {end.name: end.memory_bytes() for end in ends}
+                for mode, streams, fits in turns(options):
+                    for end in ends:
+                        if not fits(end.name):
+                            continue
+                        try:
+                            result = run_cell(bench, end, mode, streams)
+                        except RuntimeError as error:
+                            result = {"error": str(error)}
+                            print(error, file=sys.stderr, flush=True)
+                        runs.setdefault(f"{end.name} {mode} {streams}", []).append(result)
+                    print(f"{time.monotonic() - began:6.0f} s: {mode} {streams}", file=sys.stderr, flush=True)
         finally:
             if options.keep_logs is not None:
                 options.keep_logs.mkdir(parents=True, exist_ok=True)
@@ -406,8 +219,19 @@ def main() -> None:
     for name, size in resting.items():
         print(f"{name}: {size / 2**20:.0f} MiB")
     if options.out is not None:
-        machine = {"cores": os.cpu_count(), "load": os.getloadavg(), "at": time.strftime("%Y-%m-%d %H:%M")}
+        machine = {
+            "cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[2], "at": time.strftime("%Y-%m-%d"),
+            "rounds": options.rounds, "minutes": (time.monotonic() - began) / 60,
+        }  # fmt: skip
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"machine": machine, "memory": resting, "runs": runs}, indent=1))
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@
 #include <cerrno>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <system_error>
 
 #include "bindings.h"
-#include "door/carrier.h"
 #include "door/fields.h"
+#include "door_internal.h"
 #include "stream/stream.h"
 
 namespace py = pybind11;
@@ -26,39 +27,6 @@ using door::Event;
 using door::EventKind;
 using door::Metadata;
 using door::Options;
-
-// As grpc.aio has it: pairs, binary values as bytes. Raises ValueError for what gRPC does not allow.
-Metadata ReadMetadata(const py::iterable& entries) {
-  Metadata metadata;
-  for (const py::handle item : entries) {
-    const auto pair = py::reinterpret_borrow<py::sequence>(item);
-    if (py::len(pair) != 2) throw py::value_error("metadata must be pairs of key and value");
-    door::MetadataEntry entry{py::cast<std::string>(pair[0]), py::cast<std::string>(pair[1])};
-    if (!door::IsSendable(entry)) {
-      throw py::value_error("metadata " + py::cast<std::string>(py::repr(pair[0])) +
-                            " has a key or a value that gRPC does not allow");
-    }
-    metadata.push_back(std::move(entry));
-  }
-  return metadata;
-}
-
-py::tuple ShowMetadata(const Metadata& metadata) {
-  py::tuple shown(metadata.size());
-  for (size_t i = 0; i < metadata.size(); ++i) {
-    const auto& [key, value] = metadata[i];
-    const py::object shown_value =
-        key.ends_with("-bin") ? py::object(py::bytes(value)) : py::object(py::str(value));
-    shown[i] = py::make_tuple(key, shown_value);
-  }
-  return shown;
-}
-
-// A call of a client, to be answered from Python.
-struct PyCall {
-  CallRef call;
-  size_t write_ahead_bytes;
-};
 
 class PyDoor final : private door::EventSink {
  public:
@@ -77,7 +45,7 @@ class PyDoor final : private door::EventSink {
   door::Door& door() { return door_; }
   int fd() const { return fd_; }
 
-  py::list Take() {
+  py::tuple Take() {
     uint64_t count = 0;
     [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
     {
@@ -85,10 +53,24 @@ class PyDoor final : private door::EventSink {
       taken_.swap(waiting_);
     }
     py::list events;
-    for (Event& event : taken_) events.append(Show(event));
+    py::list plain;
+    for (Event& event : taken_) {
+      if (!picker_ || !Pick(event, &events, &plain)) events.append(Show(event));
+    }
     taken_.clear();
+    return py::make_tuple(std::move(events), std::move(plain));
+  }
+
+  py::list StopPicking() {
+    py::list events;
+    if (picker_) {
+      for (Event& event : picker_->DropAll()) events.append(Show(event));
+    }
+    picker_.reset();
     return events;
   }
+
+  void PickPlain(std::string path) { picker_.emplace(std::move(path), door_.options().write_ahead_bytes); }
 
  private:
   void Deliver(std::vector<Event>& events) override {
@@ -103,20 +85,32 @@ class PyDoor final : private door::EventSink {
       const ssize_t written = write(fd_, &one, sizeof one);
   }
 
+  // Whether the event is dealt with.
+  bool Pick(Event& event, py::list* events, py::list* plain) {
+    if (event.kind == EventKind::kCall) return picker_->TakeCall(event);
+    if (!picker_->Knows(event)) return false;
+    if (event.kind != EventKind::kMessage) {
+      Event begun = picker_->Drop(event);
+      events->append(Show(begun));
+      return false;
+    }
+    Event begun;
+    py::object shown = picker_->TakeMessage(event, &begun);
+    if (shown) {
+      plain->append(std::move(shown));
+      return true;
+    }
+    events->append(Show(begun));
+    return false;
+  }
+
   py::tuple Show(Event& event) {
     const auto kind = static_cast<int>(event.kind);
+    if (event.kind == EventKind::kRefused) return py::make_tuple(kind, 0, event.bytes);
     const uint64_t id = event.call->id();
     switch (event.kind) {
-      case EventKind::kCall: {
-        const door::CallInfo& info = *event.info;
-        const py::object timeout_s = info.timeout_ns < 0
-                                         ? py::object(py::none())
-                                         : py::float_(static_cast<double>(info.timeout_ns) / 1e9);
-        return py::make_tuple(
-            kind, id,
-            py::make_tuple(PyCall{event.call, door_.options().write_ahead_bytes}, info.path, info.peer,
-                           ShowMetadata(info.metadata), timeout_s, info.accepts_gzip));
-      }
+      case EventKind::kCall:
+        return py::make_tuple(kind, id, ShowCall(event.call, *event.info, door_.options().write_ahead_bytes));
       case EventKind::kMessage:
         return py::make_tuple(kind, id, py::bytes(event.bytes));
       default:
@@ -128,7 +122,8 @@ class PyDoor final : private door::EventSink {
   std::mutex mutex_;
   std::vector<Event> waiting_;  // guarded by mutex_
   std::vector<Event> taken_;    // the taking thread's, kept for its memory
-  door::Door door_;             // last: its threads use the others
+  std::optional<PlainPicker> picker_;
+  door::Door door_;  // last: its threads use the others
 };
 
 template <typename T>
@@ -159,7 +154,8 @@ Options ReadOptions(const py::kwargs& given) {
       Set(given, "linger_s", &o.linger_s) + Set(given, "idle_s", &o.idle_s) +
       Set(given, "keepalive_s", &o.keepalive_s) + Set(given, "keepalive_timeout_s", &o.keepalive_timeout_s) +
       Set(given, "client_ping_s", &o.client_ping_s) + SetStatus(given, "overload", &o.overload) +
-      SetStatus(given, "deadline", &o.deadline);
+      SetStatus(given, "deadline", &o.deadline) + Set(given, "bounded_paths", &o.bounded_paths) +
+      Set(given, "max_open", &o.max_open) + SetStatus(given, "full", &o.full);
   if (num_known != static_cast<int>(py::len(given))) throw py::type_error("Door has no such option");
   return o;
 }
@@ -194,6 +190,48 @@ py::dict ShowConnection(uint64_t id, const door::ConnectionStats& stats) {
 
 }  // namespace
 
+Metadata ReadMetadata(const py::iterable& entries) {
+  Metadata metadata;
+  for (const py::handle item : entries) {
+    const auto pair = py::reinterpret_borrow<py::sequence>(item);
+    if (py::len(pair) != 2) throw py::value_error("metadata must be pairs of key and value");
+    door::MetadataEntry entry{py::cast<std::string>(pair[0]), py::cast<std::string>(pair[1])};
+    if (!door::IsSendable(entry)) {
+      throw py::value_error("metadata " + py::cast<std::string>(py::repr(pair[0])) +
+                            " has a key or a value that gRPC does not allow");
+    }
+    metadata.push_back(std::move(entry));
+  }
+  return metadata;
+}
+
+py::tuple ShowMetadata(const Metadata& metadata) {
+  py::tuple shown(metadata.size());
+  for (size_t i = 0; i < metadata.size(); ++i) {
+    const auto& [key, value] = metadata[i];
+    const py::object shown_value =
+        key.ends_with("-bin") ? py::object(py::bytes(value)) : py::object(py::str(value));
+    shown[i] = py::make_tuple(key, shown_value);
+  }
+  return shown;
+}
+
+py::tuple ShowCall(const CallRef& call, const door::CallInfo& info, size_t write_ahead_bytes) {
+  const py::object timeout_s =
+      info.timeout_ns < 0 ? py::object(py::none()) : py::float_(static_cast<double>(info.timeout_ns) / 1e9);
+  return py::make_tuple(PyCall{call, write_ahead_bytes}, info.path, info.peer, ShowMetadata(info.metadata),
+                        timeout_s, info.accepts_gzip);
+}
+
+const std::shared_ptr<door::StreamCarrier>& CarrierFor(size_t write_ahead_bytes) {
+  static std::mutex mutex;
+  static std::map<size_t, std::shared_ptr<door::StreamCarrier>> carriers;
+  const std::lock_guard lock(mutex);
+  std::shared_ptr<door::StreamCarrier>& carrier = carriers[write_ahead_bytes];
+  if (!carrier) carrier = std::make_shared<door::StreamCarrier>(write_ahead_bytes);
+  return carrier;
+}
+
 void BindDoor(py::module_& module) {
   py::class_<PyCall>(module, "DoorCall", "A handle to a client's call; without effect once the call is over.")
       .def_property_readonly("is_over", [](const PyCall& self) { return self.call->is_over(); })
@@ -223,12 +261,7 @@ void BindDoor(py::module_& module) {
       .def(
           "carry",
           [](const PyCall& self, stream::Stream& stream) {
-            static std::mutex mutex;
-            static std::map<size_t, std::shared_ptr<door::StreamCarrier>> carriers;
-            const std::lock_guard lock(mutex);
-            std::shared_ptr<door::StreamCarrier>& carrier = carriers[self.write_ahead_bytes];
-            if (!carrier) carrier = std::make_shared<door::StreamCarrier>(self.write_ahead_bytes);
-            stream.Attach(carrier, self.call);
+            stream.Attach(CarrierFor(self.write_ahead_bytes), self.call);
           },
           py::arg("stream"), "Send what steps put into the stream, whenever it is awaited; see Stream.")
       .def("acknowledge", [](const PyCall& self, size_t bytes) { door::Acknowledge(self.call, bytes); })
@@ -258,7 +291,14 @@ void BindDoor(py::module_& module) {
       .def("fileno", &PyDoor::fd)
       .def("take", &PyDoor::Take,
            "The events that came: (kind, call id, payload). 0: a call, (DoorCall, path, peer, metadata, "
-           "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room.")
+           "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room; "
+           "5: a call was refused by bounded_paths, its path; of no call. And the calls that pick_plain "
+           "picked: "
+           "they began before the events beside them.")
+      .def("pick_plain", &PyDoor::PickPlain, py::arg("path"))
+      .def("stop_picking", &PyDoor::StopPicking)
+      .def("hold", [](PyDoor& self) { self.door().Hold(); })
+      .def("let_go", [](PyDoor& self) { self.door().LetGo(); })
       .def("drain", [](PyDoor& self) { self.door().Drain(); })
       .def(
           "stop", [](PyDoor& self, double grace_s) { self.door().Stop(grace_s); },
@@ -269,6 +309,7 @@ void BindDoor(py::module_& module) {
         for (const auto& [id, stats] : self.door().connections()) shown.append(ShowConnection(id, *stats));
         return shown;
       });
+  BindDoorPlain(module);
 }
 
 }  // namespace twinjet::bindings

@@ -14,6 +14,15 @@ bool IsSendable(const MetadataEntry& entry) {
   return IsBinaryKey(entry.key) || IsAsciiValue(entry.value);
 }
 
+std::unique_ptr<Place> Place::Take(std::shared_ptr<Totals> totals, size_t max_open) {
+  auto place = std::unique_ptr<Place>(new Place(std::move(totals)));
+  return place->totals_->open <= static_cast<int64_t>(max_open) ? std::move(place) : nullptr;
+}
+
+Place::Place(std::shared_ptr<Totals> totals) : totals_(std::move(totals)) { ++totals_->open; }
+
+Place::~Place() { --totals_->open; }
+
 Call::Call(uint64_t id, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Totals> totals,
            std::shared_ptr<std::atomic<int64_t>> held_by_connection)
     : id_(id),

@@ -55,6 +55,21 @@ struct Totals {
   std::atomic<int64_t> messages_sent{0};
   std::atomic<int64_t> messages_received{0};
   std::atomic<int64_t> received_bytes{0};  // of requests, held for handlers
+  std::atomic<int64_t> open{0};            // calls of Options::bounded_paths without a status
+};
+
+// A place among the calls of Options::bounded_paths, from Take until it is dropped.
+class Place {
+ public:
+  // Null if max_open places are taken.
+  static std::unique_ptr<Place> Take(std::shared_ptr<Totals> totals, size_t max_open);
+  ~Place();
+  Place(const Place&) = delete;
+  Place& operator=(const Place&) = delete;
+
+ private:
+  explicit Place(std::shared_ptr<Totals> totals);
+  const std::shared_ptr<Totals> totals_;
 };
 
 // How a call began.
@@ -115,6 +130,7 @@ enum class EventKind : uint8_t {
   kHalfClosed,  // the client sends no more messages
   kCancelled,   // the call is over, not by its handler's doing; bytes: why. Comes at most once, and last
   kRoom,        // asked for by AwaitRoom
+  kRefused,     // a call of one of Options::bounded_paths, with the path in bytes and no call; comes alone
 };
 
 struct Event {

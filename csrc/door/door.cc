@@ -75,6 +75,14 @@ void Door::WriteAll(std::span<const Outgoing> messages) {
   for (const std::unique_ptr<Loop>& loop : loops_) loop->mailbox()->PostMessages(messages);
 }
 
+void Door::Hold() {
+  for (const std::unique_ptr<Loop>& loop : loops_) loop->mailbox()->Hold();
+}
+
+void Door::LetGo() {
+  for (const std::unique_ptr<Loop>& loop : loops_) loop->mailbox()->LetGo();
+}
+
 void Door::Drain() {
   for (const std::unique_ptr<Loop>& loop : loops_) loop->Drain();
 }

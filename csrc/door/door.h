@@ -56,6 +56,10 @@ class Door {
   // Messages of many calls, each handed to its connection's thread at once.
   void WriteAll(std::span<const Outgoing> messages);
 
+  // From Hold to LetGo messages and commands wait, to be taken all at once; see Mailbox.
+  void Hold();
+  void LetGo();
+
   // Tells the clients of all connections to make new calls elsewhere; goes on accepting connections.
   void Drain();
   // Accepts no more, drains, waits up to grace_s for what is begun, drops the rest and ends the threads.

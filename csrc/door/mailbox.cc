@@ -38,12 +38,27 @@ void Mailbox::Wake() {
   [[maybe_unused]] const ssize_t written = write(fd_, &one, sizeof one);
 }
 
+void Mailbox::Hold() {
+  const std::lock_guard lock(mutex_);
+  is_held_ = true;
+}
+
+void Mailbox::LetGo() {
+  bool has_mail = false;
+  {
+    const std::lock_guard lock(mutex_);
+    is_held_ = false;
+    has_mail = !mail_.commands.empty();
+  }
+  if (has_mail) Wake();
+}
+
 void Mailbox::Post(Command command) {
   bool was_empty = false;
   {
     const std::lock_guard lock(mutex_);
     if (is_closed_) return;
-    was_empty = mail_.commands.empty();
+    was_empty = !is_held_ && mail_.commands.empty();
     mail_.commands.push_back(std::move(command));
   }
   if (was_empty) Wake();
@@ -60,7 +75,7 @@ void Mailbox::PostMessage(const CallRef& call, std::string_view bytes) {
   {
     const std::lock_guard lock(mutex_);
     if (is_closed_) return;
-    was_empty = mail_.commands.empty();
+    was_empty = !is_held_ && mail_.commands.empty();
     Add(call, bytes);
   }
   if (was_empty) Wake();
@@ -71,7 +86,7 @@ void Mailbox::PostMessages(std::span<const Outgoing> messages) {
   {
     const std::lock_guard lock(mutex_);
     if (is_closed_) return;
-    const bool was_empty = mail_.commands.empty();
+    const bool was_empty = !is_held_ && mail_.commands.empty();
     for (const Outgoing& message : messages) {
       if (message.call->mailbox() == this) Add(message.call, message.bytes);
     }

@@ -54,6 +54,9 @@ class Mailbox {
   // Posts those messages whose calls belong to this mailbox.
   void PostMessages(std::span<const Outgoing> messages);
   void Wake();
+  // From Hold to LetGo what comes wakes nobody, so that it is taken at once; LetGo wakes for it.
+  void Hold();
+  void LetGo();
   // Drops what lies here and whatever comes later.
   void Close();
 
@@ -68,6 +71,7 @@ class Mailbox {
   // Guarded by mutex_.
   Mail mail_;
   bool is_closed_ = false;
+  bool is_held_ = false;
 };
 
 }  // namespace twinjet::door

@@ -98,9 +98,12 @@ class Session {
   void SubmitTrailers(Stream* stream);
   // Answers instead of a handler, which is told if it has the call.
   void Refuse(Stream* stream, Refusal refusal);
-  void RefuseForLoad(Stream* stream);
+  void RefuseForLoad(Stream* stream, const OwnStatus& status);
   // Where calls become scarce: those that have sent nothing for long.
   void EndCallsThatAskNothing();
+  // Tells the handler of its call, if it has not been told. False: there is no place, and the call is
+  // refused.
+  bool TellOfCall(Stream* stream, bool is_bounded);
   // Ends a call in the middle, and tells its handler.
   void Break(Stream* stream, Status status);
   void Reset(Stream* stream, uint32_t error_code);

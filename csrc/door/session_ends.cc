@@ -22,6 +22,12 @@ void Session::Finish(Stream* stream, Status status) {
   if (stream->is_finished) return;
   stream->is_finished = true;
   stream->is_discarding = true;
+  stream->place.reset();
+  // A handler that knows nothing of the call need not learn of it.
+  if (stream->untold) {
+    stream->untold.reset();
+    stream->is_handler_told = true;
+  }
   stream->moved_at_ns = loop_->now_ns;
   std::atomic<int64_t>& count =
       status.code == kOk ? loop_->totals->calls_succeeded : loop_->totals->calls_failed;
@@ -67,11 +73,10 @@ void Session::Refuse(Stream* stream, Refusal refusal) {
   nghttp2_submit_response(http2_, stream->id, fields.data(), fields.size(), nullptr);
 }
 
-void Session::RefuseForLoad(Stream* stream) {
-  const OwnStatus& overload = loop_->options->overload;
-  TellHandler(stream, overload.message);
+void Session::RefuseForLoad(Stream* stream, const OwnStatus& status) {
+  TellHandler(stream, status.message);
   stream->is_discarding = true;
-  Finish(stream, Told(kResourceExhausted, overload));
+  Finish(stream, Told(kResourceExhausted, status));
 }
 
 void Session::EndCallsThatAskNothing() {
@@ -80,7 +85,7 @@ void Session::EndCallsThatAskNothing() {
   const int64_t longest_ns = Nanoseconds(limits.message_stall_s);
   for (const auto& [id, stream] : streams_) {
     if (!stream->call || stream->is_finished || stream->is_request_ended || stream->has_message) continue;
-    if (loop_->now_ns - stream->read_at_ns >= longest_ns) RefuseForLoad(stream.get());
+    if (loop_->now_ns - stream->read_at_ns >= longest_ns) RefuseForLoad(stream.get(), limits.overload);
   }
 }
 
@@ -96,7 +101,7 @@ void Session::Reset(Stream* stream, uint32_t error_code) {
 }
 
 void Session::TellHandler(Stream* stream, std::string why) {
-  if (stream->is_handler_told || !stream->call) return;
+  if (stream->is_handler_told || !stream->call || stream->untold) return;
   stream->is_handler_told = true;
   stream->call->is_over_ = true;
   loop_->events.push_back({EventKind::kCancelled, stream->call, std::move(why), nullptr});

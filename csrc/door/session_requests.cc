@@ -1,4 +1,5 @@
 // What a client sends: the frames of its requests.
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -128,18 +129,38 @@ void Session::OnRequest(Stream* stream, bool is_ended) {
     return Refuse(stream, std::move(*refusal));
   }
   if (loop_->totals->calls >= static_cast<int64_t>(limits.max_calls) || HasTooManyBytes()) {
-    return RefuseForLoad(stream);
+    return RefuseForLoad(stream, limits.overload);
   }
+  std::unique_ptr<CallInfo> info = head->TakeInfo();
   stream->reader.set_encoding(head->encoding());
   stream->call = std::make_shared<Call>(NextCallId(), loop_->mailbox, loop_->totals, held_calls_);
   stream->call->stream_ = stream;
   Hold(stream, stream->metadata_bytes);
-  std::unique_ptr<CallInfo> info = head->TakeInfo();
   if (info->timeout_ns >= 0) stream->deadline_ns = loop_->now_ns + info->timeout_ns;
   info->peer = stats_->peer;
-  loop_->events.push_back({EventKind::kCall, stream->call, {}, std::move(info)});
+  stream->untold = std::move(info);
+  const bool is_bounded =
+      limits.max_open > 0 &&
+      std::ranges::find(limits.bounded_paths, stream->untold->path) != limits.bounded_paths.end();
+  if ((!is_bounded || is_ended || is_draining_) && !TellOfCall(stream, is_bounded)) return;
   if (is_ended) loop_->events.push_back({EventKind::kHalfClosed, stream->call, {}, nullptr});
   SettleTimer(stream);
+}
+
+bool Session::TellOfCall(Stream* stream, bool is_bounded) {
+  if (!stream->untold) return true;
+  std::unique_ptr<CallInfo> info = std::move(stream->untold);
+  if (is_bounded) {
+    stream->place = Place::Take(loop_->totals, loop_->options->max_open);
+    if (!stream->place) {
+      stream->is_handler_told = true;
+      loop_->events.push_back({EventKind::kRefused, nullptr, std::move(info->path), nullptr});
+      RefuseForLoad(stream, loop_->options->full);
+      return false;
+    }
+  }
+  loop_->events.push_back({EventKind::kCall, stream->call, {}, std::move(info)});
+  return true;
 }
 
 int Session::OnData(int32_t stream_id, std::string_view data) {
@@ -162,6 +183,7 @@ void Session::ReadMessages(Stream* stream, std::string_view data) {
   const size_t limit = loop_->options->max_message_bytes;
   std::string message;
   while (!HasTooManyBytes() && stream->reader.Read(&data, limit, &message)) {
+    if (!TellOfCall(stream, true)) return;
     ++loop_->totals->messages_received;
     ++stats_->messages_received;
     ++stream->num_unacknowledged;
@@ -187,7 +209,7 @@ void Session::ReadMessages(Stream* stream, std::string_view data) {
     case ReadError::kNotDecodable:
       return Refuse(stream, {kInternal, "a message is not compressed as grpc-encoding says"});
   }
-  if (HasTooManyBytes()) return RefuseForLoad(stream);
+  if (HasTooManyBytes()) return RefuseForLoad(stream, loop_->options->overload);
   if (stream->reader.is_in_message()) SettleTimer(stream);
 }
 
@@ -222,6 +244,7 @@ void Session::OnHalfClosed(Stream* stream) {
   if (stream->reader.is_in_message()) {
     return Refuse(stream, {kInvalidArgument, "the request ended in the middle of a message"});
   }
+  if (!TellOfCall(stream, true)) return;
   loop_->events.push_back({EventKind::kHalfClosed, stream->call, {}, nullptr});
 }
 

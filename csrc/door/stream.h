@@ -27,7 +27,10 @@ struct Stream {
 
   Session* const session;
   const int32_t id;
-  CallRef call;                       // null until the request's headers are found good
+  CallRef call;  // null until the request's headers are found good
+  // Of a bounded path, until its first message is whole: who does not ask takes no place.
+  std::unique_ptr<CallInfo> untold;
+  std::unique_ptr<Place> place;       // until the status is set, if the path is bounded
   std::unique_ptr<RequestHead> head;  // until its block has ended
   size_t metadata_bytes = 0;          // of all its header blocks
 

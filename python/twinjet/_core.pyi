@@ -1097,10 +1097,73 @@ class DoorCall:
         """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
+def read_plain_generate(
+    message: bytes,
+) -> tuple[str, str, list[int], int, bytes, str, str, str, str] | None:
+    """What a plain GenerateRequest holds, None if the message is not plain; see csrc/requests/plain_generate.h.
+
+    (model, text, token ids, the largest of them or -1, SamplingParams as bytes, request id, tenant, cache salt, session).
+    """
+
+class PlainCall:
+    """A call whose request is plain: unpack() it, or accept() it, and finish() or end() it."""
+
+    def unpack(self) -> tuple[Any, bytes]:
+        """The payload of the call's own event, and its message. Raises ValueError once it was accepted."""
+    def accept(self, request_id: str, prefix_key: str, /) -> None:
+        """Send the initial metadata. prefix_key: "" is none."""
+    def make_carried(
+        self,
+        maker: StreamMaker,
+        request_id: str,
+        num_prompt_tokens: int,
+        seed: int,
+        max_tokens: int,
+        arrived_at: float,
+        /,
+    ) -> Stream:
+        """Make the request's stream, of which every step is carried to the call."""
+    def end(self, stream: Stream, trailers: DoorTrailers, /) -> bool:
+        """Send what is left, the summary and OK. False, and nothing done, if the client is behind."""
+    def hand_over(self, stream: Stream, drops: bool, /) -> bool:
+        """Send what is left, or drop it, before a status. False, and nothing done, if the client is behind."""
+    def finish(self, code: int, message: str, trailers: Iterable[tuple[str, str | bytes]], /) -> None: ...
+    def reopen(self) -> DoorCall:
+        """The same call for a handler."""
+
+class DoorTrailers:
+    """Trailers that many calls end with."""
+
+    def __init__(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        """Raises ValueError for metadata that gRPC does not allow."""
+
+class StreamMaker:
+    """Makes the streams of requests that are alike; arguments as Stream's."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        num_outputs: int,
+        stop: Sequence[str],
+        eos_token_ids: Sequence[int],
+        stop_token_ids: Sequence[int],
+        min_tokens: int,
+        max_tokens: int,
+        include_stop: bool,
+        skip_special: bool,
+        model: str,
+        engine: str,
+        deployment: str,
+        sampler: str,
+        max_pending_bytes: int,
+    ) -> None:
+        """Raises ValueError."""
+
 class Door:
     """A gRPC server. Options: see csrc/door/options.h."""
 
-    def __init__(self, **options: float | tuple[str, bytes]) -> None: ...
+    def __init__(self, **options: float | list[str] | tuple[str, bytes]) -> None: ...
     def listen(self, host: str, port: int, use_tls: bool, /) -> int:
         """Listen, and give the port. Raises OSError."""
     def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
@@ -1108,12 +1171,22 @@ class Door:
     def start(self) -> None: ...
     def fileno(self) -> int:
         """Readable when there are events to take."""
-    def take(self) -> list[tuple[int, int, Any]]:
-        """The events that came: (kind, call id, payload).
+    def take(self) -> tuple[list[tuple[int, int, Any]], list[Any]]:
+        """The events that came, (kind, call id, payload), and the calls that pick_plain() picked.
 
         0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
-        2: half-closed; 3: cancelled, why; 4: room.
+        2: half-closed; 3: cancelled, why; 4: room; 5: a call was refused by bounded_paths, its path; of no call.
+        A picked call began before the events beside it: (call id, PlainCall, peer, timeout in s or None, model, text,
+        token ids, the largest of them, SamplingParams as bytes, request id, drawn if none was sent, tenant, cache salt,
+        session, a seed).
         """
+    def pick_plain(self, path: str) -> None:
+        """Read requests of this method, which takes a GenerateRequest; see csrc/requests/plain_generate.h."""
+    def stop_picking(self) -> list[tuple[int, int, Any]]:
+        """Pick no more, and give the events of calls whose requests have not come."""
+    def hold(self) -> None:
+        """Let what is written wait, to leave together, until let_go()."""
+    def let_go(self) -> None: ...
     def drain(self) -> None: ...
     def stop(self, grace_s: float, /) -> None: ...
     def totals(self) -> dict[str, int]: ...

@@ -498,6 +498,60 @@ TEST(messages_beyond_the_limit_are_refused) {
   CHECK_EQ(rig.Count(EventKind::kCancelled), 2u);
 }
 
+TEST(calls_of_bounded_paths_are_refused_before_handlers_hear_of_them) {
+  Options options;
+  options.bounded_paths = {"/a/Stream", "/a/Other"};
+  options.max_open = 2;
+  options.full = {"no more than 2", "details"};
+  Rig rig(options);
+  const int32_t first = rig.client.Ask("/a/Stream", "x");
+  const CallRef call = rig.TakeCall();
+  const int32_t second = rig.client.Ask("/a/Other", "x");
+  rig.TakeCall();
+  const int32_t third = rig.client.Ask("/a/Stream", "x");
+  rig.Pump();
+  CHECK_EQ(rig.client.answer(third).status(), kResourceExhausted);
+  CHECK_EQ(rig.client.answer(third).message(), "no more than 2");
+  CHECK_EQ(*Base64Decode(rig.client.answer(third).Find("grpc-status-details-bin")), "details");
+  std::vector<Event> events = rig.Take();
+  CHECK_EQ(events.size(), 1u);
+  CHECK(events[0].kind == EventKind::kRefused);
+  CHECK_EQ(events[0].bytes, "/a/Stream");
+  rig.client.Ask("/a/b", "x");
+  rig.Finish(rig.TakeCall());
+  CHECK_EQ(rig.state.totals->open.load(), 2);
+  // A place is free as soon as its call has a status or is cancelled, whoever still holds the call.
+  rig.Finish(call);
+  rig.client.Cancel(second);
+  rig.Pump();
+  rig.Take();
+  CHECK_EQ(rig.client.answer(first).status(), kOk);
+  CHECK_EQ(rig.state.totals->open.load(), 0);
+}
+
+TEST(a_call_of_a_bounded_path_takes_no_place_before_it_asks) {
+  Options options;
+  options.bounded_paths = {"/a/Stream"};
+  options.max_open = 2;
+  Rig rig(options);
+  std::vector<int32_t> silent;
+  for (int i = 0; i < 10; ++i) silent.push_back(rig.client.Begin("/a/Stream"));
+  rig.client.SendRaw(silent[0], test::Framed("half").substr(0, 7));
+  rig.Pump();
+  CHECK_EQ(rig.Take().size(), 0u);
+  CHECK_EQ(rig.state.totals->open.load(), 0);
+  rig.client.Ask("/a/Stream", "x");
+  rig.Finish(rig.TakeCall());
+  rig.client.Cancel(silent[1]);
+  rig.Pump();
+  CHECK_EQ(rig.Take().size(), 0u);
+  // A server that ends tells all of them so.
+  rig.session->Drain();
+  std::vector<Event> events = rig.Take();
+  CHECK_EQ(std::ranges::count(events, EventKind::kCall, &Event::kind), 2);
+  CHECK_EQ(std::ranges::count(events, EventKind::kRefused, &Event::kind), 7);
+}
+
 TEST(request_bytes_of_all_calls_together_are_bounded) {
   Options options;
   options.max_received_bytes = 100'000;
@@ -593,6 +647,25 @@ TEST(a_message_that_stops_coming_is_given_up) {
   rig.Later(3.1);
   CHECK_EQ(rig.Count(EventKind::kCancelled), 1u);
   CHECK_EQ(rig.client.answer(id).status(), kResourceExhausted);
+}
+
+TEST(a_call_that_ended_before_it_asked_is_told_to_nobody) {
+  Options options;
+  options.bounded_paths = {"/a/b"};
+  options.max_open = 4;
+  Rig rig(options);
+  const int32_t id = rig.client.Begin("/a/b", {{"grpc-timeout", "1S"}});
+  rig.Pump();
+  // The client does not see the end before the drain begins.
+  rig.state.now_ns += 2 * kSecond;
+  Stream* stream = rig.state.timers.begin()->stream;
+  rig.state.timers.erase(rig.state.timers.begin());
+  rig.session->OnTimer(stream);
+  rig.session->Drain();
+  rig.Pump();
+  CHECK_EQ(rig.client.answer(id).status(), kDeadlineExceeded);
+  CHECK_EQ(rig.Take().size(), 0u);
+  CHECK_EQ(rig.state.totals->calls.load(), 0);
 }
 
 TEST(calls_that_ask_nothing_give_way_where_calls_are_scarce) {

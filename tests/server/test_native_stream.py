@@ -38,7 +38,9 @@ def door() -> str:
 
 async def test_python_writes_only_the_summary(serve: Serve, written: list[bytes]) -> None:
     h = await serve({"step_s": 0.001})
-    request = Request(text="x", sampling=Sampling(max_tokens=200, min_tokens=200, seed=1))
+    # Not plain, so that a handler serves it (see test_plain.py).
+    options = generation_pb2.RequestOptions(priority=0)
+    request = Request(text="x", sampling=Sampling(max_tokens=200, min_tokens=200, seed=1), options=options)
     messages = await collect(h.inference.Generate(request))
     assert kinds(messages)[0] == "started" and kinds(messages)[-2:] == ["finished", "summary"]
     assert len(messages) > 100

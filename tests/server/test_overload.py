@@ -57,6 +57,20 @@ async def test_calls_beyond_the_limit_are_refused_at_once_and_room_comes_back(se
     held[1].cancel()
 
 
+async def test_refusals_are_counted_whoever_makes_them(serve: Serve) -> None:
+    h = await serve(server={"max_streams": 1})
+    held = await _begin(h)
+    for _ in range(3):
+        assert await _outcome(h.inference.Generate(Request(text="x"))) == "RESOURCE_EXHAUSTED"
+
+    def count() -> float:
+        labels = {"method": "Generate", "code": "RESOURCE_EXHAUSTED"}
+        return h.server.metrics.registry.get_sample_value("twinjet_calls_total", labels) or 0
+
+    await h.until(lambda: count() == 3)
+    held.cancel()
+
+
 @pytest.mark.parametrize("limit", ["max_streams_per_connection", "max_streams_per_address"])
 async def test_a_connection_and_an_address_have_limits_of_their_own(serve: Serve, limit: str) -> None:
     h = await serve(server={limit: 1})

@@ -28,6 +28,7 @@ from tests.server.harness import details
 from tests.server.processes import Service, descendants, is_alive, server
 from twinjet.epp.main import Epp
 from twinjet.epp.mirroring import Mirrored
+from twinjet.errors import Unavailable
 from twinjet.server import native_door
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2, tokenization_pb2
 
@@ -217,11 +218,18 @@ def test_a_picker_started_again_knows_what_the_engine_has_cached(
         request = Request(token_ids=[*prompt, 1, 2], sampling=Sampling(temperature=0, max_tokens=2))
         return int(next(service.inference.Generate(request)).started.cached_prompt_tokens)
 
+    def known(epp: Epp, prompt: list[int]) -> int:
+        """How much of a prompt the picker takes for cached; nothing while no replica answers it."""
+        try:
+            return cached(epp.picker, prompt, "smollm2")
+        except Unavailable:
+            return 0
+
     async def agree(epp: Epp, prompt: list[int]) -> None:
         """The picker knows of all that the engine has."""
         held = await asyncio.to_thread(ask, prompt)
         assert held > len(prompt) - 32
-        await until(lambda: cached(epp.picker, prompt, "smollm2") == held)
+        await until(lambda: known(epp, prompt) == held)
 
     async def look() -> None:
         async with forwarder(service.address) as (address, broken):
@@ -255,6 +263,7 @@ async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
     """A port before another that breaks every connection, old and new, while the event is set."""
     broken = asyncio.Event()
     writers: set[asyncio.StreamWriter] = set()
+    copying: set[asyncio.Task[Any]] = set()
     host, _, port = address.rpartition(":")
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -270,6 +279,9 @@ async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
             return
         far_reader, far_writer = await asyncio.open_connection(host, int(port))
         writers.update((writer, far_writer))
+        task = asyncio.current_task()
+        assert task is not None
+        copying.add(task)
         await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
 
     async def breaking() -> None:
@@ -288,6 +300,7 @@ async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
         listener.close()
         for writer in writers:
             writer.transport.abort()
+        await asyncio.gather(*copying)
 
 
 def test_kill_9_of_the_engine_ends_every_stream_at_once_and_it_comes_back(service: Service) -> None:

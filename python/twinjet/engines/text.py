@@ -12,17 +12,18 @@ from twinjet.request import Sampling
 
 def make_output(vocabulary: Vocabulary, sampling: Sampling, eos_token_ids: Iterable[int]) -> Output:
     """Make the text and the ends of one output of a request."""
-    return Output(vocabulary, **_rules(sampling, eos_token_ids))
+    return Output(vocabulary, **output_rules(sampling, eos_token_ids))
 
 
 def make_stream(
     vocabulary: Vocabulary, sampling: Sampling, eos_token_ids: Iterable[int], **facts: Any
 ) -> Stream:
     """Make the native stream of a request. facts: further arguments of Stream."""
-    return Stream(vocabulary, num_outputs=sampling.n, **_rules(sampling, eos_token_ids), **facts)
+    return Stream(vocabulary, num_outputs=sampling.n, **output_rules(sampling, eos_token_ids), **facts)
 
 
-def _rules(sampling: Sampling, eos_token_ids: Iterable[int]) -> dict[str, Any]:
+def output_rules(sampling: Sampling, eos_token_ids: Iterable[int]) -> dict[str, Any]:
+    """Give what makes an output's text and ends it, as arguments of Output, Stream and StreamMaker."""
     return {
         "stop": list(sampling.stop),
         "eos_token_ids": [] if sampling.ignore_eos else list(eos_token_ids),

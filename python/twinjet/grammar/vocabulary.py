@@ -16,6 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+_NICE = 5
+"""Of the process that writes a vocabulary beside a server."""
+
 
 class GrammarUnavailable(Exception):
     """xgrammar cannot be used here; the text says why."""
@@ -121,6 +124,8 @@ async def write_vocabulary_apart(
 
 
 def _main(wanted: dict[str, Any]) -> dict[str, str]:
+    # Some 3 s of CPU that nobody waits for yet, just when the first requests come.
+    os.nice(_NICE)
     try:
         transformers = importlib.import_module("transformers")
         tokenizer = transformers.AutoTokenizer.from_pretrained(wanted["tokenizer"])

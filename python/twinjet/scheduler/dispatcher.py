@@ -40,7 +40,7 @@ from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.entry import Entry, State
 from twinjet.scheduler.events import DispatchedEvent, QueuedEvent, SchedulerLoad
 from twinjet.scheduler.settings import SchedulerSettings
-from twinjet.scheduler.ticket import Ticket
+from twinjet.scheduler.ticket import CarriedTicket, Ticket
 
 if TYPE_CHECKING:
     from twinjet.engines.base import PushEngine
@@ -248,10 +248,24 @@ class Dispatcher:
         """
         entry = self._core.offer(request, self._clock())
         ticket = Ticket(self, entry, stream, reports_queue=report_queue, on_overflow=on_overflow)
-        self._streams[request.request_id] = ticket
+        self._enter(ticket)
+        return ticket
+
+    def open_carried(
+        self, request: EngineRequest, stream: Stream, on_end: Callable[[], None]
+    ) -> CarriedTicket:
+        """The same for a stream that has its carrier already; on_end: see CarriedTicket, may be called here.
+
+        Raises what open() does.
+        """
+        ticket = CarriedTicket(self, self._core.offer(request, self._clock()), stream, on_end)
+        self._enter(ticket)
+        return ticket
+
+    def _enter(self, ticket: Ticket) -> None:
+        self._streams[ticket.entry.request_id] = ticket
         self._idle.clear()
         self._dispatch()
-        return ticket
 
     @property
     def report_interval_s(self) -> float:
@@ -294,6 +308,8 @@ class Dispatcher:
         for ticket, happened in requests:
             if happened & ~Pump.AWAITED:
                 may_go |= self._act(ticket, happened, now)
+            if ticket.is_carried:
+                continue
             if happened & Pump.FIRST_TOKEN:
                 self._to_wake.appendleft(ticket)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from twinjet.errors import EngineDied, SlowReader
 
@@ -110,6 +110,14 @@ class Ticket:
         self._dispatcher.leave(self, finished=True)
         self.wake()
 
+    is_carried: ClassVar[bool] = False
+    """Whether it is told of its end alone, and nobody waits for messages."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every output has ended."""
+        return self._is_over
+
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -130,3 +138,34 @@ class Ticket:
         if place != self._last_place:
             self._last_place = place
             self.stream.put_queued(*place)
+
+
+class CarriedTicket(Ticket):
+    """A ticket that nobody reads while its stream has a carrier. on_end: called once when it is over or has failed.
+
+    Then read() gives what the carrier had no room for, and close() is still to be called.
+    """
+
+    __slots__ = ("_on_end",)
+
+    is_carried = True
+
+    def __init__(
+        self, dispatcher: Dispatcher, entry: Entry, stream: Stream, on_end: Callable[[], None]
+    ) -> None:
+        super().__init__(dispatcher, entry, stream, reports_queue=False, on_overflow=_nothing)
+        self._on_end: Callable[[], None] | None = on_end
+
+    def wake(self) -> None:
+        if (self._is_over or self._error is not None) and (on_end := self._on_end) is not None:
+            self._on_end = None
+            on_end()
+        super().wake()
+
+    def close(self) -> None:
+        self._on_end = None
+        super().close()
+
+
+def _nothing(_: SlowReader) -> None:
+    pass

@@ -35,15 +35,13 @@ class Deployment:
     dispatcher: Dispatcher
     kv_publisher: KvPublisher | None = None
 
-    def start(self) -> None:
-        """Begin to start the engine, in the background. Raises ConfigError where KV events cannot be published."""
+    def open(self) -> None:
+        """Open what is listened at. Raises ConfigError."""
         if self.kv_publisher is not None:
             self.kv_publisher.open()
-        self.supervisor.start()
 
-    async def stop(self) -> None:
-        """End the engine."""
-        await self.supervisor.stop()
+    def close(self) -> None:
+        """Close what was opened. Idempotent."""
         if self.kv_publisher is not None:
             self.kv_publisher.close()
 
@@ -217,15 +215,17 @@ class Deployments:
         deployment = self.by_name[name] = self._make(name, settings)
         try:
             try:
-                deployment.start()
+                deployment.open()
             except ConfigError as error:
                 raise _failed(name, str(error)) from None
+            deployment.supervisor.start()
             await self._until_settled(deployment)
             if public:
                 self.set_route(name, Route({name: 1.0}))
         except BaseException:
             del self.by_name[name]
-            await asyncio.shield(deployment.stop())
+            await asyncio.shield(deployment.supervisor.stop())
+            deployment.close()
             raise
         return self.table.revision
 
@@ -266,7 +266,8 @@ class Deployments:
             dispatcher.detach(
                 Unavailable(f"deployment {name!r} was removed", reason="DRAINING", retry_after_s=1)
             )
-        await deployment.stop()
+        await deployment.supervisor.stop()
+        deployment.close()
         return num_live - num_ended, num_ended
 
     async def reload(self, config: Config, grace_s: float) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -14,6 +14,8 @@ from twinjet.server.binding import server_credentials, why_not
 
 if TYPE_CHECKING:
     from twinjet.config import ServerSettings
+    from twinjet.server.inference import Sharing
+    from twinjet.server.load_reports import LoadReports
 
 logger = logging.getLogger("twinjet.server")
 
@@ -35,6 +37,12 @@ class Door(HandlerRegistry, Protocol):
 
     def channelz_servicer(self) -> Any:
         """Answers for channelz.v1.Channelz."""
+
+    def take_plain_calls(self, sharing: Sharing, load_reports: LoadReports) -> None:
+        """Serve calls of Generate that are plain without the handler, if this door can; see server.plain."""
+
+    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+        """Call tell with the method of each call that is refused before any handler hears of it."""
 
     def bind(self) -> str:
         """Listen on the settings' address and give it. Raises ConfigError."""
@@ -64,8 +72,14 @@ class GrpcDoor:
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         self._server.add_registered_method_handlers(service_name, method_handlers)
 
+    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+        """All calls come to handlers."""
+
     def channelz_servicer(self) -> Any:
         return channelz.aio.ChannelzServicer()
+
+    def take_plain_calls(self, sharing: Sharing, load_reports: LoadReports) -> None:
+        """grpc.aio gives calls one by one."""
 
     def bind(self) -> str:
         settings = self._settings

@@ -59,9 +59,9 @@ class Failover:
             )
         self._suspended_until = self._clock() + SUSPENSION_S
 
-    def begin(self, model: str, options: Options) -> Journey:
-        """Choose the first deployment. Raises Unavailable, saying why, if none is ready."""
-        return Journey(self, self._deployments, self._metrics, model, options)
+    def begin(self, model: str, options: Options, first: Deployment | None = None) -> Journey:
+        """Begin at `first`, or choose the first deployment. Raises Unavailable, saying why, if none is ready."""
+        return Journey(self, self._deployments, self._metrics, model, options, first)
 
 
 class Journey:
@@ -74,6 +74,7 @@ class Journey:
         metrics: Metrics,
         model: str,
         options: Options,
+        first: Deployment | None,
     ) -> None:
         self._failover = failover
         self._deployments = deployments
@@ -83,7 +84,7 @@ class Journey:
         self._tried: set[str] = set()
         self._loss: Unavailable | None = None
         self._saw_a_death = False
-        self.deployment: Deployment = deployments.pick(model, options.tenant, options.session)
+        self.deployment: Deployment = first or deployments.pick(model, options.tenant, options.session)
 
     def go_on(self, error: TwinjetError, *, has_begun: bool) -> None:
         """Move to another deployment after an error of the present one.

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from twinjet.config import ServerSettings
 
 RETRY_S = 1.0
+STREAM_PATHS = tuple(f"/twinjet.v1.InferenceService/{method}" for method in ("Generate", "Chat"))
+"""The methods whose calls enter the gate."""
 
 
 class Gate:
@@ -29,36 +31,50 @@ class Gate:
 
         Raises Overloaded.
         """
-        address = address_of(peer)
+        self.count(peer)
+        return _Pass(self, peer)
+
+    def count(self, peer: str) -> None:
+        """Count a stream until leave(). Raises Overloaded."""
         if 0 < self._max_streams <= self._num_streams:
-            raise _full("server", "in all", self._max_streams)
+            raise full(self._max_streams)
+        if self._max_of_connection or self._max_of_address:
+            self._count_peer(peer)
+        self._num_streams += 1
+
+    def _count_peer(self, peer: str) -> None:
+        address = address_of(peer)
         if 0 < self._max_of_connection <= self._of_connection[peer]:
             raise _full(f"connection:{peer}", "on one connection", self._max_of_connection)
         if 0 < self._max_of_address <= self._of_address[address]:
             raise _full(f"address:{address}", "from one address", self._max_of_address)
-        self._num_streams += 1
         self._of_connection[peer] += 1
         self._of_address[address] += 1
-        return _Pass(self, peer, address)
 
-    def leave(self, peer: str, address: str) -> None:
-        """A stream has ended; called by its pass."""
+    def leave(self, peer: str) -> None:
+        """A stream of this connection has ended."""
         self._num_streams -= 1
-        _subtract(self._of_connection, peer)
-        _subtract(self._of_address, address)
+        if self._max_of_connection or self._max_of_address:
+            _subtract(self._of_connection, peer)
+            _subtract(self._of_address, address_of(peer))
 
 
 class _Pass:
-    __slots__ = ("_address", "_gate", "_peer")
+    __slots__ = ("_gate", "_peer")
 
-    def __init__(self, gate: Gate, peer: str, address: str) -> None:
-        self._gate, self._peer, self._address = gate, peer, address
+    def __init__(self, gate: Gate, peer: str) -> None:
+        self._gate, self._peer = gate, peer
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self._gate.leave(self._peer, self._address)
+        self._gate.leave(self._peer)
+
+
+def full(max_streams: int) -> Overloaded:
+    """Give the error of a server that has max_streams open."""
+    return _full("server", "in all", max_streams)
 
 
 def _full(subject: str, where: str, limit: int) -> Overloaded:

@@ -61,7 +61,7 @@ def _handler(
         else grpc.unary_unary_rpc_method_handler
     )
     return make(
-        _guarded(method.name, behaviour, metrics, load_reports),
+        guarded(method.name, behaviour, metrics, load_reports),
         request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
         response_serializer=_serialize,
     )
@@ -72,7 +72,7 @@ def _serialize(message: Any) -> bytes:
     return message if type(message) is bytes else message.SerializeToString()
 
 
-def _guarded(name: str, behaviour: Behaviour, metrics: Metrics, load_reports: LoadReports) -> Behaviour:
+def guarded(name: str, behaviour: Behaviour, metrics: Metrics, load_reports: LoadReports) -> Behaviour:
     """Wrap a method so that every failure becomes one status with details, and every call reports the load."""
 
     async def call(request: Any, context: Any) -> Any:

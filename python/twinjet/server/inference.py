@@ -19,7 +19,7 @@ from twinjet.request import EngineRequest, Sampling, draw_seed
 from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
 from twinjet.server.encoding import Encoder
-from twinjet.server.failover import Failover
+from twinjet.server.failover import Failover, Journey
 from twinjet.server.gate import Gate, address_of
 from twinjet.server.grammar import Grammars
 from twinjet.server.samplings import Samplings, Wish
@@ -89,6 +89,29 @@ class _Call:
         return self.stream is not None and self.stream.has_begun
 
 
+class Lost(NamedTuple):
+    """A request's attempt that failed. arrived_at: of the request, in time.monotonic() seconds."""
+
+    model: str
+    deployment: Deployment
+    wish: Wish
+    stream: Stream
+    arrived_at: float
+
+
+class Sharing(NamedTuple):
+    """What all ways into the service share."""
+
+    deployments: Deployments
+    settings: ServerSettings
+    live: LiveRequests
+    metrics: Metrics
+    watch: WriterWatch
+    gate: Gate
+    samplings: Samplings
+    move: Callable[[EngineRequest, Lost, TwinjetError, str, Context], Awaitable[None]]
+
+
 class InferenceServicer:
     """See proto InferenceService."""
 
@@ -112,6 +135,14 @@ class InferenceServicer:
         self._samplings = Samplings()
         self._encoder = Encoder()
         self._failover = Failover(deployments, metrics)
+
+    @property
+    def sharing(self) -> Sharing:
+        """For server.plain."""
+        return Sharing(
+            self._deployments, self._settings, self._live, self._metrics, self._watch, self._gate, self._samplings,
+            self.move,
+        )  # fmt: skip
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         arrival = _Arrival.of(context)
@@ -269,7 +300,28 @@ class InferenceServicer:
 
     async def _serve(self, call: _Call, context: Context) -> None:
         """Answer from the deployment that the route chooses, or from another one if that is lost before it begins."""
-        journey = self._failover.begin(call.model, call.options)
+        await self._travel(call, self._failover.begin(call.model, call.options), context)
+
+    async def move(
+        self, request: EngineRequest, lost: Lost, error: TwinjetError, session: str, context: Context
+    ) -> None:
+        """Serve on, elsewhere, a request that was accepted and has failed where it was. Raises error if it cannot."""
+        options = convert.Options(
+            request.request_id, tenant=request.tenant, cache_salt=request.cache_salt, session=session
+        )
+        arrival = _Arrival(lost.arrived_at, request.deadline, request.trace_headers)
+
+        async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
+            return _Prompt(request.prompt_token_ids, "token_ids")
+
+        call = _Call(
+            lost.model, "generate", lost.wish, options, arrival, encode, request.sampling.seed, lost.stream
+        )
+        journey = self._failover.begin(lost.model, options, lost.deployment)
+        journey.go_on(error, has_begun=call.has_begun)
+        await self._travel(call, journey, context)
+
+    async def _travel(self, call: _Call, journey: Journey, context: Context) -> None:
         with contextlib.ExitStack() as held:
             while True:
                 try:

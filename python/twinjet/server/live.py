@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 
 
 class LiveRequests:
     """Requests that a handler or an engine still works on, by a key that is unique to each."""
 
     def __init__(self) -> None:
-        self._holds: Counter[object] = Counter()
+        self._holds: dict[object, int] = {}
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -19,14 +18,16 @@ class LiveRequests:
 
     def hold(self, key: object) -> _Hold:
         """Count a request as alive until the hold, a context manager, ends; several holds of one key count once."""
-        self._holds[key] += 1
+        self._holds[key] = self._holds.get(key, 0) + 1
         self._is_idle.clear()
         return _Hold(self, key)
 
     def let_go(self, key: object) -> None:
         """Called by a hold that ends."""
-        self._holds[key] -= 1
-        if not self._holds[key]:
+        num_holds = self._holds[key] - 1
+        if num_holds:
+            self._holds[key] = num_holds
+        else:
             del self._holds[key]
         if not self._holds:
             self._is_idle.set()

@@ -88,9 +88,16 @@ class Server:
         """Bind the ports and begin to load. Raises ConfigError if one cannot be bound, or for unusable TLS files."""
         self._register()
         self.address = self._door.bind()
-        if self.config.server.metrics_port:
-            self.metrics.watch(self.deployments)
-            self._web = self._listen_http()
+        try:
+            for deployment in self.deployments.by_name.values():
+                deployment.open()
+            if self.config.server.metrics_port:
+                self.metrics.watch(self.deployments)
+                self._web = self._listen_http()
+        except ConfigError:
+            for deployment in self.deployments.by_name.values():
+                deployment.close()
+            raise
         for name in ["", *self.deployments.models, *(s.full_name for s in self._services)]:
             self._health.set(name, False)
         # Of the process alone, for whoever starts it again: it may load, drain or have no model that runs.
@@ -99,7 +106,7 @@ class Server:
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
         self._tasks.append(asyncio.create_task(self.load_reports.run(), name="load reports"))
         for deployment in list(self.deployments.by_name.values()):
-            deployment.start()
+            deployment.supervisor.start()
 
     async def reload(self, read: Callable[[], Config]) -> None:
         """Read the configuration again and bring deployments and routes to it; logs what was done or why not.
@@ -146,7 +153,8 @@ class Server:
         await self.live.wait(CLEANUP_S)
         await self.mirror.stop()
         for deployment in list(self.deployments.by_name.values()):
-            await deployment.stop()
+            await deployment.supervisor.stop()
+            deployment.close()
         await self.grammars.close()
         if self._web is not None:
             await asyncio.to_thread(self._web.close)
@@ -173,6 +181,7 @@ class Server:
         inference = InferenceServicer(
             self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
         )
+        self._door.take_plain_calls(inference.sharing, self.load_reports)
         models = ModelServicer(self.deployments)
         admin = AdminServicer(
             self.deployments,
@@ -188,6 +197,7 @@ class Server:
         self._services = [service for service, _ in hung]
         for service, servicer in hung:
             add_service(self._door, service, servicer, self.metrics, self.load_reports)
+        self._door.watch_refusals(lambda method: self.metrics.count_call(method, "RESOURCE_EXHAUSTED"))
         self._health.add_to(self._door)
         self.load_reports.add_to(self._door)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)

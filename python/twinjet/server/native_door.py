@@ -12,7 +12,7 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,12 +20,16 @@ import grpc
 
 from twinjet.errors import ConfigError, DeadlinePassed, InvalidRequest
 from twinjet.server.binding import server_credentials, why_not
+from twinjet.server.gate import STREAM_PATHS, full
 from twinjet.server.native_channelz import NativeChannelz
 from twinjet.server.status import Failure, internal_failure, overload_failure, shutdown_failure, to_failure
 
 if TYPE_CHECKING:
     from twinjet import _core
     from twinjet.config import ServerSettings
+    from twinjet.server.inference import Sharing
+    from twinjet.server.load_reports import LoadReports
+    from twinjet.server.plain import PlainCalls, PlainItem
 
     _Base = grpc.aio.ServicerContext[Any, Any]
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -34,7 +38,7 @@ else:
 
 logger = logging.getLogger("twinjet.server")
 
-_CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM = range(5)
+_CALL, _MESSAGE, _HALF_CLOSED, _CANCELLED, _ROOM, _REFUSED = range(6)
 _WRITES_A_TURN = 32
 """After so many writes that did not have to wait a handler lets the others go on."""
 _CLEANUP_S = 10.0
@@ -113,6 +117,11 @@ class CallContext(_Base):
         if self.task is not None:
             self.task.cancel()
         self._run_callbacks()
+
+    def resume(self) -> None:
+        """The call was begun elsewhere: its request is known and its initial metadata sent."""
+        self._are_headers_sent = True
+        self._requests.append(b"")
 
     # What handlers use.
 
@@ -343,11 +352,17 @@ class NativeDoor:
             max_unsent_bytes=max(4 * settings.max_pending_bytes, 64 << 20),
             overload=_own_status(overload_failure()),
             deadline=_own_status(to_failure(DeadlinePassed("the deadline has passed"))),
+            # As the gate would, but before Python hears of it.
+            bounded_paths=list(STREAM_PATHS),
+            max_open=settings.max_streams,
+            full=_own_status(to_failure(full(settings.max_streams))),
         )
+        self._tell_refused: Callable[[str], None] = _nothing
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._by_path: dict[str, _Handler] = {}
         self._calls: dict[int, CallContext] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._plain: PlainCalls | None = None
         self._is_stopping = False
         self._address = ""
         self._tls_files: tuple[Path, ...] = ()
@@ -360,8 +375,18 @@ class NativeDoor:
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         """Called by generated code, which gives the same handlers as generic ones, too."""
 
+    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+        """Call tell with the method of each stream that the door refuses by itself, max_streams being open."""
+        self._tell_refused = tell
+
     def channelz_servicer(self) -> NativeChannelz:
         return NativeChannelz(lambda: self._address, self._door.totals, self._door.connections)
+
+    def take_plain_calls(self, sharing: Sharing, load_reports: LoadReports) -> None:
+        from twinjet.server import plain
+
+        self._plain = plain.PlainCalls(sharing, load_reports, self._door, self._go_on)
+        self._door.pick_plain(plain.PATH)
 
     def bind(self) -> str:
         """Listen on the settings' address and give it. Raises ConfigError."""
@@ -391,9 +416,13 @@ class NativeDoor:
     async def stop(self, grace_s: float) -> None:
         """Refuse calls, let the running ones go on for grace_s, end the rest and close all connections."""
         self._is_stopping = True
+        for _, call_id, payload in self._door.stop_picking():
+            self._begin(call_id, payload)
         self._door.drain()
-        if self._tasks and grace_s > 0:
-            await asyncio.wait(self._tasks, timeout=grace_s)
+        if grace_s > 0:
+            await self._wait_for_calls(grace_s)
+        if self._plain is not None:
+            self._plain.end_all(shutdown_failure())
         for context in list(self._calls.values()):
             context.fail(shutdown_failure())
             context.cancel()
@@ -405,8 +434,30 @@ class NativeDoor:
         await asyncio.to_thread(self._door.stop, _LINGER_S)
         asyncio.get_running_loop().remove_reader(self._door.fileno())
 
+    async def _wait_for_calls(self, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        if self._plain is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._plain.wait_idle()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(deadline - time.monotonic(), 0))
+
     def _on_events(self) -> None:
-        for kind, call_id, payload in self._door.take():
+        # What is answered at once leaves together.
+        self._door.hold()
+        try:
+            events, plain = self._door.take()
+            left = self._take_plain(plain) if plain else ()
+        finally:
+            self._door.let_go()
+        for call_id, call, *_ in left:
+            try:
+                self._serve_picked(call_id, call)
+            except Exception:
+                logger.exception("a call could not be begun")
+                _refuse(call, internal_failure())
+        for kind, call_id, payload in events:
             if kind == _CALL:
                 try:
                     self._begin(call_id, payload)
@@ -414,8 +465,13 @@ class NativeDoor:
                     logger.exception("a call could not be begun")
                     _refuse(payload[0], internal_failure())
                 continue
+            if kind == _REFUSED:
+                self._tell_refused(payload.rpartition("/")[2])
+                continue
             context = self._calls.get(call_id)
             if context is None:
+                if kind == _CANCELLED and self._plain is not None:
+                    self._plain.cancel(call_id)
                 continue
             if kind == _MESSAGE:
                 context.put_request(payload)
@@ -432,6 +488,34 @@ class NativeDoor:
                 context.cancel()
             else:
                 context.give_room()
+
+    def _take_plain(self, items: list[PlainItem]) -> list[PlainItem]:
+        assert self._plain is not None, "without it none are picked"
+        return items if self._is_stopping else self._plain.take(items)
+
+    def _serve_picked(self, call_id: int, call: _core.PlainCall) -> None:
+        """Serve a plain call as all others are."""
+        payload, message = call.unpack()
+        self._begin(call_id, payload)
+        context = self._calls.get(call_id)
+        if context is not None:
+            context.put_request(message)
+            self._run(call_id, context)
+
+    def _go_on(
+        self,
+        call_id: int,
+        call: _core.DoorCall,
+        peer: str,
+        behaviour: Callable[[Any, Any], Awaitable[Any]],
+        on_done: Callable[[], None],
+    ) -> None:
+        """Let a handler finish a call whose initial metadata has been sent; on_done: called in any case."""
+        handler: _Handler = grpc.unary_stream_rpc_method_handler(behaviour)
+        context = CallContext(call, handler, peer, (), None, accepts_gzip=False, is_tls=bool(self._tls_files))
+        context.resume()
+        self._calls[call_id] = context
+        self._run(call_id, context).add_done_callback(lambda _: on_done())
 
     def _begin(self, call_id: int, payload: Any) -> None:
         call, path, peer, metadata, timeout_s, accepts_gzip = payload
@@ -461,7 +545,7 @@ class NativeDoor:
                 return handler
         return None
 
-    def _run(self, call_id: int, context: CallContext) -> None:
+    def _run(self, call_id: int, context: CallContext) -> asyncio.Task[None]:
         task = asyncio.create_task(context.run())
         context.task = task
         self._tasks.add(task)
@@ -471,6 +555,7 @@ class NativeDoor:
             self._calls.pop(call_id, None)
 
         task.add_done_callback(forget)
+        return task
 
     def _use_tls(self) -> None:
         """Raises ConfigError, or OSError for a file that vanishes meanwhile."""
@@ -500,12 +585,16 @@ def _own_status(failure: Failure) -> tuple[str, bytes]:
     return failure.message, failure.trailing_metadata[0][1]
 
 
-def _refuse(call: _core.DoorCall, failure: Failure) -> None:
+def _refuse(call: _core.DoorCall | _core.PlainCall, failure: Failure) -> None:
     call.finish(failure.code.value[0], failure.message, failure.trailing_metadata)
 
 
 def _bad_request(what: str) -> Failure:
     return to_failure(InvalidRequest.of("request", what))
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 def _times(files: Sequence[Path]) -> tuple[int, ...]:

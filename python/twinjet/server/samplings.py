@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 from twinjet.request import Sampling, SamplingOverrides, resolve_sampling
 from twinjet.server import convert
+from twinjet.v1 import sampling_pb2
 
 if TYPE_CHECKING:
     from twinjet.engines.base import Capability, EngineInfo, Limits
-    from twinjet.v1 import sampling_pb2
 
 MAX_KEPT: Final = 1024
 """Wishes that are kept; all are forgotten when one more comes."""
@@ -33,6 +33,11 @@ class Wish:
         self._model_defaults: SamplingOverrides | None = None
         self._capabilities: frozenset[Capability] = frozenset()
         self._most_tokens = 0
+
+    @property
+    def base(self) -> Sampling | None:
+        """What the last resolve() began with: its results differ from it in seed and max_tokens only."""
+        return self._resolved
 
     def resolve(self, info: EngineInfo, *, num_prompt_tokens: int, seed: int) -> Sampling:
         """Give what request.resolve_sampling() gives of the overrides, and raise what it raises."""
@@ -68,11 +73,18 @@ class Samplings:
     def wish(self, message: sampling_pb2.SamplingParams) -> Wish:
         """Convert SamplingParams. Raises InvalidRequest for an empty constraint."""
         key = message.SerializeToString()
-        wish = self._kept.get(key)
-        if wish is None:
-            wish = Wish(convert.sampling_overrides(message))
-            if len(key) <= MAX_KEPT_BYTES:
-                if len(self._kept) >= MAX_KEPT:
-                    self._kept.clear()
-                self._kept[key] = wish
+        return self._kept.get(key) or self._convert(message, key)
+
+    def wish_of(self, message: bytes) -> Wish:
+        """The same of an encoded message. Raises DecodeError, too."""
+        return self._kept.get(message) or self._convert(
+            sampling_pb2.SamplingParams.FromString(message), message
+        )
+
+    def _convert(self, message: sampling_pb2.SamplingParams, key: bytes) -> Wish:
+        wish = Wish(convert.sampling_overrides(message))
+        if len(key) <= MAX_KEPT_BYTES:
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            self._kept[key] = wish
         return wish

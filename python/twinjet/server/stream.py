@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from twinjet.errors import SlowReader
 
@@ -95,20 +95,29 @@ class StreamWriter:
         self._fail = _nothing
 
 
+class Watched(Protocol):
+    """What may be blocked: see StreamWriter."""
+
+    @property
+    def blocked_since(self) -> float | None: ...
+
+    def stall(self, error: SlowReader) -> None: ...
+
+
 class WriterWatch:
     """Interrupts writes that are blocked for limit_s; looks at all of them together, now and then."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._writers: set[StreamWriter] = set()
+        self._writers: set[Watched] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, writer: StreamWriter) -> None:
+    def add(self, writer: Watched) -> None:
         self._writers.add(writer)
         if self._timer is None:
             self._set_timer()
 
-    def discard(self, writer: StreamWriter) -> None:
+    def discard(self, writer: Watched) -> None:
         self._writers.discard(writer)
 
     def _set_timer(self) -> None:

@@ -54,8 +54,11 @@ class Core:
     tokenizer: HfTokenizer
     deaths: list[str] = field(default_factory=list)
 
-    def receive(self) -> tuple[bytes, Any]:
-        assert self.input.poll(2000), "nothing came"
+    async def receive(self) -> tuple[bytes, Any]:
+        """The next message, which leaves when the loop has turned."""
+        async with asyncio.timeout(30):
+            while not self.input.poll(0):
+                await asyncio.sleep(0.001)
         kind, payload = self.input.recv_multipart()
         return kind, msgspec.msgpack.decode(payload)
 
@@ -123,8 +126,7 @@ class Reader:
 
 async def sent(core: Core) -> list[Any]:
     """The next request that the engine core gets."""
-    await asyncio.sleep(0)
-    kind, message = core.receive()
+    kind, message = await core.receive()
     assert kind == b"\x00"
     fields: list[Any] = message
     return fields
@@ -182,7 +184,7 @@ async def test_a_stop_string_aborts_in_the_engine_and_cuts_the_tokens(core: Core
     await asyncio.wait_for(reader.task, 2)
     assert reader.token_ids() == words[:-1]
     assert reader.outputs()[-1].finish == Finish("stop", stop)
-    assert core.receive() == (b"\x01", [message[0]])
+    assert await core.receive() == (b"\x01", [message[0]])
     core.send([output(message[0], words)], stats={"num_running_reqs": 4})
     await until(lambda: core.stats.read().running == 4)
 
@@ -256,7 +258,7 @@ async def test_a_reader_that_leaves_aborts(core: Core) -> None:
     reader.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader.task
-    assert core.receive() == (b"\x01", [message[0]])
+    assert await core.receive() == (b"\x01", [message[0]])
     assert core.link._router.num_open == 0
     core.send([output(message[0], [7])], stats={"num_running_reqs": 4})
     await until(lambda: core.stats.read().running == 4)
@@ -295,9 +297,9 @@ async def test_calls_give_results_and_failures(core: Core) -> None:
     good = asyncio.create_task(core.link.call("get_supported_tasks", 1, "x"))
     bad = asyncio.create_task(core.link.call("add_lora"))
     await asyncio.sleep(0)
-    kind, (client, number, method, arguments) = core.receive()
+    kind, (client, number, method, arguments) = await core.receive()
     assert (kind, client, method, arguments) == (b"\x03", 0, "get_supported_tasks", [1, "x"])
-    _, (_, other, _, _) = core.receive()
+    _, (_, other, _, _) = await core.receive()
     core.send([], utility=[other, "it went wrong", None])
     core.send([], utility=[number, None, [None, ["generate"]]])
     core.send([], utility=[987654, None, [None, 1]])

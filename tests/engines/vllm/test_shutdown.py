@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 from twinjet._core import Vocabulary
+from twinjet.engines.vllm.front.engine import VllmEngine
 from twinjet.engines.vllm.front.startup import Running
 from twinjet.engines.vllm.front.stock import StockLink
+from twinjet.errors import EngineDied
 from twinjet.models.token_texts import TokenTextsFile
 
 
@@ -37,3 +40,27 @@ async def test_the_reader_is_cancelled_before_the_engine_ends() -> None:
     await asyncio.to_thread(running.shutdown)
     await asyncio.wait([llm.output_handler])
     assert llm.output_handler.cancelled()
+
+
+async def test_counters_that_were_asked_for_when_the_engine_ended_are_no_error() -> None:
+    asked = asyncio.Event()
+
+    class Components:
+        def claim(self) -> bool:
+            return not asked.is_set()
+
+        async def refresh(self) -> None:
+            asked.set()
+            raise EngineDied("the engine was stopped")
+
+    told: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    engine = VllmEngine("m", "m", {}, native_sampler=False, native_block_manager=False)
+    engine._refresh(SimpleNamespace(components=Components()))  # type: ignore[arg-type]
+    await asked.wait()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not engine._background
+    assert told == []

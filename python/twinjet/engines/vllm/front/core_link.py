@@ -45,6 +45,7 @@ _ENGINE = b"\x00\x00"
 
 _DEAD = b"ENGINE_CORE_DEAD"
 _MESSAGES_A_TURN = 16
+_MORE = zmq.SNDMORE | zmq.NOBLOCK
 
 _FINISHES: dict[int, Literal["no_token", "error", "abort"]] = {1: "no_token", 3: "abort", 4: "error"}
 """What an irregular end was; numbers as in csrc/stream/step_outputs.h: EngineFinish."""
@@ -152,6 +153,8 @@ class CoreLink:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_death: Callable[[str], None] | None = None
         self._is_dead = False
+        self._is_broken = False
+        self._outbox: list[tuple[bytes, bytes]] = []
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
         self._loop, self._on_death = loop, on_death
@@ -252,12 +255,28 @@ class CoreLink:
         self._endpoints.close()
 
     def _send(self, kind: bytes, payload: bytes) -> None:
+        """Send with what else comes in this turn of the loop: each message alone would wake ZeroMQ's thread."""
         if self._loop is None:
             raise EngineDied("the engine is not running")
+        if self._is_broken:
+            raise EngineDied("the engine does not take messages")
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append((kind, payload))
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        if self._loop is None:
+            return
+        send = self._endpoints.input.send
         try:
-            self._endpoints.input.send_multipart([_ENGINE, kind, payload], zmq.NOBLOCK)
+            for kind, payload in outbox:
+                send(_ENGINE, _MORE)
+                send(kind, _MORE)
+                send(payload, zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            raise EngineDied(f"the engine does not take messages: {error}") from error
+            self._is_broken = True
+            self._tell_death(f"it does not take messages: {error}")
 
     def _on_readable(self) -> None:
         if self._loop is None:

@@ -7,6 +7,7 @@ speaks to it through a Link and imports vLLM only where AsyncLLM must be that li
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -29,6 +30,7 @@ from twinjet.grammar.vocabulary import write_vocabulary_apart
 
 if TYPE_CHECKING:
     from twinjet.engines.kv_journal import KvJournal
+    from twinjet.engines.vllm.front import parts
     from twinjet.grammar.vocabulary import Vocabulary
     from twinjet.request import EngineRequest
 
@@ -163,7 +165,7 @@ class VllmEngine:
     def _refresh(self, running: startup.Running) -> None:
         """Have the components' counters read again, at most once a second, for the next caller."""
         if running.components.claim():
-            self._spawn(running.components.refresh())
+            self._spawn(_read_again(running.components))
 
     async def wait_dead(self) -> str:
         assert self._died is not None, "start() comes first"
@@ -222,6 +224,12 @@ class VllmEngine:
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False if running requests hold some."""
         return await self._engine().link.reset_prefix_cache()
+
+
+async def _read_again(components: parts.Components) -> None:
+    # An engine that is stopped or dies meanwhile is told of by others.
+    with contextlib.suppress(EngineDied):
+        await components.refresh()
 
 
 def _tells_kv_events(info: EngineInfo) -> bool:
