@@ -212,7 +212,7 @@ class KvZmqSettings(_Section):
     topic: Label = Field("", description="first frame of every message")
     kept_batches: int = Field(10_000, ge=1, le=2**24, description="for replays; 64 MiB at most")
     queued_batches: int = Field(
-        100_000, ge=1, le=2**31 - 1, description="for one subscriber; further ones are dropped for it"
+        2_000, ge=1, le=2**31 - 1, description="for one subscriber; further ones are dropped for it"
     )
 
     @model_validator(mode="after")

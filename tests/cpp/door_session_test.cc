@@ -1,4 +1,6 @@
 // One connection between the door's session and nghttp2's client, bytes moved by hand and time set by hand.
+#include <poll.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -103,6 +105,31 @@ struct Rig {
 std::string Text(const test::Http2Client::Goaway& goaway) { return goaway.text; }
 
 }  // namespace
+
+TEST(held_mail_wakes_nobody_until_it_is_let_go) {
+  const auto mailbox = std::make_shared<Mailbox>();
+  const auto is_awake = [&] {
+    pollfd look{mailbox->fd(), POLLIN, 0};
+    return poll(&look, 1, 0) == 1;
+  };
+  const auto call = std::make_shared<Call>(1, mailbox, std::make_shared<Totals>(),
+                                           std::make_shared<std::atomic<int64_t>>(0));
+  mailbox->Hold();
+  mailbox->PostMessage(call, "one");
+  mailbox->Post({CommandKind::kAck, call, 0, 0, nullptr, nullptr});
+  CHECK(!is_awake());
+  mailbox->LetGo();
+  CHECK(is_awake());
+  Mail mail;
+  mailbox->Take(&mail);
+  CHECK_EQ(mail.commands.size(), 2u);
+  CHECK(!is_awake());
+  mailbox->Hold();
+  mailbox->LetGo();
+  CHECK(!is_awake());
+  mailbox->PostMessage(call, "two");
+  CHECK(is_awake());
+}
 
 TEST(a_unary_call_comes_with_its_message_and_gets_its_answer) {
   Rig rig;

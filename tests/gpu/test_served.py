@@ -57,10 +57,12 @@ max_model_len = 2048
 block_size = 32
 gpu_memory_utilization = 0.05
 kv_cache_memory_bytes = 4000000000
+[deployments.roomy.scheduler]
+predict_deadlines = false
 [deployments.tight]
 model = "demo"
 [deployments.tight.options]
-dtype = "bfloat16"
+dtype = "float32"
 enforce_eager = true
 max_num_seqs = 16
 max_model_len = 1024
@@ -231,33 +233,28 @@ def test_adapters_share_a_step_with_the_base_model(served: Served) -> None:
 
 
 def test_preempted_streams_go_on_with_the_tokens_they_would_have_had(served: Served) -> None:
-    """The model hardly matters to what is drawn hot among a few tokens, so that no rounding shows."""
-    drawn = {
-        "temperature": 100.0,
-        "max_tokens": 160,
-        "ignore_eos": True,
-        "allowed_token_ids": range(1000, 1500),
-    }
-    names = [f"Story {i}: once upon a time" for i in range(12)]
-    before = served.load("tight").preemptions
-    wanted = [{"text": name, "sampling": {**drawn, "seed": i + 1}} for i, name in enumerate(names)]
-    tight = served.together([{**one, "model": "tight"} for one in wanted])
-    assert served.load("tight").preemptions > before
-    roomy = served.together(wanted)
-    pairs = [(a, b) for x, y in zip(tight, roomy, strict=True) for a, b in zip(x[0][1], y[0][1], strict=True)]
-    # bfloat16 sums differ by batch: now and then a race is that close. A token lost or drawn twice would move all after it.
-    same = sum(a == b for a, b in pairs)
-    assert same >= 0.99 * len(pairs), (same, len(pairs))
-    greedy = {"temperature": 0.0, "max_tokens": 160, "ignore_eos": True}
-    texts = [
-        [a[0][0] for a in served.together([{"model": m, "text": n, "sampling": greedy} for n in names])]
-        for m in ("tight", "roomy")
-    ]
-    equal = sum(a == b for a, b in zip(*texts, strict=True))
-    print(
-        f"through preemption {same} of {len(pairs)} drawn tokens and {equal} of {len(names)} greedy texts equal"
-    )
-    assert all(a[:12] == b[:12] for a, b in zip(*texts, strict=True)), texts
+    """In float32, where a batch's size changes a logit by next to nothing; drawn hot, not even that shows."""
+    hot = {"temperature": 100.0, "allowed_token_ids": range(1000, 1500), "seed": 11}
+    found = []
+    for drawn in (hot, {"temperature": 0.0}):
+        wanted = [
+            {
+                "model": "tight",
+                "text": f"Story {i}: once upon a time",
+                "sampling": {**drawn, "max_tokens": 160, "ignore_eos": True},
+            }
+            for i in range(12)
+        ]
+        before = served.load("tight").preemptions
+        together = served.together(wanted)
+        served.until(lambda before=before: served.load("tight").preemptions > before, 5)  # type: ignore[misc]
+        before = served.load("tight").preemptions
+        few = [answer for i in range(0, 12, 3) for answer in served.together(wanted[i : i + 3])]
+        assert served.load("tight").preemptions == before
+        found.append([a[0][1] == b[0][1] for a, b in zip(together, few, strict=True)])
+    print(f"through preemption {sum(found[0])} of 12 drawn and {sum(found[1])} of 12 greedy streams the same")
+    assert all(found[0])
+    assert sum(found[1]) >= 10
     served.until_idle(deployment="tight")
 
 
@@ -325,11 +322,17 @@ def test_banned_strings_are_in_no_text(served: Served) -> None:
             assert i % 2 == 0 or not any(word in text for word in words), text
 
 
-def test_nothing_was_left_to_vllms_sampler_and_nothing_waited(served: Served) -> None:
+def test_nothing_was_left_to_vllms_sampler_and_only_banned_strings_waited(served: Served) -> None:
+    before = served.counters("roomy")["rows"]
+    served.run({"max_tokens": 32, "ignore_eos": True})
+    served.until(lambda: served.counters("roomy")["rows"] >= before + 32, 10)
     counters = served.counters("roomy")
-    assert counters["rows"] > 0 and counters["native_steps"] > 0
-    unwanted = {k: v for k, v in counters.items() if k.startswith(("stock_steps.", "device_waits.")) and v}
-    assert not unwanted, counters
+    waited = {k for k, v in counters.items() if k.startswith(("stock_steps.", "device_waits.")) and v}
+    assert waited <= {"device_waits.bad_words"}, counters
+    assert ON_CPU or waited
+    assert counters["native_steps"] > 0
+    assert counters["requests_admitted"] == 0  # adapters are stock's to admit
+    assert served.counters("tight")["requests_admitted"] > 0
 
 
 def test_kill_9_ends_streams_at_once_and_the_engines_come_back(servers: dict[str, Served]) -> None:

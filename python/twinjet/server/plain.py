@@ -116,7 +116,9 @@ class PlainCalls:
         self._gate = sharing.gate
         self._samplings = sharing.samplings
         self._move = sharing.move
-        self._places: dict[str, _Place | None] = {}
+        # Of the batch: places by model and deployment, and those of models as clients name them that have no choice.
+        self._places: dict[tuple[str, str], _Place] = {}
+        self._only: dict[str, _Place | None] = {}
         self._load_reports = load_reports
         self._door = door
         self._go_on = go_on
@@ -135,7 +137,7 @@ class PlainCalls:
     def take(self, items: Iterable[PlainItem]) -> list[PlainItem]:
         """Admit what came together; gives what is to be served as all other calls are."""
         now = time.monotonic()
-        self._places.clear()
+        self._forget_places()
         left = []
         for item in items:
             try:
@@ -146,8 +148,12 @@ class PlainCalls:
             except Exception:  # one call's fault must not lose the others
                 logger.exception("%s failed", METHOD)
                 self._fail(item[1], _INTERNAL, None)
-        self._places.clear()
+        self._forget_places()
         return left
+
+    def _forget_places(self) -> None:
+        self._places.clear()
+        self._only.clear()
 
     def cancel(self, call_id: int) -> None:
         """The client or the door has ended a call; nothing if it is none of these, or a task has it."""
@@ -169,20 +175,23 @@ class PlainCalls:
 
     def _place(self, model: str, tenant: str, session: str) -> _Place | None:
         """Where a request goes; None if that is for others to say. Asked once a batch where there is no choice."""
-        places = self._places
-        if model in places:
-            return places[model]
+        if model in self._only:
+            return self._only[model]
         deployments = self._deployments
         try:
             name = deployments.resolve(model)
             route = deployments.table.routes[name]
             deployment = deployments.pick(name, tenant, session)
-            key = model if len(route.targets()) == 1 else f"{model}\0{deployment.name}"
-            if key not in places:
-                places[key] = None if route.mirror else self._look_at(name, deployment)
+            place = self._places.get((name, deployment.name))
+            if place is None and not route.mirror:
+                place = self._look_at(name, deployment)
         except TwinjetError:
             return None
-        return places[key]
+        if place is not None:
+            self._places[name, deployment.name] = place
+        if len(route.targets()) == 1:
+            self._only[model] = place
+        return place
 
     def _look_at(self, model: str, deployment: Deployment) -> _Place | None:
         engine, info = deployment.ready()

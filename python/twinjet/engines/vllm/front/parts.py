@@ -103,8 +103,7 @@ class Components:
             # Every worker draws the same tokens; the first one speaks for all.
             workers = await self._link.call("collective_rpc", COUNTERS_METHOD, None, (), None)
             sampler = _sampler(workers[0], self._info.version)
-            if sampler.implementation != "twinjet" or sampler.target == "cuda":
-                # On a device, where tokens stay, the text so far is not known in time.
+            if sampler.implementation != "twinjet":
                 kept = self._info.capabilities - {"bad_words"}
                 self._info = replace(self._info, capabilities=kept)
         if self._parts.scheduler_cls == SCHEDULER:
