@@ -181,7 +181,7 @@ class Bench:
                         else:
                             found = self.load(row, mode, streams, options.tokens)
                         self._keep(number, row.name, mode, streams, found)
-        for number in range(2):
+        for number in range(-1, options.rounds):
             for server in servers:
                 if self.elapsed() < options.limit:
                     found = self.load(server, "greedy", 512, 1, requests=4096)
@@ -195,12 +195,15 @@ class Bench:
 
     def profile(self, server: Server, streams: int) -> None:
         """Have py-spy watch the server's processes while it is loaded."""
-        path = self.options.out / f"{server.name}.profile"
         command = ["py-spy", "record", "--native", "--subprocesses", "--format", "raw", "--duration", "6"]
-        watch = subprocess.Popen([*command, "--output", str(path), "--pid", str(server.process.pid)])
-        for _ in range(4):
-            self.load(server, "greedy", streams, self.options.tokens)
-        watch.wait()
+        for name, wanted in (
+            ("streams", (streams, self.options.tokens, streams)),
+            ("arrivals", (512, 1, 4096)),
+        ):
+            path = self.options.out / f"{server.name}-{name}.profile"
+            watch = subprocess.Popen([*command, "--output", str(path), "--pid", str(server.process.pid)])
+            while watch.poll() is None:
+                print(f"watched, {name}: {self.load(server, 'greedy', *wanted)}", flush=True)
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[str]:
@@ -236,6 +239,7 @@ def main() -> int:
     parser.add_argument("--load", type=Path, default=Path("build/bench/load"))
     parser.add_argument("--vllm-rs", type=Path)
     parser.add_argument("--shape", default="1b")
+    parser.add_argument("--doors", nargs="+", default=["native", "grpc"], choices=["native", "grpc"])
     parser.add_argument("--streams", nargs="+", type=int, default=[256, 1024])
     parser.add_argument("--modes", nargs="+", default=["greedy"], choices=list(MODES))
     parser.add_argument("--rounds", type=int, default=3)
@@ -252,21 +256,21 @@ def main() -> int:
         spec = {"model": str(model), "native": "all", "flashinfer": False, "environment": {}, "as_is": True}
         core = Engine("core", spec | {"options": options_for(6_000_000_000)}, options.out)
         try:
-            servers = [twinjet(door, model, 8_500_000_000, options.out) for door in ("native", "grpc")]
+            servers = [twinjet(door, model, 8_500_000_000, options.out) for door in options.doors]
             if options.vllm_rs is not None:
                 servers.append(rust(options.vllm_rs, model, 8_500_000_000, options.out))
             bench.report["core"] = core.read()
             print(f"[{bench.elapsed():4.0f} s] core: {bench.report['core']}", flush=True)
             ready = [server for server in servers if bench.wait(server)]
             bench.run(core, ready)
+            (options.out / "served.json").write_text(json.dumps(bench.report, indent=1) + "\n")
+            print("\n".join(summarise(bench.report["runs"])), flush=True)
             if options.profile and ready and ready[0].name == "native":
                 bench.profile(ready[0], max(options.streams))
         finally:
             core.stop()
             for server in servers:
                 server.stop()
-    (options.out / "served.json").write_text(json.dumps(bench.report, indent=1) + "\n")
-    print("\n".join(summarise(bench.report["runs"])), flush=True)
     return 0
 
 
