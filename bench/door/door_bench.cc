@@ -1,8 +1,9 @@
 // What a message costs the native door, without anything of what messages mean.
 //
-//   door_bench serve STREAMS TOKENS BYTES        a door whose handler is a thread that sends all streams one
+//   door_bench serve STREAMS TOKENS BYTES [CERTIFICATE KEY]
+//                                                a door whose handler is a thread that sends all streams one
 //                                                constant message a step; prints its port
-//   door_bench load PORT PID STREAMS CONNECTIONS TOKENS BYTES STEPS_FD
+//   door_bench load PORT PID STREAMS CONNECTIONS TOKENS BYTES STEPS_FD [tls]
 //                                                a client of any such server; prints what PID's CPU time was
 //
 // Steps are in lockstep: the client writes a byte to STEPS_FD (the server's standard input) when the last
@@ -22,6 +23,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <mutex>
 
 #include "door/door.h"
@@ -56,13 +58,20 @@ class Streams : public EventSink {
   std::vector<CallRef> calls_;
 };
 
-int Serve(size_t num_streams, int num_tokens, size_t num_bytes) {
+std::string ReadFile(const char* path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// certificate, key: paths; null for plain text.
+int Serve(size_t num_streams, int num_tokens, size_t num_bytes, const char* certificate, const char* key) {
   Streams streams(num_streams);
   Options options;
   options.max_streams = 1 << 20;
   Door door(options, &streams);
   int port = 0;
-  door.Listen("127.0.0.1", &port, false);
+  if (certificate) door.UseTls({ReadFile(certificate), ReadFile(key), ""});
+  door.Listen("127.0.0.1", &port, certificate != nullptr);
   door.Start();
   std::printf("%d\n", port);
   std::fflush(stdout);
@@ -109,23 +118,57 @@ int Connect(int port) {
   return fd;
 }
 
+// A blocking connection, with or without TLS.
+class Socket {
+ public:
+  Socket(int port, SSL_CTX* tls) : fd(Connect(port)) {
+    if (!tls) return;
+    ssl_ = SSL_new(tls);
+    SSL_set_fd(ssl_, fd);
+    if (SSL_connect(ssl_) != 1) std::exit(1);
+  }
+  size_t Read(std::string* buffer) {
+    const ssize_t size = ssl_ ? SSL_read(ssl_, buffer->data(), static_cast<int>(buffer->size()))
+                              : recv(fd, buffer->data(), buffer->size(), 0);
+    if (size <= 0) std::exit(1);
+    return static_cast<size_t>(size);
+  }
+  void Write(std::string_view bytes) {
+    while (!bytes.empty()) {
+      const ssize_t sent = ssl_ ? SSL_write(ssl_, bytes.data(), static_cast<int>(bytes.size()))
+                                : send(fd, bytes.data(), bytes.size(), 0);
+      if (sent <= 0) std::exit(1);
+      bytes.remove_prefix(static_cast<size_t>(sent));
+    }
+  }
+  bool has_pending() const { return ssl_ && SSL_pending(ssl_) > 0; }
+
+  const int fd;
+
+ private:
+  SSL* ssl_ = nullptr;
+};
+
+SSL_CTX* ClientTls() {
+  SSL_CTX* context = SSL_CTX_new(TLS_client_method());
+  const unsigned char h2[] = {2, 'h', '2'};
+  SSL_CTX_set_alpn_protos(context, h2, sizeof h2);
+  return context;
+}
+
 int Load(int port, const char* pid, size_t num_streams, size_t num_connections, size_t num_tokens,
-         size_t num_bytes, int steps_fd) {
+         size_t num_bytes, int steps_fd, bool does_use_tls) {
+  SSL_CTX* const tls = does_use_tls ? ClientTls() : nullptr;
+  std::vector<Socket> connections;
   std::vector<std::unique_ptr<test::Http2Client>> clients;
   std::vector<pollfd> sockets;
   for (size_t i = 0; i < num_connections; ++i) {
     clients.push_back(std::make_unique<test::Http2Client>());
     clients.back()->does_keep_data = false;
-    sockets.push_back({Connect(port), POLLIN, 0});
+    connections.emplace_back(port, tls);
+    sockets.push_back({connections.back().fd, POLLIN, 0});
   }
-  const auto flush = [&](size_t i) {
-    std::string out = clients[i]->Pull();
-    for (std::string_view left = out; !left.empty();) {
-      const ssize_t sent = send(sockets[i].fd, left.data(), left.size(), 0);
-      if (sent <= 0) std::exit(1);
-      left.remove_prefix(static_cast<size_t>(sent));
-    }
-  };
+  const auto flush = [&](size_t i) { connections[i].Write(clients[i]->Pull()); };
   size_t num_bytes_seen = 0;
   size_t num_closed = 0;
   std::string buffer(1 << 16, '\0');
@@ -133,11 +176,11 @@ int Load(int port, const char* pid, size_t num_streams, size_t num_connections, 
     poll(sockets.data(), sockets.size(), -1);
     for (size_t i = 0; i < sockets.size(); ++i) {
       if (!sockets[i].revents) continue;
-      const ssize_t size = recv(sockets[i].fd, buffer.data(), buffer.size(), 0);
-      if (size <= 0) std::exit(1);
       num_bytes_seen -= clients[i]->num_data_bytes;
       num_closed -= clients[i]->num_closed;
-      clients[i]->Feed(std::string_view(buffer).substr(0, static_cast<size_t>(size)));
+      do {
+        clients[i]->Feed(std::string_view(buffer).substr(0, connections[i].Read(&buffer)));
+      } while (connections[i].has_pending());
       num_bytes_seen += clients[i]->num_data_bytes;
       num_closed += clients[i]->num_closed;
       flush(i);
@@ -166,15 +209,16 @@ int Load(int port, const char* pid, size_t num_streams, size_t num_connections, 
 
 int main(int argc, char** argv) {
   const auto number = [&](int i) { return std::strtoull(argv[i], nullptr, 10); };
-  if (argc == 5 && std::strcmp(argv[1], "serve") == 0) {
-    return Serve(number(2), static_cast<int>(number(3)), number(4));
+  if ((argc == 5 || argc == 7) && std::strcmp(argv[1], "serve") == 0) {
+    return Serve(number(2), static_cast<int>(number(3)), number(4), argc == 7 ? argv[5] : nullptr,
+                 argc == 7 ? argv[6] : nullptr);
   }
-  if (argc == 9 && std::strcmp(argv[1], "load") == 0) {
+  if ((argc == 9 || argc == 10) && std::strcmp(argv[1], "load") == 0) {
     return Load(static_cast<int>(number(2)), argv[3], number(4), number(5), number(6), number(7),
-                static_cast<int>(number(8)));
+                static_cast<int>(number(8)), argc == 10);
   }
   std::fprintf(stderr,
-               "usage: door_bench serve STREAMS TOKENS BYTES\n"
-               "       door_bench load PORT PID STREAMS CONNECTIONS TOKENS BYTES STEPS_FD\n");
+               "usage: door_bench serve STREAMS TOKENS BYTES [CERTIFICATE KEY]\n"
+               "       door_bench load PORT PID STREAMS CONNECTIONS TOKENS BYTES STEPS_FD [tls]\n");
   return 2;
 }

@@ -40,8 +40,8 @@ struct Options {
   uint64_t idle_frame_rate = 100;    // and a second after that
   OwnStatus overload{"the server has more to do than it can bear", ""};  // RESOURCE_EXHAUSTED
   OwnStatus deadline{"the deadline has passed", ""};                     // DEADLINE_EXCEEDED
-  // Calls of these paths, over all connections, from their first message to their status. One more than max_open
-  // gets the status `full` before any handler hears of it.
+  // Calls of these paths, over all connections, from their first message to their status. One more than
+  // max_open gets the status `full` before any handler hears of it.
   std::vector<std::string> bounded_paths;
   size_t max_open = 0;                                                // 0: no limit
   OwnStatus full{"the server has as many calls open as it may", ""};  // RESOURCE_EXHAUSTED

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "door/fields.h"
+
 namespace twinjet::door {
 namespace {
 
@@ -54,6 +56,9 @@ void RequestHead::AddBinary(std::string_view name, std::string_view values) {
     info_->metadata.push_back({std::string(name), std::move(*decoded)});
     if (comma == std::string_view::npos) return;
     values.remove_prefix(comma + 1);
+    // Else a few bytes of commas would become a hundred times as much memory.
+    num_split_bytes_ += name.size() + kHeaderOverhead;
+    if (num_split_bytes_ > max_bytes_) return;
   }
 }
 
@@ -63,16 +68,17 @@ bool RequestHead::AddInvalid() {
   return true;
 }
 
-std::optional<Refusal> RequestHead::Check(size_t num_bytes, size_t max_bytes) const {
+std::optional<Refusal> RequestHead::Check(size_t num_bytes) const {
+  num_bytes += num_split_bytes_;
   if (method_ != "POST") {
     return Refusal{kUnimplemented, "method " + method_ + "; gRPC calls are POST", "405"};
   }
   if (!IsGrpcContentType(content_type_)) {
     return Refusal{kInvalidArgument, "content-type must be application/grpc", "415"};
   }
-  if (num_bytes > max_bytes) {
+  if (num_bytes > max_bytes_) {
     return Refusal{kResourceExhausted, "metadata of " + std::to_string(num_bytes) +
-                                           " bytes; allowed: " + std::to_string(max_bytes)};
+                                           " bytes; allowed: " + std::to_string(max_bytes_)};
   }
   if (!bad_metadata_.empty()) return Refusal{kInvalidArgument, bad_metadata_};
   if (has_bad_timeout_) {

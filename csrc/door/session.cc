@@ -16,6 +16,9 @@ constexpr std::string_view kHttp1Answer =
     "Content-Type: text/plain\r\n"
     "Connection: close\r\n\r\n"
     "this port speaks gRPC over HTTP/2 only; use a gRPC client, for instance grpcurl\n";
+// Frames that wait for a client that sends and does not read: answers to calls that it has reset, mostly.
+constexpr size_t kQueuedFrames = 2048;
+constexpr size_t kQueuedFramesACall = 4;
 constexpr double kDrainNoticeS = 1;
 constexpr double kLastWordsS = 5;  // for the socket to take what is sent before a close
 
@@ -87,6 +90,11 @@ bool Session::Feed(std::string_view bytes) {
   }
   const ssize_t result =
       nghttp2_session_mem_recv(http2_, reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
+  if (result >= 0 && !is_closing_ &&
+      nghttp2_session_get_outbound_queue_size(http2_) >
+          kQueuedFrames + kQueuedFramesACall * streams_.size()) {
+    ComplainAndClose(NGHTTP2_ENHANCE_YOUR_CALM, "reads_too_little");
+  }
   if (result < 0 && !is_closing_) {
     nghttp2_session_terminate_session(
         http2_, result == NGHTTP2_ERR_FLOODED ? NGHTTP2_ENHANCE_YOUR_CALM : NGHTTP2_PROTOCOL_ERROR);
@@ -139,6 +147,7 @@ bool Session::Tick() {
     pinged_at_ns_ = now_ns;
     ++stats_->keepalives_sent;
   }
+  EndCallsThatAskNothing();
   if (streams_.empty() && limits.idle_s > 0 && now_ns - idle_since_ns_ >= Nanoseconds(limits.idle_s)) Drain();
   if (is_draining_ && now_ns >= drain_at_ns_) SendLastGoaway();
   return true;

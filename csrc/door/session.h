@@ -77,6 +77,8 @@ class Session {
   void OnRequest(Stream* stream, bool is_ended);
   void OnHalfClosed(Stream* stream);
   void ReadMessages(Stream* stream, std::string_view data);
+  void Hold(Stream* stream, size_t num_bytes);
+  bool HasTooManyBytes() const;
   void SetBuffered(Stream* stream, size_t num_bytes);
   void Acknowledge(Stream* stream, size_t num_bytes);
   bool SpendIdleFrame();
@@ -97,6 +99,8 @@ class Session {
   // Answers instead of a handler, which is told if it has the call.
   void Refuse(Stream* stream, Refusal refusal);
   void RefuseForLoad(Stream* stream, const OwnStatus& status);
+  // Where calls become scarce: those that have sent nothing for long.
+  void EndCallsThatAskNothing();
   // Tells the handler of its call, if it has not been told. False: there is no place, and the call is
   // refused.
   bool TellOfCall(Stream* stream, bool is_bounded);

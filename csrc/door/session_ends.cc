@@ -23,6 +23,11 @@ void Session::Finish(Stream* stream, Status status) {
   stream->is_finished = true;
   stream->is_discarding = true;
   stream->place.reset();
+  // A handler that knows nothing of the call need not learn of it.
+  if (stream->untold) {
+    stream->untold.reset();
+    stream->is_handler_told = true;
+  }
   stream->moved_at_ns = loop_->now_ns;
   std::atomic<int64_t>& count =
       status.code == kOk ? loop_->totals->calls_succeeded : loop_->totals->calls_failed;
@@ -72,6 +77,16 @@ void Session::RefuseForLoad(Stream* stream, const OwnStatus& status) {
   TellHandler(stream, status.message);
   stream->is_discarding = true;
   Finish(stream, Told(kResourceExhausted, status));
+}
+
+void Session::EndCallsThatAskNothing() {
+  const Options& limits = *loop_->options;
+  if (loop_->totals->calls < static_cast<int64_t>(limits.max_calls / 2)) return;
+  const int64_t longest_ns = Nanoseconds(limits.message_stall_s);
+  for (const auto& [id, stream] : streams_) {
+    if (!stream->call || stream->is_finished || stream->is_request_ended || stream->has_message) continue;
+    if (loop_->now_ns - stream->read_at_ns >= longest_ns) RefuseForLoad(stream.get(), limits.overload);
+  }
 }
 
 // What is unsent still goes first: a message may be half sent, and RST_STREAM would hide the status.

@@ -14,6 +14,7 @@ namespace twinjet::door {
 namespace {
 
 constexpr size_t kHeaderBombFactor = 8;  // this many times the limit ends the connection
+constexpr size_t kEventBytes = 96;       // what a message costs on its way to its handler, beside its bytes
 constexpr int64_t kLateCalls = 64;       // handlers of reset calls that may still be at work
 
 uint64_t NextCallId() {
@@ -36,7 +37,7 @@ int Session::OnBeginFrame(uint8_t type) {
 
 int Session::OnBeginHeaders(const nghttp2_frame* frame) {
   if (frame->headers.cat == NGHTTP2_HCAT_REQUEST) {
-    auto stream = std::make_unique<Stream>(this, frame->hd.stream_id);
+    auto stream = std::make_unique<Stream>(this, frame->hd.stream_id, loop_->options->max_metadata_bytes);
     stream->read_at_ns = loop_->now_ns;
     streams_.emplace(frame->hd.stream_id, std::move(stream));
   }
@@ -124,16 +125,17 @@ void Session::OnRequest(Stream* stream, bool is_ended) {
     return;
   }
   const std::unique_ptr<RequestHead> head = std::move(stream->head);
-  if (std::optional<Refusal> refusal = head->Check(stream->metadata_bytes, limits.max_metadata_bytes)) {
+  if (std::optional<Refusal> refusal = head->Check(stream->metadata_bytes)) {
     return Refuse(stream, std::move(*refusal));
   }
-  if (loop_->totals->calls >= static_cast<int64_t>(limits.max_calls)) {
+  if (loop_->totals->calls >= static_cast<int64_t>(limits.max_calls) || HasTooManyBytes()) {
     return RefuseForLoad(stream, limits.overload);
   }
   std::unique_ptr<CallInfo> info = head->TakeInfo();
   stream->reader.set_encoding(head->encoding());
   stream->call = std::make_shared<Call>(NextCallId(), loop_->mailbox, loop_->totals, held_calls_);
   stream->call->stream_ = stream;
+  Hold(stream, stream->metadata_bytes);
   if (info->timeout_ns >= 0) stream->deadline_ns = loop_->now_ns + info->timeout_ns;
   info->peer = stats_->peer;
   stream->untold = std::move(info);
@@ -179,15 +181,14 @@ int Session::OnData(int32_t stream_id, std::string_view data) {
 
 void Session::ReadMessages(Stream* stream, std::string_view data) {
   const size_t limit = loop_->options->max_message_bytes;
-  Call& call = *stream->call;
   std::string message;
-  while (stream->reader.Read(&data, limit, &message)) {
+  while (!HasTooManyBytes() && stream->reader.Read(&data, limit, &message)) {
     if (!TellOfCall(stream, true)) return;
     ++loop_->totals->messages_received;
     ++stats_->messages_received;
     ++stream->num_unacknowledged;
-    loop_->totals->received_bytes += static_cast<int64_t>(message.size());
-    call.received_bytes_ += static_cast<int64_t>(message.size());
+    stream->has_message = true;
+    Hold(stream, message.size() + kEventBytes);
     loop_->events.push_back({EventKind::kMessage, stream->call, std::move(message), nullptr});
     message.clear();
   }
@@ -208,10 +209,18 @@ void Session::ReadMessages(Stream* stream, std::string_view data) {
     case ReadError::kNotDecodable:
       return Refuse(stream, {kInternal, "a message is not compressed as grpc-encoding says"});
   }
-  if (loop_->totals->received_bytes > static_cast<int64_t>(loop_->options->max_received_bytes)) {
-    return RefuseForLoad(stream, loop_->options->overload);
-  }
+  if (HasTooManyBytes()) return RefuseForLoad(stream, loop_->options->overload);
   if (stream->reader.is_in_message()) SettleTimer(stream);
+}
+
+// Until the handler acknowledges them, or lets go of the call.
+void Session::Hold(Stream* stream, size_t num_bytes) {
+  stream->call->received_bytes_ += static_cast<int64_t>(num_bytes);
+  loop_->totals->received_bytes += static_cast<int64_t>(num_bytes);
+}
+
+bool Session::HasTooManyBytes() const {
+  return loop_->totals->received_bytes > static_cast<int64_t>(loop_->options->max_received_bytes);
 }
 
 void Session::SetBuffered(Stream* stream, size_t num_bytes) {
@@ -221,8 +230,9 @@ void Session::SetBuffered(Stream* stream, size_t num_bytes) {
 }
 
 void Session::Acknowledge(Stream* stream, size_t num_bytes) {
-  stream->call->received_bytes_ -= static_cast<int64_t>(num_bytes);
-  loop_->totals->received_bytes -= static_cast<int64_t>(num_bytes);
+  const auto num_held = static_cast<int64_t>(num_bytes + kEventBytes);
+  stream->call->received_bytes_ -= num_held;
+  loop_->totals->received_bytes -= num_held;
   if (--stream->num_unacknowledged <= 0 && stream->withheld_bytes > 0) {
     nghttp2_session_consume_stream(http2_, stream->id, std::exchange(stream->withheld_bytes, 0));
   }

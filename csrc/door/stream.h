@@ -22,21 +22,23 @@ class Session;
 
 // A call as its connection has it, from its first header to the end of its HTTP/2 stream.
 struct Stream {
-  Stream(Session* owner, int32_t stream_id) : session(owner), id(stream_id) {}
+  Stream(Session* owner, int32_t stream_id, size_t max_metadata_bytes)
+      : session(owner), id(stream_id), head(std::make_unique<RequestHead>(max_metadata_bytes)) {}
 
   Session* const session;
   const int32_t id;
   CallRef call;  // null until the request's headers are found good
   // Of a bounded path, until its first message is whole: who does not ask takes no place.
   std::unique_ptr<CallInfo> untold;
-  std::unique_ptr<Place> place;  // until the status is set, if the path is bounded
-  std::unique_ptr<RequestHead> head = std::make_unique<RequestHead>();  // until its block has ended
-  size_t metadata_bytes = 0;                                            // of all its header blocks
+  std::unique_ptr<Place> place;       // until the status is set, if the path is bounded
+  std::unique_ptr<RequestHead> head;  // until its block has ended
+  size_t metadata_bytes = 0;          // of all its header blocks
 
   MessageReader reader;
   size_t buffered_bytes = 0;  // of reader, as counted in Totals
   size_t withheld_bytes = 0;  // of flow-control window that the client gets back once messages are taken
   int num_unacknowledged = 0;
+  bool has_message = false;  // one has come whole
   int64_t read_at_ns = 0;
 
   Outbox out;

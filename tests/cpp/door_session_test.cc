@@ -212,6 +212,7 @@ TEST(messages_stream_both_ways_until_the_client_half_closes) {
   Rig rig;
   const int32_t id = rig.client.Begin("/a/b");
   const CallRef call = rig.TakeCall();
+  const int64_t num_of_metadata = rig.state.totals->received_bytes;
   for (int i = 0; i < 50; ++i) {
     rig.client.Send(id, "ping" + std::to_string(i));
     rig.Pump();
@@ -229,7 +230,7 @@ TEST(messages_stream_both_ways_until_the_client_half_closes) {
   rig.Finish(call);
   rig.Pump();
   CHECK_EQ(rig.client.answer(id).status(), 0);
-  CHECK_EQ(rig.state.totals->received_bytes.load(), 0);
+  CHECK_EQ(rig.state.totals->received_bytes.load(), num_of_metadata);
 }
 
 TEST(an_answer_before_the_request_has_ended_stops_the_client) {
@@ -489,6 +490,7 @@ TEST(a_client_cannot_send_ahead_of_a_handler) {
   Rig rig(options);
   const int32_t id = rig.client.Begin("/a/b");
   const CallRef call = rig.TakeCall();
+  const int64_t num_of_metadata = rig.state.totals->received_bytes;
   for (int i = 0; i < 100; ++i) rig.client.Send(id, std::string(10'000, 'm'));
   rig.Pump();
   const size_t num_ahead = rig.Count(EventKind::kMessage);
@@ -503,7 +505,7 @@ TEST(a_client_cannot_send_ahead_of_a_handler) {
     }
     rig.Pump();
   }
-  CHECK_EQ(rig.state.totals->received_bytes.load(), 0);
+  CHECK_EQ(rig.state.totals->received_bytes.load(), num_of_metadata);
 }
 
 TEST(messages_beyond_the_limit_are_refused) {
@@ -597,6 +599,66 @@ TEST(request_bytes_of_all_calls_together_are_bounded) {
   CHECK_EQ(rig.state.totals->received_bytes.load(), 0);
 }
 
+TEST(metadata_of_all_calls_together_is_bounded) {
+  Options options;
+  options.max_received_bytes = 100'000;
+  Rig rig(options);
+  std::vector<int32_t> ids;
+  for (int i = 0; i < 20; ++i) ids.push_back(rig.client.Begin("/a/b", {{"k", std::string(10'000, 'v')}}));
+  rig.Pump();
+  CHECK(rig.state.totals->received_bytes <= 115'000);
+  CHECK_EQ(rig.client.answer(ids.front()).status(), -1);
+  CHECK_EQ(rig.client.answer(ids.back()).status(), kResourceExhausted);
+  for (int32_t id : ids) rig.client.Cancel(id);
+  rig.Pump();
+  rig.Take();
+  CHECK_EQ(rig.state.totals->received_bytes.load(), 0);
+}
+
+TEST(messages_without_bytes_are_bounded) {
+  Options options;
+  options.max_received_bytes = 100'000;
+  Rig rig(options);
+  const int32_t id = rig.client.Begin("/a/b");
+  for (int i = 0; i < 10'000; ++i) rig.client.Send(id, "");
+  rig.Pump();
+  CHECK(rig.Count(EventKind::kMessage) < 2'000);
+  CHECK_EQ(rig.client.answer(id).status(), kResourceExhausted);
+  rig.Take();
+  CHECK_EQ(rig.state.totals->received_bytes.load(), 0);
+}
+
+TEST(binary_values_in_one_field_count_as_fields) {
+  Rig rig;
+  const int32_t few = rig.client.Begin("/a/b", {{"k-bin", std::string(100, ',')}});
+  const int32_t many = rig.client.Begin("/a/b", {{"k-bin", std::string(8'000, ',')}});
+  rig.Pump();
+  CHECK_EQ(rig.client.answer(few).status(), -1);
+  CHECK_EQ(rig.client.answer(many).status(), kResourceExhausted);
+}
+
+TEST(answers_to_reset_calls_that_nobody_reads_do_not_pile_up) {
+  Options options;
+  options.reset_burst = options.reset_rate = 1'000'000;
+  Rig rig(options);
+  rig.session->Feed(test::RawOpening());
+  // Refused at once, for its timeout.
+  const std::string block = test::RawHeaderBlock({{"grpc-timeout", "soon"}});
+  int num_calls = 0;
+  for (int32_t id = 1; num_calls < 10'000; id += 2, ++num_calls) {
+    const std::string reset =
+        test::RawFrame(NGHTTP2_RST_STREAM, 0, static_cast<uint32_t>(id), std::string(4, '\0'));
+    if (!rig.session->Feed(
+            test::RawFrame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, static_cast<uint32_t>(id), block) +
+            reset))
+      break;
+  }
+  CHECK(num_calls < 5'000);
+  std::string down;
+  rig.session->Pull(&down, 16 << 20);
+  CHECK(down.find("reads_too_little") != std::string::npos);
+}
+
 TEST(a_message_that_stops_coming_is_given_up) {
   Options options;
   options.message_stall_s = 3;
@@ -612,6 +674,49 @@ TEST(a_message_that_stops_coming_is_given_up) {
   rig.Later(3.1);
   CHECK_EQ(rig.Count(EventKind::kCancelled), 1u);
   CHECK_EQ(rig.client.answer(id).status(), kResourceExhausted);
+}
+
+TEST(a_call_that_ended_before_it_asked_is_told_to_nobody) {
+  Options options;
+  options.bounded_paths = {"/a/b"};
+  options.max_open = 4;
+  Rig rig(options);
+  const int32_t id = rig.client.Begin("/a/b", {{"grpc-timeout", "1S"}});
+  rig.Pump();
+  // The client does not see the end before the drain begins.
+  rig.state.now_ns += 2 * kSecond;
+  Stream* stream = rig.state.timers.begin()->stream;
+  rig.state.timers.erase(rig.state.timers.begin());
+  rig.session->OnTimer(stream);
+  rig.session->Drain();
+  rig.Pump();
+  CHECK_EQ(rig.client.answer(id).status(), kDeadlineExceeded);
+  CHECK_EQ(rig.Take().size(), 0u);
+  CHECK_EQ(rig.state.totals->calls.load(), 0);
+}
+
+TEST(calls_that_ask_nothing_give_way_where_calls_are_scarce) {
+  Options options;
+  options.max_calls = 8;
+  options.message_stall_s = 3;
+  options.keepalive_s = 0;
+  Rig rig(options);
+  const int32_t talking = rig.client.Begin("/a/b");
+  rig.client.Send(talking, "m");
+  const CallRef first = rig.TakeCall();
+  const int32_t silent = rig.client.Begin("/a/b");
+  const CallRef second = rig.TakeCall();
+  rig.Later(60);
+  CHECK_EQ(rig.client.answer(silent).status(), -1);
+  rig.client.Begin("/a/b");
+  const CallRef third = rig.TakeCall();
+  const int32_t last = rig.client.Begin("/a/b");
+  const CallRef fourth = rig.TakeCall();
+  rig.Later(1);
+  CHECK_EQ(rig.client.answer(silent).status(), kResourceExhausted);
+  CHECK_EQ(rig.client.answer(last).status(), -1);
+  CHECK_EQ(rig.client.answer(talking).status(), -1);
+  CHECK_EQ(rig.Count(EventKind::kCancelled), 1u);
 }
 
 TEST(a_request_that_ends_within_a_message_is_refused) {

@@ -179,7 +179,7 @@ void Run(Input& input) {
       }
     }
     Require(state.totals->received_bytes >= 0);
-    Require(state.totals->received_bytes <= 20'000);
+    Require(state.totals->received_bytes <= 40'000);
     Require(!calls.empty() || state.totals->calls == 0);
   }
   session.reset();
