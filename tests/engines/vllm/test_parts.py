@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from twinjet.engines.base import Component, EngineInfo
+from twinjet.engines.base import Component, EngineInfo, Limits
 from twinjet.engines.vllm.front.parts import PLAIN_SCHEDULER, WORKER, Components, Parts
+from twinjet.request import SamplingOverrides
 
 
 class FixedLink:
@@ -34,8 +35,18 @@ async def test_bad_words_are_taken_wherever_our_sampler_draws(
     link: Any = FixedLink({"get_supported_tasks": ["generate"], "collective_rpc": [drawn]})
     none = Component("engine", "0")
     info = EngineInfo(
-        "vllm", "0.32.0", "m", frozenset(), none, none, max_model_len=64, vocab_size=8, eos_token_ids=()
-    )  # type: ignore[call-arg]
+        name="vllm",
+        version="0.32.0",
+        device="none",
+        source="none",
+        limits=Limits(64, 8, 1, 0, 1),
+        capabilities=frozenset(),
+        default_sampling=SamplingOverrides(),
+        eos_token_ids=(),
+        sampler=none,
+        block_manager=none,
+        kv_cache=None,
+    )
     components = Components(link, info, Parts(PLAIN_SCHEDULER, worker))
     await components.complete()
     assert ("bad_words" in components.info().capabilities) == has
