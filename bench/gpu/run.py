@@ -394,6 +394,11 @@ def main() -> int:
     code, text = runner.run("bench", [str(programs / "sampler_gpu_bench"), "0", sizes, batches], 150)
     checks["bench"] = code
     report["kernel"] = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    cells = ["0", sizes, "256" if options.quick else "256,1024", "0,1,2,3,4,5,6", "0", "2"]
+    code, text = runner.run("bench 16-bit", [str(programs / "sampler_gpu_bench"), *cells], 100)
+    checks["bench 16-bit"] = code
+    # The first line of each is the copy bandwidth.
+    report["kernel"] += [json.loads(line) for line in text.splitlines() if line.startswith("{")][1:]
     save()  # what is there, should the rest be cut off
     report["profile"] = profile(runner, programs / "sampler_gpu_bench")
     report["torch"] = compare_with_torch(torch, [int(b) for b in batches.split(",")], 128256)
@@ -401,7 +406,7 @@ def main() -> int:
     plot(report, options.out / "report.png")
     for r in report["kernel"][1:]:
         print(
-            f"{r['vocab_size']:7} x {r['batch']:5} {r['logits']:9} {r['case']:22} "
+            f"{r['vocab_size']:7} x {r['batch']:5} {r['logits']:9} {r['dtype']:8} {r['case']:22} "
             f"{r['microseconds']:9.1f} us {100 * r['share_of_copy_bandwidth']:5.1f}%"
         )
     for r in report["profile"]:

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -56,6 +57,20 @@ std::vector<float> MakeLogits(size_t size, size_t row, int kind) {
     if (kind == 0 && i % row % 997 == 0) x[i] += 6.0f + 4.0f * std::abs(bell[(state >> 28) & 0x3ffff]);
   }
   return x;
+}
+
+// The same logits as a GPU's 16-bit type would hold them: rounded to nearest even.
+std::vector<uint16_t> Narrow(const std::vector<float>& x, Dtype dtype) {
+  std::vector<uint16_t> out(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (dtype == Dtype::kFloat16) {
+      out[i] = std::bit_cast<uint16_t>(static_cast<_Float16>(x[i]));
+    } else {
+      const uint32_t bits = FloatBits(x[i]);
+      out[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+  }
+  return out;
 }
 
 double Median(std::vector<float> values) {
@@ -131,7 +146,7 @@ double CopyBandwidth(cudaStream_t stream) {
 }  // namespace
 
 // Usage: sampler_gpu_bench [clusters, e.g. 0,8,16] [vocab sizes] [batches] [case numbers] [logits: 0
-// language, 1 flat]
+// language, 1 flat] [dtypes: 0 float32, 1 float16, 2 bfloat16]
 int main(int argc, char** argv) {
   const auto list = [&](int i, std::vector<int> otherwise) {
     if (argc <= i) return otherwise;
@@ -148,6 +163,8 @@ int main(int argc, char** argv) {
   const std::vector<int> batches = list(3, {1, 32, 256, 1024});
   const std::vector<int> cases = list(4, {0, 1, 2, 3, 4, 5, 6});
   const std::vector<int> kinds = list(5, {0, 1});
+  const std::vector<int> dtypes = list(6, {0});
+  constexpr const char* kDtypeNames[] = {"float32", "float16", "bfloat16"};
   cuda::DeviceSampler sampler(0);
   cudaStream_t stream = nullptr;
   CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -155,55 +172,61 @@ int main(int argc, char** argv) {
   std::printf("{\"copy_bytes_per_second\": %.4g}\n", bandwidth);
   for (int kind : kinds) {
     for (int vocab_size : sizes) {
-      const size_t row = static_cast<size_t>(vocab_size);
-      const size_t most_rows = static_cast<size_t>(*std::max_element(batches.begin(), batches.end()));
-      // At least 320 MB of distinct logits, where a batch is smaller than that.
-      const size_t pool_rows = std::max(most_rows, size_t{80'000'000} / row);
-      const std::vector<float> host = MakeLogits(std::min(pool_rows, size_t{64}) * row, row, kind);
-      float* pool = nullptr;
-      void* memory = nullptr;
-      CheckCuda(cudaMalloc(&memory, pool_rows * row * sizeof(float)), "cudaMalloc");
-      pool = static_cast<float*>(memory);
-      for (size_t r = 0; r < pool_rows; r += 64) {
-        const size_t rows = std::min(size_t{64}, pool_rows - r);
-        CheckCuda(cudaMemcpy(pool + r * row, host.data(), rows * row * sizeof(float), cudaMemcpyHostToDevice),
-                  "cudaMemcpy");
-      }
-      int32_t* tokens = nullptr;
-      CheckCuda(cudaMalloc(&memory, 8 * most_rows), "cudaMalloc");
-      tokens = static_cast<int32_t*>(memory);
-      for (int batch : batches) {
-        std::vector<cuda::Logits> inputs;
-        const size_t step = static_cast<size_t>(batch) * row;
-        for (size_t at = 0; at + step <= pool_rows * row && inputs.size() < 400; at += step) {
-          cuda::Logits input;
-          input.data = pool + at;
-          input.row_stride = vocab_size;
-          input.num_rows = batch;
-          input.vocab_size = vocab_size;
-          inputs.push_back(input);
+      for (int number_of_dtype : dtypes) {
+        const auto dtype = static_cast<Dtype>(number_of_dtype);
+        const size_t item = dtype == Dtype::kFloat32 ? 4 : 2;
+        const size_t row = static_cast<size_t>(vocab_size);
+        const size_t most_rows = static_cast<size_t>(*std::max_element(batches.begin(), batches.end()));
+        // At least 320 MB of distinct logits, where a batch is smaller than that.
+        const size_t pool_rows = std::max(most_rows, size_t{320'000'000} / (row * item));
+        const std::vector<float> host = MakeLogits(std::min(pool_rows, size_t{64}) * row, row, kind);
+        const std::vector<uint16_t> narrow = item == 2 ? Narrow(host, dtype) : std::vector<uint16_t>();
+        const void* source = item == 2 ? static_cast<const void*>(narrow.data()) : host.data();
+        void* memory = nullptr;
+        CheckCuda(cudaMalloc(&memory, pool_rows * row * item), "cudaMalloc");
+        auto* pool = static_cast<char*>(memory);
+        for (size_t r = 0; r < pool_rows; r += 64) {
+          const size_t rows = std::min(size_t{64}, pool_rows - r);
+          CheckCuda(cudaMemcpy(pool + r * row * item, source, rows * row * item, cudaMemcpyHostToDevice),
+                    "cudaMemcpy");
         }
-        cuda::Outputs outputs;
-        outputs.token_ids = tokens;
-        outputs.status = reinterpret_cast<uint32_t*>(tokens + most_rows);
-        for (int cluster : clusters) {
-          if (cluster > sampler.limits().max_cluster) continue;
-          sampler.set_cluster(cluster);
-          for (int number : cases) {
-            const Case test = Cases().at(static_cast<size_t>(number));
-            const double us = Time(sampler, stream, inputs, outputs, test.params, 9);
-            const double bytes = static_cast<double>(batch) * vocab_size * 4.0;
-            std::printf(
-                "{\"case\": \"%s\", \"logits\": \"%s\", \"vocab_size\": %d, \"batch\": %d, \"cluster\": %d, "
-                "\"microseconds\": %.2f, \"share_of_copy_bandwidth\": %.3f}\n",
-                test.name, kind == 0 ? "language" : "flat", vocab_size, batch, cluster, us,
-                bytes / (us * 1e-6) / bandwidth);
-            std::fflush(stdout);
+        CheckCuda(cudaMalloc(&memory, 8 * most_rows), "cudaMalloc");
+        auto* tokens = static_cast<int32_t*>(memory);
+        for (int batch : batches) {
+          std::vector<cuda::Logits> inputs;
+          const size_t step = static_cast<size_t>(batch) * row;
+          for (size_t at = 0; at + step <= pool_rows * row && inputs.size() < 400; at += step) {
+            cuda::Logits input;
+            input.data = pool + at * item;
+            input.row_stride = vocab_size;
+            input.dtype = dtype;
+            input.num_rows = batch;
+            input.vocab_size = vocab_size;
+            inputs.push_back(input);
+          }
+          cuda::Outputs outputs;
+          outputs.token_ids = tokens;
+          outputs.status = reinterpret_cast<uint32_t*>(tokens + most_rows);
+          for (int cluster : clusters) {
+            if (cluster > sampler.limits().max_cluster) continue;
+            sampler.set_cluster(cluster);
+            for (int number : cases) {
+              const Case test = Cases().at(static_cast<size_t>(number));
+              const double us = Time(sampler, stream, inputs, outputs, test.params, 9);
+              const double bytes = static_cast<double>(batch) * vocab_size * static_cast<double>(item);
+              std::printf(
+                  "{\"case\": \"%s\", \"logits\": \"%s\", \"dtype\": \"%s\", \"vocab_size\": %d, "
+                  "\"batch\": %d, \"cluster\": %d, \"microseconds\": %.2f, "
+                  "\"share_of_copy_bandwidth\": %.3f}\n",
+                  test.name, kind == 0 ? "language" : "flat", kDtypeNames[number_of_dtype], vocab_size, batch,
+                  cluster, us, bytes / (us * 1e-6) / bandwidth);
+              std::fflush(stdout);
+            }
           }
         }
+        cudaFree(pool);
+        cudaFree(tokens);
       }
-      cudaFree(pool);
-      cudaFree(tokens);
     }
   }
   return 0;

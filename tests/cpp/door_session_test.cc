@@ -129,6 +129,8 @@ TEST(held_mail_wakes_nobody_until_it_is_let_go) {
   CHECK(!is_awake());
   mailbox->PostMessage(call, "two");
   CHECK(is_awake());
+  // What lies there holds the call, and the call the mailbox.
+  mailbox->Close();
 }
 
 TEST(a_unary_call_comes_with_its_message_and_gets_its_answer) {

@@ -283,9 +283,12 @@ class Row {
     std::erase(maxima, NegativeInfinity());
     const float least = *std::min_element(maxima.begin(), maxima.end());
     if (k <= static_cast<int32_t>(maxima.size())) {
-      bracket.lo = BoundFromBelow(least, max_, k, [&maxima](float x) {
-        return static_cast<int32_t>(
-            std::count_if(maxima.begin(), maxima.end(), [x](float y) { return y >= x; }));
+      bracket.lo = BoundFromBelow(least, max_, k, [&maxima](float lo, float hi, int32_t* counts) {
+        for (int i = 0; i < kNumMarks; ++i) {
+          const float mark = MarkOf(lo, hi, i);
+          counts[i] = static_cast<int32_t>(
+              std::count_if(maxima.begin(), maxima.end(), [mark](float y) { return y >= mark; }));
+        }
       });
       return FindThreshold(true, scale, bracket, target, k <= kMaxCandidates, false, num_gathered);
     }

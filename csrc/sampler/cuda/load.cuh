@@ -116,7 +116,12 @@ __device__ __forceinline__ bool IsAligned(const SampleArgs& args, int32_t row) {
 
 // Whether StartRow's copy brings the slice's whole groups.
 __device__ __forceinline__ bool IsCopied(const Block& block, const SampleArgs& args, int32_t row) {
-  return block.copies && args.dtype == Dtype::kFloat32 && IsAligned(args, row);
+  return block.copies && IsAligned(args, row);
+}
+
+// Copies bring a 16-bit row to the upper half of its slice, from where it is widened.
+__device__ __forceinline__ float* NarrowSlice(const Block& block) {
+  return block.slice + block.groups_per_block * (kGroupSize / 2);
 }
 
 // The thread that starts copies: one that has no group to enter into the race when a block has few.
@@ -137,7 +142,10 @@ __device__ __forceinline__ void StartRow(const Block& block, const SampleArgs& a
   const uint32_t bytes = IsCopied(block, args, row) ? static_cast<uint32_t>(whole) * group_bytes : 0;
   uint64_t* arrival = &block.head->copy_arrival;
   ExpectBytes(arrival, static_cast<uint32_t>(sizeof(DeviceRow)) + bytes);
-  if (bytes != 0) StartCopy(block.slice, base + row * args.row_stride * item, bytes, arrival);
+  if (bytes != 0) {
+    float* to = args.dtype == Dtype::kFloat32 ? block.slice : NarrowSlice(block);
+    StartCopy(to, base + row * args.row_stride * item, bytes, arrival);
+  }
   StartCopy(&block.head->input[block.num_copies & 1], args.rows + row, sizeof(DeviceRow), arrival);
   // A quarter: more of all rows in flight would crowd L2.
   const uint32_t ahead = static_cast<uint32_t>(whole) / 4 * group_bytes;
@@ -224,6 +232,58 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
   return has_nan;
 }
 
+template <Dtype kDtype>
+__device__ __forceinline__ float4 Widen(const uint2& pair) {
+  if (kDtype == Dtype::kBfloat16)
+    return make_float4(__uint_as_float(pair.x << 16), __uint_as_float(pair.x & 0xffff0000u),
+                       __uint_as_float(pair.y << 16), __uint_as_float(pair.y & 0xffff0000u));
+  return make_float4(WidenHalf(pair.x & 0xffffu), WidenHalf(pair.x >> 16), WidenHalf(pair.y & 0xffffu),
+                     WidenHalf(pair.y >> 16));
+}
+
+// LoadSlice for a 16-bit row that a copy brought. A pass is read before any thread writes it: its widened
+// groups take the places of 16-bit ones of this pass and of passes before.
+template <Dtype kDtype>
+__device__ __forceinline__ bool WidenSlice(const Block& block, const LoadArgs& args) {
+  bool has_nan = false;
+  const bool masked = args.mask != nullptr || args.allowed != nullptr;
+  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+#pragma unroll 1
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const int32_t group = GroupOfLane(pass);
+    const int32_t first = (block.first_group + group) * kGroupSize;
+    const bool is_inside = group < block.num_local;
+    const bool is_whole = is_inside && first + kGroupSize <= args.vocab_size;
+    uint2 pairs[kTokensPerLane / 4];
+    if (is_whole) {
+      const auto* narrow = reinterpret_cast<const uint2*>(NarrowSlice(block)) + group * (kGroupSize / 4);
+#pragma unroll
+      for (int i = 0; i < kTokensPerLane / 4; ++i) pairs[i] = narrow[i * kLanesPerGroup + LaneInGroup()];
+    }
+    __syncthreads();
+    float max = NegativeInfinity();
+    float* out = block.slice + group * kGroupSize;
+    if (is_whole) {
+      auto* fours = reinterpret_cast<float4*>(out);
+#pragma unroll
+      for (int i = 0; i < kTokensPerLane / 4; ++i) {
+        const float4 x = Widen<kDtype>(pairs[i]);
+        fours[i * kLanesPerGroup + LaneInGroup()] = x;
+        max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
+      }
+      if (masked || max != max) max = ScanGroup(args, first, fours, masked, has_nan);
+    } else if (is_inside) {
+      max = LoadRaggedGroup<kDtype>(args, first, out, has_nan);
+    }
+#pragma unroll
+    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
+      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
+    }
+    if (is_inside && LaneInGroup() == 0) block.group_max[group] = max;
+  }
+  return has_nan;
+}
+
 // What few rows need is not inlined: the kernel's usual path is to stay in the instruction cache.
 static __device__ __noinline__ bool LoadNarrowSlice(Block block, LoadArgs args, Dtype dtype) {
   if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false);
@@ -235,7 +295,11 @@ static __device__ __noinline__ bool LoadSliceFromMemory(Block block, LoadArgs ar
 
 __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, Dtype dtype,
                                           bool has_arrived) {
-  if (dtype != Dtype::kFloat32) return LoadNarrowSlice(block, args, dtype);
+  if (dtype != Dtype::kFloat32) {
+    if (!has_arrived) return LoadNarrowSlice(block, args, dtype);
+    if (dtype == Dtype::kFloat16) return WidenSlice<Dtype::kFloat16>(block, args);
+    return WidenSlice<Dtype::kBfloat16>(block, args);
+  }
   if (!has_arrived) return LoadSliceFromMemory(block, args);
   return LoadSlice<Dtype::kFloat32>(block, args, true);
 }

@@ -105,6 +105,7 @@ struct SharedHead {
   DeviceRow input[2];  // of this row and of the row before, whose race may still be on
   uint64_t by_warp[kWarps][kMailWords];
   uint64_t totals[kMailWords];
+  alignas(16) int32_t at_marks[2][8];  // counts of BoundOfMaxima
   // Barriers that count arriving bytes.
   uint64_t copy_arrival;
   uint64_t maxima_arrival[2];

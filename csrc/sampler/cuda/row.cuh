@@ -133,7 +133,8 @@ __device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants&
   Candidates gathered = {0, 0, 0};
   if (constants.min_z > NegativeInfinity()) key = MinPKey(max, constants.scale, constants.min_z);
   if (constants.top_k > 0) {
-    const uint32_t kth = TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size, &gathered);
+    const uint32_t kth = TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size,
+                                       constants.has_top_p != 0, &gathered);
     key = kth > key ? kth : key;
   }
   if (constants.has_top_p != 0) {

@@ -66,21 +66,38 @@ TWINJET_HD uint32_t LeastMassKey(float max, float scale, uint64_t total, uint64_
   return OrderedKey(x);
 }
 
-// A key that at least k of a set of values reach, and few more than k where a dozen bisections find it.
-// least, most: of the set, k at most its size. count_at_least(x): how many values reach x.
-template <class CountAtLeast>
-TWINJET_HD uint32_t BoundFromBelow(float least, float most, int32_t k, CountAtLeast count_at_least) {
+// Where BoundFromBelow counts next: kNumMarks logits that part (lo, hi) evenly.
+constexpr int kNumMarks = 8;
+TWINJET_HD float MarkOf(float lo, float hi, int i) {
+  return AddRn(lo, MulRn(SubRn(hi, lo), static_cast<float>(i + 1) * (1.0f / (kNumMarks + 1))));
+}
+
+// A key that at least k of a set of values reach, and few more than k where four rounds find it. least, most:
+// of the set, k at most its size. count_at_marks(lo, hi, counts): how many values reach each mark between lo
+// and hi.
+template <class CountAtMarks>
+TWINJET_HD uint32_t BoundFromBelow(float least, float most, int32_t k, CountAtMarks count_at_marks) {
   float lo = least, hi = most;
-  for (int round = 0; round < 12; ++round) {
-    const float middle = AddRn(lo, MulRn(SubRn(hi, lo), 0.5f));
-    if (!(middle > lo && middle < hi)) break;
-    const int32_t count = count_at_least(middle);
-    if (count < k) {
-      hi = middle;
-      continue;
+  for (int round = 0; round < 4; ++round) {
+    int32_t counts[kNumMarks];
+    count_at_marks(lo, hi, counts);
+    float next_lo = lo, next_hi = hi;
+    int32_t count = 0;
+    TWINJET_UNROLL
+    for (int i = kNumMarks - 1; i >= 0; --i) {
+      const float mark = MarkOf(lo, hi, i);
+      if (!(mark > lo && mark < hi) || count != 0) continue;
+      if (counts[i] >= k) {
+        next_lo = mark;
+        count = counts[i];
+      } else {
+        next_hi = mark;
+      }
     }
-    lo = middle;
-    if (count <= k + k / 4) break;
+    if (next_lo == lo && next_hi == hi) break;
+    lo = next_lo;
+    hi = next_hi;
+    if (count != 0 && count <= k + k / 4) break;
   }
   return OrderedKey(lo);
 }

@@ -52,8 +52,8 @@ __device__ __forceinline__ float* GatheredLogits(const Block& block) {
   return reinterpret_cast<float*>(GatheredWeights(block) + kMaxCandidates);
 }
 
-// Joins the exchanged lists, a warp to each, and works out the weights (1 at scale 0).
-__device__ __forceinline__ Candidates Gather(const Block& block, float max, float scale) {
+// Joins the exchanged lists, a warp to each, and works out the weights where they are wanted.
+__device__ __forceinline__ Candidates Gather(const Block& block, float max, float scale, bool with_weights) {
   double* weight = GatheredWeights(block);
   float* logit = GatheredLogits(block);
   const uint32_t warp = threadIdx.x / 32;
@@ -65,7 +65,7 @@ __device__ __forceinline__ Candidates Gather(const Block& block, float max, floa
       for (int32_t i = LaneInWarp(); i < number; i += 32) {
         const float x = list[i];
         logit[candidates.count + i] = x;
-        weight[candidates.count + i] = static_cast<double>(WeightOf(x, max, scale));
+        if (with_weights) weight[candidates.count + i] = static_cast<double>(WeightOf(x, max, scale));
       }
     }
     if (r == block.cluster.rank) candidates.own_begin = candidates.count;
@@ -79,9 +79,19 @@ __device__ __forceinline__ Candidates Gather(const Block& block, float max, floa
 // Few enough for every block to settle all of them; otherwise each settles its own.
 constexpr int32_t kMaxSettledByAll = 128;
 
-// The threshold among gathered candidates from floor_key up, eight lanes to a candidate. kTopP: target_or_p
-// is p in fixed point and the total is the gathered weight; otherwise it is the target, and above what lies
-// above the candidates. 0 where no candidate reaches the target.
+// Sum over `lanes` neighbouring lanes, a power of two up to 8.
+__device__ __forceinline__ uint64_t SumLanes(uint64_t value, int32_t lanes) {
+#pragma unroll
+  for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
+    const uint64_t other = __shfl_xor_sync(~0u, value, offset);
+    if (offset < lanes) value += other;
+  }
+  return value;
+}
+
+// The threshold among gathered candidates from floor_key up, all at once, one to eight lanes to a candidate.
+// kTopP: target_or_p is p in fixed point and the total is the gathered weight; otherwise it is the target,
+// and above what lies above the candidates. 0 where no candidate reaches the target.
 enum class Settling { kCount, kMass, kTopP };
 template <Settling kSettling>
 __device__ __forceinline__ uint32_t Settle(Block& block, const Candidates& candidates, uint32_t floor_key,
@@ -89,21 +99,36 @@ __device__ __forceinline__ uint32_t Settle(Block& block, const Candidates& candi
   const double* weight = GatheredWeights(block);
   const float* logit = GatheredLogits(block);
   const float floor = FloatFromKey(floor_key);
+  const int32_t begin = by_all ? 0 : candidates.own_begin;
   const int32_t end = by_all ? candidates.count : candidates.own_end;
+  const int32_t number = end - begin;
+  const int32_t lanes = number <= kThreads / 8   ? 8
+                        : number <= kThreads / 4 ? 4
+                        : number <= kThreads / 2 ? 2
+                                                 : 1;
   uint32_t best = 0;
-  for (int32_t base = by_all ? 0 : candidates.own_begin; base < end; base += kGroupsPerPass) {
-    const int32_t i = base + static_cast<int32_t>(threadIdx.x) / kLanesPerGroup;
+#pragma unroll 1
+  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x) / lanes; __any_sync(~0u, i < end);
+       i += kThreads / lanes) {
     const float x = i < end ? logit[i] : PositiveInfinity();
     double sum = 0.0, all = 0.0;  // at most kMaxCandidates * 2^44: exact
-    for (int32_t j = LaneInGroup(); j < candidates.count; j += kLanesPerGroup) {
-      const double w = kSettling == Settling::kCount ? 1.0 : weight[j];
-      if (logit[j] >= x) sum += w;
-      if (kSettling == Settling::kTopP && logit[j] >= floor) all += w;
+    uint32_t count = 0;
+#pragma unroll 4
+    for (int32_t j = static_cast<int32_t>(threadIdx.x) % lanes; j < candidates.count; j += lanes) {
+      const float other = logit[j];
+      if (kSettling == Settling::kCount) {
+        count += other >= x ? 1 : 0;
+        continue;
+      }
+      const double w = weight[j];
+      if (other >= x) sum += w;
+      if (kSettling == Settling::kTopP && other >= floor) all += w;
     }
-    const uint64_t mass = above + SumGroupLanes(static_cast<uint64_t>(sum));
+    const uint64_t mass =
+        above + SumLanes(kSettling == Settling::kCount ? count : static_cast<uint64_t>(sum), lanes);
     uint64_t target = target_or_p;
     if (kSettling == Settling::kTopP)
-      target = TopPMass(target_or_p, SumGroupLanes(static_cast<uint64_t>(all)));
+      target = TopPMass(target_or_p, SumLanes(static_cast<uint64_t>(all), lanes));
     if (i < end && x >= floor && mass >= target) {
       const uint32_t key = OrderedKey(x);
       best = key > best ? key : best;
@@ -153,12 +178,12 @@ __device__ __forceinline__ float* KeptLogits(const Block& block) {
 }
 
 // Narrows the bracket until few candidates are left, or one logit. *gathered: the candidates, if they are all
-// tokens from the threshold up; none otherwise. scale: for their weights. Where lists are exchanged more than
-// once in a row, an AllReduce lies between.
+// tokens from the threshold up; none otherwise. with_weights, scale: for their weights; a search by mass
+// needs them. Where lists are exchanged more than once in a row, an AllReduce lies between.
 template <bool kCount>
 __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float scale, Bracket bracket,
                                                   uint64_t target, bool try_at_once, const Kept& kept,
-                                                  Candidates* gathered) {
+                                                  bool with_weights, Candidates* gathered) {
   *gathered = {0, 0, 0};
   for (int round = 0;; ++round) {
     if (bracket.hi - bracket.lo == 1) return bracket.lo;
@@ -169,7 +194,7 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
         Collect(block, bracket);
       }
       if (ExchangeLists(block).count <= kMaxCandidates) {
-        const Candidates candidates = Gather(block, max, scale);
+        const Candidates candidates = Gather(block, max, scale, with_weights);
         if (bracket.above == 0) *gathered = candidates;
         const bool by_all = bracket.above == 0 && candidates.count <= kMaxSettledByAll;
         return Settle<kCount ? Settling::kCount : Settling::kMass>(block, candidates, bracket.lo,
@@ -235,7 +260,7 @@ __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, f
     }
   }
   Candidates unused;
-  return FindThreshold<false>(block, max, scale, bracket, target, kept.is_used, kept, &unused);
+  return FindThreshold<false>(block, max, scale, bracket, target, kept.is_used, kept, true, &unused);
 }
 
 // How many groups have a token, and the least of their maxima. All lanes of the calling warp.
@@ -244,38 +269,64 @@ struct LeastMaximum {
   float value;
 };
 __device__ __forceinline__ LeastMaximum FindLeastMaximum(const Block& block) {
-  const float* maxima = MaximaSlot(block, block.num_maxima & 1, 0);
-  const int32_t number = static_cast<int32_t>(block.cluster.size) * block.maxima_stride;
-  uint32_t least = ~0u;
-  int32_t found = 0;
-  for (int32_t i = LaneInWarp(); i < number; i += 32) {
-    const float x = maxima[i];
-    if (x == NegativeInfinity()) continue;
-    const uint32_t key = OrderedKey(x);
-    least = key < least ? key : least;
-    ++found;
-  }
-  return {__reduce_add_sync(~0u, found), FloatFromKey(__reduce_min_sync(~0u, least))};
-}
-
-// A key that the k-th largest group maximum reaches, k at most least.num_groups: so do k tokens.
-__device__ __forceinline__ uint32_t BoundOfMaxima(const Block& block, float max, const LeastMaximum& least,
-                                                  int32_t k) {
   const auto* maxima = reinterpret_cast<const float4*>(MaximaSlot(block, block.num_maxima & 1, 0));
   const int32_t fours = static_cast<int32_t>(block.cluster.size) * block.maxima_stride / 4;
-  return BoundFromBelow(least.value, max, k, [&](float x) {
-    int32_t count = 0;
+  float least = PositiveInfinity();
+  int32_t found = 0;
+  for (int32_t i = LaneInWarp(); i < fours; i += 32) {
+    const float4 four = maxima[i];
+    const float x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const bool has_token = x[q] > NegativeInfinity();
+      least = fminf(least, has_token ? x[q] : PositiveInfinity());
+      found += has_token ? 1 : 0;
+    }
+  }
+  return {__reduce_add_sync(~0u, found), FloatFromKey(__reduce_min_sync(~0u, OrderedKey(least)))};
+}
+
+// A key that the k-th largest group maximum reaches, k at most least.num_groups: so do k tokens. The warps
+// share the marks.
+__device__ __forceinline__ uint32_t BoundOfMaxima(const Block& block, float max, const LeastMaximum& least,
+                                                  int32_t k) {
+  static_assert(kNumMarks == 8);
+  constexpr int kMarksPerWarp = kNumMarks / kWarps;
+  const auto* maxima = reinterpret_cast<const float4*>(MaximaSlot(block, block.num_maxima & 1, 0));
+  const int32_t fours = static_cast<int32_t>(block.cluster.size) * block.maxima_stride / 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  int set = 0;
+  return BoundFromBelow(least.value, max, k, [&](float lo, float hi, int32_t* counts) {
+    float mark[kMarksPerWarp];
+    int32_t count[kMarksPerWarp] = {};
+#pragma unroll
+    for (int m = 0; m < kMarksPerWarp; ++m) mark[m] = MarkOf(lo, hi, warp * kMarksPerWarp + m);
     for (int32_t i = LaneInWarp(); i < fours; i += 32) {
       const float4 four = maxima[i];
-      count += (four.x >= x ? 1 : 0) + (four.y >= x ? 1 : 0) + (four.z >= x ? 1 : 0) + (four.w >= x ? 1 : 0);
+#pragma unroll
+      for (int m = 0; m < kMarksPerWarp; ++m)
+        count[m] += (four.x >= mark[m] ? 1 : 0) + (four.y >= mark[m] ? 1 : 0) + (four.z >= mark[m] ? 1 : 0) +
+                    (four.w >= mark[m] ? 1 : 0);
     }
-    return __reduce_add_sync(~0u, count);
+    auto* at_marks = block.head->at_marks[set];
+    set ^= 1;  // the other set may still be read
+#pragma unroll
+    for (int m = 0; m < kMarksPerWarp; ++m) {
+      const int32_t all = __reduce_add_sync(~0u, count[m]);
+      if (LaneInWarp() == 0) at_marks[warp * kMarksPerWarp + m] = all;
+    }
+    __syncthreads();
+    const int4 low = reinterpret_cast<const int4*>(at_marks)[0],
+               high = reinterpret_cast<const int4*>(at_marks)[1];
+    counts[0] = low.x, counts[1] = low.y, counts[2] = low.z, counts[3] = low.w;
+    counts[4] = high.x, counts[5] = high.y, counts[6] = high.z, counts[7] = high.w;
   });
 }
 
-// The k-th largest logit, 1 <= k < vocab_size. scale, gathered: see FindThreshold.
+// The k-th largest logit, 1 <= k < vocab_size. scale, with_weights, gathered: see FindThreshold.
 __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float scale, int32_t k,
-                                                  int32_t vocab_size, Candidates* gathered) {
+                                                  int32_t vocab_size, bool with_weights,
+                                                  Candidates* gathered) {
   const uint64_t target = static_cast<uint64_t>(k);
   Bracket bracket = {kKeyOfNegativeInfinity, OrderedKey(max) + 1, 0, static_cast<uint64_t>(vocab_size)};
   const LeastMaximum least = FindLeastMaximum(block);
@@ -293,7 +344,7 @@ __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float
     bracket = Shrink(bracket, pivots, sums, target);
   }
   return FindThreshold<true>(block, max, scale, bracket, target, is_bounded && k <= kMaxCandidates,
-                             {false, 0}, gathered);
+                             {false, 0}, with_weights, gathered);
 }
 
 // Step 9 over the tokens from floor_key up. gathered: not empty where it holds all of them already.
@@ -324,7 +375,7 @@ __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float
   const uint64_t target = TopPMass(top_p_fixed, whole);
   Bracket bracket = {floor_key, top, 0, whole};
   if (is_listed) {
-    const Candidates candidates = Gather(block, max, scale);
+    const Candidates candidates = Gather(block, max, scale, true);
     const bool by_all = candidates.count <= kMaxSettledByAll;
     const uint32_t settled = Settle<Settling::kMass>(block, candidates, pivot, 0, target, by_all);
     if (settled != 0) return settled;
