@@ -164,8 +164,10 @@ def test_of_64_streams_each_ends_once_and_nothing_is_left(service: Service) -> N
 
     def one(plan: tuple[int, float, int]) -> str:
         i, seconds, events_before_cancel = plan
-        request = Request(text=f"Story {i}: once", sampling=Sampling(max_tokens=40, ignore_eos=True))
-        call = service.inference.Generate(request, timeout=seconds if i % 3 == 1 else None)
+        has_deadline = i % 3 == 1
+        wanted = Sampling(max_tokens=1500 if has_deadline else 40, ignore_eos=True)
+        request = Request(text=f"Story {i}: once", sampling=wanted)
+        call = service.inference.Generate(request, timeout=seconds if has_deadline else None)
         kinds: list[str] = []
         try:
             for event in call:
