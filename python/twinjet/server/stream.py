@@ -26,7 +26,7 @@ def _nothing(_: SlowReader) -> None:
 
 
 class StreamWriter:
-    """Writes messages, one at a time; a write that is blocked can be interrupted."""
+    """Writes the messages of one task, one at a time; a write that is blocked can be interrupted."""
 
     __slots__ = ("_blocked_since", "_fail", "_interruption", "_stream", "_task", "_write")
 
@@ -54,7 +54,8 @@ class StreamWriter:
         """Write one message. Raises SlowReader if it was interrupted."""
         if self._interruption is not None:
             raise self._interruption
-        task = self._task = asyncio.current_task()
+        # Asked once, since it is always the same one.
+        task = self._task = self._task or asyncio.current_task()
         assert task is not None, "streams are written by tasks"
         cancelling = task.cancelling()
         self._blocked_since = time.monotonic()
