@@ -216,11 +216,14 @@ py::tuple ShowMetadata(const Metadata& metadata) {
   return shown;
 }
 
+py::object ShowTimeout(const door::CallInfo& info) {
+  if (info.timeout_ns < 0) return py::none();
+  return py::float_(static_cast<double>(info.timeout_ns) / 1e9);
+}
+
 py::tuple ShowCall(const CallRef& call, const door::CallInfo& info, size_t write_ahead_bytes) {
-  const py::object timeout_s =
-      info.timeout_ns < 0 ? py::object(py::none()) : py::float_(static_cast<double>(info.timeout_ns) / 1e9);
   return py::make_tuple(PyCall{call, write_ahead_bytes}, info.path, info.peer, ShowMetadata(info.metadata),
-                        timeout_s, info.accepts_gzip);
+                        ShowTimeout(info), info.accepts_gzip);
 }
 
 const std::shared_ptr<door::StreamCarrier>& CarrierFor(size_t write_ahead_bytes) {

@@ -24,6 +24,8 @@ struct PyCall {
 // As grpc.aio has it: pairs, binary values as bytes. Raises ValueError for what gRPC does not allow.
 door::Metadata ReadMetadata(const pybind11::iterable& entries);
 pybind11::tuple ShowMetadata(const door::Metadata& metadata);
+// In s; None for no timeout.
+pybind11::object ShowTimeout(const door::CallInfo& info);
 // (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip).
 pybind11::tuple ShowCall(const door::CallRef& call, const door::CallInfo& info, size_t write_ahead_bytes);
 const std::shared_ptr<door::StreamCarrier>& CarrierFor(size_t write_ahead_bytes);

@@ -55,11 +55,6 @@ struct PyTrailers {
   door::Metadata metadata;
 };
 
-bool ReadDouble(PyObject* object, double* value) {
-  *value = PyFloat_AsDouble(object);
-  return *value != -1.0 || !PyErr_Occurred();
-}
-
 bool ReadText(PyObject* object, std::string_view* text) {
   Py_ssize_t size = 0;
   const char* bytes = PyUnicode_AsUTF8AndSize(object, &size);
@@ -90,11 +85,11 @@ PyObject* Accept(PyPlainCall& self, FastArgs args, Py_ssize_t) {
 PyObject* MakeCarried(PyPlainCall& self, FastArgs args, Py_ssize_t) {
   auto* maker = py::cast<PyStreamMaker*>(py::handle(args[0]));
   std::string_view id;
-  double arrived_at = 0;
-  if (!ReadText(args[1], &id) || !ReadDouble(args[5], &arrived_at)) return nullptr;
+  if (!ReadText(args[1], &id)) return nullptr;
   const unsigned long num_prompt_tokens = PyLong_AsUnsignedLong(args[2]);
   const unsigned long long seed = PyLong_AsUnsignedLongLong(args[3]);
   const long long max_tokens = PyLong_AsLongLong(args[4]);
+  const double arrived_at = PyFloat_AsDouble(args[5]);
   if (PyErr_Occurred()) return nullptr;
   maker->Limit(max_tokens);
   stream::StreamFacts facts = maker->facts;
@@ -109,16 +104,23 @@ PyObject* MakeCarried(PyPlainCall& self, FastArgs args, Py_ssize_t) {
   return py::cast(std::move(made)).release().ptr();
 }
 
+// Hands over what the stream holds; false, and nothing done, while the client is behind.
+bool WriteRest(const PyPlainCall& self, stream::Stream* stream) {
+  const CallRef& call = self.call.call;
+  if (call->unsent_bytes() > static_cast<int64_t>(self.call.write_ahead_bytes)) return false;
+  std::vector<std::string> messages;
+  stream->Take(&messages);
+  for (const std::string& message : messages) door::Write(call, message);
+  return true;
+}
+
 // (stream, trailers): whether everything could be handed over, so that the call is at its end; False, and
 // nothing done, while its client is behind.
 PyObject* End(PyPlainCall& self, FastArgs args, Py_ssize_t) {
   auto* stream = py::cast<stream::Stream*>(py::handle(args[0]));
   const auto* trailers = py::cast<const PyTrailers*>(py::handle(args[1]));
   const CallRef& call = self.call.call;
-  if (call->unsent_bytes() > static_cast<int64_t>(self.call.write_ahead_bytes)) Py_RETURN_FALSE;
-  std::vector<std::string> messages;
-  stream->Take(&messages);
-  for (const std::string& message : messages) door::Write(call, message);
+  if (!WriteRest(self, stream)) Py_RETURN_FALSE;
   door::Write(call, stream->Summary());
   door::Finish(call, {door::kOk, {}, trailers->metadata});
   Py_RETURN_TRUE;
@@ -127,14 +129,8 @@ PyObject* End(PyPlainCall& self, FastArgs args, Py_ssize_t) {
 // (stream, whether to drop what is left): whether what is left could be handed over, as with end(), so that a
 // status may follow.
 PyObject* HandOver(PyPlainCall& self, FastArgs args, Py_ssize_t) {
-  auto* stream = py::cast<stream::Stream*>(py::handle(args[0]));
-  const CallRef& call = self.call.call;
-  if (args[1] == Py_True) Py_RETURN_TRUE;
-  if (call->unsent_bytes() > static_cast<int64_t>(self.call.write_ahead_bytes)) Py_RETURN_FALSE;
-  std::vector<std::string> messages;
-  stream->Take(&messages);
-  for (const std::string& message : messages) door::Write(call, message);
-  Py_RETURN_TRUE;
+  if (args[1] == Py_True || WriteRest(self, py::cast<stream::Stream*>(py::handle(args[0])))) Py_RETURN_TRUE;
+  Py_RETURN_FALSE;
 }
 
 TWINJET_FAST(PyPlainCall, "accept", Accept, 2, 2);
@@ -211,10 +207,8 @@ py::object PlainPicker::TakeMessage(Event& event, Event* call) {
                                ? py::str(lots_.DrawId(*sent_id))
                                : py::str(plain->request_id.data(), plain->request_id.size());
   const auto text = [](std::string_view value) { return py::str(value.data(), value.size()); };
-  const py::object timeout_s =
-      info.timeout_ns < 0 ? py::object(py::none()) : py::float_(static_cast<double>(info.timeout_ns) / 1e9);
   py::tuple shown = py::make_tuple(
-      event.call->id(), py::none(), info.peer, timeout_s,
+      event.call->id(), py::none(), info.peer, ShowTimeout(info),
       Remembered(plain->model, &last_model_, &shown_model_, text), text(plain->text),
       ShowTokens(plain->token_ids), plain->largest_token,
       Remembered(plain->sampling, &last_sampling_, &shown_sampling_,

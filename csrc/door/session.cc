@@ -164,7 +164,7 @@ void Session::ComplainAndClose(uint32_t error_code, std::string_view text) {
 void Session::Drain() {
   if (is_draining_) return;
   is_draining_ = true;
-  for (const auto& [id, stream] : streams_) TellOfCall(stream.get(), true);
+  for (const auto& [id, stream] : streams_) TellOfCall(stream.get());
   drain_at_ns_ = loop_->now_ns + Nanoseconds(kDrainNoticeS);
   if (!is_http2_) return;
   nghttp2_submit_shutdown_notice(http2_);

@@ -103,7 +103,7 @@ class Session {
   void EndCallsThatAskNothing();
   // Tells the handler of its call, if it has not been told. False: there is no place, and the call is
   // refused.
-  bool TellOfCall(Stream* stream, bool is_bounded);
+  bool TellOfCall(Stream* stream);
   // Ends a call in the middle, and tells its handler.
   void Break(Stream* stream, Status status);
   void Reset(Stream* stream, uint32_t error_code);

@@ -138,26 +138,26 @@ void Session::OnRequest(Stream* stream, bool is_ended) {
   Hold(stream, stream->metadata_bytes);
   if (info->timeout_ns >= 0) stream->deadline_ns = loop_->now_ns + info->timeout_ns;
   info->peer = stats_->peer;
-  stream->untold = std::move(info);
-  const bool is_bounded =
-      limits.max_open > 0 &&
-      std::ranges::find(limits.bounded_paths, stream->untold->path) != limits.bounded_paths.end();
-  if ((!is_bounded || is_ended || is_draining_) && !TellOfCall(stream, is_bounded)) return;
+  if (limits.max_open > 0 &&
+      std::ranges::find(limits.bounded_paths, info->path) != limits.bounded_paths.end()) {
+    stream->untold = std::move(info);
+    if ((is_ended || is_draining_) && !TellOfCall(stream)) return;
+  } else {
+    loop_->events.push_back({EventKind::kCall, stream->call, {}, std::move(info)});
+  }
   if (is_ended) loop_->events.push_back({EventKind::kHalfClosed, stream->call, {}, nullptr});
   SettleTimer(stream);
 }
 
-bool Session::TellOfCall(Stream* stream, bool is_bounded) {
+bool Session::TellOfCall(Stream* stream) {
   if (!stream->untold) return true;
   std::unique_ptr<CallInfo> info = std::move(stream->untold);
-  if (is_bounded) {
-    stream->place = Place::Take(loop_->totals, loop_->options->max_open);
-    if (!stream->place) {
-      stream->is_handler_told = true;
-      loop_->events.push_back({EventKind::kRefused, nullptr, std::move(info->path), nullptr});
-      RefuseForLoad(stream, loop_->options->full);
-      return false;
-    }
+  stream->place = Place::Take(loop_->totals, loop_->options->max_open);
+  if (!stream->place) {
+    stream->is_handler_told = true;
+    loop_->events.push_back({EventKind::kRefused, nullptr, std::move(info->path), nullptr});
+    RefuseForLoad(stream, loop_->options->full);
+    return false;
   }
   loop_->events.push_back({EventKind::kCall, stream->call, {}, std::move(info)});
   return true;
@@ -183,7 +183,7 @@ void Session::ReadMessages(Stream* stream, std::string_view data) {
   const size_t limit = loop_->options->max_message_bytes;
   std::string message;
   while (!HasTooManyBytes() && stream->reader.Read(&data, limit, &message)) {
-    if (!TellOfCall(stream, true)) return;
+    if (!TellOfCall(stream)) return;
     ++loop_->totals->messages_received;
     ++stats_->messages_received;
     ++stream->num_unacknowledged;
@@ -244,7 +244,7 @@ void Session::OnHalfClosed(Stream* stream) {
   if (stream->reader.is_in_message()) {
     return Refuse(stream, {kInvalidArgument, "the request ended in the middle of a message"});
   }
-  if (!TellOfCall(stream, true)) return;
+  if (!TellOfCall(stream)) return;
   loop_->events.push_back({EventKind::kHalfClosed, stream->call, {}, nullptr});
 }
 

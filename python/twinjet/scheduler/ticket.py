@@ -113,11 +113,6 @@ class Ticket:
     is_carried: ClassVar[bool] = False
     """Whether it is told of its end alone, and nobody waits for messages."""
 
-    @property
-    def is_over(self) -> bool:
-        """Whether every output has ended."""
-        return self._is_over
-
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
