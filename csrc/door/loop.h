@@ -15,6 +15,7 @@
 #include "door/listener.h"
 #include "door/mailbox.h"
 #include "door/options.h"
+#include "door/sender.h"
 #include "door/session.h"
 #include "door/tls.h"
 
@@ -73,7 +74,12 @@ class Loop {
   void Open(Accepted accepted);
   void AcceptFrom(int listener_fd);
   void OnReadable(Connection* connection);
+  void FlushTouched();
+  void Gather(Connection* connection);
+  void SendGathered();
   void Flush(Connection* connection);
+  bool Fill(Connection* connection, std::string* out);
+  void Settle(Connection* connection);
   void BeginClose(Connection* connection);
   void Kill(Connection* connection);
   void Touch(Connection* connection);
@@ -97,6 +103,18 @@ class Loop {
   std::vector<std::unique_ptr<Connection>> dead_;  // until the end of the turn, which may still refer to them
   Mail mail_;
   std::string buffer_;
+  Sender sender_;
+  // One batch of connections on their way out: what each sends, one behind the other in bytes, and whether
+  // that is not all.
+  struct Gathered {
+    Connection* connection;
+    size_t begin;
+    bool has_more;
+  };
+  std::vector<Gathered> gathered_;
+  std::string gathered_bytes_;
+  std::vector<Sending> sendings_;
+  std::string unsealed_;  // of one connection
   int64_t ticked_at_ns_ = 0;
   bool is_stopping_ = false;
   int64_t stop_at_ns_ = 0;
