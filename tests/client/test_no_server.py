@@ -22,17 +22,16 @@ def failure(request: pytest.FixtureRequest) -> Callable[..., TwinjetClientError]
     """Ask a server that does not answer: failure(address, **client_options)."""
 
     def ask(address: str, **options: Any) -> TwinjetClientError:
+        def run() -> None:
+            with Client(address, retry=ONCE, **options) as client:
+                client.generate("x").text()
+
+        async def run_aio() -> None:
+            async with AsyncClient(address, retry=ONCE, **options) as client:
+                await client.generate("x").text()
+
         with pytest.raises(TwinjetClientError) as caught:
-            if request.param == "sync":
-                with Client(address, retry=ONCE, **options) as client:
-                    client.generate("x").text()
-            else:
-
-                async def run() -> None:
-                    async with AsyncClient(address, retry=ONCE, **options) as client:
-                        await client.generate("x").text()
-
-                asyncio.run(run())
+            run() if request.param == "sync" else asyncio.run(run_aio())
         return caught.value
 
     return ask
@@ -46,6 +45,7 @@ def listen() -> Iterator[Callable[[bytes | None], str]]:
         def start(words: bytes | None) -> str:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             if words is not None:
+
                 def answer() -> None:
                     while True:
                         try:
@@ -89,4 +89,4 @@ def test_a_server_that_never_answers(
     address = listen(None)
     error = failure(address, timeout_s=0.3)
     assert type(error) is DeadlinePassed
-    assert error.message == f"the deadline passed before the server at {address} had answered"
+    assert error.message == f"the deadline passed before the server at {address} had finished"

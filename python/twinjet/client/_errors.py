@@ -197,7 +197,7 @@ _HINTS = (
 def _explained(code: grpc.StatusCode, message: str, address: str) -> str:
     """Say in plain words what gRPC itself reports, without a server of ours."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"the deadline passed before the server at {address} had answered"
+        return f"the deadline passed before the server at {address} had finished"
     if code is not grpc.StatusCode.UNAVAILABLE:
         return message
     is_lost = "GOAWAY" in message or "Stream removed" in message or "Socket closed" in message

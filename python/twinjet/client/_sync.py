@@ -26,7 +26,6 @@ from twinjet.client._answers import (
     adapter_of,
     kv_events_of,
     load_of,
-    model_of,
 )
 from twinjet.client._calls import (
     READY_POLL_S,
@@ -361,14 +360,14 @@ class Client:
     def models(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> list[Model]:
         """List what is served, loaded or not."""
         answer = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s, metadata)
-        return [model_of(model) for model in answer.models]
+        return [Model.of(model) for model in answer.models]
 
     def get_model(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> Model:
         """Describe one model; answers while it loads."""
         request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return model_of(self._unary(self._models.GetModel, request, timeout_s, metadata).model)
+        return Model.of(self._unary(self._models.GetModel, request, timeout_s, metadata).model)
 
     def wait_ready(
         self,
@@ -400,9 +399,9 @@ class Client:
             except DeadlinePassed:
                 raise not_ready_in_time(model, last, limit_s or 0.0) from None
             else:
-                loading = ready_or_loading(model_of(answer.model))
+                loading = ready_or_loading(Model.of(answer.model))
                 if loading is None:
-                    return model_of(answer.model)
+                    return Model.of(answer.model)
                 last = loading
                 if on_progress is not None:
                     on_progress(loading)
