@@ -1097,6 +1097,17 @@ class DoorCall:
         """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
+class MessageShape:
+    """Counts the values of a protobuf message without parsing it; see csrc/requests/message_shape.h.
+
+    types: for each type of message, its own first, its fields that are numbers or messages: (number, kind), the kind
+    being the index of a type, or packed as -1 varints, -2 four bytes, -3 eight bytes. Raises ValueError.
+    """
+
+    def __init__(self, types: Sequence[Sequence[tuple[int, int]]]) -> None: ...
+    def find_excess(self, message: bytes, max_values: int, max_numbers: int) -> list[int] | None:
+        """The field numbers that lead to the value with which a message holds more than it may."""
+
 def read_plain_generate(
     message: bytes,
 ) -> tuple[str, str, list[int], int, bytes, str, str, str, str] | None:
