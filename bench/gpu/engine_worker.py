@@ -4,7 +4,7 @@ the standard output.
 A command names a batch: mode, streams, tokens, prompt, seeded. The answer has its tokens a second while all
 streams decode, the time between tokens, and the host's microseconds a step by part. {"check": true} draws each
 row once more on the CPU and counts differences; such runs are not timed. {"profile": N} tells what the GPU does in N of
-the steps, by kernel.
+the steps, by kernel. {"arrivals": N} serves N streams of the given tokens, `streams` of them at a time.
 """
 
 from __future__ import annotations
@@ -287,6 +287,8 @@ class Worker:
         streams = command["streams"]
         for index in range(streams):
             self._add(command, index)
+        if command.get("arrivals"):
+            return self._serve(command, streams)
         core = self.core
         full: list[float] = []  # when a step of all streams had been read
         microseconds: dict[str, float] = {}
@@ -323,6 +325,33 @@ class Worker:
             },
             "steps": steps,
             "host_us": microseconds,
+        }
+
+    def _serve(self, command: dict[str, Any], added: int) -> dict[str, Any]:
+        """New streams come as others end. `added` have been."""
+        core, left = self.core, command["arrivals"]
+        steps = rows = 0
+        adding = 0.0
+        self.clock.reset()
+        begin = time.perf_counter()
+        while core.scheduler.has_requests() or core.batch_queue:
+            outputs, was_executed = core.step_fn()
+            core.post_step(was_executed)
+            made = [o for batch in (outputs or {}).values() for o in batch.outputs]
+            steps += bool(made)
+            rows += sum(len(o.new_token_ids) for o in made)
+            ended = time.perf_counter()
+            for _ in range(min(left - added, sum(o.finish_reason is not None for o in made))):
+                self._add(command, added)
+                added += 1
+            adding += time.perf_counter() - ended
+        spent = time.perf_counter() - begin - adding  # a front end's work
+        return {
+            "streams_per_s": round(left / spent, 1),
+            "steps": steps,
+            "rows_a_step": round(rows / max(1, steps), 1),
+            "step_us": round(1e6 * spent / max(1, steps), 1),
+            "host_us": self.clock.microseconds(),
         }
 
 

@@ -73,7 +73,8 @@ class Bench:
         self.begin = time.monotonic()
         self.report: dict[str, Any] = {
             "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "vllm": vllm.__version__,
-            "date": time.strftime("%Y-%m-%d"), "engines": {}, "runs": [], "counters": {}, "profiles": [],
+            "date": time.strftime("%Y-%m-%d"), "engines": {}, "runs": [], "counters": {},
+            "profiles": [], "arrivals": [],
         }  # fmt: skip
         self.settings = json.loads(options.settings.read_text()) if options.settings else {}
         self.report["settings"] = self.settings
@@ -142,6 +143,15 @@ class Bench:
                             self.report["runs"].append(
                                 {"shape": shape, "streams": streams, "mode": mode, **variant, **run}
                             )
+        for number in range(-1, options.rounds if options.arrivals else -1):
+            for drawn, engine in engines.items():
+                if not engine.error and self.elapsed() < options.limit:
+                    found = engine.ask(
+                        mode="greedy", streams=512, tokens=1, prompt=32, arrivals=4096, round=1000 + number
+                    )
+                    if number >= 0:
+                        self.report["arrivals"].append({"shape": shape, "draws": drawn, **found})
+                        print(drawn, found, flush=True)
         for drawn, engine in engines.items():
             for streams in options.profile:
                 if not engine.error:
@@ -246,6 +256,7 @@ def main() -> int:
     parser.add_argument("--check", type=int, metavar="ROWS", help="draw so many rows twice instead")
     parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's compilation")
     parser.add_argument("--settings", type=Path, help="more engines; see above")
+    parser.add_argument("--arrivals", action="store_true", help="streams of one token too, 512 at a time")
     parser.add_argument("--profile", type=int, nargs="+", default=[], help="streams to profile 20 steps of")
     parser.add_argument(
         "--kv-bytes", type=int, default=0, help="of each engine's cache; 0: for 1,024 streams"
