@@ -1194,7 +1194,8 @@ class Door:
         """The events that came, (kind, call id, payload), and the calls that pick_plain() picked.
 
         0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
-        2: half-closed; 3: cancelled, why; 4: room; 5: a call was refused by bounded_paths, its path; of no call.
+        2: half-closed; 3: cancelled, why; 4: room; 5: calls were refused by bounded_paths, their path, and in the call
+        id's place their number. If many came, the rest is left for the next time, and fileno() stays readable.
         A picked call began before the events beside it: (call id, PlainCall, peer, timeout in s or None, model, text,
         token ids, the largest of them, SamplingParams as bytes, request id, drawn if none was sent, tenant, cache salt,
         session, a seed).
