@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/epoll.h>
@@ -23,10 +22,10 @@ constexpr int kReadsATurn = 4;  // of one connection, so that the others get the
 constexpr size_t kSendBytes = 64 << 10;
 constexpr size_t kGatheredConnections = 64;  // few enough for their bytes to stay in the cache
 constexpr size_t kGatheredBytes = 256 << 10;
-constexpr size_t kTlsAnswerBytes = 256 << 10;  // of a client that makes TLS answer and does not read
+constexpr size_t kTlsAnswerBytes = 64 << 10;  // to a client that makes TLS answer and does not read
 constexpr int kAcceptsATurn = 64;
+constexpr int64_t kFlushNs = 250'000;        // of sending, or as long as the rest of the turn took
 constexpr int64_t kCloseNs = 1'000'000'000;  // for a client to read our last words
-constexpr int kNotSentLowBytes = 128 << 10;  // beyond which the kernel would hold what no client reads
 constexpr int64_t kLongestTickNs = 1'000'000'000;
 constexpr int64_t kShortestTickNs = 10'000'000;
 
@@ -47,6 +46,22 @@ int64_t TickNs(const Options& options) {
 
 }  // namespace
 
+AddressCounts::Seat AddressCounts::Take(const std::string& peer, size_t max_open) {
+  std::string address = peer.substr(0, peer.rfind(':'));
+  {
+    const std::lock_guard lock(table_->mutex);
+    size_t& num_open = table_->num_open[address];
+    if (num_open >= max_open) return nullptr;
+    ++num_open;
+  }
+  const auto leave = [table = table_, address = std::move(address)](void*) {
+    const std::lock_guard lock(table->mutex);
+    const auto found = table->num_open.find(address);
+    if (--found->second == 0) table->num_open.erase(found);
+  };
+  return Seat(table_.get(), leave);
+}
+
 uint64_t ConnectionList::Add(std::shared_ptr<ConnectionStats> stats) {
   const std::lock_guard lock(mutex_);
   by_id_.emplace(next_id_, std::move(stats));
@@ -65,10 +80,13 @@ std::vector<std::pair<uint64_t, std::shared_ptr<ConnectionStats>>> ConnectionLis
 
 struct Loop::Connection {
   Connection(const Accepted& accepted, LoopState* state, std::shared_ptr<ConnectionStats> stats)
-      : stream(accepted.fd, accepted.tls), session(std::make_unique<Session>(state, std::move(stats))) {
+      : seat(accepted.seat),
+        stream(accepted.fd, accepted.tls),
+        session(std::make_unique<Session>(state, std::move(stats))) {
     session->owner = this;
   }
 
+  const AddressCounts::Seat seat;  // null without a limit
   ByteStream stream;
   std::unique_ptr<Session> session;  // null when only the client's end is waited for
   uint64_t id = 0;
@@ -76,7 +94,10 @@ struct Loop::Connection {
 
   std::string out;  // what the socket did not take, and what TLS answers
   size_t out_pos = 0;
+  size_t num_tls_answered = 0;  // bytes of TLS's since out was last empty
   bool is_touched = false;
+  bool is_urgent = false;
+  int num_listed = 0;  // times in touched_ and urgent_
   bool is_dead = false;
   bool wants_out = false;
   int64_t close_at_ns = 0;
@@ -95,7 +116,7 @@ Loop::Loop(const Options* options, std::shared_ptr<Totals> totals, ConnectionLis
   state_.mailbox = std::make_shared<Mailbox>();
   state_.now_ns = Now();
   epoll_event event{};
-  event.events = EPOLLIN;
+  event.events = EPOLLIN | EPOLLET;
   event.data.ptr = this;  // stands for the mailbox
   if (epoll_fd_ < 0 || epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, state_.mailbox->fd(), &event) != 0) {
     throw std::system_error(errno, std::generic_category(), "epoll");
@@ -112,7 +133,7 @@ Loop::~Loop() {
   if (spare_fd_ >= 0) close(spare_fd_);
 }
 
-void Loop::Accept(const std::vector<Listener>& listeners, std::function<void(int, std::string)> place) {
+void Loop::Accept(const std::vector<Listener>& listeners, std::function<void(Accepted)> place) {
   place_ = std::move(place);
   for (const Listener& listener : listeners) listener_fds_.push_back(listener.fd);
   for (int& fd : listener_fds_) {
@@ -136,12 +157,14 @@ void Loop::Start() {
 }
 
 void Loop::Adopt(Accepted accepted) {
+  bool is_first = false;
   {
     const std::lock_guard lock(mutex_);
+    is_first = accepted_.empty();
     accepted_.push_back(std::move(accepted));
     ++num_connections_;
   }
-  state_.mailbox->Wake();
+  if (is_first) state_.mailbox->Wake();
 }
 
 void Loop::StopAccepting() {
@@ -191,6 +214,7 @@ void Loop::Run() {
 }
 
 int Loop::TimeoutMs() const {
+  if (!urgent_.empty() || !touched_.empty()) return 0;
   int64_t until_ns = ticked_at_ns_ + tick_ns_;
   if (!state_.timers.empty()) until_ns = std::min(until_ns, state_.timers.begin()->at_ns);
   if (is_stopping_) until_ns = std::min(until_ns, stop_at_ns_);
@@ -223,9 +247,41 @@ void Loop::Turn(int timeout_ms) {
   }
   RunTimers();
   if (state_.now_ns - ticked_at_ns_ >= tick_ns_) Tick();
-  FlushTouched();
-  dead_.clear();
+  // What was read need not wait for what is sent.
   Deliver();
+  FlushTouched(std::max(kFlushNs, Now() - state_.now_ns));
+  std::erase_if(dead_, [](const auto& connection) { return connection->num_listed == 0; });
+  Deliver();
+}
+
+// A step's messages for thousands of streams take milliseconds to send. So after a while the rest waits for
+// another turn, which reads first; and connections with a stream's first message go before the others, each
+// of which gets its turn because a stream has only one first message.
+//
+// First the bytes of some connections are made, then all of them are sent: each of the two stays in the
+// processor's caches for longer, and one system call can send them all. Nothing here touches a connection.
+void Loop::FlushTouched(int64_t limit_ns) {
+  const int64_t until_ns = Now() + limit_ns;
+  for (std::deque<Connection*>* list : {&urgent_, &touched_}) {
+    while (!list->empty()) {
+      Connection* connection = list->front();
+      list->pop_front();
+      --connection->num_listed;
+      if (!connection->is_touched || connection->is_dead) continue;
+      connection->is_touched = connection->is_urgent = false;
+      const bool has_sent = !connection->session || connection->num_unsent() > 0;
+      if (has_sent) {
+        Flush(connection);
+      } else {
+        Gather(connection);
+      }
+      const bool is_full =
+          gathered_.size() >= kGatheredConnections || gathered_bytes_.size() >= kGatheredBytes;
+      if (is_full) SendGathered();
+      if ((has_sent || is_full) && Now() >= until_ns) return SendGathered();
+    }
+  }
+  SendGathered();
 }
 
 void Loop::Deliver() {
@@ -266,8 +322,10 @@ void Loop::ApplyMail() {
   for (Command& command : mail_.commands) {
     Call& call = *command.call;
     if (Stream* stream = call.stream_) {
+      auto* connection = static_cast<Connection*>(stream->session->owner);
+      const bool is_first = command.kind == CommandKind::kMessage && stream->moved_at_ns == 0;
       stream->session->Apply(command, mail_);
-      Touch(static_cast<Connection*>(stream->session->owner));
+      Touch(connection, is_first);
     } else if (command.kind == CommandKind::kMessage) {
       call.unsent_bytes_ -= static_cast<int64_t>(command.size + kPrefixBytes);
     }
@@ -285,10 +343,6 @@ void Loop::TakeAccepted() {
 }
 
 void Loop::Open(Accepted accepted) {
-  const int on = 1;
-  setsockopt(accepted.fd, IPPROTO_TCP, TCP_NODELAY, &on,
-             sizeof on);  // fails on a Unix socket, which needs none
-  setsockopt(accepted.fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kNotSentLowBytes, sizeof kNotSentLowBytes);
   auto stats = std::make_shared<ConnectionStats>(accepted.peer);
   auto connection = std::make_unique<Connection>(accepted, &state_, stats);
   Connection* const key = connection.get();
@@ -322,30 +376,40 @@ void Loop::AcceptFrom(int listener_fd) {
       if (errno == EINTR || errno == ECONNABORTED) continue;
       return;
     }
-    if (state_.totals->connections >= static_cast<int64_t>(options_->max_connections)) {
+    Accepted accepted{fd, PeerName(address), nullptr, nullptr};
+    bool is_full = state_.totals->connections >= static_cast<int64_t>(options_->max_connections);
+    if (!is_full && options_->max_address_connections > 0 && address.ss_family != AF_UNIX) {
+      accepted.seat = address_counts_.Take(accepted.peer, options_->max_address_connections);
+      is_full = !accepted.seat;
+    }
+    if (is_full) {
       ++state_.totals->connections_refused;
       close(fd);
       continue;
     }
     ++state_.totals->connections;
     ++state_.totals->connections_accepted;
-    place_(fd, PeerName(address));
+    place_(std::move(accepted));
   }
 }
 
 void Loop::OnReadable(Connection* connection) {
   for (int i = 0; i < kReadsATurn || connection->stream.has_pending(); ++i) {
     size_t num_read = 0;
+    const size_t num_held = connection->out.size();
     const IoResult result =
         connection->stream.Read(buffer_.data(), buffer_.size(), &num_read, &connection->out);
-    if (connection->num_unsent() > 0) Touch(connection);
+    if (connection->out.size() > num_held) {
+      connection->num_tls_answered += connection->out.size() - num_held;
+      Touch(connection);
+    }
     if (result == IoResult::kClosed) {
       // TLS may have said why.
       if (connection->stream.has_tls() && connection->num_unsent() > 0) Flush(connection);
       return Kill(connection);
     }
     if (result == IoResult::kWouldBlock) break;
-    if (connection->num_unsent() > kTlsAnswerBytes) return Kill(connection);
+    if (connection->num_tls_answered > kTlsAnswerBytes) return Kill(connection);
     if (!connection->session) continue;
     Touch(connection);
     if (!connection->session->Feed(std::string_view(buffer_).substr(0, num_read))) break;
@@ -353,9 +417,13 @@ void Loop::OnReadable(Connection* connection) {
   }
 }
 
-void Loop::Touch(Connection* connection) {
-  if (std::exchange(connection->is_touched, true)) return;
-  touched_.push_back(connection);
+void Loop::Touch(Connection* connection, bool is_urgent) {
+  const bool is_listed = is_urgent ? connection->is_urgent : connection->is_touched;
+  connection->is_touched = true;
+  connection->is_urgent |= is_urgent;
+  if (is_listed) return;
+  ++connection->num_listed;
+  (is_urgent ? urgent_ : touched_).push_back(connection);
 }
 
 void Loop::Watch(Connection* connection, bool wants_out) {
@@ -365,23 +433,6 @@ void Loop::Watch(Connection* connection, bool wants_out) {
   event.events = EPOLLIN | (wants_out ? EPOLLOUT : 0u);
   event.data.ptr = connection;
   epoll_ctl(epoll_fd_, EPOLL_CTL_MOD, connection->stream.fd(), &event);
-}
-
-// First the bytes of many connections are made, then all are sent: each of the two stays in the processor's
-// caches for longer, and one system call can send them all. Nothing here touches a connection.
-void Loop::FlushTouched() {
-  for (Connection* connection : touched_) {
-    connection->is_touched = false;
-    if (connection->is_dead) continue;
-    if (!connection->session || connection->num_unsent() > 0) {
-      Flush(connection);
-    } else {
-      Gather(connection);
-    }
-    if (gathered_.size() == kGatheredConnections || gathered_bytes_.size() >= kGatheredBytes) SendGathered();
-  }
-  touched_.clear();
-  SendGathered();
 }
 
 void Loop::Gather(Connection* connection) {
@@ -445,6 +496,7 @@ void Loop::Flush(Connection* connection) {
     if (connection->num_unsent() == 0) {
       connection->out.clear();
       connection->out_pos = 0;
+      connection->num_tls_answered = 0;
       if (!has_more) break;
       has_more = Fill(connection, &connection->out);
       if (connection->is_dead) return;
