@@ -24,7 +24,6 @@ from twinjet.client._answers import (
     adapter_of,
     kv_events_of,
     load_of,
-    model_of,
 )
 from twinjet.client._calls import (
     READY_POLL_S,
@@ -42,14 +41,13 @@ from twinjet.client._channel import channel_options as all_options
 from twinjet.client._compare import CompareEvent, Comparison, compare_event_of, compare_request
 from twinjet.client._errors import (
     DeadlinePassed,
-    IncompleteStream,
-    StreamConsumed,
     TwinjetClientError,
     Unavailable,
     from_rpc_error,
 )
-from twinjet.client._events import Collector, Completion, Delta, Event, Summary, event_of, usage_of
+from twinjet.client._events import Completion, Delta, Event, usage_of
 from twinjet.client._health import wait_aio
+from twinjet.client._reading import Reading, Try
 from twinjet.client._requests import (
     Conversation,
     Options,
@@ -81,22 +79,23 @@ class AsyncStream:
     carry what had come before; a second reading raises StreamConsumed.
     """
 
-    def __init__(self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts) -> None:
+    def __init__(
+        self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts, address: str
+    ) -> None:
         self._open = open_stream
+        self._address = address
         self._wait = wait
         self._begin_attempts = begin_attempts
-        self._collector = Collector()
-        self._has_begun = False
-        self._is_over = False
+        self._reading = Reading()
         self._events = self._run()
 
     @property
     def request_id(self) -> str:
         """The request's id, "" until the first event."""
-        return self._collector.request_id
+        return self._reading.request_id
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        self._check_unread(whole=False)
+        self._reading.check_unread(whole=False)
         return self._events
 
     async def __aenter__(self) -> AsyncStream:
@@ -109,7 +108,7 @@ class AsyncStream:
 
     async def aclose(self) -> None:
         """Cancel the call if it still runs."""
-        self._is_over = True
+        self._reading.end()
         await self._events.aclose()
 
     async def pieces(self, output_index: int = 0) -> AsyncIterator[str]:
@@ -125,58 +124,41 @@ class AsyncStream:
 
     async def completion(self) -> Completion:
         """Read to the end and give everything."""
-        self._check_unread(whole=True)
+        self._reading.check_unread(whole=True)
         async with self:
             async for _ in self:
                 pass
-        return self._collector.completion()
-
-    def _check_unread(self, *, whole: bool) -> None:
-        if self._is_over or (whole and self._has_begun):
-            how = "has been read" if self._is_over else "has been read in part"
-            raise StreamConsumed(
-                f"this stream {how}, and its events come once; keep what completion() gives, or call again"
-            )
+        return self._reading.completion()
 
     async def _run(self) -> AsyncGenerator[Event, None]:
-        self._has_begun = True
+        self._reading.begin()
         try:
             async with aclosing(self._tries()) as events:
                 async for event in events:
-                    self._collector.add(event)
+                    self._reading.add(event)
                     yield event
         except TwinjetClientError as error:
-            error.request_id = error.request_id or self._collector.request_id
-            error.outputs = self._collector.partial()
+            self._reading.complete(error)
             raise
         finally:
-            self._is_over = True
+            self._reading.end()
 
     async def _tries(self) -> AsyncGenerator[Event, None]:
         attempts = self._begin_attempts()
         while True:
             call = self._open(attempts.remaining_s)
-            last: Event | None = None
-            has_begun = False
+            one = Try()
             try:
                 while (message := await call.read()) is not grpc.aio.EOF:
-                    has_begun = True
-                    if isinstance(last, Summary):
-                        raise IncompleteStream("an event came after the summary")
-                    if (event := event_of(message)) is not None:
-                        last = event
-                        # The summary is handed out once the status behind it has come and is OK.
-                        if not isinstance(event, Summary):
-                            yield event
-                if not isinstance(last, Summary):
-                    raise IncompleteStream("the stream ended without a summary")
-                yield last
+                    if (event := one.take(message)) is not None:
+                        yield event
+                yield one.end()
                 return
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
             finally:
                 call.cancel()
-            if has_begun:
+            if one.has_begun:
                 raise error
             await self._wait(attempts.pause_after(error))
 
@@ -204,6 +186,7 @@ class AsyncClient:
     ) -> None:
         check_address(address)
         check_token(token)
+        self._address = address
         self._metadata = merged_metadata(call_metadata(token), metadata)
         self._retry = retry or RetryPolicy()
         self._timeout_s = time_limit(timeout_s)
@@ -347,14 +330,14 @@ class AsyncClient:
         answer = await self._unary(
             self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s, metadata
         )
-        return [model_of(model) for model in answer.models]
+        return [Model.of(model) for model in answer.models]
 
     async def get_model(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> Model:
         """Describe one model; answers while it loads."""
         request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return model_of((await self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
+        return Model.of((await self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
 
     async def wait_ready(
         self,
@@ -379,16 +362,16 @@ class AsyncClient:
                     request, timeout=attempts.remaining_s, metadata=sent, wait_for_ready=True
                 )
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
                 # A server that goes away while it answers is waited for as well.
                 if not isinstance(error, Unavailable | DeadlinePassed):
                     raise error from None
             except DeadlinePassed:
                 raise not_ready_in_time(model, last, limit_s or 0.0) from None
             else:
-                loading = ready_or_loading(model_of(answer.model))
+                loading = ready_or_loading(Model.of(answer.model))
                 if loading is None:
-                    return model_of(answer.model)
+                    return Model.of(answer.model)
                 last = loading
                 if on_progress is not None:
                     on_progress(loading)
@@ -546,7 +529,7 @@ class AsyncClient:
             while (message := await call.read()) is not grpc.aio.EOF:
                 yield order.check(kv_events_of(message))
         except grpc.aio.AioRpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -567,7 +550,7 @@ class AsyncClient:
                 if (event := compare_event_of(message)) is not None:
                     yield event
         except grpc.aio.AioRpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -586,6 +569,7 @@ class AsyncClient:
             lambda left_s: method(request, timeout=left_s, metadata=sent),
             lambda pause: wait_aio(self._channel, request.model, pause),
             lambda: self._attempts(timeout_s),
+            self._address,
         )
 
     async def _unary(
@@ -600,5 +584,5 @@ class AsyncClient:
             try:
                 return await method(request, timeout=attempts.remaining_s, metadata=sent)
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
             await wait_aio(self._channel, getattr(request, "model", ""), attempts.pause_after(error))

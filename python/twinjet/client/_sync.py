@@ -26,7 +26,6 @@ from twinjet.client._answers import (
     adapter_of,
     kv_events_of,
     load_of,
-    model_of,
 )
 from twinjet.client._calls import (
     READY_POLL_S,
@@ -45,14 +44,13 @@ from twinjet.client._compare import CompareEvent, Comparison, compare_event_of, 
 from twinjet.client._errors import (
     Cancelled,
     DeadlinePassed,
-    IncompleteStream,
-    StreamConsumed,
     TwinjetClientError,
     Unavailable,
     from_rpc_error,
 )
-from twinjet.client._events import Collector, Completion, Delta, Event, Summary, event_of, usage_of
+from twinjet.client._events import Completion, Delta, Event, usage_of
 from twinjet.client._health import wait
+from twinjet.client._reading import Reading, Try
 from twinjet.client._requests import (
     Conversation,
     Options,
@@ -84,13 +82,14 @@ class Stream:
     which carry what had come before; a second reading raises StreamConsumed.
     """
 
-    def __init__(self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts) -> None:
+    def __init__(
+        self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts, address: str
+    ) -> None:
         self._open = open_stream
+        self._address = address
         self._wait = wait
         self._begin_attempts = begin_attempts
-        self._collector = Collector()
-        self._has_begun = False
-        self._is_over = False
+        self._reading = Reading()
         self._call: Any = None
         self._is_cancelled = False
         self._lock = threading.Lock()
@@ -99,10 +98,10 @@ class Stream:
     @property
     def request_id(self) -> str:
         """The request's id, "" until the first event."""
-        return self._collector.request_id
+        return self._reading.request_id
 
     def __iter__(self) -> Iterator[Event]:
-        self._check_unread(whole=False)
+        self._reading.check_unread(whole=False)
         return self._events
 
     def __enter__(self) -> Stream:
@@ -115,7 +114,7 @@ class Stream:
 
     def close(self) -> None:
         """Cancel the call if it still runs."""
-        self._is_over = True
+        self._reading.end()
         self._events.close()
 
     def cancel(self) -> None:
@@ -138,32 +137,24 @@ class Stream:
 
     def completion(self) -> Completion:
         """Read to the end and give everything."""
-        self._check_unread(whole=True)
+        self._reading.check_unread(whole=True)
         with self:
             for _ in self:
                 pass
-        return self._collector.completion()
-
-    def _check_unread(self, *, whole: bool) -> None:
-        if self._is_over or (whole and self._has_begun):
-            how = "has been read" if self._is_over else "has been read in part"
-            raise StreamConsumed(
-                f"this stream {how}, and its events come once; keep what completion() gives, or call again"
-            )
+        return self._reading.completion()
 
     def _run(self) -> Generator[Event]:
-        self._has_begun = True
+        self._reading.begin()
         try:
             with closing(self._tries()) as events:
                 for event in events:
-                    self._collector.add(event)
+                    self._reading.add(event)
                     yield event
         except TwinjetClientError as error:
-            error.request_id = error.request_id or self._collector.request_id
-            error.outputs = self._collector.partial()
+            self._reading.complete(error)
             raise
         finally:
-            self._is_over = True
+            self._reading.end()
 
     def _begin_call(self, left_s: float | None) -> Any:
         with self._lock:
@@ -176,27 +167,18 @@ class Stream:
         attempts = self._begin_attempts()
         while True:
             call = self._begin_call(attempts.remaining_s)
-            last: Event | None = None
-            has_begun = False
+            one = Try()
             try:
                 while (message := next(call, None)) is not None:
-                    has_begun = True
-                    if isinstance(last, Summary):
-                        raise IncompleteStream("an event came after the summary")
-                    if (event := event_of(message)) is not None:
-                        last = event
-                        # The summary is handed out once the status behind it has come and is OK.
-                        if not isinstance(event, Summary):
-                            yield event
-                if not isinstance(last, Summary):
-                    raise IncompleteStream("the stream ended without a summary")
-                yield last
+                    if (event := one.take(message)) is not None:
+                        yield event
+                yield one.end()
                 return
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
             finally:
                 call.cancel()
-            if has_begun:
+            if one.has_begun:
                 raise error
             self._wait(attempts.pause_after(error))
 
@@ -224,6 +206,7 @@ class Client:
     ) -> None:
         check_address(address)
         check_token(token)
+        self._address = address
         self._metadata = merged_metadata(call_metadata(token), metadata)
         self._retry = retry or RetryPolicy()
         self._timeout_s = time_limit(timeout_s)
@@ -377,14 +360,14 @@ class Client:
     def models(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> list[Model]:
         """List what is served, loaded or not."""
         answer = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s, metadata)
-        return [model_of(model) for model in answer.models]
+        return [Model.of(model) for model in answer.models]
 
     def get_model(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> Model:
         """Describe one model; answers while it loads."""
         request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return model_of(self._unary(self._models.GetModel, request, timeout_s, metadata).model)
+        return Model.of(self._unary(self._models.GetModel, request, timeout_s, metadata).model)
 
     def wait_ready(
         self,
@@ -409,16 +392,16 @@ class Client:
                     request, timeout=attempts.remaining_s, metadata=sent, wait_for_ready=True
                 )
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
                 # A server that goes away while it answers is waited for as well.
                 if not isinstance(error, Unavailable | DeadlinePassed):
                     raise error from None
             except DeadlinePassed:
                 raise not_ready_in_time(model, last, limit_s or 0.0) from None
             else:
-                loading = ready_or_loading(model_of(answer.model))
+                loading = ready_or_loading(Model.of(answer.model))
                 if loading is None:
-                    return model_of(answer.model)
+                    return Model.of(answer.model)
                 last = loading
                 if on_progress is not None:
                     on_progress(loading)
@@ -576,7 +559,7 @@ class Client:
             while (message := next(call, None)) is not None:
                 yield order.check(kv_events_of(message))
         except grpc.RpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -597,7 +580,7 @@ class Client:
                 if (event := compare_event_of(message)) is not None:
                     yield event
         except grpc.RpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -616,6 +599,7 @@ class Client:
             lambda left_s: method(request, timeout=left_s, metadata=sent),
             lambda pause: wait(self._channel, request.model, pause),
             lambda: self._attempts(timeout_s),
+            self._address,
         )
 
     def _unary(
@@ -630,5 +614,5 @@ class Client:
             try:
                 return method(request, timeout=attempts.remaining_s, metadata=sent)
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
             wait(self._channel, getattr(request, "model", ""), attempts.pause_after(error))
