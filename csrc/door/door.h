@@ -72,7 +72,7 @@ class Door {
   }
 
  private:
-  void Place(int fd, std::string peer);
+  void Place(Accepted accepted);
 
   const Options options_;
   EventSink* const sink_;

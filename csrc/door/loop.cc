@@ -22,6 +22,7 @@ constexpr size_t kReadBytes = 64 << 10;
 constexpr int kReadsATurn = 4;  // of one connection, so that the others get theirs
 constexpr size_t kSendBytes = 64 << 10;
 constexpr int kAcceptsATurn = 64;
+constexpr int64_t kFlushNs = 250'000;        // of sending, or as long as the rest of the turn took
 constexpr int64_t kCloseNs = 1'000'000'000;  // for a client to read our last words
 constexpr int kNotSentLowBytes = 128 << 10;  // beyond which the kernel would hold what no client reads
 constexpr int64_t kLongestTickNs = 1'000'000'000;
@@ -44,6 +45,22 @@ int64_t TickNs(const Options& options) {
 
 }  // namespace
 
+AddressCounts::Seat AddressCounts::Take(const std::string& peer, size_t max_open) {
+  std::string address = peer.substr(0, peer.rfind(':'));
+  {
+    const std::lock_guard lock(table_->mutex);
+    size_t& num_open = table_->num_open[address];
+    if (num_open >= max_open) return nullptr;
+    ++num_open;
+  }
+  const auto leave = [table = table_, address = std::move(address)](void*) {
+    const std::lock_guard lock(table->mutex);
+    const auto found = table->num_open.find(address);
+    if (--found->second == 0) table->num_open.erase(found);
+  };
+  return Seat(table_.get(), leave);
+}
+
 uint64_t ConnectionList::Add(std::shared_ptr<ConnectionStats> stats) {
   const std::lock_guard lock(mutex_);
   by_id_.emplace(next_id_, std::move(stats));
@@ -62,16 +79,21 @@ std::vector<std::pair<uint64_t, std::shared_ptr<ConnectionStats>>> ConnectionLis
 
 struct Loop::Connection {
   Connection(const Accepted& accepted, LoopState* state, std::shared_ptr<ConnectionStats> stats)
-      : stream(accepted.fd, accepted.tls), session(std::make_unique<Session>(state, std::move(stats))) {
+      : seat(accepted.seat),
+        stream(accepted.fd, accepted.tls),
+        session(std::make_unique<Session>(state, std::move(stats))) {
     session->owner = this;
   }
 
+  const AddressCounts::Seat seat;  // null without a limit
   ByteStream stream;
   std::unique_ptr<Session> session;  // null when only the client's end is waited for
   uint64_t id = 0;
   std::string out;
   size_t out_pos = 0;
   bool is_touched = false;
+  bool is_urgent = false;
+  int num_listed = 0;  // times in touched_ and urgent_
   bool is_dead = false;
   bool wants_out = false;
   int64_t close_at_ns = 0;
@@ -107,7 +129,7 @@ Loop::~Loop() {
   if (spare_fd_ >= 0) close(spare_fd_);
 }
 
-void Loop::Accept(const std::vector<Listener>& listeners, std::function<void(int, std::string)> place) {
+void Loop::Accept(const std::vector<Listener>& listeners, std::function<void(Accepted)> place) {
   place_ = std::move(place);
   for (const Listener& listener : listeners) listener_fds_.push_back(listener.fd);
   for (int& fd : listener_fds_) {
@@ -186,6 +208,7 @@ void Loop::Run() {
 }
 
 int Loop::TimeoutMs() const {
+  if (!urgent_.empty() || !touched_.empty()) return 0;
   int64_t until_ns = ticked_at_ns_ + tick_ns_;
   if (!state_.timers.empty()) until_ns = std::min(until_ns, state_.timers.begin()->at_ns);
   if (is_stopping_) until_ns = std::min(until_ns, stop_at_ns_);
@@ -219,14 +242,29 @@ void Loop::Turn(int timeout_ms) {
   }
   RunTimers();
   if (state_.now_ns - ticked_at_ns_ >= tick_ns_) Tick();
-  for (size_t i = 0; i < touched_.size(); ++i) {
-    Connection* connection = touched_[i];
-    connection->is_touched = false;
-    if (!connection->is_dead) Flush(connection);
-  }
-  touched_.clear();
-  dead_.clear();
+  // What was read need not wait for what is sent.
   Deliver();
+  FlushTouched(std::max(kFlushNs, Now() - state_.now_ns));
+  std::erase_if(dead_, [](const auto& connection) { return connection->num_listed == 0; });
+  Deliver();
+}
+
+// A step's messages for thousands of streams take milliseconds to send. So after a while the rest waits for
+// another turn, which reads first; and connections with a stream's first message go before the others, each
+// of which gets its turn because a stream has only one first message.
+void Loop::FlushTouched(int64_t limit_ns) {
+  const int64_t until_ns = Now() + limit_ns;
+  for (std::deque<Connection*>* list : {&urgent_, &touched_}) {
+    while (!list->empty()) {
+      Connection* connection = list->front();
+      list->pop_front();
+      --connection->num_listed;
+      if (!connection->is_touched || connection->is_dead) continue;
+      connection->is_touched = connection->is_urgent = false;
+      Flush(connection);
+      if (Now() >= until_ns) return;
+    }
+  }
 }
 
 void Loop::Deliver() {
@@ -267,8 +305,10 @@ void Loop::ApplyMail() {
   for (Command& command : mail_.commands) {
     Call& call = *command.call;
     if (Stream* stream = call.stream_) {
+      auto* connection = static_cast<Connection*>(stream->session->owner);
+      const bool is_first = command.kind == CommandKind::kMessage && stream->moved_at_ns == 0;
       stream->session->Apply(command, mail_);
-      Touch(static_cast<Connection*>(stream->session->owner));
+      Touch(connection, is_first);
     } else if (command.kind == CommandKind::kMessage) {
       call.unsent_bytes_ -= static_cast<int64_t>(command.size + kPrefixBytes);
     }
@@ -323,14 +363,20 @@ void Loop::AcceptFrom(int listener_fd) {
       if (errno == EINTR || errno == ECONNABORTED) continue;
       return;
     }
-    if (state_.totals->connections >= static_cast<int64_t>(options_->max_connections)) {
+    Accepted accepted{fd, PeerName(address), nullptr, nullptr};
+    bool is_full = state_.totals->connections >= static_cast<int64_t>(options_->max_connections);
+    if (!is_full && options_->max_address_connections > 0 && address.ss_family != AF_UNIX) {
+      accepted.seat = address_counts_.Take(accepted.peer, options_->max_address_connections);
+      is_full = !accepted.seat;
+    }
+    if (is_full) {
       ++state_.totals->connections_refused;
       close(fd);
       continue;
     }
     ++state_.totals->connections;
     ++state_.totals->connections_accepted;
-    place_(fd, PeerName(address));
+    place_(std::move(accepted));
   }
 }
 
@@ -350,9 +396,13 @@ void Loop::OnReadable(Connection* connection) {
   }
 }
 
-void Loop::Touch(Connection* connection) {
-  if (std::exchange(connection->is_touched, true)) return;
-  touched_.push_back(connection);
+void Loop::Touch(Connection* connection, bool is_urgent) {
+  const bool is_listed = is_urgent ? connection->is_urgent : connection->is_touched;
+  connection->is_touched = true;
+  connection->is_urgent |= is_urgent;
+  if (is_listed) return;
+  ++connection->num_listed;
+  (is_urgent ? urgent_ : touched_).push_back(connection);
 }
 
 void Loop::Watch(Connection* connection, bool wants_out) {

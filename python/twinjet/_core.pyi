@@ -487,6 +487,7 @@ class SeatSampler:  # only where HAS_CUDA
         self, request_ids: list[str], states: dict[str, object], seats: dict[str, int]
     ) -> tuple[npt.NDArray[np.int64], list[int]]: ...
     # advances: rows whose token becomes part of the output. dtype: 0 float32, 1 float16, 2 bfloat16.
+    # mask_rows: the row of `masks`, mask_stride words apart, that holds for each row, -1 for none.
     def draw(
         self,
         seats: npt.NDArray[np.int64],
@@ -494,6 +495,9 @@ class SeatSampler:  # only where HAS_CUDA
         logits: int,
         row_stride: int,
         dtype: int,
+        mask_rows: npt.NDArray[np.int32] | None,
+        masks: int,
+        mask_stride: int,
         token_ids: int,
         status: int,
         tokens64: int,
@@ -516,6 +520,10 @@ class SeatSampler:  # only where HAS_CUDA
         stride: int,
         bits: int,
         stream: int,
+    ) -> None: ...
+    # Writes -inf over what the rows' bad words rule out; for a batch that another sampler draws.
+    def mask(
+        self, seats: npt.NDArray[np.int64], logits: int, row_stride: int, dtype: int, stream: int
     ) -> None: ...
     # How often the host had to wait for the device: "buffers", "memory", "results".
     def waits(self) -> dict[str, int]: ...
@@ -1186,7 +1194,8 @@ class Door:
         """The events that came, (kind, call id, payload), and the calls that pick_plain() picked.
 
         0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
-        2: half-closed; 3: cancelled, why; 4: room; 5: a call was refused by bounded_paths, its path; of no call.
+        2: half-closed; 3: cancelled, why; 4: room; 5: calls were refused by bounded_paths, their path, and in the call
+        id's place their number. If many came, the rest is left for the next time, and fileno() stays readable.
         A picked call began before the events beside it: (call id, PlainCall, peer, timeout in s or None, model, text,
         token ids, the largest of them, SamplingParams as bytes, request id, drawn if none was sent, tenant, cache salt,
         session, a seed).

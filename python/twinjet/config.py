@@ -148,6 +148,9 @@ class ServerSettings(_Section):
     )
     door_threads: int = Field(1, ge=1, le=64, description="of the native door")
     max_connections: int = Field(16384, ge=1, le=2**20, description="through the native door")
+    max_connections_per_address: int = Field(
+        0, ge=0, le=2**20, description="through the native door, from one IP address; 0 is no limit"
+    )
     max_connection_calls: int = Field(
         4096, ge=1, le=2**20, description="open at once on one connection of the native door"
     )

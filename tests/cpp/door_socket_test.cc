@@ -146,12 +146,14 @@ class SocketClient {
   bool is_tls_good_ = true;
 };
 
-int ConnectTcp(int port) {
+int ConnectTcp(int port, const char* from = "127.0.0.1") {
   sockaddr_in address{};
   address.sin_family = AF_INET;
+  inet_pton(AF_INET, from, &address.sin_addr);
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address);
   address.sin_port = htons(static_cast<in_port_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) {
     close(fd);
     throw test::Failure{"cannot connect"};
@@ -491,6 +493,71 @@ TEST(connections_beyond_the_limit_are_turned_away) {
   WaitUntil([&] { return server.door.totals().connections == 1; });
   SocketClient fourth(ConnectTcp(server.port));
   CheckEcho(fourth);
+}
+
+TEST(one_address_cannot_take_all_connections) {
+  Options options;
+  options.max_address_connections = 2;
+  options.num_threads = 2;
+  Server server(options);
+  const auto connect_from = [&](const char* address) {
+    return std::make_unique<SocketClient>(ConnectTcp(server.port, address));
+  };
+  auto first = connect_from("127.0.0.1");
+  auto second = connect_from("127.0.0.1");
+  CheckEcho(*first);
+  CheckEcho(*second);
+  CHECK_EQ(connect_from("127.0.0.1")->UntilEnd(), "");
+  auto other = connect_from("127.0.0.2");
+  CheckEcho(*other);
+  first.reset();
+  WaitUntil([&] { return server.door.totals().connections == 2; });
+  first = connect_from("127.0.0.1");
+  CheckEcho(*first);
+  CHECK_EQ(connect_from("127.0.0.1")->UntilEnd(), "");
+  CHECK_EQ(server.door.totals().connections_refused.load(), 2);
+}
+
+TEST(connections_that_end_while_they_wait_to_be_sent_to_harm_nobody) {
+  constexpr int kNumClients = 60;
+  std::mutex mutex;
+  std::vector<CallRef> calls;
+  Server server({}, [&](Event& event) {
+    const std::lock_guard lock(mutex);
+    if (event.kind == EventKind::kMessage) calls.push_back(event.call);
+  });
+  std::vector<std::unique_ptr<SocketClient>> clients;
+  for (int i = 0; i < kNumClients; ++i) {
+    clients.push_back(std::make_unique<SocketClient>(ConnectTcp(server.port)));
+    clients.back()->http2.Ask("/p/Stream", "x");
+    clients.back()->Flush();
+  }
+  WaitUntil([&] {
+    const std::lock_guard lock(mutex);
+    return calls.size() == kNumClients;
+  });
+  // So much that a step is sent in several turns.
+  const std::string text(100'000, 's');
+  std::vector<Outgoing> step;
+  for (const CallRef& call : calls) step.push_back({call, text});
+  while (!clients.empty()) {
+    server.door.WriteAll(step);
+    clients.pop_back();
+  }
+  WaitUntil([&] { return server.door.totals().connections == 0; });
+  step.clear();
+  calls.clear();
+  SocketClient late(ConnectTcp(server.port));
+  const int32_t id = late.http2.Ask("/p/Stream", "x");
+  late.Flush();
+  WaitUntil([&] {
+    const std::lock_guard lock(mutex);
+    return !calls.empty();
+  });
+  Write(calls.front(), "well");
+  Finish(calls.front(), {});
+  late.Until([&] { return late.http2.answer(id).is_closed; });
+  CHECK_EQ(late.http2.answer(id).messages().at(0), "well");
 }
 
 TEST(opened_and_dropped_connections_leave_no_descriptor) {

@@ -197,7 +197,9 @@ class Server:
         self._services = [service for service, _ in hung]
         for service, servicer in hung:
             add_service(self._door, service, servicer, self.metrics, self.load_reports)
-        self._door.watch_refusals(lambda method: self.metrics.count_call(method, "RESOURCE_EXHAUSTED"))
+        self._door.watch_refusals(
+            lambda method, num_calls: self.metrics.count_call(method, "RESOURCE_EXHAUSTED", num_calls)
+        )
         self._health.add_to(self._door)
         self.load_reports.add_to(self._door)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)
