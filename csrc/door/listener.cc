@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <strings.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -19,6 +20,7 @@ namespace twinjet::door {
 namespace {
 
 constexpr int kBacklog = 4096;
+constexpr int kNotSentLowBytes = 128 << 10;  // beyond which the kernel would hold what no client reads
 constexpr int kPortsToTry = 16;
 constexpr std::string_view kUnixPrefix = "unix:";
 
@@ -66,6 +68,9 @@ int ListenOnAddress(const addrinfo& info, int* port) {
   sockaddr_storage address{};
   std::memcpy(&address, info.ai_addr, info.ai_addrlen);
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  // For its connections, which inherit them.
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kNotSentLowBytes, sizeof kNotSentLowBytes);
   in_port_t* where = nullptr;
   if (info.ai_family == AF_INET6) {
     auto* v6 = reinterpret_cast<sockaddr_in6*>(&address);

@@ -175,7 +175,7 @@ class ServerSettings(_Section):
 
 
 class AdminSettings(_Section):
-    """Who may use AdminService."""
+    """Who may use AdminService and change adapters."""
 
     token: Token = Field("", description="bearer token; empty: callers on the loopback interface only")
 

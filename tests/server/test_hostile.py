@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from tests.server.harness import Harness, Serve, collect, details
-from tests.server.hostile import ALLOWED, CASES, SAMPLING, STOP, TOKEN_IDS, Answer, Case
+from tests.server.hostile import ALLOWED, BIAS, CASES, SAMPLING, STOP, TOKEN_IDS, Answer, Case
 from twinjet.errors import InvalidRequest
 from twinjet.protobuf_bytes import field, number_field, varint
 from twinjet.request import MAX_ALLOWED_IDS
@@ -63,11 +63,16 @@ async def test_every_hostile_request_is_answered_by_the_field_that_is_wrong(serv
             field(SAMPLING, field(ALLOWED, b"\x01" * (MAX_NUMBERS + 1))),
             "sampling.allowed_token_ids",
         ),
+        (
+            generation_pb2.GenerateRequest,
+            field(SAMPLING, field(BIAS, number_field(1, 1)) * MAX_VALUES),
+            "sampling.logit_bias",
+        ),
         (generation_pb2.ChatRequest, field(2, b"") * (MAX_VALUES + 1), "messages"),
         (
             routing_pb2.AddDeploymentRequest,
             field(2, field(1, field(1, b"k") + field(2, field(6, field(1, b"") * (MAX_VALUES + 1))))),
-            "settings.fields.value.list_value.values",
+            "settings.fields",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -91,6 +91,21 @@ async def test_an_admin_token_is_asked_for_once_set(serve: Serve) -> None:
     assert (await collect(h.inference.Generate(SHORT)))[-1].HasField("summary")
 
 
+async def test_who_may_not_administer_may_not_change_adapters_either(serve: Serve) -> None:
+    h = await serve(admin={"token": "secret"})
+    calls = [
+        (h.models.LoadAdapter, model_pb2.LoadAdapterRequest(name="a", path="/etc")),
+        (h.models.UnloadAdapter, model_pb2.UnloadAdapterRequest(name="a")),
+    ]
+    for call, message in calls:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(message)
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(message, metadata=(("authorization", "Bearer secret"),))
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, "the fake engine takes none"
+
+
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     """A key and a certificate of its own making for 127.0.0.1."""

@@ -416,7 +416,10 @@ class Client:
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> bool:
-        """Load a LoRA adapter from a folder on the server; True if it was loaded before."""
+        """Load a LoRA adapter from a folder on the server; True if it was loaded before.
+
+        Needs the admin token or a local server.
+        """
         request = filled(model_pb2.LoadAdapterRequest(), {"model": model, "name": name, "path": path})
         answer = self._unary(self._models.LoadAdapter, request, timeout_s, metadata)
         return bool(answer.already_loaded)
@@ -429,7 +432,7 @@ class Client:
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> None:
-        """Remove a LoRA adapter."""
+        """Remove a LoRA adapter; needs the admin token or a local server."""
         request = filled(model_pb2.UnloadAdapterRequest(), {"model": model, "name": name})
         self._unary(self._models.UnloadAdapter, request, timeout_s, metadata)
 

@@ -18,7 +18,7 @@ from twinjet.grammar.effort import Effort
 from twinjet.grammar.job import Job
 from twinjet.grammar.limits import MAX_COMPILED_BYTES, MAX_RECOMPILED_S
 from twinjet.grammar.schema import SchemaRefused, normalise, parse, validator
-from twinjet.grammar.vocabulary import tokenizer_info
+from twinjet.grammar.vocabulary import token_lengths, tokenizer_info
 
 _MAX_RULES = 700
 """Writing a compiled grammar grows with the square of its rules; a larger one goes to the engine as text."""
@@ -93,7 +93,7 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
             raise MemoryError from None
         raise ConstraintRefused(_reason(error)) from None
     took_s = time.thread_time() - began
-    _try(xgrammar, compiled, info)
+    _try(xgrammar, compiled, info, token_lengths(job.vocabulary))
     is_small = str(compiled.grammar).count("\n") <= _MAX_RULES
     if not is_small and took_s > MAX_RECOMPILED_S:
         raise ConstraintRefused(
@@ -125,15 +125,15 @@ def _reason(error: Exception) -> str:
     return first[:300]
 
 
-def _try(xgrammar: Any, compiled: Any, info: Any) -> None:
+def _try(xgrammar: Any, compiled: Any, info: Any, lengths: Any) -> None:
     """Walk through the grammar for some tokens: one that starts with nothing or takes long for a mask is refused.
 
     The engine makes a mask between any two steps, so a slow one would hold up every other request. What is slow after
-    many characters shows with the longest tokens, what is slow after many tokens with the shortest.
+    many characters shows with the longest tokens, what is slow after many tokens with the shortest. lengths: of the
+    tokens, as token_lengths() gives them.
     """
     import numpy as np
 
-    lengths = np.array([len(token) for token in info.decoded_vocab])
     random = np.random.default_rng(0)
     ends = list({*info.stop_token_ids, *info.special_token_ids})
     choices: list[Callable[[Any], Any]] = [

@@ -11,6 +11,8 @@ from twinjet.errors import InvalidRequest
 
 INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
+_TURN_CHARS = 32
+"""What a template writes around a turn, about: thousands of empty ones are a long text too."""
 LONG_CHARS = 256 << 10
 """Of texts longer than this, which take tenths of seconds, one is tokenized at a time."""
 _HEAD_CHARS_A_TOKEN = 8
@@ -68,7 +70,7 @@ class Encoder:
                 tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
             )
 
-        num_chars = sum(len(turn.content) for turn in turns)
+        num_chars = sum(_TURN_CHARS + len(turn.content) for turn in turns)
         if num_chars <= INLINE_CHARS:
             return encode()
         async with self._turn(num_chars):

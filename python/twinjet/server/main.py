@@ -182,7 +182,7 @@ class Server:
             self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
         )
         self._door.take_plain_calls(inference.sharing, self.load_reports)
-        models = ModelServicer(self.deployments)
+        models = ModelServicer(self.deployments, self.config.admin.token)
         admin = AdminServicer(
             self.deployments,
             self.config.admin.token,

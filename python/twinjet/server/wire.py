@@ -90,7 +90,7 @@ def _excess(root: Any, path: list[int]) -> Violation:
     descriptor: Any = root
     for number in path:
         field = descriptor.fields_by_number.get(number)
-        if field is None:
+        if field is None or descriptor.GetOptions().map_entry:
             break
         names.append(field.name)
         if field.is_repeated and field.type in _PACKED:
