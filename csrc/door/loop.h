@@ -16,6 +16,7 @@
 #include "door/listener.h"
 #include "door/mailbox.h"
 #include "door/options.h"
+#include "door/sender.h"
 #include "door/session.h"
 #include "door/tls.h"
 
@@ -91,11 +92,15 @@ class Loop {
   void Open(Accepted accepted);
   void AcceptFrom(int listener_fd);
   void OnReadable(Connection* connection);
+  void FlushTouched(int64_t limit_ns);
+  void Gather(Connection* connection);
+  void SendGathered();
   void Flush(Connection* connection);
+  bool Fill(Connection* connection, std::string* out);
+  void Settle(Connection* connection);
   void BeginClose(Connection* connection);
   void Kill(Connection* connection);
   void Touch(Connection* connection, bool is_urgent = false);
-  void FlushTouched(int64_t limit_ns);
   void Watch(Connection* connection, bool wants_out);
   void ApplyMail();
   void RunTimers();
@@ -119,6 +124,18 @@ class Loop {
   std::vector<std::unique_ptr<Connection>> dead_;  // until neither the turn nor a list refers to them
   Mail mail_;
   std::string buffer_;
+  Sender sender_;
+  // One batch of connections on their way out: what each sends, one behind the other in bytes, and whether
+  // that is not all.
+  struct Gathered {
+    Connection* connection;
+    size_t begin;
+    bool has_more;
+  };
+  std::vector<Gathered> gathered_;
+  std::string gathered_bytes_;
+  std::vector<Sending> sendings_;
+  std::string unsealed_;  // of one connection
   int64_t ticked_at_ns_ = 0;
   bool is_stopping_ = false;
   int64_t stop_at_ns_ = 0;

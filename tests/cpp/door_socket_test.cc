@@ -417,6 +417,49 @@ TEST(a_step_leaves_in_one_piece_a_connection) {
   CHECK_EQ(client.http2.num_data_frames, ids.size());
 }
 
+// All leave in the same batches; most need several, since flow control lets them have less at once.
+TEST(connections_that_send_at_once_keep_their_bytes_apart) {
+  const Certificate ours = MakeCertificate("server");
+  const TlsSettings settings{ours.pem, ours.key, ""};
+  const std::shared_ptr<SSL_CTX> tls = ClientTls(nullptr);
+  for (const bool does_use_tls : {false, true}) {
+    std::mutex mutex;
+    std::vector<CallRef> calls;
+    Server server(
+        {},
+        [&](Event& event) {
+          const std::lock_guard lock(mutex);
+          if (event.kind == EventKind::kCall) calls.push_back(event.call);
+        },
+        does_use_tls ? &settings : nullptr);
+    constexpr size_t kClients = 70;
+    std::deque<SocketClient> clients;
+    for (size_t i = 0; i < kClients; ++i) {
+      SocketClient& client =
+          clients.emplace_back(ConnectTcp(server.port), does_use_tls ? tls.get() : nullptr);
+      client.http2.Ask("/a/b", "x");
+      client.Flush();
+      WaitUntil([&] {
+        const std::lock_guard lock(mutex);
+        return calls.size() == i + 1;
+      });
+    }
+    std::vector<std::string> texts;
+    std::vector<Outgoing> step;
+    for (size_t i = 0; i < kClients; ++i) {
+      texts.emplace_back(i % 3 == 0 ? 20 : 150'000, static_cast<char>('0' + i));
+    }
+    for (size_t i = 0; i < kClients; ++i) step.push_back({calls[i], texts[i]});
+    server.door.WriteAll(step);
+    for (const CallRef& call : calls) Finish(call, {});
+    for (size_t i = 0; i < kClients; ++i) {
+      clients[i].Until([&] { return clients[i].http2.answer(1).is_closed; });
+      CHECK_EQ(clients[i].http2.answer(1).status(), 0);
+      CHECK(clients[i].http2.answer(1).messages() == std::vector<std::string>{texts[i]});
+    }
+  }
+}
+
 TEST(tls_needs_no_restart_to_change_its_certificate) {
   const Certificate first = MakeCertificate("first");
   const Certificate second = MakeCertificate("second");

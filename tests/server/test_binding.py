@@ -130,6 +130,31 @@ async def test_ipv6_is_listened_on(serve: Serve, host: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "targets"),
+    [
+        ("127.0.0.1", ["127.0.0.1"]),
+        ("localhost", ["127.0.0.1", "[::1]"]),
+        ("LOCALHOST", ["127.0.0.1", "[::1]"]),
+        ("0.0.0.0", ["127.0.0.1", "127.0.0.2", "[::1]"]),
+        ("::", ["127.0.0.1", "127.0.0.2", "[::1]"]),
+        ("::ffff:127.0.0.1", ["127.0.0.1"]),
+    ],
+)
+async def test_a_host_means_the_same_through_every_door(serve: Serve, host: str, targets: list[str]) -> None:
+    h = await serve(server={"host": host})
+    port = h.server.address.rpartition(":")[2]
+    refused = []
+    for target in targets if _has_ipv6() else targets[:1]:
+        async with grpc.aio.insecure_channel(f"{target}:{port}") as channel:
+            stub = service_pb2_grpc.ModelServiceStub(channel)
+            try:
+                await stub.ListModels(model_pb2.ListModelsRequest(), timeout=5)
+            except grpc.aio.AioRpcError as error:
+                refused.append((target, error.code()))
+    assert refused == []
+
+
+@pytest.mark.parametrize(
     ("file", "environ", "message"),
     [
         (b"[server]\nport = 0\nmetrics_port = {port}\n", {}, "server.metrics_port: cannot listen"),

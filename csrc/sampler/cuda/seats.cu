@@ -28,13 +28,19 @@ __global__ void __launch_bounds__(kTeam) BeginKernel(SeatMemory memory, int32_t 
   BeginRow(BlockTeam(), memory, static_cast<int32_t>(blockIdx.x), vocab_size, rows);
 }
 
-// Where a row has banned strings: -inf for what its mask rules out. The masks are BeginRow's.
+// Where a row has banned strings: -inf for what BeginRow's mask and edits rule out.
 template <typename T>
 __global__ void __launch_bounds__(kTeam) MaskKernel(SeatMemory memory, const DeviceRow* rows, T* logits,
                                                     int64_t row_stride, int32_t vocab_size, T lowest) {
   const auto row = static_cast<int32_t>(blockIdx.y);
   const StepRow& step = RowsOf(memory)[row];
-  if (step.seat < 0 || memory.seats[step.seat].text_at < 0 || rows[row].allowed_at < 0) return;
+  if (step.seat < 0 || memory.seats[step.seat].text_at < 0) return;
+  const auto* edits = reinterpret_cast<const Edit*>(memory.arena);
+  for (int32_t i = rows[row].edit_begin + static_cast<int32_t>(blockIdx.x * kTeam + threadIdx.x);
+       i < rows[row].edit_end; i += static_cast<int32_t>(gridDim.x * kTeam)) {
+    if ((edits[i].flags & kEditMasked) != 0) logits[row * row_stride + edits[i].token_id] = lowest;
+  }
+  if (rows[row].allowed_at < 0) return;
   const auto* mask = reinterpret_cast<const uint32_t*>(memory.arena + rows[row].allowed_at);
   for (auto token = static_cast<int32_t>(blockIdx.x * kTeam + threadIdx.x); token < vocab_size;
        token += static_cast<int32_t>(gridDim.x * kTeam)) {
