@@ -69,7 +69,7 @@ async def test_short_jobs_do_not_pass_a_longer_one_for_ever() -> None:
         await jobs.start(f"short{num_shorts}", 10)
         num_begun = len(jobs.begun)
         jobs.let(jobs.begun[-1])
-        await jobs.until(lambda: len(jobs.begun) > num_begun)
+        await jobs.until(lambda num=num_begun: len(jobs.begun) > num)
         num_shorts += 1
         assert num_shorts < 20, "more work went first than the longer job is itself"
     assert num_shorts > 5, "shorter ones go first"
