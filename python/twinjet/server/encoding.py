@@ -7,7 +7,7 @@ from functools import partial
 
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.errors import InvalidRequest
-from twinjet.server.shortest_first import ShortestFirst
+from twinjet.shortest_first import ShortestFirst
 
 INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from twinjet.server.shortest_first import ShortestFirst
+from twinjet.shortest_first import ShortestFirst
 
 LONG = 100
 
