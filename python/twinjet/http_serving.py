@@ -33,6 +33,8 @@ class _Handler(WSGIRequestHandler):
 class HttpServer(ThreadingWSGIServer):
     """address_family: set for each host before the socket is made."""
 
+    request_queue_size = 128
+
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._lock = threading.Lock()
         self._open: dict[int, socket.socket] = {}
