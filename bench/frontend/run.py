@@ -11,7 +11,7 @@ Cells:
   free      the engine never waits: CPU a token and tokens a second, with the merging that comes of it
   starts    streams of one token, so many at a time: CPU a request and new streams a second
   paced     a token every 20 ms in every stream, the first at once; evenly spaced arrivals at half the rate that
-            keeps so many streams open; a probe, a client of its own that asks 50 times a second, tells TTFT, what
+            keeps so many streams open; a probe, a client of its own that asks 47 times a second, tells TTFT, what
             the front end added to it (load.cc: added), and gaps
   memory    all streams open and silent: bytes a stream
   burst     so many calls at once, 4 tokens each: how each ends, and how long those that are refused wait for it
@@ -41,7 +41,7 @@ from front_ends import ROOT, Bench, FrontEnd, started
 PACE_S = 0.02
 CELL_TIMEOUT_S = 45
 PACED_S = 12
-PROBE_PER_S = 50
+PROBE_PER_S = 47  # no multiple of a step: it meets all of its phases
 PROBE_TOKENS = 16
 PACED_TOKENS = {4096: 128}
 TOKENS = {1: 256, 32: 256, 256: 64, 1024: 64, 4096: 128, 8192: 8}

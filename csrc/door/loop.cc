@@ -269,19 +269,18 @@ void Loop::FlushTouched(int64_t limit_ns) {
       --connection->num_listed;
       if (!connection->is_touched || connection->is_dead) continue;
       connection->is_touched = connection->is_urgent = false;
-      const bool has_sent = !connection->session || connection->num_unsent() > 0;
-      if (has_sent) {
+      if (!connection->session || connection->num_unsent() > 0) {
         Flush(connection);
       } else {
         Gather(connection);
       }
-      const bool is_full =
-          gathered_.size() >= kGatheredConnections || gathered_bytes_.size() >= kGatheredBytes;
-      if (is_full) SendGathered();
-      if ((has_sent || is_full) && Now() >= until_ns) return SendGathered();
+      if (gathered_.size() >= kGatheredConnections || gathered_bytes_.size() >= kGatheredBytes)
+        SendGathered();
+      if (Now() >= until_ns) return SendGathered();
     }
+    // First messages do not wait for the bytes of others to be made.
+    SendGathered();
   }
-  SendGathered();
 }
 
 void Loop::Deliver() {

@@ -12,9 +12,12 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
+#include <ctime>
 #include <deque>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <thread>
 
@@ -130,6 +133,32 @@ class SocketClient {
       http2.Feed(bytes);
       Flush();
     }
+  }
+  // When the kernel had the next bytes to come, by its own clock, in ns. From now on it notes that of each
+  // segment.
+  void NoteArrivals() {
+    const int on = 1;
+    setsockopt(fd_, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
+  }
+  int64_t NextArrival() {
+    pollfd what{fd_, POLLIN, 0};
+    if (poll(&what, 1, kPatienceMs) != 1) throw test::Failure{"nothing came in time"};
+    char bytes[16];
+    alignas(cmsghdr) char control[64];
+    iovec part{bytes, sizeof bytes};
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof control;
+    if (recvmsg(fd_, &message, MSG_PEEK) <= 0) throw test::Failure{"the connection ended early"};
+    for (cmsghdr* one = CMSG_FIRSTHDR(&message); one != nullptr; one = CMSG_NXTHDR(&message, one)) {
+      if (one->cmsg_type != SO_TIMESTAMPNS) continue;
+      timespec at{};
+      std::memcpy(&at, CMSG_DATA(one), sizeof at);
+      return int64_t{at.tv_sec} * 1'000'000'000 + at.tv_nsec;
+    }
+    return 0;  // a kernel, or what stands for one, that notes no times
   }
   // What comes until the other side closes.
   std::string UntilEnd() {
@@ -415,6 +444,41 @@ TEST(a_step_leaves_in_one_piece_a_connection) {
   server.door.WriteAll(step);
   client.Until([&] { return client.http2.num_data_frames > 0; });
   CHECK_EQ(client.http2.num_data_frames, ids.size());
+}
+
+TEST(a_first_message_leaves_before_the_others_of_a_step) {
+  constexpr size_t kNumCalls = 8;
+  std::mutex mutex;
+  std::map<std::string, CallRef> calls;
+  Server server({}, [&](Event& event) {
+    const std::lock_guard lock(mutex);
+    if (event.kind == EventKind::kMessage) calls[event.bytes] = event.call;
+  });
+  std::vector<std::unique_ptr<SocketClient>> clients;
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < kNumCalls; ++i) {
+    clients.push_back(std::make_unique<SocketClient>(ConnectTcp(server.port)));
+    clients.back()->NoteArrivals();
+    ids.push_back(clients.back()->http2.Ask("/p/Stream", std::to_string(i)));
+    clients.back()->Flush();
+  }
+  WaitUntil([&] {
+    const std::lock_guard lock(mutex);
+    return calls.size() == kNumCalls;
+  });
+  std::vector<Outgoing> step;
+  for (size_t i = 0; i < kNumCalls; ++i) step.push_back({calls[std::to_string(i)], "token"});
+  // All but the last have begun.
+  for (size_t i = 0; i + 1 < kNumCalls; ++i) {
+    Write(step[i].call, "first");
+    clients[i]->Until([&] { return !clients[i]->http2.answer(ids[i]).messages().empty(); });
+  }
+  // The last one's headers would come before its message, and be taken for it.
+  SendHeaders(step.back().call, {});
+  clients.back()->Until([&] { return !clients.back()->http2.answer(ids.back()).headers.empty(); });
+  server.door.WriteAll(step);
+  const int64_t first = clients.back()->NextArrival();
+  for (size_t i = 0; first > 0 && i + 1 < kNumCalls; ++i) CHECK(clients[i]->NextArrival() > first);
 }
 
 // All leave in the same batches; most need several, since flow control lets them have less at once.
