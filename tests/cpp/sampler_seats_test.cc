@@ -245,6 +245,39 @@ TEST(seats_hold_what_their_requests_do) {
   }
 }
 
+TEST(strings_without_room_are_refused_and_leave_the_seat_as_it_was) {
+  std::mt19937_64 random = test::Random();
+  const std::shared_ptr<const TokenTexts> texts = RandomTexts(random);
+  RequestOptions options[3];
+  for (int i = 0; i < 3; ++i) {
+    options[i].bad_text = std::make_shared<const BadText>(
+        texts, std::vector<std::string>{"ab" + std::string(10, static_cast<char>('a' + i))}, true);
+  }
+  const auto bytes = options[0].bad_text->Tables().size() * sizeof(uint32_t);
+  SeatTable table(kVocab, 2 * UnitArena::SizeOf(static_cast<int32_t>(bytes / sizeof(Unit) + 1)));
+  std::vector<std::unique_ptr<Request>> requests;
+  for (const RequestOptions& one : options) requests.push_back(std::make_unique<Request>(kVocab, one));
+  table.Put(0, *requests[0]);
+  table.Put(1, *requests[1]);
+  table.Put(2, *requests[0]);  // shares
+  const auto is_refused = [&](int32_t seat) {
+    try {
+      table.Put(seat, *requests[2]);
+    } catch (const InvalidRequest&) {
+      return true;
+    }
+    return false;
+  };
+  CHECK(is_refused(1));
+  CHECK(table.Has(1));
+  table.Remove(0);
+  CHECK(is_refused(3));
+  const int32_t units = table.arena_units();
+  table.Remove(2);
+  CHECK(!is_refused(3));
+  CHECK_EQ(table.arena_units(), units);
+}
+
 TEST(a_row_without_a_token_changes_no_history) {
   RequestOptions options;
   options.params.frequency_penalty = 1.0f;

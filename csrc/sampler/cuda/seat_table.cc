@@ -184,7 +184,7 @@ void SeatTable::UseText(const std::shared_ptr<const BadText>& text) {
   if (place == texts_.end()) {
     const std::vector<uint32_t>& words = text->Tables();
     const int32_t units = UnitArena::SizeOf(UnitsOf(words.size() * sizeof(uint32_t)));
-    if (units > kMaxTextUnits - text_units_) {
+    if (units > max_text_units_ - text_units_) {
       throw InvalidRequest("the device has no room for this many different bad words at once");
     }
     text_units_ += units;

@@ -32,10 +32,11 @@ class UnitArena {
 
 class SeatTable {
  public:
-  explicit SeatTable(int32_t vocab_size) : vocab_size_(vocab_size) {}
-
-  // Tables of banned strings that may lie on the device at once; requests with the same strings share one.
+  // max_text_units: of tables of banned strings that may lie on the device at once; requests with the same
+  // strings share one.
   static constexpr int32_t kMaxTextUnits = 1 << 24;  // 256 MiB
+  explicit SeatTable(int32_t vocab_size, int32_t max_text_units = kMaxTextUnits)
+      : vocab_size_(vocab_size), max_text_units_(max_text_units) {}
 
   // Seats a request with its history so far; who sat there leaves. Throws InvalidRequest for another
   // vocabulary, and for banned strings that have no room, and then leaves all as it was. seat: at least 0;
@@ -94,6 +95,7 @@ class SeatTable {
   int32_t text_mask_units() const { return (vocab_size_ + 127) / 128; }
 
   int32_t vocab_size_;
+  int32_t max_text_units_;
   UnitArena arena_;
   std::vector<std::unique_ptr<Entry>> entries_;
   std::vector<Unit> message_;
