@@ -94,6 +94,7 @@ CAMPAIGN = (
     Cell("memory", 8192, _has_many, 1),
     *(Cell("lockstep", n, _is_plain if n < 256 else _is_plain_or_tls, 3) for n in (1, 32, 256, 1024)),
     *(Cell("each", n, _is_plain, 3) for n in (32, 256)),
+    Cell("each", 1024, _is_native, 3),
     *(Cell("free", n, _is_plain, 3) for n in (32, 256, 1024)),
     Cell("starts", 64, _is_plain_or_tls, 3),
     *(Cell("paced", n, _is_plain, 3) for n in (64, 256)),

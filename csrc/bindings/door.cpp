@@ -319,6 +319,7 @@ void BindDoor(py::module_& module) {
           },
           "Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit.")
       .def("start", [](PyDoor& self) { self.door().Start(); })
+      .def_property_readonly("has_ring", [](PyDoor& self) { return self.door().has_ring(); })
       .def("fileno", &PyDoor::fd)
       .def("take", &PyDoor::Take,
            "The events that came: (kind, call id, payload). 0: a call, (DoorCall, path, peer, metadata, "

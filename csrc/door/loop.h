@@ -80,6 +80,7 @@ class Loop {
 
   const std::shared_ptr<Mailbox>& mailbox() const { return state_.mailbox; }
   int64_t num_connections() const { return num_connections_; }
+  bool has_ring() const { return sender_.has_ring(); }
 
  private:
   struct Connection;

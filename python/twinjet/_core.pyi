@@ -1188,6 +1188,9 @@ class Door:
     def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
         """Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit."""
     def start(self) -> None: ...
+    @property
+    def has_ring(self) -> bool:
+        """Whether what many connections send at once leaves in one system call, by io_uring."""
     def fileno(self) -> int:
         """Readable when there are events to take."""
     def take(self) -> tuple[list[tuple[int, int, Any]], list[Any]]:

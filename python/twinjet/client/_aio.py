@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from twinjet.client import _questions as questions
 from twinjet.client._address import check_address, check_token
 from twinjet.client._answers import (
     Adapter,
@@ -21,9 +22,7 @@ from twinjet.client._answers import (
     Model,
     ModelLoad,
     Tokens,
-    adapter_of,
     kv_events_of,
-    load_of,
 )
 from twinjet.client._calls import (
     READY_POLL_S,
@@ -45,8 +44,9 @@ from twinjet.client._errors import (
     Unavailable,
     from_rpc_error,
 )
-from twinjet.client._events import Completion, Delta, Event, usage_of
+from twinjet.client._events import Completion, Delta, Event
 from twinjet.client._health import wait_aio
+from twinjet.client._questions import Question
 from twinjet.client._reading import Reading, Try
 from twinjet.client._requests import (
     Conversation,
@@ -54,16 +54,13 @@ from twinjet.client._requests import (
     Prompt,
     Sampling,
     chat_request,
-    detokenize_request,
     duration,
-    embed_request,
     filled,
     generate_request,
-    tokenize_request,
 )
 from twinjet.client._retry import Attempts, Pause, RetryPolicy
-from twinjet.client._routes import Route, Routes, add_request, route_message, routes_of
-from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc
+from twinjet.client._routes import Route, Routes
+from twinjet.v1 import admin_pb2, model_pb2, service_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
@@ -291,9 +288,9 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> Tokens:
         """Give the token ids of a text or a conversation. parse_control_tokens: as in chat()."""
-        request = tokenize_request(text, model, add_special_tokens, parse_control_tokens)
-        answer = await self._unary(self._inference.Tokenize, request, timeout_s, metadata)
-        return Tokens(tuple(answer.token_ids), answer.text, answer.max_context_tokens)
+        return await self._ask(
+            questions.tokenize(text, model, add_special_tokens, parse_control_tokens), timeout_s, metadata
+        )
 
     async def detokenize(
         self,
@@ -305,8 +302,9 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> str:
         """Give the text of token ids."""
-        request = detokenize_request(token_ids, model, skip_special_tokens)
-        return (await self._unary(self._inference.Detokenize, request, timeout_s, metadata)).text
+        return await self._ask(
+            questions.detokenize(token_ids, model, skip_special_tokens), timeout_s, metadata
+        )
 
     async def embed(
         self,
@@ -319,25 +317,19 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> Embeddings:
         """Give one vector for each input."""
-        request = embed_request(inputs, dimensions, options, model)
-        answer = await self._unary(self._inference.Embed, request, timeout_s, metadata)
-        return Embeddings(tuple(tuple(e.values) for e in answer.embeddings), usage_of(answer.usage))
+        return await self._ask(questions.embed(inputs, dimensions, options, model), timeout_s, metadata)
 
     async def models(
         self, *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[Model]:
         """List what is served, loaded or not."""
-        answer = await self._unary(
-            self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s, metadata
-        )
-        return [Model.of(model) for model in answer.models]
+        return await self._ask(questions.models(), timeout_s, metadata)
 
     async def get_model(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> Model:
         """Describe one model; answers while it loads."""
-        request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return Model.of((await self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
+        return await self._ask(questions.get_model(model), timeout_s, metadata)
 
     async def wait_ready(
         self,
@@ -390,9 +382,7 @@ class AsyncClient:
 
         Needs the admin token or a local server.
         """
-        request = filled(model_pb2.LoadAdapterRequest(), {"model": model, "name": name, "path": path})
-        answer = await self._unary(self._models.LoadAdapter, request, timeout_s, metadata)
-        return bool(answer.already_loaded)
+        return await self._ask(questions.load_adapter(name, path, model), timeout_s, metadata)
 
     async def unload_adapter(
         self,
@@ -403,29 +393,23 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> None:
         """Remove a LoRA adapter; needs the admin token or a local server."""
-        request = filled(model_pb2.UnloadAdapterRequest(), {"model": model, "name": name})
-        await self._unary(self._models.UnloadAdapter, request, timeout_s, metadata)
+        await self._ask(questions.unload_adapter(name, model), timeout_s, metadata)
 
     async def adapters(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[Adapter]:
         """List the LoRA adapters of a model, by name."""
-        request = filled(model_pb2.ListAdaptersRequest(), {"model": model})
-        answer = await self._unary(self._models.ListAdapters, request, timeout_s, metadata)
-        return [adapter_of(adapter) for adapter in answer.adapters]
+        return await self._ask(questions.adapters(model), timeout_s, metadata)
 
     async def get_load(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[ModelLoad]:
         """Report queues, running requests, KV blocks and speeds; needs the admin token or a local server."""
-        request = filled(admin_pb2.GetLoadRequest(), {"model": model})
-        answer = await self._unary(self._admin.GetLoad, request, timeout_s, metadata)
-        return [load_of(load) for load in answer.models]
+        return await self._ask(questions.get_load(model), timeout_s, metadata)
 
     async def get_routes(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> Routes:
         """Tell which deployments answer for each model; needs the admin token or a local server."""
-        request = routing_pb2.GetRoutesRequest()
-        return routes_of(await self._unary(self._admin.GetRoutes, request, timeout_s, metadata))
+        return await self._ask(questions.get_routes(), timeout_s, metadata)
 
     async def set_route(
         self,
@@ -440,9 +424,7 @@ class AsyncClient:
 
         revision: refused if the routes are at another one by now. Needs the admin token or a local server.
         """
-        values = {"route": route_message(route), "revision": revision, "remove": remove}
-        request = filled(routing_pb2.SetRouteRequest(), values)
-        return int((await self._unary(self._admin.SetRoute, request, timeout_s, metadata)).revision)
+        return await self._ask(questions.set_route(route, revision, remove), timeout_s, metadata)
 
     async def add_deployment(
         self,
@@ -458,8 +440,7 @@ class AsyncClient:
         settings: those of a [deployments.NAME] section. public: make a route of its name to it. Needs the admin token
         or a local server.
         """
-        request = add_request(name, settings, public=public)
-        return int((await self._unary(self._admin.AddDeployment, request, timeout_s, metadata)).revision)
+        return await self._ask(questions.add_deployment(name, settings, public), timeout_s, metadata)
 
     async def remove_deployment(
         self,
@@ -470,24 +451,19 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> Drained:
         """Drain a deployment that no route names and end its engine; grace_s: as in drain()."""
-        values = {"name": name, "grace": duration("grace", grace_s)}
-        request = filled(routing_pb2.RemoveDeploymentRequest(), values)
-        answer = await self._unary(self._admin.RemoveDeployment, request, timeout_s, metadata)
-        return Drained(answer.finished, answer.ended)
+        return await self._ask(questions.remove_deployment(name, grace_s), timeout_s, metadata)
 
     async def abort(
         self, request_id: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> None:
         """End a request, whoever sent it; needs the admin token or a local server."""
-        request = filled(admin_pb2.AbortRequest(), {"request_id": request_id})
-        await self._unary(self._admin.Abort, request, timeout_s, metadata)
+        await self._ask(questions.abort(request_id), timeout_s, metadata)
 
     async def reset_prefix_cache(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> bool:
         """Forget cached prefixes; False if running requests hold some. Needs the admin token or a local server."""
-        request = filled(admin_pb2.ResetPrefixCacheRequest(), {"model": model})
-        return bool((await self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata)).done)
+        return await self._ask(questions.reset_prefix_cache(model), timeout_s, metadata)
 
     async def drain(
         self,
@@ -500,9 +476,7 @@ class AsyncClient:
 
         grace_s: how long they may go on, None is the server's own time.
         """
-        request = filled(admin_pb2.DrainRequest(), {"grace": duration("grace", grace_s)})
-        answer = await self._unary(self._admin.Drain, request, timeout_s, metadata)
-        return Drained(answer.finished, answer.ended)
+        return await self._ask(questions.drain(grace_s), timeout_s, metadata)
 
     async def watch_kv_events(
         self,
@@ -575,17 +549,17 @@ class AsyncClient:
             self._address,
         )
 
-    async def _unary(
-        self,
-        method: Callable[..., Awaitable[_Answer]],
-        request: object,
-        timeout_s: float | None,
-        metadata: Metadata | None = None,
+    async def _ask(
+        self, question: Question[_Answer], timeout_s: float | None, metadata: Metadata | None = None
     ) -> _Answer:
+        stub = {"inference": self._inference, "models": self._models, "admin": self._admin}[question.stub]
+        method = getattr(stub, question.method)
         attempts, sent = self._attempts(timeout_s), self._call_metadata(metadata)
         while True:
             try:
-                return await method(request, timeout=attempts.remaining_s, metadata=sent)
+                answer = await method(question.request, timeout=attempts.remaining_s, metadata=sent)
+                return question.answer(answer)
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error, self._address)
-            await wait_aio(self._channel, getattr(request, "model", ""), attempts.pause_after(error))
+            model = getattr(question.request, "model", "")
+            await wait_aio(self._channel, model, attempts.pause_after(error))

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-START_S: Final = 0.2
+START_S: Final = 0.1
 """Processor time that an output may take at any time."""
-STEP_S: Final = 0.01
-"""And for each mask; most take a thousandth of a second or less."""
+STEP_S: Final = 0.005
+"""And for each mask. Those of the JSON-Schema-Test-Suite take .3 ms at most on average, over a vocabulary of 49,152."""
 
 
 class Effort:

@@ -407,6 +407,7 @@ class NativeDoor:
     async def start(self) -> None:
         asyncio.get_running_loop().add_reader(self._door.fileno(), self._on_events)
         self._door.start()
+        logger.info("the native door sends %s io_uring", "through" if self._door.has_ring else "without")
         if self._tls_files:
             self._tls_watch = asyncio.create_task(self._watch_tls(), name="tls")
 

@@ -8,6 +8,7 @@ import torch
 xgrammar = pytest.importorskip("xgrammar")
 pytest.importorskip("vllm")
 
+from twinjet.engines.tensorrt_llm.worker.grammar import Matcher  # noqa: E402
 from twinjet.engines.vllm.core.grammars import WatchedGrammar  # noqa: E402
 from twinjet.grammar.effort import START_S, STEP_S, Effort  # noqa: E402
 
@@ -39,6 +40,20 @@ def test_an_ambiguous_grammar_ends_its_request_before_it_takes_long() -> None:
     grammar.fill_bitmask(bitmask, 1)
     assert bitmask.tolist() == [[-1], [0]], "no token is left to it, and no other row is touched"
     assert not grammar.accept_tokens("r", [EIGHT])
+
+
+def test_the_other_engines_matcher_does_the_same() -> None:
+    compiled = _matched("((((a{1,1000}){1,1000}){1,1000}){1,1000})").ctx
+    matcher = Matcher(xgrammar, compiled, len(TOKENS))
+    num_tokens = 0
+    while True:
+        mask = matcher.bitmask()
+        assert mask is not None, "the grammar goes on"
+        if not mask.any():
+            break
+        assert matcher.accept(EIGHT)
+        num_tokens += 1
+        assert num_tokens < 40, "each token takes longer than all before"
 
 
 def test_a_plain_grammar_goes_on_as_vllms_does() -> None:
