@@ -144,7 +144,7 @@ class ServerSettings(_Section):
     keepalive_timeout_s: Duration = Field(20.0, description="no answer to a ping: the client is gone")
     client_ping_s: Duration = Field(10.0, description="clients may ping as often as this")
     door: Literal["auto", "native", "grpc"] = Field(
-        "grpc", description="gRPC's own library, ours on nghttp2, or ours where it is built"
+        "auto", description="ours on nghttp2, gRPC's own library, or ours where it is built"
     )
     door_threads: int = Field(1, ge=1, le=64, description="of the native door")
     max_connections: int = Field(16384, ge=1, le=2**20, description="through the native door")

@@ -115,7 +115,9 @@ def make_door(settings: ServerSettings) -> Door:
         return native_door.NativeDoor(settings)
     if settings.door == "native":
         raise ConfigError("server.door: this build has no native door; it is built where nghttp2 is found")
-    logger.info("this build has no native door; gRPC comes in through grpc.aio")
+    logger.info(
+        "this build has no native door (nghttp2 was not found, see docs/door.md); gRPC's library serves"
+    )
     return GrpcDoor(settings)
 
 
