@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from google.protobuf.message import DecodeError
 
@@ -27,7 +27,7 @@ from twinjet.server.status import Failure, internal_failure, to_failure
 from twinjet.server.stream import StreamWriter
 
 if TYPE_CHECKING:
-    from twinjet.engines.base import Engine, EngineInfo
+    from twinjet.engines.base import EngineInfo, PushEngine
     from twinjet.scheduler.ticket import CarriedTicket
     from twinjet.server.deployments import Deployment, Deployments
     from twinjet.server.load_reports import LoadReports
@@ -65,7 +65,7 @@ class _Place(NamedTuple):
 
     model: str
     deployment: Deployment
-    engine: Engine
+    engine: PushEngine
     info: EngineInfo
     alike: tuple[Any, ...]
 
@@ -148,6 +148,8 @@ class PlainCalls:
             except Exception:  # one call's fault must not lose the others
                 logger.exception("%s failed", METHOD)
                 self._fail(item[1], _INTERNAL, None)
+        for place in self._places.values():
+            place.engine.flush()
         self._forget_places()
         return left
 
@@ -204,7 +206,7 @@ class PlainCalls:
         if self._alike.setdefault((model, deployment.name), alike) != alike:
             self._makers.clear()
             self._alike = {(model, deployment.name): alike}
-        return _Place(model, deployment, engine, info, alike)
+        return _Place(model, deployment, cast("PushEngine", engine), info, alike)
 
     def _take(self, item: PlainItem, now: float) -> bool:
         """Admit one; False, and nothing has happened, if it is not as usual. Raises what its client is to hear."""
