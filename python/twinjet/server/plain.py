@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -58,6 +59,8 @@ PATH = "/twinjet.v1.InferenceService/Generate"
 _INTERNAL = internal_failure()
 _NO_TRACE: Mapping[str, str] = {}
 _MAX_MAKERS = 1024
+_ENDS_A_TURN = 4
+"""A new call waits for these, a fifth of a millisecond where they come now and then."""
 
 
 class _Place(NamedTuple):
@@ -125,7 +128,7 @@ class PlainCalls:
         self._runs: dict[int, _Run] = {}
         self._makers: dict[tuple[Wish, str, str], tuple[Sampling | None, _core.StreamMaker]] = {}
         self._alike: dict[tuple[str, str], tuple[Any, ...]] = {}
-        self._ended: list[_Run] = []
+        self._ended: deque[_Run] = deque()
         self._trailer: tuple[tuple[str, bytes], ...] = ()
         self._native_trailer = _core.DoorTrailers(())
         self._is_idle = asyncio.Event()
@@ -296,14 +299,15 @@ class PlainCalls:
 
     def _on_end(self, run: _Run) -> None:
         if not self._ended:
-            asyncio.get_running_loop().call_soon(self._end_all_ended)
+            asyncio.get_running_loop().call_soon(self._end_some)
         self._ended.append(run)
 
-    def _end_all_ended(self) -> None:
-        ended, self._ended = self._ended, []
+    def _end_some(self) -> None:
+        """End some and let the loop turn before the next: new calls come in between."""
         self._door.hold()
         try:
-            for run in ended:
+            for _ in range(min(_ENDS_A_TURN, len(self._ended))):
+                run = self._ended.popleft()
                 if run.call_id not in self._runs:  # cancelled meanwhile
                     continue
                 try:
@@ -314,6 +318,8 @@ class PlainCalls:
                     self._let_go(run)
         finally:
             self._door.let_go()
+        if self._ended:
+            asyncio.get_running_loop().call_soon(self._end_some)
 
     def _end(self, run: _Run) -> None:
         assert run.ticket is not None, "a request ends after it was opened"
