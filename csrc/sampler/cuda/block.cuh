@@ -13,9 +13,9 @@ namespace twinjet::sampler::cuda {
 struct Block {
   Cluster cluster;
   SharedHead* head;
-  float* maxima;  // see SharedLayout for this and the next four
+  float* maxima;  // see SharedLayout for this and the next five
   uint32_t* flags;
-  uint64_t* mail;
+  uint64_t* sums;
   uint64_t* runners;
   char* lists;
   char* gathered;
@@ -31,7 +31,7 @@ struct Block {
   // Numbers of exchanges so far, by kind.
   uint32_t num_copies;
   uint32_t num_maxima;
-  uint32_t num_mail;
+  uint32_t num_sums;
   uint32_t num_runners;
   uint32_t num_lists;
 };
@@ -51,9 +51,6 @@ __device__ __forceinline__ int32_t FloatFourOfLane(int32_t group, int32_t i) {
   return group * (kGroupSize / 4) + i * kLanesPerGroup + LaneInGroup();
 }
 
-struct MaxOf {
-  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
-};
 struct SumOf {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
 };
@@ -76,7 +73,8 @@ __device__ __forceinline__ void TurnMaxima(Block& block) {
   block.group_max = MaximaSlot(block, ++block.num_maxima & 1, block.cluster.rank);
 }
 
-// Sends group_max and a flag, true where any thread's is. Returns the flag of this block.
+// Sends group_max and a flag, true where any thread's is, and in the flag's upper bits the row that the block
+// of rank 0 has claimed. Returns the flag of this block.
 __device__ __forceinline__ bool PostMaxima(Block& block, bool flag) {
   const bool any = __syncthreads_or(flag ? 1 : 0) != 0;  // group_max is complete
   const uint32_t size = block.cluster.size, rank = block.cluster.rank;
@@ -92,7 +90,8 @@ __device__ __forceinline__ bool PostMaxima(Block& block, bool flag) {
     SendRemote(place, *place, arrival, other + (other >= rank ? 1 : 0));
   }
   if (threadIdx.x < size && threadIdx.x != rank) {
-    SendRemote(block.flags + set * size + rank, any ? 1u : 0u, arrival, threadIdx.x);
+    SendRemote(block.flags + set * size + rank, (any ? 1u : 0u) | block.head->claimed << 1, arrival,
+               threadIdx.x);
   }
   return any;
 }
@@ -111,7 +110,7 @@ __device__ __forceinline__ Maxima WaitMaxima(Block& block, bool own_flag) {
   if (size > 1) {
     WaitPhase(&block.head->maxima_arrival[set], block.num_maxima >> 1 & 1);
     const uint32_t lane = static_cast<uint32_t>(LaneInWarp());
-    if (lane < size && lane != block.cluster.rank) flag |= block.flags[set * size + lane] != 0;
+    if (lane < size && lane != block.cluster.rank) flag |= (block.flags[set * size + lane] & 1) != 0;
   }
   const auto* maxima = reinterpret_cast<const float4*>(MaximaSlot(block, set, 0));
   const int32_t fours = static_cast<int32_t>(size) * block.maxima_stride / 4;
@@ -121,6 +120,14 @@ __device__ __forceinline__ Maxima WaitMaxima(Block& block, bool own_flag) {
     max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
   }
   return {FloatFromKey(__reduce_max_sync(~0u, OrderedKey(max))), __any_sync(~0u, flag) != 0};
+}
+
+// The row that the cluster has claimed, once the maxima of the row before are there.
+__device__ __forceinline__ int32_t ClaimedRow(const Block& block) {
+  const uint32_t claimed = block.cluster.rank == 0
+                               ? block.head->claimed
+                               : block.flags[(block.num_maxima & 1) * block.cluster.size] >> 1;
+  return static_cast<int32_t>(claimed);
 }
 
 // The lowest group of the row whose maximum is max.
@@ -135,57 +142,130 @@ __device__ __forceinline__ int32_t FirstGroupOf(const Block& block, float max) {
   return place / block.maxima_stride * block.groups_per_block + place % block.maxima_stride;
 }
 
-// ---- Mail: every block gets a combination of all threads' values ----
+// ---- Sums: every block gets totals over all threads of all blocks ----
+//
+// All blocks add to each other's totals, in two sets that take turns. A set is cleared after it was read and
+// before this block adds to the other, which lets the other blocks go on to add to the first again.
 
-template <int kCount, class Op>
-__device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCount], Op op) {
+__device__ __forceinline__ uint64_t* SumsSlot(const Block& block, uint32_t set) {
+  return block.sums + (set & 1) * kNumSums;
+}
+
+// Waits for the totals that this block has added to with AddToSums, kCount words of 8 bytes by each block.
+__device__ __forceinline__ const uint64_t* WaitSums(Block& block) {
+  const uint32_t number = block.num_sums++;
+  if (block.cluster.size > 1) {
+    WaitPhase(&block.head->sums_arrival[number & 1], number >> 1 & 1);
+  } else {
+    __syncthreads();
+  }
+  return SumsSlot(block, number);
+}
+
+// Adds value to word i in block `to`. The other set must be clear.
+__device__ __forceinline__ void AddToSums(const Block& block, uint32_t i, uint64_t value, uint32_t to) {
+  uint64_t* place = SumsSlot(block, block.num_sums) + i;
+  if (block.cluster.size > 1) {
+    AddRemote(place, value, &block.head->sums_arrival[block.num_sums & 1], to);
+  } else {
+    *place = value;  // one thread a word
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void AllSum(Block& block, uint64_t (&values)[kCount]) {
   SharedHead& head = *block.head;
   const uint32_t size = block.cluster.size;
-  __syncthreads();  // by_warp may be read still from the last call
+  __syncthreads();  // by_warp and the last totals may be read still
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const uint64_t value = ReduceWarp(values[i], op);
+    const uint64_t value = ReduceWarp(values[i], SumOf());
     if (LaneInWarp() == 0) head.by_warp[threadIdx.x / 32][i] = value;
   }
+  if (threadIdx.x < kNumSums) SumsSlot(block, block.num_sums + 1)[threadIdx.x] = 0;
   __syncthreads();
-  const uint32_t set = block.num_mail & 1;
-  const uint32_t phase = block.num_mail >> 1 & 1;
-  ++block.num_mail;
-  uint64_t* mail = block.mail + set * size * kMailWords;
-  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.mail_arrival[set], size * kCount * 8);
+  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.sums_arrival[block.num_sums & 1], size * kCount * 8);
   for (uint32_t to = threadIdx.x; to < size * kCount; to += kThreads) {
     const uint32_t i = to % kCount;
     uint64_t value = head.by_warp[0][i];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) value = op(value, head.by_warp[w][i]);
-    uint64_t* place = mail + block.cluster.rank * kMailWords + i;
+    for (int w = 1; w < kWarps; ++w) value += head.by_warp[w][i];
+    AddToSums(block, i, value, to / kCount);
+  }
+  const uint64_t* totals = WaitSums(block);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = totals[i];
+}
+
+// The largest value of all threads of all blocks.
+__device__ __forceinline__ uint32_t AllMax(Block& block, uint32_t value) {
+  SharedHead& head = *block.head;
+  const uint32_t size = block.cluster.size;
+  __syncthreads();  // by_warp and the last totals may be read still
+  value = __reduce_max_sync(~0u, value);
+  if (LaneInWarp() == 0) head.by_warp[threadIdx.x / 32][0] = value;
+  if (threadIdx.x < kNumSums) SumsSlot(block, block.num_sums + 1)[threadIdx.x] = 0;
+  __syncthreads();
+  auto* place = reinterpret_cast<uint32_t*>(SumsSlot(block, block.num_sums));
+  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.sums_arrival[block.num_sums & 1], size * 4);
+  if (threadIdx.x < size) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const auto other = static_cast<uint32_t>(head.by_warp[w][0]);
+      value = other > value ? other : value;
+    }
     if (size > 1) {
-      SendRemote(place, value, &head.mail_arrival[set], to / kCount);
+      MaxRemote(place, value, &head.sums_arrival[block.num_sums & 1], threadIdx.x);
     } else {
       *place = value;
     }
   }
-  if (size > 1) {
-    WaitPhase(&head.mail_arrival[set], phase);
-  } else {
-    __syncthreads();
-  }
-  if (kCount <= 2) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = mail[i];
-      for (uint32_t r = 1; r < size; ++r) values[i] = op(values[i], mail[r * kMailWords + i]);
-    }
-    return;
-  }
-  if (threadIdx.x < kCount) {
-    uint64_t value = mail[threadIdx.x];
-    for (uint32_t r = 1; r < size; ++r) value = op(value, mail[r * kMailWords + threadIdx.x]);
-    head.totals[threadIdx.x] = value;
+  return *reinterpret_cast<const uint32_t*>(WaitSums(block));
+}
+
+// Counts of a block's tokens in kNumBins bins, each as two words. They lie where lists lie while no list is
+// wanted: the last lists must have been read and the next may be sent only after BinsInSums.
+struct Bins {
+  uint32_t* low;
+  uint32_t* high;
+};
+
+// Clears the bins. Barriers at the beginning and at the end.
+__device__ __forceinline__ Bins ClearBins(const Block& block) {
+  auto* words = reinterpret_cast<uint32_t*>(block.lists);
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < 2 * kNumBins; i += kThreads) words[i] = 0;
+  if (threadIdx.x < kNumSums) SumsSlot(block, block.num_sums + 1)[threadIdx.x] = 0;
+  __syncthreads();
+  return {words, words + kNumBins};
+}
+
+// All blocks' bins together: high * 2^shift + low, kNumBins totals; behind them those of one_more and
+// and_another of this block's threads.
+__device__ __forceinline__ const uint64_t* SumBins(Block& block, const Bins& bins, int shift,
+                                                   uint64_t one_more = 0, uint64_t and_another = 0) {
+  SharedHead& head = *block.head;
+  const uint32_t size = block.cluster.size;
+  one_more = ReduceWarp(one_more, SumOf());
+  and_another = ReduceWarp(and_another, SumOf());
+  if (LaneInWarp() == 0) {
+    head.by_warp[threadIdx.x / 32][0] = one_more;
+    head.by_warp[threadIdx.x / 32][1] = and_another;
   }
   __syncthreads();
+  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.sums_arrival[block.num_sums & 1], size * kNumSums * 8);
+  for (uint32_t to = threadIdx.x; to < size * kNumSums; to += kThreads) {
+    const uint32_t i = to % kNumSums;
+    uint64_t value = 0;
+    if (i < kNumBins) {
+      value = (static_cast<uint64_t>(bins.high[i]) << shift) + bins.low[i];
+    } else {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = head.totals[i];
+      for (int w = 0; w < kWarps; ++w) value += head.by_warp[w][i - kNumBins];
+    }
+    AddToSums(block, i, value, to / kNumSums);
+  }
+  return WaitSums(block);
 }
 
 // ---- Races ----

@@ -49,6 +49,12 @@ __device__ __forceinline__ void ClusterSync(const Cluster& cluster) {
   }
 }
 
+__device__ __forceinline__ void WaitCycles(int32_t cycles) {
+  const int64_t begin = clock64();
+  while (clock64() - begin < cycles) {
+  }
+}
+
 // ---- Barriers that count bytes: the cheap way to hand a few words to another block ----
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* local) {
@@ -158,6 +164,30 @@ __device__ __forceinline__ void SendRemote(const uint4* local, const uint4& valu
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
           RemoteAddress(local, rank)),
       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(RemoteAddress(barrier, rank))
+      : "memory");
+#endif
+}
+
+// Adds to the same place in the shared memory of block `rank`, or takes the maximum, and counts the bytes at
+// that block's barrier.
+__device__ __forceinline__ void AddRemote(const uint64_t* local, uint64_t value, const uint64_t* barrier,
+                                          uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u64 [%0], %1, [%2];" ::"r"(
+          RemoteAddress(local, rank)),
+      "l"(value), "r"(RemoteAddress(barrier, rank))
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void MaxRemote(const uint32_t* local, uint32_t value, const uint64_t* barrier,
+                                          uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.max.u32 [%0], %1, [%2];" ::"r"(
+          RemoteAddress(local, rank)),
+      "r"(value), "r"(RemoteAddress(barrier, rank))
       : "memory");
 #endif
 }

@@ -47,6 +47,11 @@ DeviceSampler::DeviceSampler(int device, int num_slots, bool has_one_stream)
   const CurrentDevice current(device);
   CheckCuda(QueryLimits(device, &limits_), "QueryLimits");
   CheckCuda(cudaEventCreateWithFlags(&last_work_, cudaEventDisableTiming), "cudaEventCreate");
+  void* counters = nullptr;
+  CheckCuda(cudaMalloc(&counters, kNumCounters * sizeof(uint32_t)), "cudaMalloc");
+  counters_ = static_cast<uint32_t*>(counters);
+  CheckCuda(cudaMemset(counters_, 0, kNumCounters * sizeof(uint32_t)), "cudaMemset");
+  CheckCuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
   for (Slot& slot : slots_) {
     CheckCuda(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming), "cudaEventCreate");
   }
@@ -62,6 +67,7 @@ DeviceSampler::~DeviceSampler() {
   cudaFree(batch_);
   cudaFree(info_);
   cudaFree(scratch_);
+  cudaFree(counters_);
 }
 
 void DeviceSampler::GrowBatch(size_t bytes) {
@@ -163,6 +169,14 @@ LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size) {
   return shape;
 }
 
+int32_t DeviceSampler::CyclesPerWave(const LaunchShape& shape, const Logits& logits,
+                                     int32_t num_waves) const {
+  const double item = logits.dtype == Dtype::kFloat32 ? 4 : 2;
+  const double slice_bytes = static_cast<double>(shape.groups_per_block) * kGroupSize * item;
+  if (num_waves < 2 || !(limits_.bytes_per_cycle > 0)) return 0;
+  return static_cast<int32_t>(slice_bytes * shape.num_blocks / num_waves / limits_.bytes_per_cycle);
+}
+
 void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, cudaStream_t stream) {
   const CurrentDevice current(device_);
   const size_t mask_bytes = MaskBytes(vocab_size);
@@ -202,6 +216,8 @@ void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, c
   CopySlot(batch_, bytes, stream);
   num_rows_ = static_cast<int32_t>(rows.size());
   vocab_size_ = vocab_size;
+  family_ = Family::kGreedy;
+  for (const HostRow& row : rows) family_ = std::max(family_, FamilyOf(row.constants));
 }
 
 void DeviceSampler::CopySlot(void* to, size_t bytes, cudaStream_t stream) {
@@ -220,13 +236,18 @@ void DeviceSampler::Upload(const void* data, size_t bytes, void* to, cudaStream_
   CopySlot(to, bytes, stream);
 }
 
+uint32_t* DeviceSampler::TakeCounter(bool capturing) {
+  if (!capturing) return counters_;
+  return next_counter_ < kNumCounters ? counters_ + next_counter_++ : nullptr;
+}
+
 void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStream_t stream) {
   if (logits.num_rows != num_rows_ || logits.vocab_size != vocab_size_) {
     throw std::invalid_argument("the logits have another shape than the rows that were prepared");
   }
   SampleRows(
       {reinterpret_cast<const DeviceRow*>(batch_), reinterpret_cast<const Edit*>(batch_ + edits_offset_),
-       reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_)},
+       reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_), family_},
       logits, outputs, stream);
 }
 
@@ -259,6 +280,13 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
   args.info = info_;
   args.processed_logits = outputs.processed_logits;
   args.scratch = scratch_;
+  args.family = capturing ? captured_family_ : rows.family;
+  const int32_t num_clusters = shape.num_blocks / shape.cluster;
+  if (shape.on_chip && num_clusters < logits.num_rows) {
+    args.num_claims = TakeCounter(capturing);
+    args.num_waves = DivideUp(shape.num_blocks, limits_.num_multiprocessors);
+    args.cycles_per_wave = CyclesPerWave(shape, logits, args.num_waves);
+  }
   if (!capturing) Follow(stream);  // in a graph, replays are ordered by the stream they are launched on
   CheckCuda(LaunchSample(args, shape, stream), "LaunchSample");
   if (outputs.num_logprobs >= 0) {

@@ -53,6 +53,7 @@ struct RowsOnDevice {
   const DeviceRow* rows = nullptr;
   const Edit* edits = nullptr;
   const uint32_t* allowed = nullptr;
+  Family family = Family::kAny;
 };
 
 // One row's parameters. edits.grammar_mask is ignored: the grammar's masks are a device matrix.
@@ -100,6 +101,10 @@ class DeviceSampler {
   // Blocks a row, for measurements: 0 chooses; otherwise a power of two up to limits().max_cluster.
   void set_cluster(int32_t cluster) { force_cluster_ = cluster; }
 
+  // For measurements: what draws in captures may take for granted of all rows that will be prepared for them.
+  void set_captured_family(Family family) { captured_family_ = family; }
+  Family prepared_family() const { return family_; }
+
   // For tests: pretends a smaller device, such as one without clusters.
   void set_limits(const DeviceLimits& limits) { limits_ = limits; }
 
@@ -137,6 +142,13 @@ class DeviceSampler {
   char* TakeSlot(size_t bytes);
   void CopySlot(void* to, size_t bytes, cudaStream_t stream);  // the slot taken last
   LaunchShape ShapeOf(int32_t num_rows, int32_t vocab_size);
+  uint32_t* TakeCounter(bool capturing);
+  // How long memory takes for one block's slice on each multiprocessor.
+  int32_t CyclesPerWave(const LaunchShape& shape, const Logits& logits, int32_t num_waves) const;
+
+  // Replays of different graphs may overlap: each captured launch has a counter of its own, as far as there
+  // are.
+  static constexpr size_t kNumCounters = 4096;
 
   int device_;
   bool has_one_stream_;
@@ -155,6 +167,9 @@ class DeviceSampler {
   int32_t info_rows_ = 0;
   float* scratch_ = nullptr;
   size_t scratch_floats_ = 0;
+  uint32_t* counters_ =
+      nullptr;  // device, 0 while no launch runs; the first is for launches outside captures
+  size_t next_counter_ = 1;
   int32_t num_rows_ = 0;  // prepared
   int32_t vocab_size_ = 0;
   size_t edits_offset_ = 0;
@@ -162,6 +177,8 @@ class DeviceSampler {
   cudaStream_t last_stream_ = nullptr;
   cudaEvent_t last_work_ = nullptr;
   bool has_work_ = false;
+  Family family_ = Family::kAny;  // of the rows prepared
+  Family captured_family_ = Family::kAny;
   Waits waits_;
 };
 

@@ -127,30 +127,55 @@ __device__ __forceinline__ float* NarrowSlice(const Block& block) {
 // The thread that starts copies: one that has no group to enter into the race when a block has few.
 constexpr uint32_t kCopyThread = kThreads - 32;
 
-// In kCopyThread of a block that `copies`: sets the copies of a row going, its parameters and the whole
-// groups of its slice, and the fetch into L2 of a part of the row after it. What was read from the places
-// they go to must be behind a FenceForCopies and a barrier.
-__device__ __forceinline__ void StartRow(const Block& block, const SampleArgs& args, int32_t row,
-                                         int32_t next_row) {
-  if (row >= args.num_rows) return;
+// How many groups of the block's slice lie wholly inside a row.
+__device__ __forceinline__ int32_t NumWholeGroups(const Block& block, const SampleArgs& args) {
+  const int32_t left = (args.vocab_size - block.first_group * kGroupSize) / kGroupSize;
+  return left < 0 ? 0 : left < block.num_local ? left : block.num_local;
+}
+
+__device__ __forceinline__ const char* SliceInMemory(const Block& block, const SampleArgs& args,
+                                                     int32_t row) {
   const int64_t item = args.dtype == Dtype::kFloat32 ? 4 : 2;
-  const int64_t first = static_cast<int64_t>(block.first_group) * kGroupSize;
-  const int32_t left = static_cast<int32_t>((args.vocab_size - first) / kGroupSize);
-  const int32_t whole = left < 0 ? 0 : left < block.num_local ? left : block.num_local;
-  const uint32_t group_bytes = kGroupSize * static_cast<uint32_t>(item);
-  const char* base = static_cast<const char*>(args.logits) + first * item;
-  const uint32_t bytes = IsCopied(block, args, row) ? static_cast<uint32_t>(whole) * group_bytes : 0;
+  return static_cast<const char*>(args.logits) +
+         (static_cast<int64_t>(block.first_group) * kGroupSize + row * args.row_stride) * item;
+}
+
+__device__ __forceinline__ uint32_t GroupBytes(const SampleArgs& args) {
+  return kGroupSize * (args.dtype == Dtype::kFloat32 ? 4u : 2u);
+}
+
+// In kCopyThread of a block that `copies`: fetches a part of a row's slice into L2.
+__device__ __forceinline__ void PrefetchRow(const Block& block, const SampleArgs& args, int32_t row) {
+  // A quarter: more of all rows in flight would crowd L2.
+  const uint32_t bytes = static_cast<uint32_t>(NumWholeGroups(block, args)) / 4 * GroupBytes(args);
+  if (row < args.num_rows && bytes != 0 && IsAligned(args, row))
+    StartPrefetch(SliceInMemory(block, args, row), bytes);
+}
+
+// In kCopyThread of a block that `copies`: sets the copies of a row going, its parameters and the whole
+// groups of its slice. What was read from the places they go to must be behind a FenceForCopies and a
+// barrier.
+__device__ __forceinline__ void StartRow(const Block& block, const SampleArgs& args, int32_t row) {
+  if (row >= args.num_rows) return;
+  const uint32_t bytes =
+      IsCopied(block, args, row) ? static_cast<uint32_t>(NumWholeGroups(block, args)) * GroupBytes(args) : 0;
   uint64_t* arrival = &block.head->copy_arrival;
   ExpectBytes(arrival, static_cast<uint32_t>(sizeof(DeviceRow)) + bytes);
   if (bytes != 0) {
     float* to = args.dtype == Dtype::kFloat32 ? block.slice : NarrowSlice(block);
-    StartCopy(to, base + row * args.row_stride * item, bytes, arrival);
+    StartCopy(to, SliceInMemory(block, args, row), bytes, arrival);
   }
   StartCopy(&block.head->input[block.num_copies & 1], args.rows + row, sizeof(DeviceRow), arrival);
-  // A quarter: more of all rows in flight would crowd L2.
-  const uint32_t ahead = static_cast<uint32_t>(whole) / 4 * group_bytes;
-  if (next_row < args.num_rows && ahead != 0 && IsAligned(args, next_row))
-    StartPrefetch(base + next_row * args.row_stride * item, ahead);
+}
+
+// In kCopyThread of the block of rank 0, when the cluster starts a row: takes the row after it. Clusters
+// start with the rows of their own numbers. As many rows are claimed as are drawn, the last of them in vain.
+__device__ __forceinline__ void ClaimRow(const Block& block, const SampleArgs& args, int32_t num_clusters) {
+  const uint32_t claims = atomicAdd(args.num_claims, 1u);
+  const auto num_rows = static_cast<uint32_t>(args.num_rows);
+  const uint32_t row = claims + static_cast<uint32_t>(num_clusters);
+  block.head->claimed = row < num_rows ? row : num_rows;
+  if (claims + 1 == num_rows) *args.num_claims = 0;
 }
 
 // The row's parameters, once they and what else StartRow fetches are there.
@@ -293,9 +318,11 @@ static __device__ __noinline__ bool LoadSliceFromMemory(Block block, LoadArgs ar
   return LoadSlice<Dtype::kFloat32>(block, args, false);
 }
 
+// kNarrow: the row has a 16-bit type.
+template <bool kNarrow>
 __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, Dtype dtype,
                                           bool has_arrived) {
-  if (dtype != Dtype::kFloat32) {
+  if (kNarrow) {
     if (!has_arrived) return LoadNarrowSlice(block, args, dtype);
     if (dtype == Dtype::kFloat16) return WidenSlice<Dtype::kFloat16>(block, args);
     return WidenSlice<Dtype::kBfloat16>(block, args);

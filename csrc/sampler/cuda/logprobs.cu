@@ -13,6 +13,10 @@ __device__ __forceinline__ uint64_t EntryOf(float x, int32_t token) {
 }
 
 // The largest entry of a group below `bound`, in all lanes of the calling warp.
+struct MaxOf {
+  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+};
+
 __device__ __forceinline__ uint64_t BestOfGroup(const Block& block, int32_t vocab_size, int32_t group,
                                                 uint64_t bound) {
   uint64_t best = kNoEntry;
@@ -83,7 +87,9 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
   const DeviceRow& input = WaitRow(block, sample, row);
   const int32_t token = sample.token_ids[row];
   const bool processed = args.processed != 0;
-  const RowState state = PrepareSlice(block, sample, input, row, processed, [] {});
+  const RowState state = sample.dtype == Dtype::kFloat32
+                             ? PrepareSlice<false>(block, sample, input, row, processed, [] {})
+                             : PrepareSlice<true>(block, sample, input, row, processed, [] {});
   const int64_t base = static_cast<int64_t>(row) * (1 + args.num_top);
   if (token < 0) {
     if (block.cluster.rank != 0) return;
@@ -112,11 +118,11 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
   const int32_t place = token - block.first_group * kGroupSize;
   if (threadIdx.x == 0 && place >= 0 && place < block.num_local * kGroupSize)
     sums[1] = OrderedKey(block.slice[place]);
-  AllReduce(block, sums, SumOf());
+  AllSum(block, sums);
   distribution.ln_mass = LnMass(sums[0]);
   const float drawn = FloatFromKey(static_cast<uint32_t>(sums[1]));
   uint64_t rank[1] = {CountAtLeast(block, drawn)};
-  AllReduce(block, rank, SumOf());
+  AllSum(block, rank);
   // Slices are filled up with -inf, which must not count.
   if (drawn == NegativeInfinity()) rank[0] = static_cast<uint64_t>(sample.vocab_size);
   if (block.cluster.rank == 0 && threadIdx.x == 0) {
@@ -152,19 +158,22 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
 
 __device__ __forceinline__ void LogprobsOfRows(Block& block, const LogprobsArgs& args, int32_t first,
                                                int32_t stride) {
-  StartBlock(block, args.sample, first, args.sample.num_rows);
+  StartBlock(block, args.sample, first);
   for (int32_t row = first; row < args.sample.num_rows; row += stride) {
     LogprobsOfRow(block, args, row);
     if (block.copies) FenceForCopies();
     __syncthreads();  // the slice is free
     const int32_t next = row + stride;
-    if (block.copies && threadIdx.x == kCopyThread) StartRow(block, args.sample, next, next + stride);
+    if (block.copies && threadIdx.x == kCopyThread) {
+      StartRow(block, args.sample, next);
+      PrefetchRow(block, args.sample, next + stride);
+    }
   }
 }
 
 __global__ void __launch_bounds__(kThreads, 3)
     LogprobsOnChipKernel(const __grid_constant__ LogprobsArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args.sample, ThisCluster(), true);
   LogprobsOfRows(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size),
                  static_cast<int32_t>(gridDim.x / block.cluster.size));
@@ -172,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 __global__ void __launch_bounds__(kThreads)
     LogprobsInMemoryKernel(const __grid_constant__ LogprobsArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args.sample, {0, 1}, false);
   block.slice = args.sample.scratch + static_cast<int64_t>(blockIdx.x) * block.groups_per_block * kGroupSize;
   LogprobsOfRows(block, args, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(gridDim.x));

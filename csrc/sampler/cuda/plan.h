@@ -19,11 +19,19 @@ constexpr int kLanesPerGroup = 8;                            // lanes of a warp 
 constexpr int kGroupsPerPass = kThreads / kLanesPerGroup;    // groups a block handles at a time
 constexpr int kTokensPerLane = kGroupSize / kLanesPerGroup;  // 32
 constexpr int kMaxCluster = 16;
-constexpr int kMailWords = 8;                 // words that a block sends to each other block at a time
+constexpr int kNumBins = 64;                  // parts of a bracket whose totals are exchanged at a time
+constexpr int kNumSums = kNumBins + 2;        // words of an exchange of totals
 constexpr int kMaxCandidates = 240;           // tokens that a threshold search settles by comparing all pairs
 constexpr int kMaxKept = 3 * kMaxCandidates;  // tokens of a block that a search keeps in their place
 constexpr int kSampleStep = kTokensPerLane / 4;  // one token of so many is in a search's sample
 constexpr int kMaxTopLogprobs = 128;
+
+// What a batch's rows are, for which a kernel of less code is faster.
+enum class Family : int32_t {
+  kGreedy,  // all are greedy
+  kOpen,    // greedy, or without top_k and top_p
+  kAny,
+};
 
 // A token whose logit is changed before the maximum is taken. At most one entry per row and token.
 struct Edit {
@@ -70,6 +78,11 @@ struct SampleArgs {
   DrawInfo* info = nullptr;           // [num_rows]
   float* processed_logits = nullptr;  // [num_rows, vocab_size] or null
   float* scratch = nullptr;           // rows in progress where they do not fit on chip
+  Family family = Family::kAny;
+  // The clusters of each wave, so many in all, start so many cycles after those of the wave before.
+  int32_t num_waves = 1;
+  int32_t cycles_per_wave = 0;
+  uint32_t* num_claims = nullptr;  // 0 before and after a launch. Null: clusters take rows by a fixed stride
 };
 
 struct LogprobsArgs {
@@ -92,26 +105,34 @@ struct LaunchShape {
 
 struct DeviceLimits {
   int32_t num_multiprocessors = 0;
-  size_t max_shared_bytes = 0;  // per block
-  int32_t max_cluster = 1;      // 1 where the device has no clusters
+  size_t max_shared_bytes = 0;   // per block
+  int32_t max_cluster = 1;       // 1 where the device has no clusters
+  double bytes_per_cycle = 0.0;  // of memory, in cycles of a multiprocessor; 0: unknown
 };
 
-TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return (vocab_size + kGroupSize - 1) / kGroupSize; }
+TWINJET_HD int32_t DivideUp(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+TWINJET_HD Family FamilyOf(const RowConstants& constants) {
+  if (constants.is_greedy != 0) return Family::kGreedy;
+  return constants.top_k == 0 && constants.has_top_p == 0 ? Family::kOpen : Family::kAny;
+}
+
+TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return DivideUp(vocab_size, kGroupSize); }
 
 // The fixed head of a block's shared memory; arrays follow, see SharedLayout. What comes in two sets is used
 // in turns: a block may send into the next set while another still reads the last, but not into the one
 // after.
 struct SharedHead {
   DeviceRow input[2];  // of this row and of the row before, whose race may still be on
-  uint64_t by_warp[kWarps][kMailWords];
-  uint64_t totals[kMailWords];
+  uint64_t by_warp[kWarps][8];
   alignas(16) int32_t at_marks[2][8];  // counts of BoundOfMaxima
   // Barriers that count arriving bytes.
   uint64_t copy_arrival;
   uint64_t maxima_arrival[2];
-  uint64_t mail_arrival[2];
+  uint64_t sums_arrival[2];
   uint64_t runner_arrival[2];
   uint64_t list_arrival;
+  uint32_t claimed;  // row that the cluster draws next, where rows are claimed; in the block of rank 0
 };
 static_assert(sizeof(DeviceRow) % 16 == 0);
 
@@ -128,7 +149,7 @@ struct ListHeader {
 struct SharedLayout {
   size_t maxima;      // float [2][cluster][maxima_stride], filled up with -inf
   size_t flags;       // uint32 [2][cluster]
-  size_t mail;        // uint64 [2][cluster][kMailWords]
+  size_t sums;        // uint64 [2][kNumSums], to which all blocks add
   size_t runners;     // uint64 [2][cluster][2]
   size_t lists;       // [cluster] of a ListHeader and float [list_capacity]
   size_t gathered;    // double weights and float logits of all candidates
@@ -156,12 +177,13 @@ TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, 
   const size_t candidate_bytes = kMaxCandidates * (sizeof(double) + sizeof(float));
   layout.maxima = RoundUp16(sizeof(SharedHead));
   layout.flags = layout.maxima + 2 * blocks * static_cast<size_t>(layout.maxima_stride) * sizeof(float);
-  layout.mail = layout.flags + RoundUp16(2 * blocks * sizeof(uint32_t));
-  layout.runners = layout.mail + 2 * blocks * kMailWords * sizeof(uint64_t);
+  layout.sums = layout.flags + RoundUp16(2 * blocks * sizeof(uint32_t));
+  layout.runners = layout.sums + 2 * kNumSums * sizeof(uint64_t);
   layout.lists = layout.runners + 2 * blocks * 2 * sizeof(uint64_t);
   layout.gathered = layout.lists + blocks * list_bytes;
   layout.group_mass = layout.gathered + candidate_bytes;
-  layout.slice = layout.group_mass + RoundUp16(groups * sizeof(uint64_t));
+  // Bulk copies to places that are no multiples of 128 bytes take a sixth longer.
+  layout.slice = (layout.group_mass + groups * sizeof(uint64_t) + 127) / 128 * 128;
   layout.total = layout.slice + (on_chip ? groups * kGroupSize * sizeof(float) : 0);
   return layout;
 }

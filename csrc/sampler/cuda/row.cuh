@@ -22,7 +22,7 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
   block.head = reinterpret_cast<SharedHead*>(shared);
   block.maxima = reinterpret_cast<float*>(shared + layout.maxima);
   block.flags = reinterpret_cast<uint32_t*>(shared + layout.flags);
-  block.mail = reinterpret_cast<uint64_t*>(shared + layout.mail);
+  block.sums = reinterpret_cast<uint64_t*>(shared + layout.sums);
   block.runners = reinterpret_cast<uint64_t*>(shared + layout.runners);
   block.lists = shared + layout.lists;
   block.gathered = shared + layout.gathered;
@@ -43,22 +43,27 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
 }
 
 // Sets up barriers and padding and, where the block copies, the first row's copies. Afterwards the other
-// blocks of the cluster may be sent to.
+// blocks of the cluster may be sent to. delay: cycles before the copies.
 __device__ __forceinline__ void StartBlock(const Block& block, const SampleArgs& args, int32_t row,
-                                           int32_t next_row) {
+                                           int32_t delay = 0) {
   SharedHead& head = *block.head;
   if (threadIdx.x == kCopyThread) {
     InitBarrier(&head.copy_arrival);
     InitBarrier(&head.list_arrival);
     for (int set = 0; set < 2; ++set) {
       InitBarrier(&head.maxima_arrival[set]);
-      InitBarrier(&head.mail_arrival[set]);
+      InitBarrier(&head.sums_arrival[set]);
       InitBarrier(&head.runner_arrival[set]);
     }
+    head.claimed = 0;
     FenceBarrierInit();
   }
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < 2 * kNumSums; i += kThreads) block.sums[i] = 0;
   ClusterArriveRelaxed(block.cluster);  // a release after the copies would wait for them
-  if (threadIdx.x == kCopyThread && block.copies) StartRow(block, args, row, next_row);
+  if (threadIdx.x == kCopyThread && block.copies) {
+    if (delay > 0) WaitCycles(delay);
+    StartRow(block, args, row);
+  }
   // Groups that this block does not have stay at -inf for good.
   for (uint32_t set = 0; set < 2; ++set) {
     float* own = MaximaSlot(block, set, block.cluster.rank);
@@ -87,7 +92,7 @@ __device__ __forceinline__ LoadArgs LoadArgsOf(const SampleArgs& args, const Dev
 
 // Steps 1 to 3. edited: with masks and edits; otherwise the logits as they are. between: what can be done
 // while the first maxima are under way; called once.
-template <class Between>
+template <bool kNarrow, class Between>
 __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs& args, const DeviceRow& input,
                                                  int32_t row, bool edited, Between between) {
   const LoadArgs load = LoadArgsOf(args, input, row, edited);
@@ -96,7 +101,8 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
 #pragma unroll 1
   for (int attempt = 0; attempt < 2; ++attempt) {
     TurnMaxima(block);
-    const bool has_nan = LoadSlice(block, load, args.dtype, attempt == 0 && IsCopied(block, args, row));
+    const bool has_nan =
+        LoadSlice<kNarrow>(block, load, args.dtype, attempt == 0 && IsCopied(block, args, row));
     if (has_edits) {
       __syncthreads();
       ApplyEdits(block, input, args.edits, attempt == 0 && input.has_early_stops != 0);
@@ -127,11 +133,13 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
 }
 
 // Steps 7 to 9: kept are the logits at least this large.
+template <Family kFamily>
 __device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants& constants, float max,
                                                int32_t vocab_size) {
   uint32_t key = kKeyOfNegativeInfinity;
   Candidates gathered = {0, 0, 0};
   if (constants.min_z > NegativeInfinity()) key = MinPKey(max, constants.scale, constants.min_z);
+  if (kFamily == Family::kOpen) return FloatFromKey(key);
   if (constants.top_k > 0) {
     const uint32_t kth = TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size,
                                        constants.has_top_p != 0, &gathered);

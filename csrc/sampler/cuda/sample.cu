@@ -15,28 +15,43 @@ __device__ __forceinline__ void WriteProcessed(const Block& block, const SampleA
     out[first + i] = block.slice[i];
 }
 
-// Draws the rows first, first + stride and so on; the blocks of a cluster call this together. The race among
+// Draws rows; the blocks of a cluster, number `cluster` of num_clusters, call this together. The race among
 // the tokens of one row is run while the next row's maxima are exchanged.
-__device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args, int32_t first,
-                                           int32_t stride) {
+template <Family kFamily, bool kNarrow>
+__device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args, int32_t cluster,
+                                           int32_t num_clusters) {
+  const bool claims = block.copies && args.num_claims != nullptr;
+  const bool copies = block.copies && threadIdx.x == kCopyThread;
+  // Blocks of a multiprocessor that start together stay together: they copy at the same time and compute at
+  // the same time. The clusters of a wave have a place on each multiprocessor.
+  const int32_t wave = cluster * args.num_waves / num_clusters;
+  StartBlock(block, args, cluster, wave * args.cycles_per_wave);
+  int32_t row = cluster, next = cluster + num_clusters;
+  if (copies && claims && block.cluster.rank == 0) ClaimRow(block, args, num_clusters);
+  if (copies && !claims) PrefetchRow(block, args, next);
   RaceUnderWay race;
-  for (int32_t row = first; row < args.num_rows; row += stride) {
+  while (row < args.num_rows) {
     const DeviceRow& input = WaitRow(block, args, row);
     const RowConstants& constants = input.constants;
     double own_exponential = 0.0;
-    const RowState state = PrepareSlice(block, args, input, row, true, [&] {
+    const RowState state = PrepareSlice<kNarrow>(block, args, input, row, true, [&] {
+      if (kFamily == Family::kGreedy) return;
       own_exponential = GroupExponential(block, constants);
       FinishRace(block, args, race);
     });
+    if (claims) {
+      next = ClaimedRow(block);
+      if (copies) PrefetchRow(block, args, next);
+    }
     race.row = -1;
     if (args.processed_logits != nullptr) WriteProcessed(block, args, row);
     float threshold = NegativeInfinity();
     if ((state.status & kStatusNoToken) == 0) {
-      if (constants.is_greedy != 0) {
+      if (kFamily == Family::kGreedy || constants.is_greedy != 0) {
         WriteFirstMaximum(block, args, row, state.max);
         if (constants.scale != 0.0f) threshold = state.max;  // top_k = 1
       } else {
-        threshold = KeepThreshold(block, constants, state.max, args.vocab_size);
+        threshold = KeepThreshold<kFamily>(block, constants, state.max, args.vocab_size);
         race.row = row;
         race.constants = &constants;
         race.max = state.max;
@@ -51,41 +66,61 @@ __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args,
     }
     if (block.copies) FenceForCopies();
     __syncthreads();  // the slice is free
-    if (block.copies && threadIdx.x == kCopyThread) StartRow(block, args, row + stride, row + 2 * stride);
+    row = next;
+    next += num_clusters;
+    if (copies) {
+      StartRow(block, args, row);
+      if (!claims) {
+        PrefetchRow(block, args, next);
+      } else if (row < args.num_rows && block.cluster.rank == 0) {
+        ClaimRow(block, args, num_clusters);
+      }
+    }
   }
-  FinishRace(block, args, race);
+  if (kFamily != Family::kGreedy) FinishRace(block, args, race);
 }
 
+template <Family kFamily, bool kNarrow>
 __global__ void __launch_bounds__(kThreads, 3) SampleOnChipKernel(const __grid_constant__ SampleArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args, ThisCluster(), true);
-  const int32_t row = static_cast<int32_t>(blockIdx.x / block.cluster.size);
-  const int32_t stride = static_cast<int32_t>(gridDim.x / block.cluster.size);
-  StartBlock(block, args, row, row + stride);
-  SampleRows(block, args, row, stride);
+  SampleRows<kFamily, kNarrow>(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size),
+                               static_cast<int32_t>(gridDim.x / block.cluster.size));
 }
 
 // Slices do not fit on chip: one block a row, its slice in scratch memory.
+template <bool kNarrow>
 __global__ void __launch_bounds__(kThreads) SampleInMemoryKernel(const __grid_constant__ SampleArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args, {0, 1}, false);
-  const int32_t row = static_cast<int32_t>(blockIdx.x);
-  const int32_t stride = static_cast<int32_t>(gridDim.x);
-  block.slice = args.scratch + static_cast<int64_t>(row) * block.groups_per_block * kGroupSize;
-  StartBlock(block, args, row, row + stride);
-  SampleRows(block, args, row, stride);
+  block.slice = args.scratch + static_cast<int64_t>(blockIdx.x) * block.groups_per_block * kGroupSize;
+  SampleRows<Family::kAny, kNarrow>(block, args, static_cast<int32_t>(blockIdx.x),
+                                    static_cast<int32_t>(gridDim.x));
 }
+
+using Kernel = void (*)(SampleArgs);
+constexpr Kernel kOnChip[3][2] = {
+    {SampleOnChipKernel<Family::kGreedy, false>, SampleOnChipKernel<Family::kGreedy, true>},
+    {SampleOnChipKernel<Family::kOpen, false>, SampleOnChipKernel<Family::kOpen, true>},
+    {SampleOnChipKernel<Family::kAny, false>, SampleOnChipKernel<Family::kAny, true>}};
+constexpr Kernel kInMemory[2] = {SampleInMemoryKernel<false>, SampleInMemoryKernel<true>};
 
 }  // namespace
 
 cudaError_t SetSampleAttributes(const DeviceLimits& limits) {
   const int bytes = static_cast<int>(limits.max_shared_bytes);
-  for (auto* kernel : {&SampleOnChipKernel, &SampleInMemoryKernel}) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
+  for (const auto& family : kOnChip) {
+    for (const Kernel kernel : family) {
+      cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (error == cudaSuccess && limits.max_cluster > 8)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) return error;
+    }
   }
-  if (limits.max_cluster > 8) {
-    return cudaFuncSetAttribute(SampleOnChipKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (const Kernel kernel : kInMemory) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
@@ -100,14 +135,18 @@ cudaError_t CountClusters(int32_t cluster, size_t shared_bytes, int* num_cluster
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(num_clusters, SampleOnChipKernel, &config);
+  // Registers bound no family: shared memory does, and it is the same for all.
+  return cudaOccupancyMaxActiveClusters(num_clusters, SampleOnChipKernel<Family::kAny, false>, &config);
 }
 
 cudaError_t LaunchSample(const SampleArgs& args, const LaunchShape& shape, cudaStream_t stream) {
   if (args.num_rows == 0) return cudaSuccess;
   SampleArgs full = args;
   full.groups_per_block = shape.groups_per_block;
-  return LaunchCluster(shape.on_chip ? SampleOnChipKernel : SampleInMemoryKernel, full, shape, stream);
+  const bool is_narrow = args.dtype != Dtype::kFloat32;
+  return LaunchCluster(
+      shape.on_chip ? kOnChip[static_cast<int>(args.family)][is_narrow] : kInMemory[is_narrow], full, shape,
+      stream);
 }
 
 }  // namespace twinjet::sampler::cuda

@@ -8,8 +8,6 @@ constexpr int32_t kGroupsOfThreePerMultiprocessor = 63;
 // Below this a block's fixed costs outweigh its share of the row.
 constexpr int32_t kLeastGroupsPerBlock = 8;
 
-int32_t DivideUp(int32_t a, int32_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 LaunchShape ChooseShape(const DeviceLimits& limits, int32_t num_rows, int32_t vocab_size,
