@@ -192,15 +192,23 @@ TEST(shapes_fit_their_device) {
     for (int32_t num_rows : {1, 7, 32, 256, 1024}) {
       for (const cuda::DeviceLimits& limits :
            {kHopper, cuda::DeviceLimits{108, 166912, 1}, cuda::DeviceLimits{128, 101376, 1}}) {
-        const cuda::LaunchShape shape = cuda::ChooseShape(limits, num_rows, vocab_size, 0);
-        CHECK(shape.shared_bytes <= limits.max_shared_bytes);
-        CHECK(shape.cluster <= limits.max_cluster);
-        CHECK(shape.cluster * shape.groups_per_block >= cuda::NumGroups(vocab_size));
-        CHECK(shape.on_chip || shape.cluster == 1);
-        CHECK_EQ(shape.on_chip, cuda::ScratchFloats(shape, vocab_size) == 0);
+        for (const bool keeps_narrow : {false, true}) {
+          const cuda::LaunchShape shape = cuda::ChooseShape(limits, num_rows, vocab_size, 0, keeps_narrow);
+          CHECK(shape.shared_bytes <= limits.max_shared_bytes);
+          CHECK(shape.cluster <= limits.max_cluster);
+          CHECK(shape.cluster * shape.groups_per_block >= cuda::NumGroups(vocab_size));
+          CHECK(shape.on_chip || shape.cluster == 1);
+          CHECK_EQ(shape.keeps_narrow, keeps_narrow && shape.on_chip);
+          CHECK_EQ(shape.on_chip, cuda::ScratchFloats(shape, vocab_size) == 0);
+        }
       }
     }
   }
+  // Three blocks to a multiprocessor of 228 KiB, a KiB of each its own.
+  constexpr size_t kThird = (228 << 10) / 3 - 1024;
   CHECK_EQ(cuda::ChooseShape(kHopper, 256, 128256, 0).cluster, 8);
+  CHECK(cuda::ChooseShape(kHopper, 256, 128256, 0).shared_bytes <= kThird);
+  CHECK_EQ(cuda::ChooseShape(kHopper, 256, 128256, 0, true).cluster, 4);
+  CHECK(cuda::ChooseShape(kHopper, 256, 128256, 0, true).shared_bytes <= kThird);
   CHECK_EQ(cuda::ChooseShape(kHopper, 1, 128256, 0).cluster, 16);
 }

@@ -156,16 +156,13 @@ void DeviceSampler::Reserve(int32_t num_rows, int32_t vocab_size, size_t num_edi
   GrowScratch(ScratchFloats(ChooseShape(limits_, num_rows, vocab_size, force_cluster_), vocab_size));
 }
 
-LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size) {
-  LaunchShape shape = ChooseShape(limits_, num_rows, vocab_size, force_cluster_);
+LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size, bool keeps_narrow) {
+  LaunchShape shape = ChooseShape(limits_, num_rows, vocab_size, force_cluster_, keeps_narrow);
   if (!shape.on_chip) return shape;
-  if (shape.cluster != counted_cluster_ || shape.shared_bytes != counted_bytes_) {
-    CheckCuda(CountClusters(shape.cluster, shape.shared_bytes, &num_clusters_), "CountClusters");
-    counted_cluster_ = shape.cluster;
-    counted_bytes_ = shape.shared_bytes;
-  }
+  const auto [place, is_new] = num_clusters_.try_emplace({shape.cluster, shape.shared_bytes}, 0);
+  if (is_new) CheckCuda(CountClusters(shape.cluster, shape.shared_bytes, &place->second), "CountClusters");
   // Clusters go from row to row: none waits for another to end.
-  shape.num_blocks = std::min(shape.num_blocks, std::max(num_clusters_, 1) * shape.cluster);
+  shape.num_blocks = std::min(shape.num_blocks, std::max(place->second, 1) * shape.cluster);
   return shape;
 }
 
@@ -216,8 +213,8 @@ void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, c
   CopySlot(batch_, bytes, stream);
   num_rows_ = static_cast<int32_t>(rows.size());
   vocab_size_ = vocab_size;
-  family_ = Family::kGreedy;
-  for (const HostRow& row : rows) family_ = std::max(family_, FamilyOf(row.constants));
+  traits_ = {Family::kGreedy, !edits_.empty()};
+  for (const HostRow& row : rows) traits_.family = std::max(traits_.family, FamilyOf(row.constants));
 }
 
 void DeviceSampler::CopySlot(void* to, size_t bytes, cudaStream_t stream) {
@@ -247,7 +244,7 @@ void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStr
   }
   SampleRows(
       {reinterpret_cast<const DeviceRow*>(batch_), reinterpret_cast<const Edit*>(batch_ + edits_offset_),
-       reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_), family_},
+       reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_), traits_},
       logits, outputs, stream);
 }
 
@@ -256,8 +253,10 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
   const CurrentDevice current(device_);
   if (logits.num_rows == 0) return;
   GrowRows(logits.num_rows);
-  const LaunchShape shape = ShapeOf(logits.num_rows, logits.vocab_size);
   const bool capturing = IsCapturing(stream);
+  const Traits& traits = capturing ? captured_traits_ : rows.traits;
+  const bool keeps_narrow = logits.dtype != Dtype::kFloat32 && !traits.has_edits && limits_.max_cluster > 1;
+  const LaunchShape shape = ShapeOf(logits.num_rows, logits.vocab_size, keeps_narrow);
   const size_t floats = ScratchFloats(shape, logits.vocab_size);
   if (capturing && floats > scratch_floats_) {
     throw std::invalid_argument(
@@ -280,7 +279,7 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
   args.info = info_;
   args.processed_logits = outputs.processed_logits;
   args.scratch = scratch_;
-  args.family = capturing ? captured_family_ : rows.family;
+  args.family = traits.family;
   const int32_t num_clusters = shape.num_blocks / shape.cluster;
   if (shape.on_chip && num_clusters < logits.num_rows) {
     args.num_claims = TakeCounter(capturing);
@@ -298,7 +297,8 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
     logprobs.top_ids = outputs.top_ids;
     logprobs.top_logprobs = outputs.top_logprobs;
     logprobs.ranks = outputs.ranks;
-    CheckCuda(LaunchLogprobs(logprobs, shape, stream), "LaunchLogprobs");
+    CheckCuda(LaunchLogprobs(logprobs, ShapeOf(logits.num_rows, logits.vocab_size, false), stream),
+              "LaunchLogprobs");
   }
   if (capturing) return;
   RecordWork(stream);

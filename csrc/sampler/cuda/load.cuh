@@ -2,7 +2,7 @@
 // knows the dtype; from here on a row is float32 in the block's slice.
 #pragma once
 
-#include "sampler/cuda/block.cuh"
+#include "sampler/cuda/slice.cuh"
 
 namespace twinjet::sampler::cuda {
 
@@ -13,12 +13,6 @@ __device__ __forceinline__ uint4 LoadOnce(const void* address) {
       : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
       : "l"(address));
   return value;
-}
-
-__device__ __forceinline__ float WidenHalf(uint32_t bits) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
-  return x;
 }
 
 template <Dtype kDtype>
@@ -88,9 +82,10 @@ __device__ __forceinline__ float LoadGroup(const LoadArgs& args, int32_t first, 
 }
 
 // The same for a group that ends past the row, or a row at an odd address.
-template <Dtype kDtype>
-__device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t first, float* out,
+template <Dtype kDtype, Dtype kStored = Dtype::kFloat32>
+__device__ __forceinline__ float LoadRaggedGroup(const Block& block, const LoadArgs& args, int32_t group,
                                                  bool& has_nan) {
+  const int32_t first = (block.first_group + group) * kGroupSize;
   float max = NegativeInfinity();
   for (int32_t i = LaneInGroup(); i < kGroupSize; i += kLanesPerGroup) {
     float x = NegativeInfinity();
@@ -101,7 +96,7 @@ __device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t f
       x = fmaxf(x, NegativeInfinity());
       if ((MaskWord(args, token) >> (token % 32) & 1u) == 0) x = NegativeInfinity();
     }
-    out[i] = x;
+    SetToken<kStored>(block, group * kGroupSize + i, x);
     max = fmaxf(max, x);
   }
   return max;
@@ -162,7 +157,7 @@ __device__ __forceinline__ void StartRow(const Block& block, const SampleArgs& a
   uint64_t* arrival = &block.head->copy_arrival;
   ExpectBytes(arrival, static_cast<uint32_t>(sizeof(DeviceRow)) + bytes);
   if (bytes != 0) {
-    float* to = args.dtype == Dtype::kFloat32 ? block.slice : NarrowSlice(block);
+    float* to = args.dtype == Dtype::kFloat32 || args.keeps_narrow ? block.slice : NarrowSlice(block);
     StartCopy(to, SliceInMemory(block, args, row), bytes, arrival);
   }
   StartCopy(&block.head->input[block.num_copies & 1], args.rows + row, sizeof(DeviceRow), arrival);
@@ -202,12 +197,13 @@ __device__ __forceinline__ float MaxOrNan(float a, float b) {
 }
 
 // A group that a bulk copy brought: NaN and masked tokens become -inf in place.
-__device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, float4* group, bool masked,
-                                           bool& has_nan) {
+template <Dtype kStored>
+__device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, StoredFour<kStored>* group,
+                                           bool masked, bool& has_nan) {
   float max = NegativeInfinity();
 #pragma unroll
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
-    const float4 x = group[i * kLanesPerGroup + LaneInGroup()];
+    const float4 x = group[i * kLanesPerGroup + LaneInGroup()].Widened();
     max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
   }
   if (!masked && max == max) return max;
@@ -215,14 +211,14 @@ __device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, 
 #pragma unroll 1
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
     const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * 4;
-    float4 x = group[offset / 4];
+    float4 x = group[offset / 4].Widened();
     has_nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
     const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
     x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
     x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
     x.z = (allowed & 4u) != 0 ? fmaxf(x.z, NegativeInfinity()) : NegativeInfinity();
     x.w = (allowed & 8u) != 0 ? fmaxf(x.w, NegativeInfinity()) : NegativeInfinity();
-    group[offset / 4] = x;
+    group[offset / 4] = StoredFour<kStored>::Of(x);
     max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
   }
   return max;
@@ -241,9 +237,10 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
       const int32_t first = (block.first_group + group) * kGroupSize;
       float* out = block.slice + group * kGroupSize;
       if (!args.aligned || first + kGroupSize > args.vocab_size) {
-        max = LoadRaggedGroup<kDtype>(args, first, out, has_nan);
+        max = LoadRaggedGroup<kDtype>(block, args, group, has_nan);
       } else if (kDtype == Dtype::kFloat32 && has_arrived) {
-        max = ScanGroup(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
+        max = ScanGroup(args, first, FoursOf<Dtype::kFloat32>(block) + group * (kGroupSize / 4), masked,
+                        has_nan);
       } else {
         max = LoadGroup<kDtype>(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
       }
@@ -255,15 +252,6 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
     if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
   }
   return has_nan;
-}
-
-template <Dtype kDtype>
-__device__ __forceinline__ float4 Widen(const uint2& pair) {
-  if (kDtype == Dtype::kBfloat16)
-    return make_float4(__uint_as_float(pair.x << 16), __uint_as_float(pair.x & 0xffff0000u),
-                       __uint_as_float(pair.y << 16), __uint_as_float(pair.y & 0xffff0000u));
-  return make_float4(WidenHalf(pair.x & 0xffffu), WidenHalf(pair.x >> 16), WidenHalf(pair.y & 0xffffu),
-                     WidenHalf(pair.y >> 16));
 }
 
 // LoadSlice for a 16-bit row that a copy brought. A pass is read before any thread writes it: its widened
@@ -287,24 +275,49 @@ __device__ __forceinline__ bool WidenSlice(const Block& block, const LoadArgs& a
     }
     __syncthreads();
     float max = NegativeInfinity();
-    float* out = block.slice + group * kGroupSize;
     if (is_whole) {
-      auto* fours = reinterpret_cast<float4*>(out);
+      auto* fours = FoursOf<Dtype::kFloat32>(block) + group * (kGroupSize / 4);
 #pragma unroll
       for (int i = 0; i < kTokensPerLane / 4; ++i) {
         const float4 x = Widen<kDtype>(pairs[i]);
-        fours[i * kLanesPerGroup + LaneInGroup()] = x;
+        fours[i * kLanesPerGroup + LaneInGroup()].bits = x;
         max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
       }
       if (masked || max != max) max = ScanGroup(args, first, fours, masked, has_nan);
     } else if (is_inside) {
-      max = LoadRaggedGroup<kDtype>(args, first, out, has_nan);
+      max = LoadRaggedGroup<kDtype>(block, args, group, has_nan);
     }
 #pragma unroll
     for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
       max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
     }
     if (is_inside && LaneInGroup() == 0) block.group_max[group] = max;
+  }
+  return has_nan;
+}
+
+// LoadSlice for a 16-bit row that stays as it is.
+template <Dtype kStored>
+__device__ __forceinline__ bool ScanSlice(const Block& block, const LoadArgs& args, bool has_arrived) {
+  bool has_nan = false;
+  const bool masked = args.mask != nullptr || args.allowed != nullptr;
+  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const int32_t group = GroupOfLane(pass);
+    const int32_t first = (block.first_group + group) * kGroupSize;
+    float max = NegativeInfinity();
+    if (group < block.num_local) {
+      if (has_arrived && first + kGroupSize <= args.vocab_size) {
+        max = ScanGroup(args, first, FoursOf<kStored>(block) + group * (kGroupSize / 4), masked, has_nan);
+      } else {
+        max = LoadRaggedGroup<kStored, kStored>(block, args, group, has_nan);
+      }
+    }
+#pragma unroll
+    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
+      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
+    }
+    if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
   }
   return has_nan;
 }
@@ -318,10 +331,11 @@ static __device__ __noinline__ bool LoadSliceFromMemory(Block block, LoadArgs ar
   return LoadSlice<Dtype::kFloat32>(block, args, false);
 }
 
-// kNarrow: the row has a 16-bit type.
-template <bool kNarrow>
+// kNarrow: the row has a 16-bit type. kStored: the slice's; if that is a 16-bit one, the row's.
+template <bool kNarrow, Dtype kStored>
 __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, Dtype dtype,
                                           bool has_arrived) {
+  if (kStored != Dtype::kFloat32) return ScanSlice<kStored>(block, args, has_arrived);
   if (kNarrow) {
     if (!has_arrived) return LoadNarrowSlice(block, args, dtype);
     if (dtype == Dtype::kFloat16) return WidenSlice<Dtype::kFloat16>(block, args);
@@ -332,8 +346,9 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
 }
 
 // Maxima of the groups as the slice now is. Whole block; the slice must be in place.
+template <Dtype kStored>
 static __device__ __noinline__ void RefreshGroupMaxima(Block block) {
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const auto* slice = FoursOf<kStored>(block);
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
@@ -341,7 +356,7 @@ static __device__ __noinline__ void RefreshGroupMaxima(Block block) {
     if (group < block.num_local) {
 #pragma unroll
       for (int i = 0; i < kTokensPerLane / 4; ++i) {
-        const float4 x = slice[FloatFourOfLane(group, i)];
+        const float4 x = slice[FloatFourOfLane(group, i)].Widened();
         max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
       }
     }

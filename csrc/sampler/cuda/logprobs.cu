@@ -87,9 +87,10 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
   const DeviceRow& input = WaitRow(block, sample, row);
   const int32_t token = sample.token_ids[row];
   const bool processed = args.processed != 0;
-  const RowState state = sample.dtype == Dtype::kFloat32
-                             ? PrepareSlice<false>(block, sample, input, row, processed, [] {})
-                             : PrepareSlice<true>(block, sample, input, row, processed, [] {});
+  const RowState state =
+      sample.dtype == Dtype::kFloat32
+          ? PrepareSlice<false, Dtype::kFloat32>(block, sample, input, row, processed, [] {})
+          : PrepareSlice<true, Dtype::kFloat32>(block, sample, input, row, processed, [] {});
   const int64_t base = static_cast<int64_t>(row) * (1 + args.num_top);
   if (token < 0) {
     if (block.cluster.rank != 0) return;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
     distribution.threshold = sample.info[row].threshold;
     if (input.constants.scale != 0.0f) scale = input.constants.scale;
   }
-  SumGroups(block, state.max, scale, distribution.threshold);
+  SumGroups<Dtype::kFloat32>(block, state.max, scale, distribution.threshold);
   __syncthreads();
   uint64_t sums[2] = {0, 0};  // mass; key of the drawn token's logit
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
@@ -121,7 +122,7 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
   AllSum(block, sums);
   distribution.ln_mass = LnMass(sums[0]);
   const float drawn = FloatFromKey(static_cast<uint32_t>(sums[1]));
-  uint64_t rank[1] = {CountAtLeast(block, drawn)};
+  uint64_t rank[1] = {CountAtLeast<Dtype::kFloat32>(block, drawn)};
   AllSum(block, rank);
   // Slices are filled up with -inf, which must not count.
   if (drawn == NegativeInfinity()) rank[0] = static_cast<uint64_t>(sample.vocab_size);

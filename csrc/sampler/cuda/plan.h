@@ -33,6 +33,12 @@ enum class Family : int32_t {
   kAny,
 };
 
+// What the host knows of all rows of a batch, and chooses the kernel by.
+struct Traits {
+  Family family = Family::kAny;
+  bool has_edits = true;  // some row may have
+};
+
 // A token whose logit is changed before the maximum is taken. At most one entry per row and token.
 struct Edit {
   int32_t token_id;
@@ -79,6 +85,7 @@ struct SampleArgs {
   float* processed_logits = nullptr;  // [num_rows, vocab_size] or null
   float* scratch = nullptr;           // rows in progress where they do not fit on chip
   Family family = Family::kAny;
+  bool keeps_narrow = false;  // slices hold a 16-bit row's logits as they are: no row has edits
   // The clusters of each wave, so many in all, start so many cycles after those of the wave before.
   int32_t num_waves = 1;
   int32_t cycles_per_wave = 0;
@@ -101,6 +108,7 @@ struct LaunchShape {
   int32_t num_blocks = 0;
   size_t shared_bytes = 0;
   bool on_chip = false;  // slices live in shared memory
+  bool keeps_narrow = false;
 };
 
 struct DeviceLimits {
@@ -154,7 +162,7 @@ struct SharedLayout {
   size_t lists;       // [cluster] of a ListHeader and float [list_capacity]
   size_t gathered;    // double weights and float logits of all candidates
   size_t group_mass;  // uint64 [groups_per_block]
-  size_t slice;       // float [groups_per_block * kGroupSize], on chip only
+  size_t slice;       // [groups_per_block * kGroupSize], on chip only
   size_t total;
   int32_t maxima_stride;
   int32_t list_capacity;
@@ -167,7 +175,8 @@ TWINJET_HD int32_t ListCapacity(int32_t cluster) {
   return cluster <= 2 ? kMaxCandidates : cluster <= 4 ? kMaxCandidates / 2 : 64;
 }
 
-TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, bool on_chip) {
+TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, bool on_chip,
+                                     size_t item_bytes = sizeof(float)) {
   SharedLayout layout = {};
   const size_t groups = static_cast<size_t>(groups_per_block);
   const size_t blocks = static_cast<size_t>(cluster);
@@ -184,7 +193,7 @@ TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, 
   layout.group_mass = layout.gathered + candidate_bytes;
   // Bulk copies to places that are no multiples of 128 bytes take a sixth longer.
   layout.slice = (layout.group_mass + groups * sizeof(uint64_t) + 127) / 128 * 128;
-  layout.total = layout.slice + (on_chip ? groups * kGroupSize * sizeof(float) : 0);
+  layout.total = layout.slice + (on_chip ? groups * kGroupSize * item_bytes : 0);
   return layout;
 }
 

@@ -1,23 +1,26 @@
 // The sampling kernel: a row per cluster, one read of the logits from memory.
 
+#include <span>
+
 #include "sampler/cuda/launch.cuh"
 #include "sampler/cuda/row.cuh"
 
 namespace twinjet::sampler::cuda {
 namespace {
 
+template <Dtype kStored>
 __device__ __forceinline__ void WriteProcessed(const Block& block, const SampleArgs& args, int32_t row) {
   float* out = args.processed_logits + static_cast<int64_t>(row) * args.vocab_size;
   const int32_t first = block.first_group * kGroupSize;
   const int32_t left = args.vocab_size - first;
   const int32_t size = left < block.num_local * kGroupSize ? left : block.num_local * kGroupSize;
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < size; i += kThreads)
-    out[first + i] = block.slice[i];
+    out[first + i] = TokenOf<kStored>(block, i);
 }
 
 // Draws rows; the blocks of a cluster, number `cluster` of num_clusters, call this together. The race among
 // the tokens of one row is run while the next row's maxima are exchanged.
-template <Family kFamily, bool kNarrow>
+template <Family kFamily, bool kNarrow, Dtype kStored>
 __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args, int32_t cluster,
                                            int32_t num_clusters) {
   const bool claims = block.copies && args.num_claims != nullptr;
@@ -34,7 +37,7 @@ __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args,
     const DeviceRow& input = WaitRow(block, args, row);
     const RowConstants& constants = input.constants;
     double own_exponential = 0.0;
-    const RowState state = PrepareSlice<kNarrow>(block, args, input, row, true, [&] {
+    const RowState state = PrepareSlice<kNarrow, kStored>(block, args, input, row, true, [&] {
       if (kFamily == Family::kGreedy) return;
       own_exponential = GroupExponential(block, constants);
       FinishRace(block, args, race);
@@ -44,19 +47,19 @@ __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args,
       if (copies) PrefetchRow(block, args, next);
     }
     race.row = -1;
-    if (args.processed_logits != nullptr) WriteProcessed(block, args, row);
+    if (args.processed_logits != nullptr) WriteProcessed<kStored>(block, args, row);
     float threshold = NegativeInfinity();
     if ((state.status & kStatusNoToken) == 0) {
       if (kFamily == Family::kGreedy || constants.is_greedy != 0) {
-        WriteFirstMaximum(block, args, row, state.max);
+        WriteFirstMaximum<kStored>(block, args, row, state.max);
         if (constants.scale != 0.0f) threshold = state.max;  // top_k = 1
       } else {
-        threshold = KeepThreshold<kFamily>(block, constants, state.max, args.vocab_size);
+        threshold = KeepThreshold<kFamily, kStored>(block, constants, state.max, args.vocab_size);
         race.row = row;
         race.constants = &constants;
         race.max = state.max;
         race.threshold = threshold;
-        RaceGroups(block, race, own_exponential);
+        RaceGroups<kStored>(block, race, own_exponential);
       }
     }
     if (block.cluster.rank == 0 && threadIdx.x == 0) {
@@ -80,12 +83,12 @@ __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args,
   if (kFamily != Family::kGreedy) FinishRace(block, args, race);
 }
 
-template <Family kFamily, bool kNarrow>
+template <Family kFamily, bool kNarrow, Dtype kStored>
 __global__ void __launch_bounds__(kThreads, 3) SampleOnChipKernel(const __grid_constant__ SampleArgs args) {
   extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args, ThisCluster(), true);
-  SampleRows<kFamily, kNarrow>(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size),
-                               static_cast<int32_t>(gridDim.x / block.cluster.size));
+  SampleRows<kFamily, kNarrow, kStored>(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size),
+                                        static_cast<int32_t>(gridDim.x / block.cluster.size));
 }
 
 // Slices do not fit on chip: one block a row, its slice in scratch memory.
@@ -94,23 +97,26 @@ __global__ void __launch_bounds__(kThreads) SampleInMemoryKernel(const __grid_co
   extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args, {0, 1}, false);
   block.slice = args.scratch + static_cast<int64_t>(blockIdx.x) * block.groups_per_block * kGroupSize;
-  SampleRows<Family::kAny, kNarrow>(block, args, static_cast<int32_t>(blockIdx.x),
-                                    static_cast<int32_t>(gridDim.x));
+  SampleRows<Family::kAny, kNarrow, Dtype::kFloat32>(block, args, static_cast<int32_t>(blockIdx.x),
+                                                     static_cast<int32_t>(gridDim.x));
 }
 
 using Kernel = void (*)(SampleArgs);
-constexpr Kernel kOnChip[3][2] = {
-    {SampleOnChipKernel<Family::kGreedy, false>, SampleOnChipKernel<Family::kGreedy, true>},
-    {SampleOnChipKernel<Family::kOpen, false>, SampleOnChipKernel<Family::kOpen, true>},
-    {SampleOnChipKernel<Family::kAny, false>, SampleOnChipKernel<Family::kAny, true>}};
+// By what the slices hold: float32 of float32 or of 16-bit rows, float16, bfloat16.
+constexpr int kNumForms = 4;
+template <Family kFamily>
+constexpr Kernel kForms[kNumForms] = {
+    SampleOnChipKernel<kFamily, false, Dtype::kFloat32>, SampleOnChipKernel<kFamily, true, Dtype::kFloat32>,
+    SampleOnChipKernel<kFamily, true, Dtype::kFloat16>, SampleOnChipKernel<kFamily, true, Dtype::kBfloat16>};
+constexpr const Kernel* kOnChip[3] = {kForms<Family::kGreedy>, kForms<Family::kOpen>, kForms<Family::kAny>};
 constexpr Kernel kInMemory[2] = {SampleInMemoryKernel<false>, SampleInMemoryKernel<true>};
 
 }  // namespace
 
 cudaError_t SetSampleAttributes(const DeviceLimits& limits) {
   const int bytes = static_cast<int>(limits.max_shared_bytes);
-  for (const auto& family : kOnChip) {
-    for (const Kernel kernel : family) {
+  for (const Kernel* family : kOnChip) {
+    for (const Kernel kernel : std::span(family, kNumForms)) {
       cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       if (error == cudaSuccess && limits.max_cluster > 8)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -136,17 +142,19 @@ cudaError_t CountClusters(int32_t cluster, size_t shared_bytes, int* num_cluster
   config.attrs = &attribute;
   config.numAttrs = 1;
   // Registers bound no family: shared memory does, and it is the same for all.
-  return cudaOccupancyMaxActiveClusters(num_clusters, SampleOnChipKernel<Family::kAny, false>, &config);
+  return cudaOccupancyMaxActiveClusters(num_clusters,
+                                        SampleOnChipKernel<Family::kAny, false, Dtype::kFloat32>, &config);
 }
 
 cudaError_t LaunchSample(const SampleArgs& args, const LaunchShape& shape, cudaStream_t stream) {
   if (args.num_rows == 0) return cudaSuccess;
   SampleArgs full = args;
   full.groups_per_block = shape.groups_per_block;
+  full.keeps_narrow = shape.keeps_narrow;
   const bool is_narrow = args.dtype != Dtype::kFloat32;
-  return LaunchCluster(
-      shape.on_chip ? kOnChip[static_cast<int>(args.family)][is_narrow] : kInMemory[is_narrow], full, shape,
-      stream);
+  if (!shape.on_chip) return LaunchCluster(kInMemory[is_narrow], full, shape, stream);
+  const int form = !is_narrow ? 0 : !shape.keeps_narrow ? 1 : args.dtype == Dtype::kFloat16 ? 2 : 3;
+  return LaunchCluster(kOnChip[static_cast<int>(args.family)][form], full, shape, stream);
 }
 
 }  // namespace twinjet::sampler::cuda

@@ -84,7 +84,7 @@ SeatSampler::Receipt SeatSampler::Draw(std::span<const int64_t> seats, std::span
   const SeatMemory memory = Send(seats, advances, stream);
   CheckCuda(LaunchBegin(memory, num_rows, rows_, stream), "LaunchBegin");
   sampler_.SampleRows({rows_, reinterpret_cast<const Edit*>(arena_),
-                       reinterpret_cast<const uint32_t*>(arena_), table_.family()},
+                       reinterpret_cast<const uint32_t*>(arena_), table_.traits()},
                       logits, results.outputs, stream);
   const Receipt receipt = {TakePage(num_rows), num_rows};
   Page page;

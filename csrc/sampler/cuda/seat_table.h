@@ -45,7 +45,7 @@ class SeatTable {
   std::span<const Unit> Build(std::span<const int64_t> seats, std::span<const uint8_t> advances);
 
   // Of the rows of the last message.
-  Family family() const { return family_; }
+  const Traits& traits() const { return traits_; }
 
   // What the device must have room for before it takes the last message.
   int32_t arena_units() const { return arena_.end(); }
@@ -57,7 +57,7 @@ class SeatTable {
     int32_t num_outputs = 0;
     int32_t min_tokens = 0;  // 0 where there is nothing to mask before
     bool counts_output = false;
-    Family family = Family::kAny;
+    Traits traits;
     int32_t begin = 0;  // of the region; -1: it has none
     int32_t capacity = 0;
     int32_t edits_at = 0;
@@ -66,7 +66,7 @@ class SeatTable {
   };
 
   int32_t vocab_size_;
-  Family family_ = Family::kAny;
+  Traits traits_;
   UnitArena arena_;
   std::vector<std::unique_ptr<Entry>> entries_;
   std::vector<Unit> message_;

@@ -7,12 +7,12 @@ namespace twinjet::sampler::cuda {
 
 // Puts this block's tokens of the bracket into its list. A barrier follows inside, before and after.
 // kMayGiveUp: looks no further once the list has overflowed, which is likely.
-template <bool kMayGiveUp>
+template <Dtype kStored, bool kMayGiveUp>
 __device__ __forceinline__ void Collect(const Block& block, const Bracket& bracket) {
   ClearList(block);
   ListHeader& header = HeaderOf(block, block.cluster.rank);
   float* list = ListOf(block, block.cluster.rank);
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const auto* slice = FoursOf<kStored>(block);
   const float lo = FloatFromKey(bracket.lo);
   const float last = LastBelow(bracket.hi);
   const uint32_t capacity = static_cast<uint32_t>(block.list_capacity);
@@ -24,7 +24,7 @@ __device__ __forceinline__ void Collect(const Block& block, const Bracket& brack
     uint32_t found = 0;  // bit of each of the lane's 32 tokens
 #pragma unroll
     for (int i = 0; i < kTokensPerLane / 4; ++i) {
-      const float4 x = slice[FloatFourOfLane(group, i)];
+      const float4 x = slice[FloatFourOfLane(group, i)].Widened();
       found |= (x.x >= lo && x.x <= last ? 1u : 0u) << (4 * i);
       found |= (x.y >= lo && x.y <= last ? 2u : 0u) << (4 * i);
       found |= (x.z >= lo && x.z <= last ? 4u : 0u) << (4 * i);
@@ -35,7 +35,7 @@ __device__ __forceinline__ void Collect(const Block& block, const Bracket& brack
     while (found != 0 && place < capacity) {
       const int32_t bit = __ffs(static_cast<int>(found)) - 1;
       found &= found - 1;
-      list[place++] = block.slice[4 * FloatFourOfLane(group, bit / 4) + bit % 4];
+      list[place++] = TokenOf<kStored>(block, 4 * FloatFourOfLane(group, bit / 4) + bit % 4);
     }
   }
   __syncthreads();
@@ -181,7 +181,7 @@ __device__ __forceinline__ float* KeptLogits(const Block& block) {
 // Narrows the bracket until few candidates are left, or one logit. *gathered: the candidates, if they are all
 // tokens from the threshold up; none otherwise. with_weights, scale: for their weights; a search by mass
 // needs them. Where lists are exchanged more than once in a row, an AllSum lies between.
-template <bool kCount>
+template <Dtype kStored, bool kCount>
 __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float scale, Bracket bracket,
                                                   uint64_t target, bool try_at_once, const Kept& kept,
                                                   bool with_weights, Candidates* gathered) {
@@ -192,7 +192,7 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
       if (kept.is_used) {
         CollectKept(block, KeptLogits(block), kept.count, bracket);
       } else {
-        Collect<false>(block, bracket);
+        Collect<kStored, false>(block, bracket);
       }
       if (ExchangeLists(block).count <= kMaxCandidates) {
         const Candidates candidates = Gather(block, max, scale, with_weights);
@@ -208,7 +208,7 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
     if (kept.is_used) {
       SumKeptAtPivots(KeptLogits(block), kept.count, max, scale, bracket, pivots, sums);
     } else {
-      SumAtPivots<kCount>(block, max, scale, FloatFromKey(bracket.lo), bracket.hi, pivots, sums);
+      SumAtPivots<kStored, kCount>(block, max, scale, FloatFromKey(bracket.lo), bracket.hi, pivots, sums);
     }
     AllSum(block, sums);
     bracket = Shrink(bracket, pivots, sums, target);
@@ -241,6 +241,7 @@ __device__ __forceinline__ BinPlace FindBin(const uint64_t (&&mass)[2], uint64_t
 // A search by mass over many tokens: a sample says about where the threshold lies, one pass keeps the tokens
 // around it, the kept ones are weighed in bins, and the search goes on in one bin. bracket.lo may be a bound
 // without its mass.
+template <Dtype kStored>
 __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, float scale, Bracket bracket,
                                                       uint64_t whole, uint64_t target) {
   const int32_t lane = LaneInWarp();
@@ -250,7 +251,7 @@ __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, f
   if (grid.is_fit) {
     const uint64_t dropped = (whole - target) / kSampleStep;
     const Bins bins = ClearBins(block);
-    CountSample(block, grid, bracket.hi, bins);
+    CountSample<kStored>(block, grid, bracket.hi, bins);
     const uint64_t* counts = SumBins(block, bins, 0);
     const BinPlace place = FindBin({MassOfSampledBin(grid, 2 * lane, counts[2 * lane], max, scale),
                                     MassOfSampledBin(grid, 2 * lane + 1, counts[2 * lane + 1], max, scale)},
@@ -263,8 +264,8 @@ __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, f
   if (window.lo != bracket.lo || window.hi != bracket.hi) {
     ListHeader& header = HeaderOf(block, block.cluster.rank);
     ClearList(block);
-    const uint64_t mass =
-        SumAndKeep(block, max, scale, FloatFromKey(window.lo), window.hi, KeptLogits(block), &header.count);
+    const uint64_t mass = SumAndKeep<kStored>(block, max, scale, FloatFromKey(window.lo), window.hi,
+                                              KeptLogits(block), &header.count);
     __syncthreads();
     kept.count = static_cast<int32_t>(header.count);
     grid = GridOf(window);
@@ -289,7 +290,7 @@ __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, f
     }
   }
   Candidates unused;
-  return FindThreshold<false>(block, max, scale, bracket, target, kept.is_used, kept, true, &unused);
+  return FindThreshold<kStored, false>(block, max, scale, bracket, target, kept.is_used, kept, true, &unused);
 }
 
 // How many groups have a token, and the least of their maxima. All lanes of the calling warp.
@@ -353,6 +354,7 @@ __device__ __forceinline__ uint32_t BoundOfMaxima(const Block& block, float max,
 }
 
 // The k-th largest logit, 1 <= k < vocab_size. scale, with_weights, gathered: see FindThreshold.
+template <Dtype kStored>
 __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float scale, int32_t k,
                                                   int32_t vocab_size, bool with_weights,
                                                   Candidates* gathered) {
@@ -368,15 +370,16 @@ __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float
     const Pivots pivots =
         length > 0.0f && IsFinite(length) ? CountPivots(bracket, least.value, length) : KeyPivots(bracket);
     uint64_t sums[kNumPivots + 1] = {};
-    SumAtPivots<true>(block, max, 0.0f, NegativeInfinity(), bracket.hi, pivots, sums);
+    SumAtPivots<kStored, true>(block, max, 0.0f, NegativeInfinity(), bracket.hi, pivots, sums);
     AllSum(block, sums);
     bracket = Shrink(bracket, pivots, sums, target);
   }
-  return FindThreshold<true>(block, max, scale, bracket, target, is_bounded && k <= kMaxCandidates,
-                             {false, 0}, with_weights, gathered);
+  return FindThreshold<kStored, true>(block, max, scale, bracket, target, is_bounded && k <= kMaxCandidates,
+                                      {false, 0}, with_weights, gathered);
 }
 
 // Step 9 over the tokens from floor_key up. gathered: not empty where it holds all of them already.
+template <Dtype kStored>
 __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float scale, uint32_t floor_key,
                                                   uint64_t top_p_fixed, int32_t vocab_size,
                                                   const Candidates& gathered) {
@@ -389,8 +392,8 @@ __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float
   // The whole mass and the tokens from a pivot up, in one exchange.
   const uint32_t wanted = FirstMassPivot(max, scale);
   const uint32_t pivot = wanted > floor_key && wanted < top ? wanted : floor_key + 1;
-  SumGroups(block, max, scale, FloatFromKey(floor_key));
-  Collect<true>(block, {pivot, top, 0, 0});
+  SumGroups<kStored>(block, max, scale, FloatFromKey(floor_key));
+  Collect<kStored, true>(block, {pivot, top, 0, 0});
   if (threadIdx.x < 32) {
     uint64_t mass = 0;
     for (int32_t i = LaneInWarp(); i < block.num_local; i += 32) mass += block.group_mass[i];
@@ -418,7 +421,7 @@ __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float
   const uint32_t least = LeastMassKey(max, scale, whole, target, vocab_size);
   // `reached` stays what it is: the little mass that lies below the least key only tilts a guess.
   if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
-  return FindDeepThreshold(block, max, scale, bracket, whole, target);
+  return FindDeepThreshold<kStored>(block, max, scale, bracket, whole, target);
 }
 
 }  // namespace twinjet::sampler::cuda
