@@ -265,7 +265,9 @@ __device__ __forceinline__ const uint64_t* SumBins(Block& block, const Bins& bin
     }
     AddToSums(block, i, value, to / kNumSums);
   }
-  return WaitSums(block);
+  const uint64_t* totals = WaitSums(block);
+  __syncthreads();  // lists may be written
+  return totals;
 }
 
 // ---- Races ----

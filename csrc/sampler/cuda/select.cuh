@@ -197,8 +197,9 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
       if (ExchangeLists(block).count <= kMaxCandidates) {
         const Candidates candidates = Gather(block, max, scale, with_weights);
         if (bracket.above == 0) *gathered = candidates;
-        const bool by_all =
-            candidates.count <= (bracket.above == 0 ? kMaxSettledByAll : kMaxSettledByAll / 2);
+        // Otherwise an exchange follows, which a search by mass after this one needs before its lists.
+        const bool by_all = bracket.above == 0 ? candidates.count <= kMaxSettledByAll
+                                               : !kCount && candidates.count <= kMaxSettledByAll / 2;
         return Settle<kCount ? Settling::kCount : Settling::kMass>(block, candidates, bracket.lo,
                                                                    bracket.above, target, by_all);
       }
