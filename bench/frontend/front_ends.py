@@ -74,6 +74,11 @@ class FrontEnd:
                     total += int((task / "schedstat").read_text().split()[0])
         return total / 1e9
 
+    def mock_cpu_s(self) -> float:
+        """Give the CPU time of the mock so far."""
+        tasks = Path(f"/proc/{self.control.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
     def memory_bytes(self) -> int:
         """Give the front end's memory: what is its own, and its share of what it shares."""
         total = 0
@@ -292,20 +297,22 @@ class Bench:
         return self._spawn(f"{name}.mock", command, environment(control, self.model / "tokenizer.json"))
 
 
+REQUEST_ID = "@@@@@@@@@@@@"
+"""The load client makes it another one for each request, and the mock knows the request by it."""
+
+
 def completions_body(num_tokens: int) -> bytes:
     """Ask OpenAI's completions."""
     return json.dumps(
         {
             "model": "demo", "prompt": PROMPT, "max_tokens": num_tokens, "temperature": 0, "stream": True,
-            "ignore_eos": True,
+            "ignore_eos": True, "request_id": REQUEST_ID,
         }
     ).encode()  # fmt: skip
 
 
 TWINJET_PATH = "/twinjet.v1.InferenceService/Generate"
 SMG_PATH = "/vllm.grpc.engine.VllmEngine/Generate"
-REQUEST_ID = "@@@@@@@@@@@@"
-"""The load client makes it another one for each request."""
 
 
 def twinjet_body(num_tokens: int, top_p: float = 0.0) -> bytes:
@@ -318,7 +325,8 @@ def twinjet_body(num_tokens: int, top_p: float = 0.0) -> bytes:
     if top_p:
         sampling |= {"temperature": 1.0, "top_p": top_p}
     message = json_format.ParseDict(
-        {"model": "demo", "token_ids": PROMPT, "sampling": sampling}, generation_pb2.GenerateRequest()
+        {"model": "demo", "token_ids": PROMPT, "sampling": sampling, "options": {"request_id": REQUEST_ID}},
+        generation_pb2.GenerateRequest(),
     )
     return message.SerializeToString()
 

@@ -5,7 +5,16 @@
 // JSON object. In a body the twelve characters "@@@@@@@@@@@@" become the stream's number.
 //
 //   load --port P --kind grpc|sse --path /p.S/M --body FILE --streams N [--requests R] [--connections C]
-//        [--tokens-path 2.3] [--rate R/S] [--control FILE] [--timeout S] [--tls 1]
+//        [--tokens-path 2.3] [--rate R/S] [--control FILE] [--timeout S] [--tls 1] [--probe 1]
+//
+// The page also has two stamps for each of the last streams, written by the mock: when it had the request,
+// and when it sent the first token. With them a first token's way is told apart: up, from when the call's
+// headers went to the socket until the mock had it; down, from the mock until its bytes were read here. added
+// is both; what the engine took, and how late this client was to ask and to parse, is not in it. Clocks are
+// one.
+//
+// --probe: this client runs beside another one, which is the load; few streams, so that its own work is not
+// in what it measures.
 //
 // --streams are open at once, --requests are made in all. --rate: requests begin at that rate instead, at
 // most --streams at once. --tokens-path: field numbers that lead from a response to its packed token ids.
@@ -43,6 +52,12 @@ namespace {
 
 constexpr std::string_view kMark = "@@@@@@@@@@@@";
 constexpr size_t kMaxGaps = 4'000'000;
+// The shared page, as mock_core.py has it.
+constexpr size_t kNumStamps = 1 << 16;  // one half the load's, one the probe's
+constexpr int64_t kFirstOfProbe = 500'000;
+constexpr size_t kStampsAt = 4096;
+constexpr size_t kPageBytes = kStampsAt + kNumStamps * 2 * sizeof(uint64_t);
+constexpr size_t kRunField = 7;
 
 struct Options {
   std::string host = "127.0.0.1";
@@ -57,6 +72,7 @@ struct Options {
   double rate = 0;
   double timeout_s = 120;
   bool use_tls = false;
+  bool is_probe = false;
   std::string control;
 };
 
@@ -73,6 +89,8 @@ double Now() {
 struct Stream {
   int32_t id = -1;
   int connection = 0;
+  int64_t number = 0;
+  double due = 0;
   double began = 0;
   double sent_at = 0;
   double first = 0;
@@ -94,6 +112,8 @@ struct Result {
   std::map<std::string, int64_t> statuses;
   std::map<std::string, int64_t> without_details;
   std::vector<float> first_ms, gap_ms, end_ms, refused_ms;
+  // Of first tokens that the mock stamped.
+  std::vector<float> added_ms, up_ms, down_ms, late_ms, parse_ms;
 };
 
 class Load {
@@ -128,8 +148,10 @@ class Load {
   void Readable(int index);
   void OnEvents(Connection& connection);
   void Tokens(Stream& stream, int64_t count);
+  void OnFirst(const Stream& stream, double now);
   void Finish(Stream& stream, const std::string& status, bool has_details);
   void Print(double seconds) const;
+  std::string Ways() const;
   int64_t CountTokens(const uint8_t* data, size_t size) const;
 
   Options options_;
@@ -140,6 +162,8 @@ class Load {
   std::deque<int> idle_;
   Result result_;
   double began_ = 0;
+  double read_at_ = 0;  // when the bytes that are being parsed were read
+  int run_ = static_cast<int>(getpid() % 1000000);
   size_t mark_at_ = std::string::npos;
   std::vector<uint8_t> buffer_ = std::vector<uint8_t>(1 << 18);
 };
@@ -197,10 +221,15 @@ Load::Load(Options options) : options_(std::move(options)) {
   if (!options_.control.empty()) {
     const int fd = open(options_.control.c_str(), O_RDWR);
     if (fd < 0) Fail(options_.control);
-    void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void* page = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (page == MAP_FAILED) Fail("mmap");
     control_ = static_cast<uint64_t*>(page);
     close(fd);
+    if (!options_.is_probe) {
+      std::memset(control_ + kStampsAt / sizeof(uint64_t), 0, kPageBytes - kStampsAt);
+      __atomic_store_n(control_ + kRunField, static_cast<uint64_t>(getpid()) % 1000000, __ATOMIC_RELEASE);
+    }
+    run_ = static_cast<int>(__atomic_load_n(control_ + kRunField, __ATOMIC_ACQUIRE));
   }
   connections_.resize(static_cast<size_t>(options_.connections));
   for (int i = 0; i < options_.connections; ++i) Open(i);
@@ -272,13 +301,15 @@ void Load::Start() {
   stream->request = options_.body;
   if (mark_at_ != std::string::npos) {
     char text[32];
-    std::snprintf(text, sizeof text, "%06d%06lld", static_cast<int>(getpid()) % 1000000,
-                  static_cast<long long>(result_.started));
+    std::snprintf(text, sizeof text, "%06d%06lld", run_,
+                  static_cast<long long>(result_.started) + (options_.is_probe ? kFirstOfProbe : 0));
     stream->request.replace(mark_at_, kMark.size(), text, kMark.size());
   }
   stream->connection = static_cast<int>(result_.started % options_.connections);
-  ++result_.started;
+  stream->number = result_.started++;
   stream->began = Now();
+  stream->due =
+      options_.rate > 0 ? began_ + static_cast<double>(stream->number) / options_.rate : stream->began;
   if (options_.is_grpc) {
     StartGrpc(connections_[static_cast<size_t>(stream->connection)], stream);
   } else {
@@ -348,6 +379,7 @@ void Load::Readable(int index) {
     const ssize_t size = Receive(connection);
     if (size < 0 && errno == EAGAIN) return;
     if (size <= 0) Fail("the server closed a connection");
+    read_at_ = Now();
     if (connection.session != nullptr) {
       if (nghttp2_session_mem_recv(connection.session, buffer_.data(), static_cast<size_t>(size)) < 0)
         Fail("HTTP/2");
@@ -466,7 +498,7 @@ void Load::Tokens(Stream& stream, int64_t count) {
   const double now = Now();
   if (stream.tokens == 0) {
     stream.first = now;
-    result_.first_ms.push_back(static_cast<float>((now - stream.began) * 1e3));
+    OnFirst(stream, now);
     if (++result_.with_tokens == options_.requests && result_.done == 0) {
       result_.full_from = now;
       result_.full_first = result_.tokens;
@@ -478,7 +510,27 @@ void Load::Tokens(Stream& stream, int64_t count) {
   stream.tokens += count;
   result_.tokens += count;
   if (!options_.is_grpc) ++result_.messages;
-  if (control_ != nullptr) __atomic_fetch_add(control_, static_cast<uint64_t>(count), __ATOMIC_RELEASE);
+  if (control_ != nullptr && !options_.is_probe)
+    __atomic_fetch_add(control_, static_cast<uint64_t>(count), __ATOMIC_RELEASE);
+}
+
+void Load::OnFirst(const Stream& stream, double now) {
+  auto add = [](std::vector<float>& values, double seconds) {
+    values.push_back(static_cast<float>(seconds * 1e3));
+  };
+  add(result_.first_ms, now - stream.due);
+  if (control_ == nullptr || mark_at_ == std::string::npos) return;
+  const size_t row =
+      static_cast<size_t>(stream.number) % (kNumStamps / 2) + (options_.is_probe ? kNumStamps / 2 : 0);
+  const uint64_t* stamps = control_ + kStampsAt / sizeof(uint64_t) + 2 * row;
+  if (stamps[0] == 0 || stamps[1] == 0 || stream.sent_at == 0) return;
+  const double up = static_cast<double>(stamps[0]) * 1e-9 - stream.sent_at;
+  const double down = read_at_ - static_cast<double>(stamps[1]) * 1e-9;
+  add(result_.up_ms, up);
+  add(result_.down_ms, down);
+  add(result_.added_ms, up + down);
+  add(result_.late_ms, stream.sent_at - stream.due);
+  add(result_.parse_ms, now - read_at_);
 }
 
 void Load::OnClose(Stream& stream, uint32_t error_code) {
@@ -511,7 +563,11 @@ void Load::Run() {
     const double elapsed = Now() - began_;
     if (elapsed > options_.timeout_s) break;
     int64_t may_start = options_.requests;
-    if (options_.rate > 0) may_start = std::min(may_start, static_cast<int64_t>(elapsed * options_.rate) + 1);
+    double wait_s = .1;
+    if (options_.rate > 0) {
+      may_start = std::min(may_start, static_cast<int64_t>(elapsed * options_.rate) + 1);
+      wait_s = std::clamp(static_cast<double>(may_start) / options_.rate - elapsed, 0.0, wait_s);
+    }
     while (result_.started < may_start && result_.started - result_.done < options_.streams) Start();
     for (int i = 0; i < options_.connections; ++i) {
       Connection& connection = connections_[static_cast<size_t>(i)];
@@ -520,8 +576,8 @@ void Load::Run() {
                                          : nghttp2_session_want_write(connection.session)))
         Flush(i);
     }
-    const int count =
-        epoll_wait(epoll_, events.data(), static_cast<int>(events.size()), options_.rate > 0 ? 1 : 100);
+    const timespec wait{0, static_cast<int64_t>(wait_s * 1e9)};
+    const int count = epoll_pwait2(epoll_, events.data(), static_cast<int>(events.size()), &wait, nullptr);
     for (int i = 0; i < count; ++i) {
       const int index = static_cast<int>(events[static_cast<size_t>(i)].data.u32);
       if (events[static_cast<size_t>(i)].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) Readable(index);
@@ -536,6 +592,24 @@ float Percentile(std::vector<float> values, double share) {
   auto at = values.begin() + static_cast<ptrdiff_t>(share * static_cast<double>(values.size() - 1));
   std::nth_element(values.begin(), at, values.end());
   return *at;
+}
+
+// The parts of first tokens' ways, for the JSON object; nothing without stamps.
+std::string Load::Ways() const {
+  if (result_.added_ms.empty()) return {};
+  std::string shown = "\"stamped\": " + std::to_string(result_.added_ms.size()) + ", ";
+  auto show = [&shown](const char* name, const std::vector<float>& values) {
+    char text[96];
+    std::snprintf(text, sizeof text, "\"%s_ms\": [%.3f, %.3f], ", name, Percentile(values, .5),
+                  Percentile(values, .99));
+    shown += text;
+  };
+  show("added", result_.added_ms);
+  show("up", result_.up_ms);
+  show("down", result_.down_ms);
+  show("late", result_.late_ms);
+  show("parse", result_.parse_ms);
+  return shown;
 }
 
 void Load::Print(double seconds) const {
@@ -555,7 +629,7 @@ void Load::Print(double seconds) const {
       "{\"seconds\": %.4f, \"requests\": %lld, \"done\": %lld, \"tokens\": %lld, \"messages\": %lld, "
       "\"statuses\": %s, "
       "\"without_details\": %s, \"ttft_ms\": [%.3f, %.3f], \"gap_ms\": [%.3f, %.3f], \"end_ms\": [%.3f, "
-      "%.3f], \"refused_ms\": [%.3f, %.3f, %.3f], "
+      "%.3f], \"refused_ms\": [%.3f, %.3f, %.3f], %s"
       "\"full_tokens\": %lld, \"full_seconds\": %.4f, \"client_cpu_s\": %.4f}\n",
       seconds, static_cast<long long>(result_.started), static_cast<long long>(result_.done),
       static_cast<long long>(result_.tokens), static_cast<long long>(result_.messages),
@@ -563,8 +637,7 @@ void Load::Print(double seconds) const {
       Percentile(result_.first_ms, .5), Percentile(result_.first_ms, .99), Percentile(result_.gap_ms, .5),
       Percentile(result_.gap_ms, .99), Percentile(result_.end_ms, .5), Percentile(result_.end_ms, .99),
       Percentile(result_.refused_ms, .5), Percentile(result_.refused_ms, .99),
-      Percentile(result_.refused_ms, 1),
-
+      Percentile(result_.refused_ms, 1), Ways().c_str(),
       static_cast<long long>(is_full ? result_.full_last - result_.full_first : 0),
       is_full ? result_.full_until - result_.full_from : 0.0, cpu);
 }
@@ -594,6 +667,8 @@ Options Parse(int argc, char** argv) {
       options.timeout_s = std::stod(value);
     else if (name == "--tls")
       options.use_tls = value == "1";
+    else if (name == "--probe")
+      options.is_probe = value == "1";
     else if (name == "--control")
       options.control = value;
     else if (name == "--body") {

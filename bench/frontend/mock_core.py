@@ -31,6 +31,7 @@ _TOKENIZER_ENV = "MOCK_CORE_TOKENIZER"
 _ADD, _ABORT, _UTILITY = b"\x00", b"\x01", b"\x03"
 _FINISHED_LENGTH = 1
 _POLL_S = 20e-6
+_OUTPUTS_A_LOOK = 64
 
 SCHEDULER_STATS: dict[str, Any] = {
     "num_running_reqs": 0, "num_waiting_reqs": 0, "num_skipped_waiting_reqs": 0, "num_kv_fetch_reqs_by_stage": {},
@@ -55,11 +56,18 @@ class Control:
     only grow. gather: requests to wait for before the first step of a batch. step_us: time between the
     tokens of a stream; its first one comes at once, so that what a client waits for it is the front end's.
     lockstep: a step begins only when the client has every token of the one before. pid: the mock's, written by
-    it, so that its work is not counted as the front end's.
+    it, so that its work is not counted as the front end's. run: six digits with which the clients' request ids
+    begin; six more are the request's number, from FIRST_OF_PROBE up if the probe sent it.
+
+    Behind the fields lie two stamps for each number, in ns of the monotonic clock, written by the mock: when it had
+    the request, and when it sent the first token. The load's numbers have one half of them, the probe's the other.
     """
 
-    SIZE = 4096
-    _FIELDS = ("received", "emitted", "gather", "step_us", "lockstep", "num_requests", "pid")
+    NUM_STAMPS = 1 << 16
+    FIRST_OF_PROBE = 500_000
+    STAMPS_AT = 4096
+    SIZE = STAMPS_AT + NUM_STAMPS * 16
+    _FIELDS = ("received", "emitted", "gather", "step_us", "lockstep", "num_requests", "pid", "run")
 
     def __init__(self, path: Path | str) -> None:
         with open(path, "r+b") as file:
@@ -78,6 +86,19 @@ class Control:
         """Write one field."""
         struct.pack_into("=Q", self._page, 8 * self._FIELDS.index(name), value)
 
+    def row_of(self, request_id: str) -> int | None:
+        """Give the row of a request's stamps; None if it is not of a client that numbers them."""
+        at = request_id.find(f"{self.run:06d}")
+        digits = request_id[at + 6 : at + 12]
+        if at < 0 or len(digits) != 6 or not digits.isdigit():
+            return None
+        half, number = self.NUM_STAMPS // 2, int(digits)
+        return number % half if number < self.FIRST_OF_PROBE else half + (number - self.FIRST_OF_PROBE) % half
+
+    def stamp(self, row: int, index: int, at_ns: int) -> None:
+        """Write the first or second stamp of a request."""
+        struct.pack_into("=Q", self._page, self.STAMPS_AT + 16 * row + 8 * index, at_ns)
+
 
 def word_tokens(tokenizer: Path) -> list[int]:
     """List the ids whose text is a space and a lower-case word."""
@@ -91,10 +112,11 @@ def word_tokens(tokenizer: Path) -> list[int]:
 class _Stream:
     """One request: the encoded beginning of its outputs, and how many tokens it still gets."""
 
-    __slots__ = ("head", "left", "num_prompt_tokens", "request_id", "word")
+    __slots__ = ("head", "left", "num_prompt_tokens", "request_id", "row", "word")
 
-    def __init__(self, request_id: str, max_tokens: int, num_prompt_tokens: int) -> None:
+    def __init__(self, request_id: str, max_tokens: int, num_prompt_tokens: int, row: int | None) -> None:
         self.request_id = request_id
+        self.row = row
         # EngineCoreOutput is an array of 18 fields.
         self.head = b"\xdc\x00\x12" + _pack(request_id) + b"\x91"
         self.left = max_tokens
@@ -142,7 +164,7 @@ class MockCore:
         """Answer and step, for ever."""
         while True:
             has_work = bool(self._running or self._waiting)
-            if self._input.poll(0 if has_work else None):
+            if self._input.poll(self._idle_ms() if has_work else None):
                 self._receive()
             if not self._running and not self._waiting:
                 continue
@@ -154,16 +176,26 @@ class MockCore:
             else:
                 time.sleep(_POLL_S)
 
+    def _idle_ms(self) -> int:
+        """Give for how long nothing is to be done but to receive; a mock that spins takes the front end's core."""
+        if not self._control.step_us or self._waiting or self._is_gathering:
+            return 0
+        return max(0, int(1e3 * (self._next_step - time.monotonic())))
+
     def _receive(self) -> None:
         while True:
             try:
                 kind, payload, *_ = self._input.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            now = time.monotonic_ns()
             request = msgspec.msgpack.decode(payload, strict=False)
             if kind == _ADD:
                 params = request[3] or {}
-                stream = _Stream(request[0], params.get("max_tokens", 16), len(request[1] or ()))
+                row = self._control.row_of(request[0])
+                if row is not None:
+                    self._control.stamp(row, 0, now)
+                stream = _Stream(request[0], params.get("max_tokens", 16), len(request[1] or ()), row)
                 self._waiting.append(stream)
                 self._control.put("num_requests", self._control.num_requests + 1)
             elif kind == _ABORT:
@@ -197,7 +229,10 @@ class MockCore:
         tokens, plain, step = self._tokens, self._plain, self._step
         count = len(tokens)
         ended = []
-        for stream in decoding:
+        for index, stream in enumerate(decoding, 1):
+            # A real engine core takes requests in a thread of its own: what comes meanwhile is not stamped late.
+            if index % _OUTPUTS_A_LOOK == 0 and self._input.poll(0):
+                self._receive()
             stream.left -= 1
             parts.append(stream.head)
             parts.append(tokens[(stream.word + step * 7919) % count])
@@ -210,12 +245,16 @@ class MockCore:
         for stream in self._started:
             self._running[stream.request_id] = stream
         for request_id in ended:
-            del self._running[request_id]
+            self._running.pop(request_id, None)
         for stream in self._started:
             if not stream.left:
-                del self._running[stream.request_id]
+                self._running.pop(stream.request_id, None)
                 ended.append(stream.request_id)
         self._control.put("emitted", self._control.emitted + num_outputs)
+        now = time.monotonic_ns()
+        for stream in self._started:
+            if stream.row is not None:
+                self._control.stamp(stream.row, 1, now)
         self._send(parts, num_outputs, ended)
         if not self._running and not self._waiting:
             self._is_gathering = True

@@ -11,7 +11,8 @@ Cells:
   free      the engine never waits: CPU a token and tokens a second, with the merging that comes of it
   starts    streams of one token, so many at a time: CPU a request and new streams a second
   paced     a token every 20 ms in every stream, the first at once; evenly spaced arrivals at half the rate that
-            keeps so many streams open: TTFT and gaps
+            keeps so many streams open; a probe, a client of its own that asks 47 times a second, tells TTFT, what
+            the front end added to it (load.cc: added), and gaps
   memory    all streams open and silent: bytes a stream
   burst     so many calls at once, 4 tokens each: how each ends, and how long those that are refused wait for it
 
@@ -22,6 +23,7 @@ Cells:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -38,12 +40,16 @@ from front_ends import ROOT, Bench, FrontEnd, started
 
 PACE_S = 0.02
 CELL_TIMEOUT_S = 45
+PACED_S = 12
+PROBE_PER_S = 47  # no multiple of a step: it meets all of its phases
+PROBE_TOKENS = 16
+PACED_TOKENS = {4096: 128}
 TOKENS = {1: 256, 32: 256, 256: 64, 1024: 64, 4096: 128, 8192: 8}
 REQUESTS_OF_STARTS = 20
 SHOWN = {
     "lockstep": ("us_per_token", "tokens_per_message"), "each": ("us_per_token", "tokens_per_message"),
     "free": ("us_per_token", "tokens_per_s", "tokens_per_message"), "starts": ("us_per_request", "requests_per_s"),
-    "paced": ("ttft_ms", "gap_ms", "us_per_token"), "memory": ("bytes_per_stream",),
+    "paced": ("ttft_ms", "added_ms", "up_ms", "down_ms", "late_ms", "parse_ms", "gap_ms", "us_per_token", "cores"), "memory": ("bytes_per_stream",),
     "burst": ("seconds", "ttft_ms", "refused_ms"),
 }  # fmt: skip
 
@@ -88,6 +94,7 @@ CAMPAIGN = (
     Cell("memory", 8192, _has_many, 1),
     *(Cell("lockstep", n, _is_plain if n < 256 else _is_plain_or_tls, 3) for n in (1, 32, 256, 1024)),
     *(Cell("each", n, _is_plain, 3) for n in (32, 256)),
+    Cell("each", 1024, _is_native, 3),
     *(Cell("free", n, _is_plain, 3) for n in (32, 256, 1024)),
     Cell("starts", 64, _is_plain_or_tls, 3),
     *(Cell("paced", n, _is_plain, 3) for n in (64, 256)),
@@ -99,7 +106,8 @@ CAMPAIGN = (
 
 def run_cell(bench: Bench, end: FrontEnd, mode: str, streams: int) -> dict[str, Any]:
     """Run one cell once. Raises RuntimeError if not every request ended as it should."""
-    num_tokens = {"starts": 1, "burst": 4}.get(mode) or TOKENS.get(streams, 64)
+    num_tokens = {"starts": 1, "burst": 4, "paced": PACED_TOKENS.get(streams, PROBE_TOKENS)}.get(mode)
+    num_tokens = num_tokens or TOKENS.get(streams, 64)
     control = end.control
     control.put("received", 0)
     control.put("emitted", 0)
@@ -113,22 +121,78 @@ def run_cell(bench: Bench, end: FrontEnd, mode: str, streams: int) -> dict[str, 
         options["connections"] = streams
     if mode == "starts":
         options["requests"] = streams * REQUESTS_OF_STARTS
+    before, mock_before = end.cpu_s(), end.mock_cpu_s()
     if mode == "paced":
-        # On average half of the streams are open.
-        options |= {"rate": streams / 2 / (num_tokens * PACE_S), "requests": streams * 2}
-    before = end.cpu_s()
-    result = bench.load(end, num_tokens, streams, **options)
-    cpu = end.cpu_s() - before
+        result = paced(bench, end, num_tokens, streams)
+    else:
+        result = bench.load(end, num_tokens, streams, **options)
+    cpu, mock_cpu = end.cpu_s() - before, end.mock_cpu_s() - mock_before
     if result["statuses"] != {"OK": result["requests"]} and mode != "burst":
         raise RuntimeError(f"{end.name}, {mode}, {streams} streams: {result}")
     return result | {
         "cpu_s": cpu,
+        "cores": [seconds / result["seconds"] for seconds in (cpu, mock_cpu, result["client_cpu_s"])],
         "us_per_token": 1e6 * cpu / max(1, result["tokens"]),
         "us_per_request": 1e6 * cpu / max(1, result["done"]),
         "tokens_per_s": result["tokens"] / result["seconds"],
         "requests_per_s": result["done"] / result["seconds"],
         "tokens_per_message": result["tokens"] / max(1, result["messages"]),
     }
+
+
+def paced(bench: Bench, end: FrontEnd, num_tokens: int, streams: int) -> dict[str, Any]:
+    """Keep half of the streams open on average, a few of which are a probe's; gives what the probe saw of times.
+
+    "load" in the result: the times as the client saw them whose streams are the others.
+    """
+    rate = (streams / 2 / PACE_S - PROBE_PER_S * PROBE_TOKENS) / num_tokens
+    end.control.put("run", 0)
+    options = {"timeout": CELL_TIMEOUT_S, "rate": rate, "requests": int(rate * PACED_S)}
+    with (
+        bench.loading(end, num_tokens, streams, **options) as client,
+        _first_for_a_core(end.control.pid) as is_first,
+    ):
+        while not end.control.run and client.poll() is None:
+            time.sleep(0.01)
+        time.sleep(num_tokens * PACE_S)  # then as many end as begin
+        seconds = max(1.0, PACED_S - num_tokens * PACE_S - 1)
+        options |= {"rate": PROBE_PER_S, "requests": int(PROBE_PER_S * seconds), "connections": 1, "probe": 1}
+        with (
+            bench.loading(end, PROBE_TOKENS, 4 * PROBE_TOKENS, **options) as prober,
+            _first_for_a_core(prober.pid),
+        ):
+            seen, error = prober.communicate()
+        out, error = client.communicate()
+    if client.returncode != 0:
+        raise RuntimeError(f"the load client failed on {end.name}: {error.strip()}")
+    load: dict[str, Any] = json.loads(out)
+    probe: dict[str, Any] = json.loads(seen)
+    both = {key: load[key] + probe[key] for key in ("requests", "done", "tokens", "messages", "client_cpu_s")}
+    statuses = {status: load["statuses"].get(status, 0) + probe["statuses"].get(status, 0)
+                for status in load["statuses"] | probe["statuses"]}  # fmt: skip
+    return (
+        probe
+        | both
+        | {"seconds": load["seconds"], "statuses": statuses, "load": load, "are_clocks_first": is_first}
+    )
+
+
+@contextlib.contextmanager
+def _first_for_a_core(pid: int) -> Iterator[bool]:
+    """Let a process that takes times never wait for a core; gives whether that is allowed here."""
+    tasks = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+    try:
+        for task in tasks:
+            os.sched_setscheduler(task, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        for task in tasks:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(task, os.SCHED_OTHER, os.sched_param(0))
 
 
 def memory(bench: Bench, end: FrontEnd, streams: int) -> dict[str, Any]:

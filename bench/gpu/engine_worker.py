@@ -3,7 +3,8 @@ the standard output.
 
 A command names a batch: mode, streams, tokens, prompt, seeded. The answer has its tokens a second while all
 streams decode, the time between tokens, and the host's microseconds a step by part. {"check": true} draws each
-row once more on the CPU and counts differences; such runs are not timed.
+row once more on the CPU and counts differences; such runs are not timed. {"profile": N} tells what the GPU does in N of
+the steps, by kernel. {"arrivals": N} serves N streams of the given tokens, `streams` of them at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 MODES: dict[str, dict[str, Any]] = {
@@ -131,6 +135,56 @@ class Replay:
         return drawn
 
 
+class Profile:
+    """What the device does in some steps, by kernel."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._left = 0
+        self._torch: Any = None
+
+    def start(self) -> None:
+        if self.steps:
+            from torch.profiler import ProfilerActivity, profile
+
+            self._torch = profile(activities=[ProfilerActivity.CUDA])
+            self._torch.start()
+            self._left = self.steps + 1
+
+    def note_step(self) -> None:
+        if self._left:
+            self._left -= 1
+            if self._left == 0:
+                self._torch.stop()
+
+    def summary(self) -> dict[str, Any]:
+        """Microseconds a step by kernel, the most first, and how long the device was busy."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._torch.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+        spans = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") in kinds)
+        spent: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
+        busy, until = 0.0, 0.0
+        for begin, end, name in spans:
+            spent[name] += end - begin
+            calls[name] += 1
+            busy += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        whole = spans[-1][1] - spans[0][0] if spans else 0.0
+        return {
+            "steps": self.steps,
+            "step_us": round(whole / self.steps, 1),
+            "busy_us": round(busy / self.steps, 1),
+            "kernels": [
+                [name[:160], round(us / self.steps, 2), round(calls[name] / self.steps, 2)]
+                for name, us in spent.most_common(40)
+            ],
+        }
+
+
 class Worker:
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
@@ -233,9 +287,12 @@ class Worker:
         streams = command["streams"]
         for index in range(streams):
             self._add(command, index)
+        if command.get("arrivals"):
+            return self._serve(command, streams)
         core = self.core
         full: list[float] = []  # when a step of all streams had been read
         microseconds: dict[str, float] = {}
+        profile = Profile(command.get("profile", 0))
         while core.scheduler.has_requests() or core.batch_queue:
             outputs, was_executed = core.step_fn()
             core.post_step(was_executed)
@@ -247,10 +304,14 @@ class Worker:
             full.append(time.perf_counter())
             if len(full) == UNTIMED_STEPS:
                 self.clock.reset()
+                profile.start()
+            profile.note_step()
             microseconds = self.clock.microseconds()
         if command.get("check"):
             assert self.replay is not None
             return {"rows": self.replay.rows, "differences": self.replay.differences}
+        if profile.steps:
+            return profile.summary()
         steps = len(full) - UNTIMED_STEPS
         if steps < 1:
             return {"error": "all streams never decoded at once"}
@@ -264,6 +325,33 @@ class Worker:
             },
             "steps": steps,
             "host_us": microseconds,
+        }
+
+    def _serve(self, command: dict[str, Any], added: int) -> dict[str, Any]:
+        """New streams come as others end. `added` have been."""
+        core, left = self.core, command["arrivals"]
+        steps = rows = 0
+        adding = 0.0
+        self.clock.reset()
+        begin = time.perf_counter()
+        while core.scheduler.has_requests() or core.batch_queue:
+            outputs, was_executed = core.step_fn()
+            core.post_step(was_executed)
+            made = [o for batch in (outputs or {}).values() for o in batch.outputs]
+            steps += bool(made)
+            rows += sum(len(o.new_token_ids) for o in made)
+            ended = time.perf_counter()
+            for _ in range(min(left - added, sum(o.finish_reason is not None for o in made))):
+                self._add(command, added)
+                added += 1
+            adding += time.perf_counter() - ended
+        spent = time.perf_counter() - begin - adding  # a front end's work
+        return {
+            "streams_per_s": round(left / spent, 1),
+            "steps": steps,
+            "rows_a_step": round(rows / max(1, steps), 1),
+            "step_us": round(1e6 * spent / max(1, steps), 1),
+            "host_us": self.clock.microseconds(),
         }
 
 

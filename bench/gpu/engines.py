@@ -4,14 +4,16 @@
 
 Needs vLLM's CUDA build and the extension with its CUDA side. For each shape one engine core of each kind runs,
 and every cell's runs alternate between them. Stock draws with seeds, as Twinjet always does (top-k and top-p by its
-own kernel), and without, by FlashInfer. Writes engines.json and engines.png, prints a table. --check instead draws
-every row once more on the CPU, inside vLLM, and exits 1 if one differs.
+own kernel, which is Qrita's), and without, by FlashInfer. Writes engines.json and engines.png, prints a table. --check
+instead draws every row once more on the CPU, inside vLLM, and exits 1 if one differs. --settings names a JSON file of
+more engines to time beside the two: {name: {"kinds": ["stock", "twinjet"], "options": {...}, "environment": {...}}}.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import selectors
 import statistics
 import subprocess
 import sys
@@ -39,8 +41,13 @@ class Engine:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
 
-    def read(self) -> dict[str, Any]:
+    def read(self, timeout_s: float | None = None) -> dict[str, Any]:
         assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                self.error = "not started in time"
+                return {"error": self.error}
         line = self._process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": f"exit {self._process.wait()}"}
         self.error = answer.get("error", "")
@@ -67,33 +74,45 @@ class Bench:
         self.report: dict[str, Any] = {
             "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "vllm": vllm.__version__,
             "date": time.strftime("%Y-%m-%d"), "engines": {}, "runs": [], "counters": {},
+            "profiles": [], "arrivals": [],
         }  # fmt: skip
+        self.settings = json.loads(options.settings.read_text()) if options.settings else {}
+        self.report["settings"] = self.settings
 
-    def start(self, shape: str, kinds: tuple[str, ...], folder: Path) -> list[Engine]:
-        engines = []
-        for kind in kinds:
+    def start(self, shape: str, kinds: tuple[str, ...], folder: Path) -> dict[str, Engine]:
+        """Engines by the name of what they draw with, "stock" or "twinjet", and of the settings behind it."""
+        engines = {}
+        wanted: list[tuple[str, str, dict[str, Any]]] = [(kind, "", {}) for kind in kinds]
+        wanted += [(kind, name, s) for name, s in self.settings.items() for kind in s["kinds"]]
+        for kind, name, settings in wanted:
+            options = settings.get("options", {})
+            compilation = {"cudagraph_capture_sizes": SIZES} | options.get("compilation_config", {})
+            environment = dict(pair.split("=", 1) for pair in self.options.env)
             spec = {
                 "model": str(make_shape(shape, folder)),
                 "native": "all" if kind == "twinjet" else "off",
                 "flashinfer": kind == "stock" and not self.options.no_flashinfer,
-                "environment": dict(pair.split("=", 1) for pair in self.options.env),
+                "environment": environment | settings.get("environment", {}),
                 "options": {
                     "load_format": "dummy", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.2,
-                    "kv_cache_memory_bytes": KV_BYTES[shape],
-                    "compilation_config": {"cudagraph_capture_sizes": SIZES},
+                    "kv_cache_memory_bytes": self.options.kv_bytes or KV_BYTES[shape],
+                    **options, "compilation_config": compilation,
                 },
             }  # fmt: skip
-            engines.append(Engine(f"{shape}-{kind}", spec, self.options.out))
-        for engine in engines:
-            about = self.report["engines"][engine.name] = engine.read()
+            drawn = kind + (f", {name}" if name else "")
+            file = f"{shape}-{kind}" + (f"-{name.replace(' ', '-')}" if name else "")
+            engines[drawn] = Engine(file, spec, self.options.out)
+        for engine in engines.values():
+            left = max(1.0, self.options.start_limit - self.elapsed()) if self.options.start_limit else None
+            about = self.report["engines"][engine.name] = engine.read(left)
             print(f"[{self.elapsed():5.0f} s] {engine.name}: {about}", flush=True)
         return engines
 
     def elapsed(self) -> float:
         return time.monotonic() - self.begin
 
-    def finish(self, engines: list[Engine]) -> None:
-        for engine in engines:
+    def finish(self, engines: dict[str, Engine]) -> None:
+        for engine in engines.values():
             if not engine.error:
                 self.report["counters"][engine.name] = counters = engine.ask(counters=True)
                 print(engine.name, counters, flush=True)
@@ -106,8 +125,8 @@ class Bench:
         for streams in options.streams:
             for number in range(-1, options.rounds):
                 for mode in options.modes:
-                    for variant in _variants(mode, number):
-                        engine = engines[0] if variant["draws"] != "twinjet" else engines[1]
+                    for variant in _variants(mode, number, engines):
+                        engine = engines.get(variant["draws"], engines["stock"])
                         if engine.error or self.elapsed() > options.limit:
                             continue
                         run = engine.ask(
@@ -124,14 +143,31 @@ class Bench:
                             self.report["runs"].append(
                                 {"shape": shape, "streams": streams, "mode": mode, **variant, **run}
                             )
+        for number in range(-1, options.rounds if options.arrivals else -1):
+            for drawn, engine in engines.items():
+                if not engine.error and self.elapsed() < options.limit:
+                    found = engine.ask(
+                        mode="greedy", streams=512, tokens=1, prompt=32, arrivals=4096, round=1000 + number
+                    )
+                    if number >= 0:
+                        self.report["arrivals"].append({"shape": shape, "draws": drawn, **found})
+                        print(drawn, found, flush=True)
+        for drawn, engine in engines.items():
+            for streams in options.profile:
+                if not engine.error:
+                    found = engine.ask(mode="greedy", streams=streams, tokens=64, prompt=32, profile=20)
+                    self.report["profiles"].append(
+                        {"shape": shape, "streams": streams, "draws": drawn, **found}
+                    )
         self.finish(engines)
 
     def check(self, shape: str, folder: Path) -> int:
         engines = self.start(shape, ("twinjet",), folder)
+        engine = engines["twinjet"]
         differences = rows = 0
-        while rows < self.options.check and not engines[0].error and self.elapsed() < self.options.limit:
+        while rows < self.options.check and not engine.error and self.elapsed() < self.options.limit:
             for mode in MODES:
-                answer = engines[0].ask(mode=mode, streams=256, tokens=64, prompt=32, check=True)
+                answer = engine.ask(mode=mode, streams=256, tokens=64, prompt=32, check=True)
                 rows, differences = answer.get("rows", rows), answer.get("differences", -1)
                 print(f"[{self.elapsed():5.0f} s] {shape} {mode}: {answer}", flush=True)
         self.report["check"] = {"rows": rows, "differences": differences}
@@ -139,12 +175,9 @@ class Bench:
         return differences
 
 
-def _variants(mode: str, number: int) -> list[dict[str, Any]]:
+def _variants(mode: str, number: int, engines: dict[str, Engine]) -> list[dict[str, Any]]:
     """The draws that a mode is timed with, in an order that turns from round to round."""
-    variants: list[dict[str, Any]] = [
-        {"draws": "twinjet", "seeded": True},
-        {"draws": "stock", "seeded": True},
-    ]
+    variants: list[dict[str, Any]] = [{"draws": drawn, "seeded": True} for drawn in engines]
     if "top-" in mode:
         variants.append({"draws": "stock, no seeds, FlashInfer", "seeded": False, "flashinfer": True})
     return variants[::-1] if number % 2 else variants
@@ -164,7 +197,8 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
             name: [min(r["tokens_per_s"] for r in runs), max(r["tokens_per_s"] for r in runs)]
             for name, runs in draws.items()
         }
-        stock = max((value for name, value in speed.items() if name != "twinjet"), default=None)
+        own = ("stock", "stock, no seeds, FlashInfer")
+        stock = max((value for name, value in speed.items() if name in own), default=None)
         host = {}
         for name in ("twinjet", "stock"):
             parts = [r["host_us"] for r in draws.get(name, [])]
@@ -221,6 +255,15 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run begins")
     parser.add_argument("--check", type=int, metavar="ROWS", help="draw so many rows twice instead")
     parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's compilation")
+    parser.add_argument("--settings", type=Path, help="more engines; see above")
+    parser.add_argument("--arrivals", action="store_true", help="streams of one token too, 512 at a time")
+    parser.add_argument("--profile", type=int, nargs="+", default=[], help="streams to profile 20 steps of")
+    parser.add_argument(
+        "--kv-bytes", type=int, default=0, help="of each engine's cache; 0: for 1,024 streams"
+    )
+    parser.add_argument(
+        "--start-limit", type=float, default=0, help="seconds by which engines must run; 0: none"
+    )
     parser.add_argument("--env", nargs="*", default=[], metavar="NAME=VALUE", help="for the engines")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

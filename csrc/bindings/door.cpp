@@ -6,6 +6,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <map>
 #include <mutex>
@@ -28,6 +29,9 @@ using door::EventKind;
 using door::Metadata;
 using door::Options;
 
+// Of one Take, which holds up the asyncio loop: some hundred calls, 5 to 10 ms.
+constexpr size_t kEventsATurn = 256;
+
 class PyDoor final : private door::EventSink {
  public:
   explicit PyDoor(Options options)
@@ -46,18 +50,27 @@ class PyDoor final : private door::EventSink {
   int fd() const { return fd_; }
 
   py::tuple Take() {
-    uint64_t count = 0;
-    [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
-    {
+    std::map<std::string, int64_t> refused;
+    if (num_taken_ == taken_.size()) {
+      taken_.clear();
+      num_taken_ = 0;
+      uint64_t count = 0;
+      [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
       const std::lock_guard lock(mutex_);
       taken_.swap(waiting_);
+      refused.swap(refused_);
     }
     py::list events;
     py::list plain;
-    for (Event& event : taken_) {
+    const size_t end = std::min(taken_.size(), num_taken_ + kEventsATurn);
+    while (num_taken_ < end) {
+      Event event = std::move(taken_[num_taken_++]);
       if (!picker_ || !Pick(event, &events, &plain)) events.append(Show(event));
     }
-    taken_.clear();
+    for (const auto& [path, num_calls] : refused) {
+      events.append(py::make_tuple(static_cast<int>(EventKind::kRefused), num_calls, path));
+    }
+    if (num_taken_ < taken_.size()) Wake();
     return py::make_tuple(std::move(events), std::move(plain));
   }
 
@@ -77,12 +90,23 @@ class PyDoor final : private door::EventSink {
     bool was_empty = false;
     {
       const std::lock_guard lock(mutex_);
-      was_empty = waiting_.empty();
-      for (Event& event : events) waiting_.push_back(std::move(event));
+      was_empty = waiting_.empty() && refused_.empty();
+      for (Event& event : events) {
+        // A count, because nothing else bounds how many come while Python is busy.
+        if (event.kind == EventKind::kRefused) {
+          ++refused_[event.bytes];
+        } else {
+          waiting_.push_back(std::move(event));
+        }
+      }
     }
+    if (was_empty) Wake();
+  }
+
+  void Wake() {
     const uint64_t one = 1;
-    if (was_empty) [[maybe_unused]]
-      const ssize_t written = write(fd_, &one, sizeof one);
+    // Fails only when the counter is full, and then the fd is readable as it should be.
+    [[maybe_unused]] const ssize_t written = write(fd_, &one, sizeof one);
   }
 
   // Whether the event is dealt with.
@@ -106,7 +130,6 @@ class PyDoor final : private door::EventSink {
 
   py::tuple Show(Event& event) {
     const auto kind = static_cast<int>(event.kind);
-    if (event.kind == EventKind::kRefused) return py::make_tuple(kind, 0, event.bytes);
     const uint64_t id = event.call->id();
     switch (event.kind) {
       case EventKind::kCall:
@@ -120,8 +143,12 @@ class PyDoor final : private door::EventSink {
 
   const int fd_;
   std::mutex mutex_;
-  std::vector<Event> waiting_;  // guarded by mutex_
-  std::vector<Event> taken_;    // the taking thread's, kept for its memory
+  // Guarded by mutex_.
+  std::vector<Event> waiting_;
+  std::map<std::string, int64_t> refused_;  // calls by path
+  // The taking thread's, kept for its memory; the first num_taken_ are done with.
+  std::vector<Event> taken_;
+  size_t num_taken_ = 0;
   std::optional<PlainPicker> picker_;
   door::Door door_;  // last: its threads use the others
 };
@@ -146,8 +173,9 @@ Options ReadOptions(const py::kwargs& given) {
   const int num_known =
       Set(given, "num_threads", &o.num_threads) + Set(given, "max_message_bytes", &o.max_message_bytes) +
       Set(given, "max_metadata_bytes", &o.max_metadata_bytes) + Set(given, "max_streams", &o.max_streams) +
-      Set(given, "max_connections", &o.max_connections) + Set(given, "max_calls", &o.max_calls) +
-      Set(given, "max_received_bytes", &o.max_received_bytes) +
+      Set(given, "max_connections", &o.max_connections) +
+      Set(given, "max_address_connections", &o.max_address_connections) +
+      Set(given, "max_calls", &o.max_calls) + Set(given, "max_received_bytes", &o.max_received_bytes) +
       Set(given, "max_unsent_bytes", &o.max_unsent_bytes) +
       Set(given, "write_ahead_bytes", &o.write_ahead_bytes) + Set(given, "handshake_s", &o.handshake_s) +
       Set(given, "header_s", &o.header_s) + Set(given, "message_stall_s", &o.message_stall_s) +
@@ -291,13 +319,14 @@ void BindDoor(py::module_& module) {
           },
           "Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit.")
       .def("start", [](PyDoor& self) { self.door().Start(); })
+      .def_property_readonly("has_ring", [](PyDoor& self) { return self.door().has_ring(); })
       .def("fileno", &PyDoor::fd)
       .def("take", &PyDoor::Take,
            "The events that came: (kind, call id, payload). 0: a call, (DoorCall, path, peer, metadata, "
            "timeout in s or None, accepts gzip); 1: a message; 2: half-closed; 3: cancelled, why; 4: room; "
-           "5: a call was refused by bounded_paths, its path; of no call. And the calls that pick_plain "
-           "picked: "
-           "they began before the events beside them.")
+           "5: calls were refused by bounded_paths, their path, and in the call id's place their number. And "
+           "the calls that pick_plain picked: they began before the events beside them. If there are many, "
+           "the rest stays for the next call, and fileno() readable.")
       .def("pick_plain", &PyDoor::PickPlain, py::arg("path"))
       .def("stop_picking", &PyDoor::StopPicking)
       .def("hold", [](PyDoor& self) { self.door().Hold(); })

@@ -23,6 +23,7 @@ using sampler::cuda::SeatSampler;
 
 using Seats = py::array_t<int64_t, py::array::c_style>;
 using Flags = py::array_t<bool, py::array::c_style>;
+using MaskRows = py::array_t<int32_t, py::array::c_style>;
 
 std::span<const int64_t> SpanOf(const Seats& seats) {
   return {seats.data(), static_cast<size_t>(seats.size())};
@@ -113,12 +114,13 @@ class PySeats {
   }
 
   std::unique_ptr<PyReceipt> Draw(const Seats& seats, const Flags& advances, uintptr_t logits,
-                                  int64_t row_stride, int dtype, uintptr_t token_ids, uintptr_t status,
+                                  int64_t row_stride, int dtype, const std::optional<MaskRows>& mask_rows,
+                                  uintptr_t masks, int64_t mask_stride, uintptr_t token_ids, uintptr_t status,
                                   uintptr_t tokens64, uintptr_t tokens32, uintptr_t num_sampled,
                                   uintptr_t num_rejected, int32_t num_logprobs, bool processed_logprobs,
                                   uintptr_t top_ids, uintptr_t top_logprobs, uintptr_t ranks,
                                   uintptr_t stream) {
-    if (dtype < 0 || dtype > 2) throw py::value_error("dtype must be 0, 1 or 2");
+    CheckDtype(dtype);
     if (num_logprobs > sampler::cuda::kMaxTopLogprobs) {
       throw py::value_error("num_logprobs is " + std::to_string(num_logprobs) + ": must be at most " +
                             std::to_string(sampler::cuda::kMaxTopLogprobs) + " on CUDA");
@@ -129,6 +131,10 @@ class PySeats {
     input.dtype = static_cast<sampler::Dtype>(dtype);
     input.num_rows = static_cast<int32_t>(seats.size());
     input.vocab_size = sampler_->vocab_size();
+    input.bitmask = Address<const uint32_t>(masks);
+    input.bitmask_stride = mask_stride;
+    std::span<const int32_t> rows_of_masks;
+    if (mask_rows) rows_of_masks = {mask_rows->data(), static_cast<size_t>(mask_rows->size())};
     sampler::cuda::SeatResults results;
     results.outputs.token_ids = Address<int32_t>(token_ids);
     results.outputs.status = Address<uint32_t>(status);
@@ -144,7 +150,8 @@ class PySeats {
     std::optional<SeatSampler::Receipt> receipt;
     {
       py::gil_scoped_release release;
-      receipt = sampler_->Draw(SpanOf(seats), SpanOf(advances), input, results, Stream(stream));
+      receipt =
+          sampler_->Draw(SpanOf(seats), SpanOf(advances), rows_of_masks, input, results, Stream(stream));
     }
     return std::make_unique<PyReceipt>(sampler_, *receipt);
   }
@@ -154,6 +161,13 @@ class PySeats {
     if (bits != 32 && bits != 64) throw py::value_error("bits must be 32 or 64");
     py::gil_scoped_release release;
     sampler_->Follow(SpanOf(seats), SpanOf(advances), Address<void>(tokens), stride, bits, Stream(stream));
+  }
+
+  void Mask(const Seats& seats, uintptr_t logits, int64_t row_stride, int dtype, uintptr_t stream) {
+    CheckDtype(dtype);
+    py::gil_scoped_release release;
+    sampler_->Mask(SpanOf(seats), Address<void>(logits), row_stride, static_cast<sampler::Dtype>(dtype),
+                   Stream(stream));
   }
 
   py::dict Waits() {
@@ -166,6 +180,9 @@ class PySeats {
   }
 
  private:
+  static void CheckDtype(int dtype) {
+    if (dtype < 0 || dtype > 2) throw py::value_error("dtype must be 0, 1 or 2");
+  }
   static cudaStream_t Stream(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
   std::shared_ptr<SeatSampler> sampler_;
@@ -183,12 +200,15 @@ void BindSamplerSeats(py::module_& module) {
       .def("first_empty", &PySeats::FirstEmpty, py::arg("seats"))
       .def("match", &PySeats::Match, py::arg("request_ids"), py::arg("states"), py::arg("seats"))
       .def("draw", &PySeats::Draw, py::arg("seats"), py::arg("advances"), py::arg("logits"),
-           py::arg("row_stride"), py::arg("dtype"), py::arg("token_ids"), py::arg("status"),
-           py::arg("tokens64"), py::arg("tokens32"), py::arg("num_sampled"), py::arg("num_rejected"),
-           py::arg("num_logprobs"), py::arg("processed_logprobs"), py::arg("top_ids"),
-           py::arg("top_logprobs"), py::arg("ranks"), py::arg("stream"))
+           py::arg("row_stride"), py::arg("dtype"), py::arg("mask_rows"), py::arg("masks"),
+           py::arg("mask_stride"), py::arg("token_ids"), py::arg("status"), py::arg("tokens64"),
+           py::arg("tokens32"), py::arg("num_sampled"), py::arg("num_rejected"), py::arg("num_logprobs"),
+           py::arg("processed_logprobs"), py::arg("top_ids"), py::arg("top_logprobs"), py::arg("ranks"),
+           py::arg("stream"))
       .def("follow", &PySeats::Follow, py::arg("seats"), py::arg("advances"), py::arg("tokens"),
            py::arg("stride"), py::arg("bits"), py::arg("stream"))
+      .def("mask", &PySeats::Mask, py::arg("seats"), py::arg("logits"), py::arg("row_stride"),
+           py::arg("dtype"), py::arg("stream"))
       .def("waits", &PySeats::Waits);
 }
 

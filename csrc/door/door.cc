@@ -54,21 +54,20 @@ void Door::UseTls(const TlsSettings& settings) {
 
 void Door::Start() {
   if (std::exchange(is_started_, true)) throw std::logic_error("the door is open already");
-  loops_.front()->Accept(listeners_, [this](int fd, std::string peer) { Place(fd, std::move(peer)); });
+  loops_.front()->Accept(listeners_, [this](Accepted accepted) { Place(std::move(accepted)); });
   for (const std::unique_ptr<Loop>& loop : loops_) loop->Start();
 }
 
 // Called by the loop that accepts. The loop with the fewest connections gets it.
-void Door::Place(int fd, std::string peer) {
-  std::shared_ptr<SSL_CTX> tls;
+void Door::Place(Accepted accepted) {
   if (does_use_tls_) {
     const std::lock_guard lock(tls_mutex_);
-    tls = tls_;
+    accepted.tls = tls_;
   }
   const auto least = std::min_element(loops_.begin(), loops_.end(), [](const auto& a, const auto& b) {
     return a->num_connections() < b->num_connections();
   });
-  (*least)->Adopt({fd, std::move(peer), std::move(tls)});
+  (*least)->Adopt(std::move(accepted));
 }
 
 void Door::WriteAll(std::span<const Outgoing> messages) {

@@ -65,6 +65,8 @@ class Door {
   // Accepts no more, drains, waits up to grace_s for what is begun, drops the rest and ends the threads.
   void Stop(double grace_s);
 
+  // Whether what connections send at once leaves in one system call (Sender).
+  bool has_ring() const { return loops_.front()->has_ring(); }
   const Totals& totals() const { return *totals_; }
   const Options& options() const { return options_; }
   std::vector<std::pair<uint64_t, std::shared_ptr<ConnectionStats>>> connections() const {
@@ -72,7 +74,7 @@ class Door {
   }
 
  private:
-  void Place(int fd, std::string peer);
+  void Place(Accepted accepted);
 
   const Options options_;
   EventSink* const sink_;

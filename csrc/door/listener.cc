@@ -3,6 +3,8 @@
 #include <arpa/inet.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <strings.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -18,6 +20,8 @@ namespace twinjet::door {
 namespace {
 
 constexpr int kBacklog = 4096;
+constexpr int kNotSentLowBytes = 128 << 10;  // beyond which the kernel would hold what no client reads
+constexpr int kPortsToTry = 16;
 constexpr std::string_view kUnixPrefix = "unix:";
 
 [[noreturn]] void ThrowErrno(const std::string& what) {
@@ -64,12 +68,16 @@ int ListenOnAddress(const addrinfo& info, int* port) {
   sockaddr_storage address{};
   std::memcpy(&address, info.ai_addr, info.ai_addrlen);
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  // For its connections, which inherit them.
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kNotSentLowBytes, sizeof kNotSentLowBytes);
   in_port_t* where = nullptr;
   if (info.ai_family == AF_INET6) {
     auto* v6 = reinterpret_cast<sockaddr_in6*>(&address);
     where = &v6->sin6_port;
-    // "[::]" is for IPv4, too, as it is with gRPC.
-    const int v6_only = IN6_IS_ADDR_UNSPECIFIED(&v6->sin6_addr) ? 0 : 1;
+    // "[::]" is for IPv4, too, as it is with gRPC; and only so an IPv4 address can be written as an IPv6 one.
+    const bool is_dual = IN6_IS_ADDR_UNSPECIFIED(&v6->sin6_addr) || IN6_IS_ADDR_V4MAPPED(&v6->sin6_addr);
+    const int v6_only = is_dual ? 0 : 1;
     setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &v6_only, sizeof v6_only);
   } else {
     where = &reinterpret_cast<sockaddr_in*>(&address)->sin_port;
@@ -86,29 +94,43 @@ int ListenOnAddress(const addrinfo& info, int* port) {
   return fd;
 }
 
-}  // namespace
+using AddressList = std::unique_ptr<addrinfo, void (*)(addrinfo*)>;
 
-std::vector<Listener> ListenOn(const std::string& host, int* port) {
-  if (host.starts_with(kUnixPrefix)) return {ListenOnPath(std::string_view(host).substr(kUnixPrefix.size()))};
-  std::string name = host;
-  if (name.size() > 2 && name.front() == '[' && name.back() == ']') name = name.substr(1, name.size() - 2);
+AddressList Resolve(const std::string& name) {
   addrinfo hints{};
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE;
   addrinfo* found = nullptr;
   const int result = getaddrinfo(name.empty() ? nullptr : name.c_str(), "0", &hints, &found);
   if (result != 0) throw std::runtime_error(gai_strerror(result));
-  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, &freeaddrinfo);
+  return {found, &freeaddrinfo};
+}
+
+// Whether the machine lacks what the address needs, as one without IPv6 does.
+bool IsAbsent(const std::system_error& error) {
+  return error.code().value() == EAFNOSUPPORT || error.code().value() == EADDRNOTAVAIL;
+}
+
+// All addresses of both families, whichever's wildcard was asked for, as gRPC's library has it.
+std::vector<Listener> ListenOnAll(int* port) {
+  try {
+    return {{ListenOnAddress(*Resolve("::"), port), {}}};
+  } catch (const std::system_error& error) {
+    if (!IsAbsent(error)) throw;
+    return {{ListenOnAddress(*Resolve("0.0.0.0"), port), {}}};
+  }
+}
+
+std::vector<Listener> ListenOnEach(const std::vector<const addrinfo*>& addresses, int* port) {
   std::vector<Listener> listeners;
   try {
-    for (const addrinfo* info = found; info; info = info->ai_next) {
-      if (info->ai_family != AF_INET && info->ai_family != AF_INET6) continue;
+    for (size_t i = 0; i < addresses.size(); ++i) {
       try {
-        listeners.push_back({ListenOnAddress(*info, port), {}});
+        listeners.push_back({ListenOnAddress(*addresses[i], port), {}});
       } catch (const std::system_error& error) {
         // A machine without IPv6 still resolves "localhost" to ::1.
-        const bool is_absent = error.code().value() == EAFNOSUPPORT || error.code().value() == EADDRNOTAVAIL;
-        if (!is_absent || (info->ai_next == nullptr && listeners.empty())) throw;
+        const bool is_last_hope = i + 1 == addresses.size() && listeners.empty();
+        if (!IsAbsent(error) || is_last_hope) throw;
       }
     }
   } catch (...) {
@@ -116,6 +138,38 @@ std::vector<Listener> ListenOn(const std::string& host, int* port) {
     throw;
   }
   return listeners;
+}
+
+}  // namespace
+
+std::vector<Listener> ListenOn(const std::string& host, int* port) {
+  if (host.starts_with(kUnixPrefix)) return {ListenOnPath(std::string_view(host).substr(kUnixPrefix.size()))};
+  std::string name = host;
+  if (name.size() > 2 && name.front() == '[' && name.back() == ']') name = name.substr(1, name.size() - 2);
+  if (name == "0.0.0.0" || name == "::") return ListenOnAll(port);
+  AddressList found = Resolve(name);
+  // Both loopback addresses, whatever the resolver says, as RFC 6761 and gRPC have it.
+  AddressList other{nullptr, &freeaddrinfo};
+  if (strcasecmp(name.c_str(), "localhost") == 0) {
+    found = Resolve("127.0.0.1");
+    other = Resolve("::1");
+  }
+  std::vector<const addrinfo*> addresses;
+  for (const AddressList* list : {&found, &other}) {
+    for (const addrinfo* info = list->get(); info; info = info->ai_next) {
+      if (info->ai_family == AF_INET || info->ai_family == AF_INET6) addresses.push_back(info);
+    }
+  }
+  const bool is_any_port = *port == 0;
+  for (int num_left = kPortsToTry;; --num_left) {
+    try {
+      return ListenOnEach(addresses, port);
+    } catch (const std::system_error& error) {
+      // A port that is free at one address need not be so at the next.
+      if (!is_any_port || num_left == 0 || error.code().value() != EADDRINUSE) throw;
+      *port = 0;
+    }
+  }
 }
 
 std::string PeerName(const sockaddr_storage& address) {

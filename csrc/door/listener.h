@@ -14,7 +14,8 @@ struct Listener {
 };
 
 // Listens on every address that host means: a name, an IPv4 or IPv6 address, with or without brackets, or
-// "unix:PATH" (port is ignored then). *port 0: picks one free port for all and stores it. Throws
+// "unix:PATH" (port is ignored then). "0.0.0.0" and "::" are both families' addresses, "localhost" both
+// loopback addresses, where the machine has them. *port 0: picks one free port for all and stores it. Throws
 // std::system_error or std::runtime_error saying what failed; then nothing is left open.
 std::vector<Listener> ListenOn(const std::string& host, int* port);
 

@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/epoll.h>
@@ -21,9 +20,12 @@ namespace {
 constexpr size_t kReadBytes = 64 << 10;
 constexpr int kReadsATurn = 4;  // of one connection, so that the others get theirs
 constexpr size_t kSendBytes = 64 << 10;
+constexpr size_t kGatheredConnections = 64;  // few enough for their bytes to stay in the cache
+constexpr size_t kGatheredBytes = 256 << 10;
+constexpr size_t kTlsAnswerBytes = 64 << 10;  // to a client that makes TLS answer and does not read
 constexpr int kAcceptsATurn = 64;
+constexpr int64_t kFlushNs = 500'000;        // of sending, or as long as the rest of the turn took
 constexpr int64_t kCloseNs = 1'000'000'000;  // for a client to read our last words
-constexpr int kNotSentLowBytes = 128 << 10;  // beyond which the kernel would hold what no client reads
 constexpr int64_t kLongestTickNs = 1'000'000'000;
 constexpr int64_t kShortestTickNs = 10'000'000;
 
@@ -44,6 +46,22 @@ int64_t TickNs(const Options& options) {
 
 }  // namespace
 
+AddressCounts::Seat AddressCounts::Take(const std::string& peer, size_t max_open) {
+  std::string address = peer.substr(0, peer.rfind(':'));
+  {
+    const std::lock_guard lock(table_->mutex);
+    size_t& num_open = table_->num_open[address];
+    if (num_open >= max_open) return nullptr;
+    ++num_open;
+  }
+  const auto leave = [table = table_, address = std::move(address)](void*) {
+    const std::lock_guard lock(table->mutex);
+    const auto found = table->num_open.find(address);
+    if (--found->second == 0) table->num_open.erase(found);
+  };
+  return Seat(table_.get(), leave);
+}
+
 uint64_t ConnectionList::Add(std::shared_ptr<ConnectionStats> stats) {
   const std::lock_guard lock(mutex_);
   by_id_.emplace(next_id_, std::move(stats));
@@ -62,16 +80,24 @@ std::vector<std::pair<uint64_t, std::shared_ptr<ConnectionStats>>> ConnectionLis
 
 struct Loop::Connection {
   Connection(const Accepted& accepted, LoopState* state, std::shared_ptr<ConnectionStats> stats)
-      : stream(accepted.fd, accepted.tls), session(std::make_unique<Session>(state, std::move(stats))) {
+      : seat(accepted.seat),
+        stream(accepted.fd, accepted.tls),
+        session(std::make_unique<Session>(state, std::move(stats))) {
     session->owner = this;
   }
 
+  const AddressCounts::Seat seat;  // null without a limit
   ByteStream stream;
   std::unique_ptr<Session> session;  // null when only the client's end is waited for
   uint64_t id = 0;
-  std::string out;
+  size_t num_unsent() const { return out.size() - out_pos; }
+
+  std::string out;  // what the socket did not take, and what TLS answers
   size_t out_pos = 0;
+  size_t num_tls_answered = 0;  // bytes of TLS's since out was last empty
   bool is_touched = false;
+  bool is_urgent = false;
+  int num_listed = 0;  // times in touched_ and urgent_
   bool is_dead = false;
   bool wants_out = false;
   int64_t close_at_ns = 0;
@@ -90,7 +116,7 @@ Loop::Loop(const Options* options, std::shared_ptr<Totals> totals, ConnectionLis
   state_.mailbox = std::make_shared<Mailbox>();
   state_.now_ns = Now();
   epoll_event event{};
-  event.events = EPOLLIN;
+  event.events = EPOLLIN | EPOLLET;
   event.data.ptr = this;  // stands for the mailbox
   if (epoll_fd_ < 0 || epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, state_.mailbox->fd(), &event) != 0) {
     throw std::system_error(errno, std::generic_category(), "epoll");
@@ -107,7 +133,7 @@ Loop::~Loop() {
   if (spare_fd_ >= 0) close(spare_fd_);
 }
 
-void Loop::Accept(const std::vector<Listener>& listeners, std::function<void(int, std::string)> place) {
+void Loop::Accept(const std::vector<Listener>& listeners, std::function<void(Accepted)> place) {
   place_ = std::move(place);
   for (const Listener& listener : listeners) listener_fds_.push_back(listener.fd);
   for (int& fd : listener_fds_) {
@@ -131,12 +157,14 @@ void Loop::Start() {
 }
 
 void Loop::Adopt(Accepted accepted) {
+  bool is_first = false;
   {
     const std::lock_guard lock(mutex_);
+    is_first = accepted_.empty();
     accepted_.push_back(std::move(accepted));
     ++num_connections_;
   }
-  state_.mailbox->Wake();
+  if (is_first) state_.mailbox->Wake();
 }
 
 void Loop::StopAccepting() {
@@ -175,7 +203,7 @@ void Loop::Run() {
     if (!is_stopping_) continue;
     const bool has_work = std::any_of(connections_.begin(), connections_.end(), [](const auto& entry) {
       const Connection& connection = *entry.first;
-      return connection.session || connection.out_pos < connection.out.size();
+      return connection.session || connection.num_unsent() > 0;
     });
     if (!has_work || state_.now_ns >= stop_at_ns_) break;
   }
@@ -186,6 +214,7 @@ void Loop::Run() {
 }
 
 int Loop::TimeoutMs() const {
+  if (!urgent_.empty() || !touched_.empty()) return 0;
   int64_t until_ns = ticked_at_ns_ + tick_ns_;
   if (!state_.timers.empty()) until_ns = std::min(until_ns, state_.timers.begin()->at_ns);
   if (is_stopping_) until_ns = std::min(until_ns, stop_at_ns_);
@@ -214,19 +243,44 @@ void Loop::Turn(int timeout_ms) {
     auto* connection = static_cast<Connection*>(what);
     if (connection->is_dead) continue;
     if (event.events & EPOLLOUT) Touch(connection);
-    const bool is_readable = (event.events & ~static_cast<uint32_t>(EPOLLOUT)) != 0;
-    if (is_readable || connection->stream.does_read_want_write()) OnReadable(connection);
+    if (event.events & ~static_cast<uint32_t>(EPOLLOUT)) OnReadable(connection);
   }
   RunTimers();
   if (state_.now_ns - ticked_at_ns_ >= tick_ns_) Tick();
-  for (size_t i = 0; i < touched_.size(); ++i) {
-    Connection* connection = touched_[i];
-    connection->is_touched = false;
-    if (!connection->is_dead) Flush(connection);
-  }
-  touched_.clear();
-  dead_.clear();
+  // What was read need not wait for what is sent.
   Deliver();
+  FlushTouched(std::max(kFlushNs, Now() - state_.now_ns));
+  std::erase_if(dead_, [](const auto& connection) { return connection->num_listed == 0; });
+  Deliver();
+}
+
+// A step's messages for thousands of streams take milliseconds to send. So after a while the rest waits for
+// another turn, which reads first; and connections with a stream's first message go before the others, each
+// of which gets its turn because a stream has only one first message.
+//
+// First the bytes of some connections are made, then all of them are sent: each of the two stays in the
+// processor's caches for longer, and one system call can send them all. Nothing here touches a connection.
+void Loop::FlushTouched(int64_t limit_ns) {
+  const int64_t until_ns = Now() + limit_ns;
+  for (std::deque<Connection*>* list : {&urgent_, &touched_}) {
+    while (!list->empty()) {
+      Connection* connection = list->front();
+      list->pop_front();
+      --connection->num_listed;
+      if (!connection->is_touched || connection->is_dead) continue;
+      connection->is_touched = connection->is_urgent = false;
+      if (!connection->session || connection->num_unsent() > 0) {
+        Flush(connection);
+      } else {
+        Gather(connection);
+      }
+      if (gathered_.size() >= kGatheredConnections || gathered_bytes_.size() >= kGatheredBytes)
+        SendGathered();
+      if (Now() >= until_ns) return SendGathered();
+    }
+    // First messages do not wait for the bytes of others to be made.
+    SendGathered();
+  }
 }
 
 void Loop::Deliver() {
@@ -267,8 +321,10 @@ void Loop::ApplyMail() {
   for (Command& command : mail_.commands) {
     Call& call = *command.call;
     if (Stream* stream = call.stream_) {
+      auto* connection = static_cast<Connection*>(stream->session->owner);
+      const bool is_first = command.kind == CommandKind::kMessage && stream->moved_at_ns == 0;
       stream->session->Apply(command, mail_);
-      Touch(static_cast<Connection*>(stream->session->owner));
+      Touch(connection, is_first);
     } else if (command.kind == CommandKind::kMessage) {
       call.unsent_bytes_ -= static_cast<int64_t>(command.size + kPrefixBytes);
     }
@@ -286,10 +342,6 @@ void Loop::TakeAccepted() {
 }
 
 void Loop::Open(Accepted accepted) {
-  const int on = 1;
-  setsockopt(accepted.fd, IPPROTO_TCP, TCP_NODELAY, &on,
-             sizeof on);  // fails on a Unix socket, which needs none
-  setsockopt(accepted.fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kNotSentLowBytes, sizeof kNotSentLowBytes);
   auto stats = std::make_shared<ConnectionStats>(accepted.peer);
   auto connection = std::make_unique<Connection>(accepted, &state_, stats);
   Connection* const key = connection.get();
@@ -323,26 +375,40 @@ void Loop::AcceptFrom(int listener_fd) {
       if (errno == EINTR || errno == ECONNABORTED) continue;
       return;
     }
-    if (state_.totals->connections >= static_cast<int64_t>(options_->max_connections)) {
+    Accepted accepted{fd, PeerName(address), nullptr, nullptr};
+    bool is_full = state_.totals->connections >= static_cast<int64_t>(options_->max_connections);
+    if (!is_full && options_->max_address_connections > 0 && address.ss_family != AF_UNIX) {
+      accepted.seat = address_counts_.Take(accepted.peer, options_->max_address_connections);
+      is_full = !accepted.seat;
+    }
+    if (is_full) {
       ++state_.totals->connections_refused;
       close(fd);
       continue;
     }
     ++state_.totals->connections;
     ++state_.totals->connections_accepted;
-    place_(fd, PeerName(address));
+    place_(std::move(accepted));
   }
 }
 
 void Loop::OnReadable(Connection* connection) {
   for (int i = 0; i < kReadsATurn || connection->stream.has_pending(); ++i) {
     size_t num_read = 0;
-    const IoResult result = connection->stream.Read(buffer_.data(), buffer_.size(), &num_read);
-    if (result == IoResult::kClosed) return Kill(connection);
-    if (result == IoResult::kWouldBlock) {
-      if (connection->stream.does_read_want_write()) Watch(connection, true);
-      break;
+    const size_t num_held = connection->out.size();
+    const IoResult result =
+        connection->stream.Read(buffer_.data(), buffer_.size(), &num_read, &connection->out);
+    if (connection->out.size() > num_held) {
+      connection->num_tls_answered += connection->out.size() - num_held;
+      Touch(connection);
     }
+    if (result == IoResult::kClosed) {
+      // TLS may have said why.
+      if (connection->stream.has_tls() && connection->num_unsent() > 0) Flush(connection);
+      return Kill(connection);
+    }
+    if (result == IoResult::kWouldBlock) break;
+    if (connection->num_tls_answered > kTlsAnswerBytes) return Kill(connection);
     if (!connection->session) continue;
     Touch(connection);
     if (!connection->session->Feed(std::string_view(buffer_).substr(0, num_read))) break;
@@ -350,9 +416,13 @@ void Loop::OnReadable(Connection* connection) {
   }
 }
 
-void Loop::Touch(Connection* connection) {
-  if (std::exchange(connection->is_touched, true)) return;
-  touched_.push_back(connection);
+void Loop::Touch(Connection* connection, bool is_urgent) {
+  const bool is_listed = is_urgent ? connection->is_urgent : connection->is_touched;
+  connection->is_touched = true;
+  connection->is_urgent |= is_urgent;
+  if (is_listed) return;
+  ++connection->num_listed;
+  (is_urgent ? urgent_ : touched_).push_back(connection);
 }
 
 void Loop::Watch(Connection* connection, bool wants_out) {
@@ -364,22 +434,85 @@ void Loop::Watch(Connection* connection, bool wants_out) {
   epoll_ctl(epoll_fd_, EPOLL_CTL_MOD, connection->stream.fd(), &event);
 }
 
+void Loop::Gather(Connection* connection) {
+  const size_t begin = gathered_bytes_.size();
+  const bool has_more = Fill(connection, &gathered_bytes_);
+  if (connection->is_dead) {
+    gathered_bytes_.resize(begin);
+  } else if (gathered_bytes_.size() == begin) {
+    Settle(connection);
+  } else {
+    gathered_.push_back({connection, begin, has_more});
+  }
+}
+
+void Loop::SendGathered() {
+  for (size_t i = 0; i < gathered_.size(); ++i) {
+    const size_t begin = gathered_[i].begin;
+    const size_t end = i + 1 < gathered_.size() ? gathered_[i + 1].begin : gathered_bytes_.size();
+    sendings_.push_back({gathered_[i].connection->stream.fd(), gathered_bytes_.data() + begin, end - begin});
+  }
+  sender_.Send(sendings_);
+  for (size_t i = 0; i < gathered_.size(); ++i) {
+    Connection* const connection = gathered_[i].connection;
+    const Sending& sending = sendings_[i];
+    if (sending.result < 0 && sending.result != -EAGAIN) {
+      Kill(connection);
+      continue;
+    }
+    const auto num_sent = static_cast<size_t>(std::max<ssize_t>(sending.result, 0));
+    if (num_sent < sending.size) {
+      connection->out.assign(sending.bytes + num_sent, sending.size - num_sent);
+      connection->out_pos = 0;
+      Watch(connection, true);
+    } else if (gathered_[i].has_more) {
+      Flush(connection);
+    } else {
+      Settle(connection);
+    }
+  }
+  gathered_.clear();
+  sendings_.clear();
+  gathered_bytes_.clear();
+  if (gathered_bytes_.capacity() > 4 * kGatheredBytes) gathered_bytes_.shrink_to_fit();
+}
+
+// Appends what the session has to send, as it goes over the wire; kills the connection if it cannot.
+// Whether there may be more.
+bool Loop::Fill(Connection* connection, std::string* out) {
+  if (!connection->stream.has_tls()) return connection->session->Pull(out, out->size() + kSendBytes);
+  unsealed_.clear();
+  const bool has_more = connection->session->Pull(&unsealed_, kSendBytes);
+  if (connection->stream.Seal(unsealed_, out)) return has_more;
+  Kill(connection);
+  return false;
+}
+
+// One connection by itself: what it holds already, and what it has to send beyond that.
 void Loop::Flush(Connection* connection) {
+  bool has_more = connection->session != nullptr;
   while (true) {
-    if (connection->out_pos == connection->out.size()) {
+    if (connection->num_unsent() == 0) {
       connection->out.clear();
       connection->out_pos = 0;
-      if (connection->session) connection->session->Pull(&connection->out, kSendBytes);
+      connection->num_tls_answered = 0;
+      if (!has_more) break;
+      has_more = Fill(connection, &connection->out);
+      if (connection->is_dead) return;
       if (connection->out.empty()) break;
     }
-    size_t num_written = 0;
-    const IoResult result =
-        connection->stream.Write(connection->out.data() + connection->out_pos,
-                                 connection->out.size() - connection->out_pos, &num_written);
-    if (result == IoResult::kClosed) return Kill(connection);
-    if (result == IoResult::kWouldBlock) return Watch(connection, true);
-    connection->out_pos += num_written;
+    Sending sending{connection->stream.fd(), connection->out.data() + connection->out_pos,
+                    connection->num_unsent()};
+    sender_.Send({&sending, 1});
+    if (sending.result == -EAGAIN) return Watch(connection, true);
+    if (sending.result < 0) return Kill(connection);
+    connection->out_pos += static_cast<size_t>(sending.result);
   }
+  Settle(connection);
+}
+
+// All is sent.
+void Loop::Settle(Connection* connection) {
   // An idle connection keeps no memory for what it once sent.
   if (connection->session && connection->session->is_idle()) connection->out = std::string();
   Watch(connection, false);

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -15,16 +16,34 @@
 #include "door/listener.h"
 #include "door/mailbox.h"
 #include "door/options.h"
+#include "door/sender.h"
 #include "door/session.h"
 #include "door/tls.h"
 
 namespace twinjet::door {
+
+// How many connections are open from each IP address. Any thread.
+class AddressCounts {
+ public:
+  // A connection's, until it is dropped.
+  using Seat = std::shared_ptr<void>;
+  // peer: as PeerName gives it. Null if max_open are open already.
+  Seat Take(const std::string& peer, size_t max_open);
+
+ private:
+  struct Table {
+    std::mutex mutex;
+    std::unordered_map<std::string, size_t> num_open;
+  };
+  const std::shared_ptr<Table> table_ = std::make_shared<Table>();
+};
 
 // A connection that was accepted and waits for its loop.
 struct Accepted {
   int fd;
   std::string peer;
   std::shared_ptr<SSL_CTX> tls;
+  AddressCounts::Seat seat;
 };
 
 // The connections of a door that are open, for whoever wants to list them. Any thread.
@@ -48,7 +67,7 @@ class Loop {
   Loop& operator=(const Loop&) = delete;
 
   // Before Start: accepts from these sockets, which stay the caller's, and gives each connection to place.
-  void Accept(const std::vector<Listener>& listeners, std::function<void(int, std::string)> place);
+  void Accept(const std::vector<Listener>& listeners, std::function<void(Accepted)> place);
   void Start();
 
   // Any thread, after Start.
@@ -61,6 +80,7 @@ class Loop {
 
   const std::shared_ptr<Mailbox>& mailbox() const { return state_.mailbox; }
   int64_t num_connections() const { return num_connections_; }
+  bool has_ring() const { return sender_.has_ring(); }
 
  private:
   struct Connection;
@@ -73,10 +93,15 @@ class Loop {
   void Open(Accepted accepted);
   void AcceptFrom(int listener_fd);
   void OnReadable(Connection* connection);
+  void FlushTouched(int64_t limit_ns);
+  void Gather(Connection* connection);
+  void SendGathered();
   void Flush(Connection* connection);
+  bool Fill(Connection* connection, std::string* out);
+  void Settle(Connection* connection);
   void BeginClose(Connection* connection);
   void Kill(Connection* connection);
-  void Touch(Connection* connection);
+  void Touch(Connection* connection, bool is_urgent = false);
   void Watch(Connection* connection, bool wants_out);
   void ApplyMail();
   void RunTimers();
@@ -91,12 +116,27 @@ class Loop {
   int epoll_fd_;
   int spare_fd_;  // given up for a moment when descriptors run out, so that a client can be turned away
   std::vector<int> listener_fds_;
-  std::function<void(int, std::string)> place_;
+  std::function<void(Accepted)> place_;
+  AddressCounts address_counts_;  // of the loop that accepts
   std::unordered_map<Connection*, std::unique_ptr<Connection>> connections_;
-  std::vector<Connection*> touched_;
-  std::vector<std::unique_ptr<Connection>> dead_;  // until the end of the turn, which may still refer to them
+  // To be flushed, urgent_ first. One may be in both, and one that is not is_touched any more is passed over.
+  std::deque<Connection*> urgent_;
+  std::deque<Connection*> touched_;
+  std::vector<std::unique_ptr<Connection>> dead_;  // until neither the turn nor a list refers to them
   Mail mail_;
   std::string buffer_;
+  Sender sender_;
+  // One batch of connections on their way out: what each sends, one behind the other in bytes, and whether
+  // that is not all.
+  struct Gathered {
+    Connection* connection;
+    size_t begin;
+    bool has_more;
+  };
+  std::vector<Gathered> gathered_;
+  std::string gathered_bytes_;
+  std::vector<Sending> sendings_;
+  std::string unsealed_;  // of one connection
   int64_t ticked_at_ns_ = 0;
   bool is_stopping_ = false;
   int64_t stop_at_ns_ = 0;

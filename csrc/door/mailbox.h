@@ -45,7 +45,8 @@ class Mailbox {
   Mailbox(const Mailbox&) = delete;
   Mailbox& operator=(const Mailbox&) = delete;
 
-  // Readable when there is mail or Wake was called.
+  // An event of EPOLLIN and EPOLLET comes when there is mail and when Wake is called. It is never read: that
+  // would be a system call for each wake-up.
   int fd() const { return fd_; }
 
   // Any thread.
@@ -60,7 +61,7 @@ class Mailbox {
   // Drops what lies here and whatever comes later.
   void Close();
 
-  // The loop's thread: swaps what came into *mail, which must be clear, and resets fd().
+  // The loop's thread: swaps what came into *mail, which must be clear.
   void Take(Mail* mail);
 
  private:

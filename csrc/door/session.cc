@@ -103,21 +103,23 @@ bool Session::Feed(std::string_view bytes) {
   return !is_closing_;
 }
 
-void Session::Pull(std::string* out, size_t max_bytes) {
+bool Session::Pull(std::string* out, size_t max_bytes) {
   if (!is_http2_) {
     if (is_closing_ && !is_http1_answered_ && LooksLikeHttp1(opening_)) out->append(kHttp1Answer);
     is_http1_answered_ = is_closing_;
-    return;
+    return false;
   }
   out_ = out;
-  while (out->size() < max_bytes) {
+  bool is_all = false;
+  while (!is_all && out->size() < max_bytes) {
     const uint8_t* data = nullptr;
     const ssize_t size = nghttp2_session_mem_send(http2_, &data);
     if (size < 0) is_closing_ = true;
-    if (size <= 0) break;
-    out->append(reinterpret_cast<const char*>(data), static_cast<size_t>(size));
+    is_all = size <= 0;
+    if (size > 0) out->append(reinterpret_cast<const char*>(data), static_cast<size_t>(size));
   }
   out_ = nullptr;
+  return !is_all;
 }
 
 bool Session::is_done() const {

@@ -44,8 +44,8 @@ class Session {
 
   // Takes bytes from the peer. False: the connection is beyond help; send what Pull still gives and close it.
   bool Feed(std::string_view bytes);
-  // Appends bytes to send to *out, until that holds about max_bytes.
-  void Pull(std::string* out, size_t max_bytes);
+  // Appends bytes to send to *out, until that holds about max_bytes. Whether there may be more.
+  bool Pull(std::string* out, size_t max_bytes);
   // Does what command says; its call must be one of this session. mail: what a message's offset refers to.
   void Apply(Command& command, const Mail& mail);
   // Does what is due. To be called every now and then, a few times within the shortest of the time limits.

@@ -94,8 +94,7 @@ std::shared_ptr<SSL_CTX> MakeTlsContext(const TlsSettings& settings) {
   if (!context) throw std::bad_alloc();
   SSL_CTX_set_min_proto_version(context.get(), TLS1_2_VERSION);
   SSL_CTX_set_options(context.get(), SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
-  SSL_CTX_set_mode(context.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
-                                      SSL_MODE_RELEASE_BUFFERS);
+  SSL_CTX_set_mode(context.get(), SSL_MODE_RELEASE_BUFFERS);
   static constexpr unsigned char kSessionIdContext[] = "twinjet";
   SSL_CTX_set_session_id_context(context.get(), kSessionIdContext, sizeof kSessionIdContext - 1);
   SSL_CTX_set_alpn_select_cb(context.get(), &SelectProtocol, nullptr);
@@ -105,14 +104,44 @@ std::shared_ptr<SSL_CTX> MakeTlsContext(const TlsSettings& settings) {
   return context;
 }
 
+// A BIO whose writes append to the stream's records_: so they leave with the records of other connections.
+struct ByteStream::Records {
+  static int Write(BIO* bio, const char* bytes, size_t size, size_t* num_written) {
+    try {
+      static_cast<ByteStream*>(BIO_get_data(bio))->records_->append(bytes, size);
+    } catch (const std::bad_alloc&) {
+      return 0;
+    }
+    *num_written = size;
+    return 1;
+  }
+  static long Control(BIO*, int what, long, void*) { return what == BIO_CTRL_FLUSH ? 1 : 0; }
+
+  static const BIO_METHOD* Method() {
+    static const BIO_METHOD* const method = [] {
+      BIO_METHOD* made = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "records");
+      if (!made || BIO_meth_set_write_ex(made, &Write) != 1 || BIO_meth_set_ctrl(made, &Control) != 1) {
+        throw std::bad_alloc();
+      }
+      return made;
+    }();
+    return method;
+  }
+};
+
 ByteStream::ByteStream(int fd, const std::shared_ptr<SSL_CTX>& tls) : fd_(fd) {
   if (!tls) return;
   ssl_ = SSL_new(tls.get());
-  if (!ssl_ || SSL_set_fd(ssl_, fd) != 1) {
+  BIO* const records = BIO_new(Records::Method());
+  if (!ssl_ || !records || SSL_set_rfd(ssl_, fd) != 1) {
+    BIO_free(records);
     SSL_free(ssl_);
     close(fd);
     throw std::bad_alloc();
   }
+  BIO_set_data(records, this);
+  BIO_set_init(records, 1);
+  SSL_set0_wbio(ssl_, records);
   SSL_set_accept_state(ssl_);
 }
 
@@ -121,24 +150,13 @@ ByteStream::~ByteStream() {
   close(fd_);
 }
 
-IoResult ByteStream::ExplainTls(int result, bool is_read) {
-  switch (SSL_get_error(ssl_, result)) {
-    case SSL_ERROR_WANT_READ:
-      return IoResult::kWouldBlock;
-    case SSL_ERROR_WANT_WRITE:
-      does_read_want_write_ = is_read;
-      return IoResult::kWouldBlock;
-    default:
-      return IoResult::kClosed;
-  }
-}
-
-IoResult ByteStream::Read(char* out, size_t size, size_t* num_read) {
-  does_read_want_write_ = false;
+IoResult ByteStream::Read(char* out, size_t size, size_t* num_read, std::string* answer) {
   if (ssl_) {
     ERR_clear_error();
+    records_ = answer;
     const int result = SSL_read_ex(ssl_, out, size, num_read);
-    return result == 1 ? IoResult::kDone : ExplainTls(result, true);
+    if (result == 1) return IoResult::kDone;
+    return SSL_get_error(ssl_, result) == SSL_ERROR_WANT_READ ? IoResult::kWouldBlock : IoResult::kClosed;
   }
   while (true) {
     const ssize_t result = recv(fd_, out, size, 0);
@@ -152,27 +170,25 @@ IoResult ByteStream::Read(char* out, size_t size, size_t* num_read) {
   }
 }
 
-IoResult ByteStream::Write(const char* bytes, size_t size, size_t* num_written) {
-  if (ssl_) {
-    ERR_clear_error();
-    const int result = SSL_write_ex(ssl_, bytes, size, num_written);
-    return result == 1 ? IoResult::kDone : ExplainTls(result, false);
+bool ByteStream::Seal(std::string_view bytes, std::string* out) {
+  ERR_clear_error();
+  records_ = out;
+  while (!bytes.empty()) {
+    size_t num_sealed = 0;
+    if (SSL_write_ex(ssl_, bytes.data(), bytes.size(), &num_sealed) != 1) return false;
+    bytes.remove_prefix(num_sealed);
   }
-  while (true) {
-    const ssize_t result = send(fd_, bytes, size, MSG_NOSIGNAL);
-    if (result >= 0) {
-      *num_written = static_cast<size_t>(result);
-      return IoResult::kDone;
-    }
-    if (errno == EAGAIN || errno == EWOULDBLOCK) return IoResult::kWouldBlock;
-    if (errno != EINTR) return IoResult::kClosed;
-  }
+  return true;
 }
 
 void ByteStream::ShutWrite() {
   if (ssl_ && SSL_is_init_finished(ssl_)) {
     ERR_clear_error();
+    std::string farewell;
+    records_ = &farewell;
     SSL_shutdown(ssl_);
+    // To a client that does not read it is of no use.
+    [[maybe_unused]] const ssize_t sent = send(fd_, farewell.data(), farewell.size(), MSG_NOSIGNAL);
   }
   shutdown(fd_, SHUT_WR);
 }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <string_view>
 
 namespace twinjet::door {
 
@@ -21,7 +22,9 @@ std::shared_ptr<SSL_CTX> MakeTlsContext(const TlsSettings& settings);
 
 enum class IoResult { kDone, kWouldBlock, kClosed };
 
-// One connection's stream of bytes, with or without TLS, over a non-blocking socket that it closes.
+// What one connection reads, and how its bytes look on the wire, with or without TLS; over a non-blocking
+// socket that it closes. It sends nothing but its end: what TLS has to say is appended to what its user
+// sends.
 class ByteStream {
  public:
   // tls: null for plain text.
@@ -31,22 +34,24 @@ class ByteStream {
   ByteStream& operator=(const ByteStream&) = delete;
 
   int fd() const { return fd_; }
-  // Reads up to size bytes; *num_read is set when kDone.
-  IoResult Read(char* out, size_t size, size_t* num_read);
-  IoResult Write(const char* bytes, size_t size, size_t* num_written);
+  bool has_tls() const { return ssl_ != nullptr; }
+  // Reads up to size bytes; *num_read is set when kDone. Appends to *answer what TLS answers, also when
+  // kWouldBlock or kClosed.
+  IoResult Read(char* out, size_t size, size_t* num_read, std::string* answer);
   // Whether Read has bytes that the socket no longer shows.
   bool has_pending() const { return ssl_ && SSL_pending(ssl_) > 0; }
-  // Whether a Read that would block waits for the socket to take bytes.
-  bool does_read_want_write() const { return does_read_want_write_; }
+  // With TLS, once something was read: appends the records that carry bytes to *out. False: the connection
+  // is beyond help.
+  bool Seal(std::string_view bytes, std::string* out);
   // Sends no more.
   void ShutWrite();
 
  private:
-  IoResult ExplainTls(int result, bool is_read);
+  struct Records;
 
   const int fd_;
   SSL* ssl_ = nullptr;
-  bool does_read_want_write_ = false;
+  std::string* records_ = nullptr;  // where TLS writes, during a call
 };
 
 }  // namespace twinjet::door

@@ -118,6 +118,7 @@ bool ReadOptions(std::string_view message, PlainGenerate* plain) {
 }  // namespace
 
 std::optional<PlainGenerate> ReadPlainGenerate(std::string_view message) {
+  if (message.size() > kMaxPlainBytes) return std::nullopt;
   PlainGenerate plain;
   PlainFields fields(message);
   while (fields.Next()) {

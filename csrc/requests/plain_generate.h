@@ -24,8 +24,12 @@ struct PlainGenerate {
   std::string_view session;
 };
 
-// Unset unless every field is known here and comes once, token ids are packed, and all but what needs a model
-// is in its range: then protobuf reads the same values from the message.
+// Larger ones are rare, and take long enough that they must not be read among others.
+inline constexpr size_t kMaxPlainBytes = 64 << 10;
+
+// Unset unless every field is known here and comes once, token ids are packed, the message has at most
+// kMaxPlainBytes, and all but what needs a model is in its range: then protobuf reads the same values from
+// the message.
 std::optional<PlainGenerate> ReadPlainGenerate(std::string_view message);
 
 inline constexpr size_t kMaxIdChars = 128;

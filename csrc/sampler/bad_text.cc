@@ -5,6 +5,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "sampler/bad_text_tables.h"
 #include "sampler/request.h"
 
 namespace twinjet::sampler {
@@ -57,6 +58,11 @@ TokenTexts::TokenTexts(std::span<const std::string_view> texts, std::span<const 
   order_.resize(texts.size());
   std::iota(order_.begin(), order_.end(), 0);
   std::stable_sort(order_.begin(), order_.end(), [this](int32_t a, int32_t b) { return text(a) < text(b); });
+  FindLongest();
+}
+
+void TokenTexts::FindLongest() {
+  for (int32_t id = 0; id < size(); ++id) longest_ = std::max(longest_, text(id).size());
 }
 
 std::string TokenTexts::Save() const {
@@ -89,6 +95,7 @@ TokenTexts TokenTexts::Load(std::string_view saved) {
   for (int32_t id : made.order_) {
     if (id < 0 || id >= made.size()) throw InvalidRequest("token texts are out of order");
   }
+  made.FindLongest();
   return made;
 }
 
@@ -99,11 +106,16 @@ std::string_view TokenTexts::text(int32_t id) const {
 }
 
 std::span<const int32_t> TokenTexts::StartingWith(std::string_view start) const {
+  const auto [first, last] = PlacesStartingWith(start);
+  return std::span(order_).subspan(static_cast<size_t>(first), static_cast<size_t>(last - first));
+}
+
+std::pair<int32_t, int32_t> TokenTexts::PlacesStartingWith(std::string_view start) const {
   const auto before = [this](int32_t id, std::string_view s) { return text(id).substr(0, s.size()) < s; };
   const auto after = [this](std::string_view s, int32_t id) { return s < text(id).substr(0, s.size()); };
   const auto first = std::lower_bound(order_.begin(), order_.end(), start, before);
   const auto last = std::upper_bound(first, order_.end(), start, after);
-  return {first, last};
+  return {static_cast<int32_t>(first - order_.begin()), static_cast<int32_t>(last - order_.begin())};
 }
 
 BadText::BadText(std::shared_ptr<const TokenTexts> texts, std::vector<std::string> words, bool skips_special)
@@ -171,6 +183,11 @@ void BadText::BannedAfter(std::string_view tail, std::vector<int32_t>* banned) c
       }
     }
   }
+}
+
+const std::vector<uint32_t>& BadText::Tables() const {
+  std::call_once(tables_once_, [this] { tables_ = MakeTextTables(*texts_, words_, skips_special_); });
+  return tables_;
 }
 
 }  // namespace twinjet::sampler

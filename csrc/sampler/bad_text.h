@@ -12,9 +12,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace twinjet::sampler {
@@ -33,17 +35,23 @@ class TokenTexts {
   bool is_special(int32_t id) const { return special_[static_cast<size_t>(id)] != 0; }
   // Ids whose text begins with `start`, in the order of their texts.
   std::span<const int32_t> StartingWith(std::string_view start) const;
+  // The same as places in order(), the second not in it.
+  std::pair<int32_t, int32_t> PlacesStartingWith(std::string_view start) const;
+  std::span<const int32_t> order() const { return order_; }  // ids, sorted by text
+  size_t longest() const { return longest_; }                // bytes of the longest text
   // All texts, one after the other; `ends` has the end of each.
   std::string_view all() const { return bytes_; }
   std::span<const uint32_t> ends() const { return ends_; }
 
  private:
   TokenTexts() = default;
+  void FindLongest();
 
   std::string bytes_;
   std::vector<uint32_t> ends_;
   std::vector<uint8_t> special_;
-  std::vector<int32_t> order_;  // ids, sorted by text
+  std::vector<int32_t> order_;
+  size_t longest_ = 0;
 };
 
 // The strings of one request on one model. Immutable.
@@ -61,6 +69,9 @@ class BadText {
   std::string_view TextOf(int32_t id) const;
   // Adds the tokens that may not follow a text with this end; some may come twice.
   void BannedAfter(std::string_view tail, std::vector<int32_t>* banned) const;
+  // The same for a device (bad_text_tables.h), made at the first call. Any thread.
+  const std::vector<uint32_t>& Tables() const;
+  const std::shared_ptr<const TokenTexts>& texts() const { return texts_; }
 
  private:
   void MaskContaining();
@@ -72,6 +83,8 @@ class BadText {
   bool begins_word_[256] = {};
   size_t num_tail_bytes_ = 0;
   std::vector<uint32_t> allowed_mask_;
+  mutable std::once_flag tables_once_;
+  mutable std::vector<uint32_t> tables_;
 };
 
 }  // namespace twinjet::sampler

@@ -57,6 +57,9 @@ class Request {
   const RowParams& params() const { return params_; }
   // Whether some of Edits().banned depend on the text of the output so far.
   bool has_bad_text() const { return bad_text_ != nullptr; }
+  const std::shared_ptr<const BadText>& bad_text() const { return bad_text_; }
+  // The end of the output's text, as far as bad_text() asks for it.
+  const std::string& tail() const { return tail_; }
   bool is_greedy() const { return constants_.is_greedy != 0; }
   uint64_t position() const { return position_offset_ + output_token_ids_.size(); }
   const std::vector<int32_t>& output_token_ids() const { return output_token_ids_; }
@@ -87,7 +90,7 @@ class Request {
   std::vector<std::vector<int32_t>> bad_words_;
   std::vector<int32_t> banned_;
   std::shared_ptr<const BadText> bad_text_;
-  std::string tail_;  // the last bytes of the output's text, as far as bad_text_ asks for them
+  std::string tail_;
   size_t min_tokens_;
   std::vector<int32_t> stop_token_ids_;
 };

@@ -487,6 +487,7 @@ class SeatSampler:  # only where HAS_CUDA
         self, request_ids: list[str], states: dict[str, object], seats: dict[str, int]
     ) -> tuple[npt.NDArray[np.int64], list[int]]: ...
     # advances: rows whose token becomes part of the output. dtype: 0 float32, 1 float16, 2 bfloat16.
+    # mask_rows: the row of `masks`, mask_stride words apart, that holds for each row, -1 for none.
     def draw(
         self,
         seats: npt.NDArray[np.int64],
@@ -494,6 +495,9 @@ class SeatSampler:  # only where HAS_CUDA
         logits: int,
         row_stride: int,
         dtype: int,
+        mask_rows: npt.NDArray[np.int32] | None,
+        masks: int,
+        mask_stride: int,
         token_ids: int,
         status: int,
         tokens64: int,
@@ -516,6 +520,10 @@ class SeatSampler:  # only where HAS_CUDA
         stride: int,
         bits: int,
         stream: int,
+    ) -> None: ...
+    # Writes -inf over what the rows' bad words rule out; for a batch that another sampler draws.
+    def mask(
+        self, seats: npt.NDArray[np.int64], logits: int, row_stride: int, dtype: int, stream: int
     ) -> None: ...
     # How often the host had to wait for the device: "buffers", "memory", "results".
     def waits(self) -> dict[str, int]: ...
@@ -1097,6 +1105,17 @@ class DoorCall:
         """Send what steps put into the stream from now on, whenever an empty take() waits for it."""
     def compress(self) -> None: ...
 
+class MessageShape:
+    """Counts the values of a protobuf message without parsing it; see csrc/requests/message_shape.h.
+
+    types: for each type of message, its own first, its fields that are numbers or messages: (number, kind), the kind
+    being the index of a type, or packed as -1 varints, -2 four bytes, -3 eight bytes. Raises ValueError.
+    """
+
+    def __init__(self, types: Sequence[Sequence[tuple[int, int]]]) -> None: ...
+    def find_excess(self, message: bytes, max_values: int, max_numbers: int) -> list[int] | None:
+        """The field numbers that lead to the value with which a message holds more than it may."""
+
 def read_plain_generate(
     message: bytes,
 ) -> tuple[str, str, list[int], int, bytes, str, str, str, str] | None:
@@ -1169,13 +1188,17 @@ class Door:
     def use_tls(self, certificate: bytes, key: bytes, client_ca: bytes, /) -> None:
         """Use these PEM texts for new connections. Raises ValueError and changes nothing if they are unfit."""
     def start(self) -> None: ...
+    @property
+    def has_ring(self) -> bool:
+        """Whether what many connections send at once leaves in one system call, by io_uring."""
     def fileno(self) -> int:
         """Readable when there are events to take."""
     def take(self) -> tuple[list[tuple[int, int, Any]], list[Any]]:
         """The events that came, (kind, call id, payload), and the calls that pick_plain() picked.
 
         0: a call, (DoorCall, path, peer, metadata, timeout in s or None, accepts gzip); 1: a message, bytes;
-        2: half-closed; 3: cancelled, why; 4: room; 5: a call was refused by bounded_paths, its path; of no call.
+        2: half-closed; 3: cancelled, why; 4: room; 5: calls were refused by bounded_paths, their path, and in the call
+        id's place their number. If many came, the rest is left for the next time, and fileno() stays readable.
         A picked call began before the events beside it: (call id, PlainCall, peer, timeout in s or None, model, text,
         token ids, the largest of them, SamplingParams as bytes, request id, drawn if none was sent, tenant, cache salt,
         session, a seed).

@@ -144,10 +144,13 @@ class ServerSettings(_Section):
     keepalive_timeout_s: Duration = Field(20.0, description="no answer to a ping: the client is gone")
     client_ping_s: Duration = Field(10.0, description="clients may ping as often as this")
     door: Literal["auto", "native", "grpc"] = Field(
-        "grpc", description="gRPC's own library, ours on nghttp2, or ours where it is built"
+        "auto", description="ours on nghttp2, gRPC's own library, or ours where it is built"
     )
     door_threads: int = Field(1, ge=1, le=64, description="of the native door")
     max_connections: int = Field(16384, ge=1, le=2**20, description="through the native door")
+    max_connections_per_address: int = Field(
+        0, ge=0, le=2**20, description="through the native door, from one IP address; 0 is no limit"
+    )
     max_connection_calls: int = Field(
         4096, ge=1, le=2**20, description="open at once on one connection of the native door"
     )
@@ -172,7 +175,7 @@ class ServerSettings(_Section):
 
 
 class AdminSettings(_Section):
-    """Who may use AdminService."""
+    """Who may use AdminService and change adapters."""
 
     token: Token = Field("", description="bearer token; empty: callers on the loopback interface only")
 

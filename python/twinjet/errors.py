@@ -159,11 +159,12 @@ class RequestFailed(TwinjetError):
 
 
 class NoAdmissibleToken(RequestFailed):
-    """The request's masks, grammar, stops and bad words leave no token; only the run could show it."""
+    """The request's masks, grammar, stops and bad words leave no token, or take too long; only the run could show it."""
 
     def __init__(self) -> None:
         super().__init__(
-            "no token is admissible under the request's masks, grammar and bad words; loosen one of them",
+            "no token is admissible under the request's masks, grammar and bad words, or the grammar is too ambiguous "
+            "to be followed; loosen one of them",
             reason="NO_ADMISSIBLE_TOKEN",
         )
 

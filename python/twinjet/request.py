@@ -27,6 +27,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_STOPS = 64
 MAX_STOP_BYTES = 1024
 MAX_BAD_WORDS = 256
+MAX_ALLOWED_IDS = 1 << 20
 MAX_CHOICES = 1024
 MAX_OUTPUTS = 64
 MAX_GRAMMAR_BYTES = 256 * 1024
@@ -69,6 +70,17 @@ NUMBER_BOUNDS: Mapping[str, Bound] = MappingProxyType(
 """The contract's range of every number that reaches the sampler. The sampler's own, `_core.SAMPLER_RANGES`, must
 hold each of them: it runs inside the engine's process, where a value that it refuses would end the engine."""
 _SCALARS = tuple(name for name in NUMBER_BOUNDS if name != "logit_bias")
+
+MAX_ENTRIES: Mapping[str, int] = MappingProxyType(
+    {
+        "logit_bias": MAX_LOGIT_BIASES,
+        "stop": MAX_STOPS,
+        "stop_token_ids": MAX_STOPS,
+        "bad_words": MAX_BAD_WORDS,
+        "allowed_token_ids": MAX_ALLOWED_IDS,
+    }
+)
+"""The most entries of every list and map in a request's sampling parameters."""
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag"]
 
@@ -207,6 +219,15 @@ def draw_seed() -> int:
     return secrets.randbits(DRAWN_SEED_BITS)
 
 
+def too_many_entries(sampling: object, prefix: str = "sampling.") -> list[Violation]:
+    """Say which lists of sampling parameters, whatever their type, are too long; to be asked before they are copied."""
+    return [
+        Violation(prefix + name, f"{count} entries; at most {most} are allowed")
+        for name, most in MAX_ENTRIES.items()
+        if (count := len(getattr(sampling, name))) > most
+    ]
+
+
 class _Checker:
     """Collects violations, so that a client hears of all its mistakes at once."""
 
@@ -227,22 +248,17 @@ class _Checker:
             self.fail(name, f"{value} is out of range; allowed: {low} to {high}")
 
     def logit_bias(self, biases: Mapping[int, float], vocab_size: int) -> None:
-        if len(biases) > MAX_LOGIT_BIASES:
-            self.fail("logit_bias", f"{len(biases)} entries; at most {MAX_LOGIT_BIASES} are allowed")
-            return
         self.token_ids("logit_bias", tuple(biases), vocab_size)
         for bias in biases.values():
             self.number("logit_bias", bias)
 
     def token_ids(self, name: str, ids: tuple[int, ...], vocab_size: int) -> None:
-        bad = next((t for t in ids if not 0 <= t < vocab_size), None)
-        if bad is not None:
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            bad = next(t for t in ids if not 0 <= t < vocab_size)
             self.fail(name, f"token id {bad} is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
 
-    def strings(self, name: str, values: tuple[str, ...], most: int, max_bytes: int) -> None:
-        if len(values) > most:
-            self.fail(name, f"{len(values)} entries; at most {most} are allowed")
-        elif any(not v for v in values):
+    def strings(self, name: str, values: tuple[str, ...], max_bytes: int) -> None:
+        if any(not v for v in values):
             self.fail(name, "an entry is empty; each must have at least one character")
         elif any(len(v.encode()) > max_bytes for v in values):
             self.fail(name, f"an entry is longer than {max_bytes} bytes")
@@ -254,7 +270,12 @@ class _Checker:
         if constraint.kind == "choice":
             if not constraint.choices:
                 self.fail(path, "has no values; at least one is needed")
-            self.strings(f"{path}.values", constraint.choices, MAX_CHOICES, MAX_GRAMMAR_BYTES)
+            if len(constraint.choices) > MAX_CHOICES:
+                self.fail(
+                    f"{path}.values", f"{len(constraint.choices)} entries; at most {MAX_CHOICES} are allowed"
+                )
+            else:
+                self.strings(f"{path}.values", constraint.choices, MAX_GRAMMAR_BYTES)
         elif constraint.kind != "json_object" and not constraint.value:
             self.fail(path, "is empty")
         elif len(constraint.value.encode()) > MAX_GRAMMAR_BYTES:
@@ -271,6 +292,9 @@ def resolve_sampling(
     """
     limits = info.limits
     check = _Checker(prefix)
+    check.violations += too_many_entries(sent, prefix)
+    if check.violations:
+        raise InvalidRequest(check.violations)
     for name in _SCALARS:
         check.number(name, getattr(sent, name))
     check.count("n", sent.n, 1, min(MAX_OUTPUTS, limits.max_outputs))
@@ -280,11 +304,9 @@ def resolve_sampling(
     check.count("prompt_logprobs", sent.prompt_logprobs, 0, limits.max_logprobs)
     check.count("seed", sent.seed, 0, MAX_SEED)
     check.logit_bias(sent.logit_bias, limits.vocab_size)
-    check.strings("stop", sent.stop, MAX_STOPS, MAX_STOP_BYTES)
-    if len(sent.stop_token_ids) > MAX_STOPS:
-        check.fail("stop_token_ids", f"{len(sent.stop_token_ids)} entries; at most {MAX_STOPS} are allowed")
+    check.strings("stop", sent.stop, MAX_STOP_BYTES)
     check.token_ids("stop_token_ids", sent.stop_token_ids, limits.vocab_size)
-    check.strings("bad_words", sent.bad_words, MAX_BAD_WORDS, MAX_STOP_BYTES)
+    check.strings("bad_words", sent.bad_words, MAX_STOP_BYTES)
     check.token_ids("allowed_token_ids", sent.allowed_token_ids, limits.vocab_size)
     if len(set(sent.allowed_token_ids)) != len(sent.allowed_token_ids):
         check.fail("allowed_token_ids", "has duplicates")

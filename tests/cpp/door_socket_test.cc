@@ -12,9 +12,12 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
+#include <ctime>
 #include <deque>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <thread>
 
@@ -131,6 +134,32 @@ class SocketClient {
       Flush();
     }
   }
+  // When the kernel had the next bytes to come, by its own clock, in ns. From now on it notes that of each
+  // segment.
+  void NoteArrivals() {
+    const int on = 1;
+    setsockopt(fd_, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
+  }
+  int64_t NextArrival() {
+    pollfd what{fd_, POLLIN, 0};
+    if (poll(&what, 1, kPatienceMs) != 1) throw test::Failure{"nothing came in time"};
+    char bytes[16];
+    alignas(cmsghdr) char control[64];
+    iovec part{bytes, sizeof bytes};
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof control;
+    if (recvmsg(fd_, &message, MSG_PEEK) <= 0) throw test::Failure{"the connection ended early"};
+    for (cmsghdr* one = CMSG_FIRSTHDR(&message); one != nullptr; one = CMSG_NXTHDR(&message, one)) {
+      if (one->cmsg_type != SO_TIMESTAMPNS) continue;
+      timespec at{};
+      std::memcpy(&at, CMSG_DATA(one), sizeof at);
+      return int64_t{at.tv_sec} * 1'000'000'000 + at.tv_nsec;
+    }
+    return 0;  // a kernel, or what stands for one, that notes no times
+  }
   // What comes until the other side closes.
   std::string UntilEnd() {
     std::string all;
@@ -146,12 +175,14 @@ class SocketClient {
   bool is_tls_good_ = true;
 };
 
-int ConnectTcp(int port) {
+int ConnectTcp(int port, const char* from = "127.0.0.1") {
   sockaddr_in address{};
   address.sin_family = AF_INET;
+  inet_pton(AF_INET, from, &address.sin_addr);
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address);
   address.sin_port = htons(static_cast<in_port_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) {
     close(fd);
     throw test::Failure{"cannot connect"};
@@ -415,6 +446,84 @@ TEST(a_step_leaves_in_one_piece_a_connection) {
   CHECK_EQ(client.http2.num_data_frames, ids.size());
 }
 
+TEST(a_first_message_leaves_before_the_others_of_a_step) {
+  constexpr size_t kNumCalls = 8;
+  std::mutex mutex;
+  std::map<std::string, CallRef> calls;
+  Server server({}, [&](Event& event) {
+    const std::lock_guard lock(mutex);
+    if (event.kind == EventKind::kMessage) calls[event.bytes] = event.call;
+  });
+  std::vector<std::unique_ptr<SocketClient>> clients;
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < kNumCalls; ++i) {
+    clients.push_back(std::make_unique<SocketClient>(ConnectTcp(server.port)));
+    clients.back()->NoteArrivals();
+    ids.push_back(clients.back()->http2.Ask("/p/Stream", std::to_string(i)));
+    clients.back()->Flush();
+  }
+  WaitUntil([&] {
+    const std::lock_guard lock(mutex);
+    return calls.size() == kNumCalls;
+  });
+  std::vector<Outgoing> step;
+  for (size_t i = 0; i < kNumCalls; ++i) step.push_back({calls[std::to_string(i)], "token"});
+  // All but the last have begun.
+  for (size_t i = 0; i + 1 < kNumCalls; ++i) {
+    Write(step[i].call, "first");
+    clients[i]->Until([&] { return !clients[i]->http2.answer(ids[i]).messages().empty(); });
+  }
+  // The last one's headers would come before its message, and be taken for it.
+  SendHeaders(step.back().call, {});
+  clients.back()->Until([&] { return !clients.back()->http2.answer(ids.back()).headers.empty(); });
+  server.door.WriteAll(step);
+  const int64_t first = clients.back()->NextArrival();
+  for (size_t i = 0; first > 0 && i + 1 < kNumCalls; ++i) CHECK(clients[i]->NextArrival() > first);
+}
+
+// All leave in the same batches; most need several, since flow control lets them have less at once.
+TEST(connections_that_send_at_once_keep_their_bytes_apart) {
+  const Certificate ours = MakeCertificate("server");
+  const TlsSettings settings{ours.pem, ours.key, ""};
+  const std::shared_ptr<SSL_CTX> tls = ClientTls(nullptr);
+  for (const bool does_use_tls : {false, true}) {
+    std::mutex mutex;
+    std::vector<CallRef> calls;
+    Server server(
+        {},
+        [&](Event& event) {
+          const std::lock_guard lock(mutex);
+          if (event.kind == EventKind::kCall) calls.push_back(event.call);
+        },
+        does_use_tls ? &settings : nullptr);
+    constexpr size_t kClients = 70;
+    std::deque<SocketClient> clients;
+    for (size_t i = 0; i < kClients; ++i) {
+      SocketClient& client =
+          clients.emplace_back(ConnectTcp(server.port), does_use_tls ? tls.get() : nullptr);
+      client.http2.Ask("/a/b", "x");
+      client.Flush();
+      WaitUntil([&] {
+        const std::lock_guard lock(mutex);
+        return calls.size() == i + 1;
+      });
+    }
+    std::vector<std::string> texts;
+    std::vector<Outgoing> step;
+    for (size_t i = 0; i < kClients; ++i) {
+      texts.emplace_back(i % 3 == 0 ? 20 : 150'000, static_cast<char>('0' + i));
+    }
+    for (size_t i = 0; i < kClients; ++i) step.push_back({calls[i], texts[i]});
+    server.door.WriteAll(step);
+    for (const CallRef& call : calls) Finish(call, {});
+    for (size_t i = 0; i < kClients; ++i) {
+      clients[i].Until([&] { return clients[i].http2.answer(1).is_closed; });
+      CHECK_EQ(clients[i].http2.answer(1).status(), 0);
+      CHECK(clients[i].http2.answer(1).messages() == std::vector<std::string>{texts[i]});
+    }
+  }
+}
+
 TEST(tls_needs_no_restart_to_change_its_certificate) {
   const Certificate first = MakeCertificate("first");
   const Certificate second = MakeCertificate("second");
@@ -491,6 +600,71 @@ TEST(connections_beyond_the_limit_are_turned_away) {
   WaitUntil([&] { return server.door.totals().connections == 1; });
   SocketClient fourth(ConnectTcp(server.port));
   CheckEcho(fourth);
+}
+
+TEST(one_address_cannot_take_all_connections) {
+  Options options;
+  options.max_address_connections = 2;
+  options.num_threads = 2;
+  Server server(options);
+  const auto connect_from = [&](const char* address) {
+    return std::make_unique<SocketClient>(ConnectTcp(server.port, address));
+  };
+  auto first = connect_from("127.0.0.1");
+  auto second = connect_from("127.0.0.1");
+  CheckEcho(*first);
+  CheckEcho(*second);
+  CHECK_EQ(connect_from("127.0.0.1")->UntilEnd(), "");
+  auto other = connect_from("127.0.0.2");
+  CheckEcho(*other);
+  first.reset();
+  WaitUntil([&] { return server.door.totals().connections == 2; });
+  first = connect_from("127.0.0.1");
+  CheckEcho(*first);
+  CHECK_EQ(connect_from("127.0.0.1")->UntilEnd(), "");
+  CHECK_EQ(server.door.totals().connections_refused.load(), 2);
+}
+
+TEST(connections_that_end_while_they_wait_to_be_sent_to_harm_nobody) {
+  constexpr int kNumClients = 60;
+  std::mutex mutex;
+  std::vector<CallRef> calls;
+  Server server({}, [&](Event& event) {
+    const std::lock_guard lock(mutex);
+    if (event.kind == EventKind::kMessage) calls.push_back(event.call);
+  });
+  std::vector<std::unique_ptr<SocketClient>> clients;
+  for (int i = 0; i < kNumClients; ++i) {
+    clients.push_back(std::make_unique<SocketClient>(ConnectTcp(server.port)));
+    clients.back()->http2.Ask("/p/Stream", "x");
+    clients.back()->Flush();
+  }
+  WaitUntil([&] {
+    const std::lock_guard lock(mutex);
+    return calls.size() == kNumClients;
+  });
+  // So much that a step is sent in several turns.
+  const std::string text(100'000, 's');
+  std::vector<Outgoing> step;
+  for (const CallRef& call : calls) step.push_back({call, text});
+  while (!clients.empty()) {
+    server.door.WriteAll(step);
+    clients.pop_back();
+  }
+  WaitUntil([&] { return server.door.totals().connections == 0; });
+  step.clear();
+  calls.clear();
+  SocketClient late(ConnectTcp(server.port));
+  const int32_t id = late.http2.Ask("/p/Stream", "x");
+  late.Flush();
+  WaitUntil([&] {
+    const std::lock_guard lock(mutex);
+    return !calls.empty();
+  });
+  Write(calls.front(), "well");
+  Finish(calls.front(), {});
+  late.Until([&] { return late.http2.answer(id).is_closed; });
+  CHECK_EQ(late.http2.answer(id).messages().at(0), "well");
 }
 
 TEST(opened_and_dropped_connections_leave_no_descriptor) {

@@ -56,6 +56,9 @@ TEST(leaves_what_is_not_plain) {
   CHECK(!is_plain(Field(3, "\xFF\xFF\xFF\xFF\x08")));  // 2^31 and more
   CHECK(is_plain(Field(3, "\xFF\xFF\xFF\xFF\x07")));
   CHECK(!is_plain(Field(3, "\x80")));
+  const std::string large(kMaxPlainBytes - 4, 'a');
+  CHECK(is_plain(std::string("\x12\xFC\xFF\x03", 4) + large));
+  CHECK(!is_plain(std::string("\x12\xFD\xFF\x03", 4) + large + 'a'));
 }
 
 TEST(looks_at_nothing_beyond_the_message) {

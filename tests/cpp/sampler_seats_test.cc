@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "check.h"
+#include "sampler/bad_text.h"
 #include "sampler/cuda/edits.h"
 #include "sampler/cuda/seat_table.h"
 
@@ -21,6 +23,7 @@ struct OneThread {
   void Sync() const {}
   bool Any(bool value) const { return value; }
   void Or(uint32_t* word, uint32_t bits) const { *word |= bits; }
+  void And(uint32_t* word, uint32_t bits) const { *word &= bits; }
 };
 
 // The device: memory that is poisoned where nobody has written.
@@ -30,8 +33,20 @@ struct Device {
   std::vector<Unit> message;
   std::vector<DeviceRow> rows;
 
-  SeatMemory Receive(SeatTable& table, std::span<const Unit> sent, size_t num_rows) {
+  SeatMemory Receive(SeatTable& table, std::span<const int64_t> in, std::span<const uint8_t> advances,
+                     std::span<const int32_t> mask_rows = {}) {
     const Unit poison = {{0xa5a5a5a5u, 0xa5a5a5a5u, 0xa5a5a5a5u, 0xa5a5a5a5u}};
+    arena.resize(static_cast<size_t>(table.arena_units()), poison);
+    for (;;) {
+      const std::span<const Unit> pieces = table.BuildPieces(40);
+      if (pieces.empty()) break;
+      CHECK(pieces.size() <= 40);
+      for (uint32_t i = 0; i < pieces[0].words[0]; ++i) {
+        CopyPiece(OneThread(), {seats.data(), arena.data(), pieces.data()}, static_cast<int32_t>(i));
+      }
+    }
+    const std::span<const Unit> sent = table.Build(in, advances, mask_rows);
+    const size_t num_rows = in.size();
     arena.resize(static_cast<size_t>(table.arena_units()), poison);
     seats.resize(static_cast<size_t>(table.num_seats()));
     message.assign(sent.begin(), sent.end());
@@ -63,6 +78,52 @@ std::map<int32_t, Effect> EffectsOf(const Edit* begin, const Edit* end, bool wit
     if (effect != Effect{}) effects[edit->token_id] = effect;
   }
   return effects;
+}
+
+// Banned texts are a mask on the device and edits in a request: their union is what counts.
+std::set<int32_t> Masked(const std::map<int32_t, Effect>& effects, const uint32_t* mask) {
+  std::set<int32_t> masked;
+  for (const auto& [token, effect] : effects) {
+    if (effect.masked) masked.insert(token);
+  }
+  for (int32_t token = 0; mask != nullptr && token < kVocab; ++token) {
+    if ((mask[token / 32] >> (token % 32) & 1u) == 0) masked.insert(token);
+  }
+  return masked;
+}
+
+std::map<int32_t, Effect> WithoutMasks(const std::map<int32_t, Effect>& effects) {
+  std::map<int32_t, Effect> made;
+  for (auto [token, effect] : effects) {
+    effect.masked = false;
+    if (effect != Effect{}) made[token] = effect;
+  }
+  return made;
+}
+
+std::string RandomText(std::mt19937_64& random, size_t most) {
+  std::string text;
+  for (size_t i = random() % (most + 1); i > 0; --i) text += "aab\xc3\xa9"[random() % 5];
+  return text;
+}
+
+std::shared_ptr<const TokenTexts> RandomTexts(std::mt19937_64& random) {
+  std::vector<std::string> texts(kVocab - 5 + random() % 10);
+  std::vector<uint8_t> special;
+  for (std::string& text : texts) {
+    text = RandomText(random, 5);
+    special.push_back(random() % 8 == 0 ? 1 : 0);
+  }
+  const std::vector<std::string_view> views(texts.begin(), texts.end());
+  return std::make_shared<const TokenTexts>(views, special);
+}
+
+std::shared_ptr<const BadText> RandomBadText(std::mt19937_64& random,
+                                             std::shared_ptr<const TokenTexts> texts) {
+  std::vector<std::string> words;
+  for (size_t i = 1 + random() % 6; i > 0; --i)
+    words.push_back("ab"[random() % 2] + RandomText(random, random() % 20 == 0 ? 60 : 7));
+  return std::make_shared<const BadText>(std::move(texts), std::move(words), random() % 2 != 0);
 }
 
 int32_t AnyToken(std::mt19937_64& random) { return static_cast<int32_t>(random() % kVocab); }
@@ -115,15 +176,13 @@ void CheckRow(const Device& device, const DeviceRow& row, Request& request) {
   AppendEdits(expected, &edits);
   const auto* all = reinterpret_cast<const Edit*>(device.arena.data());
   const auto actual = EffectsOf(all + row.edit_begin, all + row.edit_end, row.has_early_stops != 0);
-  CHECK(actual == EffectsOf(edits.data(), edits.data() + edits.size(), true));
+  const auto wanted = EffectsOf(edits.data(), edits.data() + edits.size(), true);
+  CHECK(WithoutMasks(actual) == WithoutMasks(wanted));
   CHECK_EQ(row.constants.race.position, request.position());
   CHECK_EQ(row.constants.race.seed, request.params().seed);
-  CHECK_EQ(row.bitmask_row, -1);
-  CHECK_EQ(row.allowed_at >= 0, expected.allowed_mask != nullptr);
-  if (expected.allowed_mask != nullptr) {
-    const auto* words = reinterpret_cast<const uint32_t*>(device.arena.data() + row.allowed_at);
-    CHECK(std::equal(words, words + (kVocab + 31) / 32, expected.allowed_mask));
-  }
+  const auto* mask =
+      row.allowed_at < 0 ? nullptr : reinterpret_cast<const uint32_t*>(device.arena.data() + row.allowed_at);
+  CHECK(Masked(actual, mask) == Masked(wanted, expected.allowed_mask));
 }
 
 }  // namespace
@@ -134,6 +193,8 @@ TEST(seats_hold_what_their_requests_do) {
     SeatTable table(kVocab);
     Device device;
     std::map<int64_t, std::unique_ptr<Request>> requests;
+    const std::shared_ptr<const TokenTexts> texts = RandomTexts(random);
+    std::shared_ptr<const BadText> text;
     for (int step = 0; step < 120; ++step) {
       for (int64_t seat = 0; seat < 12; ++seat) {
         if (requests.contains(seat) ? random() % 40 != 0 : random() % 4 != 0) continue;
@@ -146,6 +207,8 @@ TEST(seats_hold_what_their_requests_do) {
         Options made;
         FillOptions(random, &made);
         made.options.params.seed = random();
+        if (text == nullptr || random() % 2 != 0) text = RandomBadText(random, texts);
+        if (random() % 2 != 0) made.options.bad_text = text;
         requests[seat] = std::make_unique<Request>(kVocab, made.options);
         table.Put(static_cast<int32_t>(seat), *requests[seat]);
         CHECK_EQ(table.num_outputs(seat), static_cast<int32_t>(made.output.size()));
@@ -157,13 +220,21 @@ TEST(seats_hold_what_their_requests_do) {
         seats.push_back(random() % 30 == 0 ? SeatTable::kSkip : seat);
         advances.push_back(random() % 6 != 0 ? 1 : 0);
       }
+      std::vector<int32_t> mask_rows;
+      if (random() % 4 == 0) {
+        for (size_t i = 0; i < seats.size(); ++i) mask_rows.push_back(static_cast<int32_t>(random() % 9) - 1);
+      }
       std::vector<size_t> order(seats.size());
       for (size_t i = 0; i < order.size(); ++i) order[i] = i;
       std::shuffle(order.begin(), order.end(), random);
-      const SeatMemory memory = device.Receive(table, table.Build(seats, advances), seats.size());
-      for (const size_t i : order) BeginRow(OneThread(), memory, static_cast<int32_t>(i), device.rows.data());
+      const SeatMemory memory = device.Receive(table, seats, advances, mask_rows);
+      for (const size_t i : order)
+        BeginRow(OneThread(), memory, static_cast<int32_t>(i), kVocab, device.rows.data());
       for (size_t i = 0; i < seats.size(); ++i) {
-        if (seats[i] != SeatTable::kSkip) CheckRow(device, device.rows[i], *requests[seats[i]]);
+        if (seats[i] != SeatTable::kSkip) {
+          CheckRow(device, device.rows[i], *requests[seats[i]]);
+          CHECK_EQ(device.rows[i].bitmask_row, mask_rows.empty() ? -1 : mask_rows[i]);
+        }
       }
       for (const size_t i : order) {
         const int32_t token = random() % 3 != 0 ? static_cast<int32_t>(random() % 4) : AnyToken(random);
@@ -172,6 +243,39 @@ TEST(seats_hold_what_their_requests_do) {
       }
     }
   }
+}
+
+TEST(strings_without_room_are_refused_and_leave_the_seat_as_it_was) {
+  std::mt19937_64 random = test::Random();
+  const std::shared_ptr<const TokenTexts> texts = RandomTexts(random);
+  RequestOptions options[3];
+  for (int i = 0; i < 3; ++i) {
+    options[i].bad_text = std::make_shared<const BadText>(
+        texts, std::vector<std::string>{"ab" + std::string(10, static_cast<char>('a' + i))}, true);
+  }
+  const auto bytes = options[0].bad_text->Tables().size() * sizeof(uint32_t);
+  SeatTable table(kVocab, 2 * UnitArena::SizeOf(static_cast<int32_t>(bytes / sizeof(Unit) + 1)));
+  std::vector<std::unique_ptr<Request>> requests;
+  for (const RequestOptions& one : options) requests.push_back(std::make_unique<Request>(kVocab, one));
+  table.Put(0, *requests[0]);
+  table.Put(1, *requests[1]);
+  table.Put(2, *requests[0]);  // shares
+  const auto is_refused = [&](int32_t seat) {
+    try {
+      table.Put(seat, *requests[2]);
+    } catch (const InvalidRequest&) {
+      return true;
+    }
+    return false;
+  };
+  CHECK(is_refused(1));
+  CHECK(table.Has(1));
+  table.Remove(0);
+  CHECK(is_refused(3));
+  const int32_t units = table.arena_units();
+  table.Remove(2);
+  CHECK(!is_refused(3));
+  CHECK_EQ(table.arena_units(), units);
 }
 
 TEST(a_row_without_a_token_changes_no_history) {
@@ -184,8 +288,8 @@ TEST(a_row_without_a_token_changes_no_history) {
   const std::vector<int64_t> seats = {0};
   const std::vector<uint8_t> advances = {1};
   for (int step = 0; step < 2; ++step) {
-    const SeatMemory memory = device.Receive(table, table.Build(seats, advances), 1);
-    BeginRow(OneThread(), memory, 0, device.rows.data());
+    const SeatMemory memory = device.Receive(table, seats, advances);
+    BeginRow(OneThread(), memory, 0, kVocab, device.rows.data());
     CHECK_EQ(device.rows[0].edit_begin, device.rows[0].edit_end);
     EndRow(OneThread(), memory, 0, -1);
   }
@@ -247,8 +351,8 @@ TEST(regions_that_are_left_serve_again) {
     Request request(kVocab, options);
     table.Put(0, request);
     for (int32_t step = 0; step < kVocab + 10; ++step) {
-      const SeatMemory memory = device.Receive(table, table.Build(seats, advances), 1);
-      BeginRow(OneThread(), memory, 0, device.rows.data());
+      const SeatMemory memory = device.Receive(table, seats, advances);
+      BeginRow(OneThread(), memory, 0, kVocab, device.rows.data());
       EndRow(OneThread(), memory, 0, step % kVocab);
     }
     if (round == 0) units = table.arena_units();

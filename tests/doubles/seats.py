@@ -16,6 +16,11 @@ def _memory(address: int, size: int, dtype: type[np.generic]) -> npt.NDArray[Any
     return np.frombuffer(raw, kind)
 
 
+def _masks(address: int, stride: int, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    size = (1 + int(rows.max(initial=0))) * stride
+    return np.array(_memory(address, size, np.int32).reshape(-1, stride))
+
+
 class Receipt:
     def __init__(self, status: npt.NDArray[np.uint32]) -> None:
         self._status = status
@@ -60,7 +65,7 @@ class HostSeats:
 
     def draw(
         self, seats: npt.NDArray[np.int64], advances: npt.NDArray[np.bool_], logits: int, row_stride: int,
-        dtype: int, *, token_ids: int, status: int, tokens64: int, tokens32: int, num_sampled: int,
+        dtype: int, *, mask_rows: npt.NDArray[np.int32] | None, masks: int, mask_stride: int, token_ids: int, status: int, tokens64: int, tokens32: int, num_sampled: int,
         num_rejected: int, num_logprobs: int, processed_logprobs: bool, top_ids: int, top_logprobs: int,
         ranks: int, stream: int,
     ) -> Receipt:  # fmt: skip
@@ -70,6 +75,8 @@ class HostSeats:
         result = self._sampler.sample(
             np.ascontiguousarray(all_logits[:, : self.vocab_size]),
             [self.requests[seat] for seat in seats.tolist()],
+            bitmask=None if mask_rows is None else _masks(masks, mask_stride, mask_rows),
+            bitmask_rows=mask_rows,
             advance=np.array(advances),
             num_logprobs=None if num_logprobs < 0 else num_logprobs,
             logprobs_mode="processed" if processed_logprobs else "raw",
@@ -102,6 +109,15 @@ class HostSeats:
             if seat >= 0 and advance:
                 self.requests[seat].append(token)
                 self.counts[seat] += 1
+
+    def mask(
+        self, seats: npt.NDArray[np.int64], logits: int, row_stride: int, dtype: int, stream: int
+    ) -> None:
+        assert dtype == 0, "the double writes float32 alone"
+        rows = _memory(logits, len(seats) * row_stride, np.float32).reshape(len(seats), row_stride)
+        for row, seat in enumerate(seats.tolist()):
+            if seat >= 0 and self.requests[seat].has_bad_text:
+                rows[row, self.requests[seat].banned_token_ids()] = -np.inf
 
     def waits(self) -> dict[str, int]:
         return {"buffers": 0, "memory": 0, "results": 0}

@@ -35,6 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
     "allowed ids": {**DRAWN, "allowed_token_ids": tuple(range(100, 40_000))},
     "bad words": {**DRAWN, "bad_words": ("the", " and", "\n\n")},
     "structured": DRAWN,
+    "structured, logprobs": {**DRAWN, "logprobs": 5},
+    "structured, bad words": {**DRAWN, "bad_words": ("the", " and", "ab")},
 }
 STREAMS = 8
 # A text that no token may end.
@@ -88,7 +90,7 @@ def add(engine: Any, mode: str, index: int, steps: int, texts: Any) -> None:
     wanted["min_tokens"] = min(wanted["min_tokens"], steps)
     banned = texts.settings(wanted["bad_words"], skips_special=True) if wanted["bad_words"] else None
     params = sampling_params(Sampling(**wanted), 0, native=True, bad_text=banned)
-    if mode == "structured":
+    if mode.startswith("structured"):
         params.structured_outputs = StructuredOutputsParams(grammar=ENDLESS)
     prompt = {"prompt_token_ids": [100 + index * 7 + i for i in range(16)], "type": "token"}
     request = engine.input_processor.process_inputs(
@@ -112,6 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runner", choices=["v1", "v2"], default="v2")
     parser.add_argument("--steps", type=int, default=2000, help="of each mode")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ |= {
@@ -131,7 +134,7 @@ def main() -> int:
     drawing = getattr(driver, "worker", driver).model_runner.sampler.drawing
     report: dict[str, Any] = {"runner": options.runner, "modes": {}}
     waited = False
-    for mode in MODES:
+    for mode in options.modes:
         warned.found.clear()
         before, begin = Counter(drawing.counters), time.monotonic()
         for index in range(STREAMS):

@@ -213,6 +213,19 @@ def test_grammars_hold_beside_free_text(served: Served) -> None:
     assert checked >= 24
 
 
+def test_logprobs_under_a_constraint_are_those_of_the_model(served: Served) -> None:
+    def first_top(**constraint: Any) -> dict[int, float]:
+        wanted = Sampling(max_tokens=1, temperature=0.0, logprobs=5, **constraint)
+        events = served.inference.Generate(Request(model="roomy", text="The sky is", sampling=wanted))
+        deltas = [event.delta for event in events if event.HasField("delta")]
+        return {top.token_id: top.logprob for top in deltas[0].logprobs[0].top}
+
+    free = first_top()
+    bound = first_top(constraint={"choice": {"values": ["zebra", "quartz"]}})
+    assert len(free.keys() & bound.keys()) >= 4, (free, bound)
+    assert all(abs(free[token] - bound[token]) < 0.1 for token in free.keys() & bound.keys())
+
+
 def test_adapters_share_a_step_with_the_base_model(served: Served) -> None:
     def asked(adapter: str, **sampling: Any) -> dict[str, Any]:
         text = "The three most important things in life are"
@@ -326,14 +339,13 @@ def test_banned_strings_are_in_no_text(served: Served) -> None:
             assert i % 2 == 0 or not any(word in text for word in words), text
 
 
-def test_nothing_was_left_to_vllms_sampler_and_only_banned_strings_waited(served: Served) -> None:
+def test_nothing_was_left_to_vllms_sampler_and_nothing_waited(served: Served) -> None:
     before = served.counters("roomy")["rows"]
     served.run({"max_tokens": 32, "ignore_eos": True})
     served.until(lambda: served.counters("roomy")["rows"] >= before + 32, 10)
     counters = served.counters("roomy")
     waited = {k for k, v in counters.items() if k.startswith(("stock_steps.", "device_waits.")) and v}
-    assert waited <= {"device_waits.bad_words"}, counters
-    assert ON_CPU or waited
+    assert not waited, counters
     assert counters["native_steps"] > 0
     assert counters["requests_admitted"] == 0  # adapters are stock's to admit
     assert served.counters("tight")["requests_admitted"] > 0

@@ -85,6 +85,8 @@ async def _until(condition: Any, timeout_s: float = 10.0) -> None:
         (Constraint("ebnf", "root ::= other"), 'Rule "other" is not defined'),
         (Constraint("ebnf", "root ::= root"), "no token of this model can begin"),
         (Constraint("ebnf", 'root ::= a a a a a a a a a a\na ::= "" | [a-z] a | a a'), "too ambiguous"),
+        # A random walk ends early here; long tokens soon take seconds each.
+        (Constraint("regex", "((((a{1,1000}){1,1000}){1,1000}){1,1000})"), "too ambiguous"),
         (Constraint("structural_tag", "{}"), "structural_tag: Invalid"),
         (Constraint("json_schema", '{"const": "\\ud800"}'), "json_schema: Failed to parse JSON"),
         (_schema({"$ref": "#"}), "leads back to itself"),

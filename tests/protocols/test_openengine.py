@@ -431,6 +431,11 @@ async def test_what_changes_others_needs_the_admins_leave(serve: Serve) -> None:
     ):
         assert (await refused(call(message))).code() is grpc.StatusCode.PERMISSION_DENIED
         await call(message, metadata=(("authorization", "Bearer secret"),))
+    for call, message in (
+        (control.LoadLora, lora_pb2.LoadLoraRequest(adapter={"lora_name": "a", "source_path": "/etc"})),
+        (control.UnloadLora, lora_pb2.UnloadLoraRequest(lora_name="a")),
+    ):
+        assert (await refused(call(message))).code() is grpc.StatusCode.PERMISSION_DENIED
     stream: Any = control.SubscribeKvEvents(kv_pb2.SubscribeKvEventsRequest())
     assert (await refused(stream.read())).code() is grpc.StatusCode.PERMISSION_DENIED
     for target in ({}, {"kv_session": {}}):

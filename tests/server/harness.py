@@ -44,7 +44,8 @@ class Harness:
 
     async def until_ready(self) -> None:
         supervisors = [d.supervisor for d in self.server.deployments.by_name.values()]
-        await self.until(lambda: all(s.state is State.READY for s in supervisors))
+        # Long: on a busy machine an engine's process takes many seconds to import what it needs.
+        await self.until(lambda: all(s.state is State.READY for s in supervisors), timeout_s=120.0)
 
     async def until_idle(self) -> None:
         await self.until(lambda: len(self.server.live) == 0)

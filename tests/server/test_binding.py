@@ -15,7 +15,9 @@ import pytest
 from tests.server.harness import Serve
 from twinjet.config import Config, ServerSettings
 from twinjet.errors import ConfigError
+from twinjet.server import native_door
 from twinjet.server.binding import server_credentials
+from twinjet.server.doors import make_door
 from twinjet.server.main import Server
 from twinjet.v1 import model_pb2, service_pb2_grpc
 
@@ -127,6 +129,48 @@ async def test_ipv6_is_listened_on(serve: Serve, host: str) -> None:
         assert (await stub.ListModels(model_pb2.ListModelsRequest(), timeout=5)).models
     with socket.create_connection(("::1", metrics_port), timeout=5):
         pass
+
+
+async def test_a_build_without_the_native_door_serves_through_grpcs_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert make_door(ServerSettings()).name == ("native" if native_door.is_available() else "grpc")
+    monkeypatch.setattr(native_door, "is_available", lambda: False)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert make_door(ServerSettings()).name == "grpc"
+    assert ["no native door" in record.message for record in caplog.records] == [True]
+    with pytest.raises(ConfigError, match="has no native door"):
+        make_door(ServerSettings(door="native"))
+
+
+@pytest.mark.parametrize(
+    ("host", "targets"),
+    [
+        ("127.0.0.1", ["127.0.0.1"]),
+        ("localhost", ["127.0.0.1", "[::1]"]),
+        ("LOCALHOST", ["127.0.0.1", "[::1]"]),
+        ("0.0.0.0", ["127.0.0.1", "127.0.0.2", "[::1]"]),
+        ("::", ["127.0.0.1", "127.0.0.2", "[::1]"]),
+        ("::ffff:127.0.0.1", ["127.0.0.1"]),
+    ],
+)
+async def test_a_host_means_the_same_through_every_door(
+    serve: Serve, door: str, host: str, targets: list[str]
+) -> None:
+    if door == "grpc" and len(targets) == 2:
+        pytest.skip("gRPC's library leaves out an address at which the port that it picked is taken")
+    h = await serve(server={"host": host})
+    port = h.server.address.rpartition(":")[2]
+    refused = []
+    for target in targets if _has_ipv6() else targets[:1]:
+        async with grpc.aio.insecure_channel(f"{target}:{port}") as channel:
+            stub = service_pb2_grpc.ModelServiceStub(channel)
+            try:
+                await stub.ListModels(model_pb2.ListModelsRequest(), timeout=5)
+            except grpc.aio.AioRpcError as error:
+                refused.append((target, error.code()))
+    assert refused == []
 
 
 @pytest.mark.parametrize(

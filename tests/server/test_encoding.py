@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+from collections.abc import Sequence
 from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
 
-from twinjet.engines.base import Tokenizer
+from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.engines.fake import FakeTokenizer
 from twinjet.errors import InvalidRequest, NotFound, Violation
 from twinjet.server.encoding import LONG_CHARS, Encoder
@@ -67,6 +68,23 @@ async def test_of_long_texts_one_is_tokenized_at_a_time_and_shorter_ones_meanwhi
         slow.go.set()
         assert await asyncio.gather(*long) == [(LONG_CHARS + i,) for i in (1, 2, 3)]
     assert slow.num_most == 1
+
+
+class Where(FakeTokenizer):
+    """Tells on which thread it rendered."""
+
+    thread: int | None = None
+
+    def render_as_data(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> RenderedChat:
+        self.thread = threading.get_ident()
+        return super().render_as_data(messages, continue_final=continue_final)
+
+
+@pytest.mark.parametrize(("num_turns", "is_inline"), [(3, True), (4096, False)])
+async def test_thousands_of_empty_turns_are_a_long_text(num_turns: int, is_inline: bool) -> None:
+    where = Where()
+    await Encoder().chat(_tokenizer(where), [ChatTurn("user", "")] * num_turns, parse=False)
+    assert (where.thread == threading.get_ident()) is is_inline
 
 
 @pytest.mark.parametrize(

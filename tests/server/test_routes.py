@@ -62,12 +62,15 @@ async def test_weights_changed_under_load_drop_no_stream(serve: Serve) -> None:
         deployments={n: FAKE | {"options": {"step_s": 0.002}} for n in "ab"},
         routes={"m": {"weights": {"a": 1.0}}},
     )
-    running = asyncio.gather(*(collect(h.inference.Generate(_request(max_tokens=60))) for _ in range(40)))
-    await h.until(lambda: len(h.server.live) > 0)
+    calls = [h.inference.Generate(_request(max_tokens=60)) for _ in range(40)]
+    # Having begun is what cannot be missed; that a stream is open can.
+    begun = [await call.read() for call in calls[:10]]
+    running = asyncio.gather(*map(collect, calls))
     await h.admin.SetRoute(
         routing_pb2.SetRouteRequest(route=routing_pb2.Route(model="m", weights={"b": 1.0}))
     )
     assert await _served_by(h, 20) == {"b": 20}
+    assert {message.started.deployment for message in begun} == {"a"}
     for messages in await running:
         assert messages[-1].WhichOneof("event") == "summary"
         assert messages[-1].summary.usage.output_tokens == 60

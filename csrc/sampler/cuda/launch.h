@@ -36,8 +36,17 @@ struct EndArgs {
   uint32_t* host_status = nullptr;  // [num_rows] in mapped host memory
 };
 
+// memory.message: of SeatTable::BuildPieces.
+cudaError_t LaunchPieces(const SeatMemory& memory, cudaStream_t stream);
+
 // rows: receives the rows for LaunchSample; null where nothing is drawn.
-cudaError_t LaunchBegin(const SeatMemory& memory, int32_t num_rows, DeviceRow* rows, cudaStream_t stream);
+cudaError_t LaunchBegin(const SeatMemory& memory, int32_t num_rows, int32_t vocab_size, DeviceRow* rows,
+                        cudaStream_t stream);
+
+// After LaunchBegin with the same rows, for a sampler that is not ours: writes -inf over the logits of tokens
+// that a row with banned strings may not have.
+cudaError_t LaunchMask(const SeatMemory& memory, int32_t num_rows, const DeviceRow* rows, void* logits,
+                       int64_t row_stride, Dtype dtype, int32_t vocab_size, cudaStream_t stream);
 cudaError_t LaunchEnd(const EndArgs& args, int32_t num_rows, cudaStream_t stream);
 
 }  // namespace twinjet::sampler::cuda

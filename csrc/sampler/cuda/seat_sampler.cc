@@ -9,7 +9,7 @@ namespace {
 
 // Messages on their way at once. An engine is at most a few steps ahead of its device.
 constexpr int kMessages = 8;
-// For penalties, biases and bad words: 1 MiB to begin with.
+// For penalties, biases and bad words: 1 MiB to begin with, and at most so much of a shared table at a time.
 constexpr size_t kFirstUnits = 1 << 16;
 constexpr size_t kFirstPages = 4;
 
@@ -60,8 +60,15 @@ void SeatSampler::Grow(T** data, size_t* size, size_t needed, cudaStream_t strea
 }
 
 SeatMemory SeatSampler::Send(std::span<const int64_t> seats, std::span<const uint8_t> advances,
-                             cudaStream_t stream) {
-  const std::span<const Unit> message = table_.Build(seats, advances);
+                             std::span<const int32_t> mask_rows, cudaStream_t stream) {
+  Grow(&arena_, &num_units_, static_cast<size_t>(table_.arena_units()), stream);
+  for (;;) {
+    const std::span<const Unit> pieces = table_.BuildPieces(static_cast<int32_t>(kFirstUnits));
+    if (pieces.empty()) break;
+    sampler_.Upload(pieces.data(), pieces.size_bytes(), message_, stream);
+    CheckCuda(LaunchPieces({seats_, arena_, message_}, stream), "LaunchPieces");
+  }
+  const std::span<const Unit> message = table_.Build(seats, advances, mask_rows);
   Grow(&seats_, &num_seats_, static_cast<size_t>(table_.num_seats()), stream);
   Grow(&arena_, &num_units_, static_cast<size_t>(table_.arena_units()), stream);
   Grow(&message_, &message_units_, message.size(), stream);
@@ -71,18 +78,21 @@ SeatMemory SeatSampler::Send(std::span<const int64_t> seats, std::span<const uin
 }
 
 SeatSampler::Receipt SeatSampler::Draw(std::span<const int64_t> seats, std::span<const uint8_t> advances,
-                                       const Logits& logits, const SeatResults& results,
-                                       cudaStream_t stream) {
+                                       std::span<const int32_t> mask_rows, const Logits& logits,
+                                       const SeatResults& results, cudaStream_t stream) {
   const CurrentDevice current(device_);
   const auto num_rows = static_cast<int32_t>(seats.size());
   if (logits.num_rows != num_rows || advances.size() != seats.size() || logits.vocab_size != vocab_size_) {
     throw std::invalid_argument("the logits have another shape than the seats");
   }
+  if (!mask_rows.empty() && (mask_rows.size() != seats.size() || logits.bitmask == nullptr)) {
+    throw std::invalid_argument("mask_rows must have one element a seat, and masks to refer to");
+  }
   for (const int64_t seat : seats) {
     if (!Has(seat)) throw std::invalid_argument("seat " + std::to_string(seat) + " is empty");
   }
-  const SeatMemory memory = Send(seats, advances, stream);
-  CheckCuda(LaunchBegin(memory, num_rows, rows_, stream), "LaunchBegin");
+  const SeatMemory memory = Send(seats, advances, mask_rows, stream);
+  CheckCuda(LaunchBegin(memory, num_rows, vocab_size_, rows_, stream), "LaunchBegin");
   sampler_.SampleRows({rows_, reinterpret_cast<const Edit*>(arena_),
                        reinterpret_cast<const uint32_t*>(arena_), table_.traits()},
                       logits, results.outputs, stream);
@@ -112,12 +122,23 @@ void SeatSampler::Follow(std::span<const int64_t> seats, std::span<const uint8_t
   if (advances.size() != seats.size()) throw std::invalid_argument("advances must have one element a seat");
   const auto num_rows = static_cast<int32_t>(seats.size());
   EndArgs end;
-  end.memory = Send(seats, advances, stream);
+  end.memory = Send(seats, advances, {}, stream);
   end.foreign = tokens;
   end.foreign_stride = stride;
   end.foreign_bits = bits;
-  CheckCuda(LaunchBegin(end.memory, num_rows, nullptr, stream), "LaunchBegin");
+  CheckCuda(LaunchBegin(end.memory, num_rows, vocab_size_, nullptr, stream), "LaunchBegin");
   CheckCuda(LaunchEnd(end, num_rows, stream), "LaunchEnd");
+}
+
+void SeatSampler::Mask(std::span<const int64_t> seats, void* logits, int64_t row_stride, Dtype dtype,
+                       cudaStream_t stream) {
+  const CurrentDevice current(device_);
+  const auto num_rows = static_cast<int32_t>(seats.size());
+  const std::vector<uint8_t> advances(seats.size());
+  const SeatMemory memory = Send(seats, advances, {}, stream);
+  CheckCuda(LaunchBegin(memory, num_rows, vocab_size_, rows_, stream), "LaunchBegin");
+  CheckCuda(LaunchMask(memory, num_rows, rows_, logits, row_stride, dtype, vocab_size_, stream),
+            "LaunchMask");
 }
 
 size_t SeatSampler::TakePage(int32_t num_rows) {

@@ -55,8 +55,15 @@ class SeatSampler {
   };
 
   // Draws row i of the logits for seats[i] and enters the token into its history where advances[i] is not 0.
-  Receipt Draw(std::span<const int64_t> seats, std::span<const uint8_t> advances, const Logits& logits,
-               const SeatResults& results, cudaStream_t stream);
+  // mask_rows: the row of logits.bitmask that holds for each, -1 for none; empty where none has one.
+  Receipt Draw(std::span<const int64_t> seats, std::span<const uint8_t> advances,
+               std::span<const int32_t> mask_rows, const Logits& logits, const SeatResults& results,
+               cudaStream_t stream);
+
+  // For a batch that another sampler draws: what the rows' banned strings rule out becomes -inf in the
+  // logits. seats: SeatTable::kSkip for rows that have none. row_stride in elements.
+  void Mask(std::span<const int64_t> seats, void* logits, int64_t row_stride, Dtype dtype,
+            cudaStream_t stream);
 
   // Enters tokens that another sampler drew: [num_rows] on the device, `stride` elements apart, of 32 or 64
   // bits. seats: SeatTable::kSkip for rows that have none.
@@ -79,7 +86,8 @@ class SeatSampler {
     int32_t size = 0;
     cudaEvent_t written = nullptr;
   };
-  SeatMemory Send(std::span<const int64_t> seats, std::span<const uint8_t> advances, cudaStream_t stream);
+  SeatMemory Send(std::span<const int64_t> seats, std::span<const uint8_t> advances,
+                  std::span<const int32_t> mask_rows, cudaStream_t stream);
   template <typename T>
   void Grow(T** data, size_t* size, size_t needed, cudaStream_t stream);
   size_t TakePage(int32_t num_rows);

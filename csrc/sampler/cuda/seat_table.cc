@@ -96,6 +96,9 @@ void SeatTable::Put(int32_t seat, Request& request) {
   AppendEdits(lists, &edits);
   const DynamicWords words = FindDynamicWords(request.bad_words(), &edits);
 
+  if (request.has_bad_text()) UseText(request.bad_text());
+  if (Has(seat)) Remove(seat);
+
   Seat state = {};
   state.constants = request.Constants();
   entry->traits = {FamilyOf(state.constants), entry->counts_output || !edits.empty()};
@@ -113,7 +116,6 @@ void SeatTable::Put(int32_t seat, Request& request) {
   }
   const int32_t contents = state.edits_at + state.num_edits;
 
-  if (Has(seat)) Remove(seat);
   entry->begin = -1;
   entry->edits_at = state.edits_at;
   entry->max_edits = state.num_edits;
@@ -122,6 +124,18 @@ void SeatTable::Put(int32_t seat, Request& request) {
     entry->capacity = UnitArena::SizeOf(contents + (entry->counts_output ? kLeastUnits : 0));
   }
   state.begin = std::max(entry->begin, 0);
+  state.text_at = -1;
+  if (request.has_bad_text()) {
+    entry->text = request.bad_text();
+    entry->text_mask_at = arena_.Take(text_mask_units());
+    state.text_at = texts_.at(entry->text.get()).begin;
+    state.tokens_at = TokensAt(entry->text->texts());
+    state.text_mask_at = entry->text_mask_at;
+    const TextTables text = ReadTextTables(entry->text->Tables().data());
+    for (const char byte : request.tail()) {
+      state.text_state = StateAfterByte(text, state.text_state, static_cast<uint8_t>(byte));
+    }
+  }
 
   entry->fresh.assign(static_cast<size_t>(kSeatUnits + contents), Unit{});
   std::memcpy(entry->fresh.data(), &state, sizeof(state));
@@ -146,10 +160,84 @@ void SeatTable::Remove(int32_t seat) {
   if (!Has(seat)) return;
   std::unique_ptr<Entry>& entry = entries_[static_cast<size_t>(seat)];
   if (entry->begin >= 0) arena_.Free(entry->begin, entry->capacity);
+  if (entry->text != nullptr) {
+    arena_.Free(entry->text_mask_at, text_mask_units());
+    LeaveText(entry->text.get());
+  }
   entry = nullptr;
 }
 
-std::span<const Unit> SeatTable::Build(std::span<const int64_t> seats, std::span<const uint8_t> advances) {
+SeatTable::Shared SeatTable::Share(std::shared_ptr<const void> owner, const std::vector<uint32_t>& words) {
+  Shared shared;
+  shared.owner = std::move(owner);
+  shared.units = UnitsOf(words.size() * sizeof(uint32_t));
+  shared.begin = arena_.Take(shared.units);
+  Pending pending;
+  pending.begin = shared.begin;
+  pending.contents.resize(static_cast<size_t>(shared.units));
+  std::memcpy(pending.contents.data(), words.data(), words.size() * sizeof(uint32_t));
+  pending_.push_back(std::move(pending));
+  return shared;
+}
+
+void SeatTable::UseText(const std::shared_ptr<const BadText>& text) {
+  auto place = texts_.find(text.get());
+  if (place == texts_.end()) {
+    const std::vector<uint32_t>& words = text->Tables();
+    const int32_t units = UnitArena::SizeOf(UnitsOf(words.size() * sizeof(uint32_t)));
+    if (units > max_text_units_ - text_units_) {
+      throw InvalidRequest("the device has no room for this many different bad words at once");
+    }
+    text_units_ += units;
+    place = texts_.emplace(text.get(), Share(text, words)).first;
+  }
+  ++place->second.num_users;
+}
+
+void SeatTable::LeaveText(const BadText* text) {
+  const auto place = texts_.find(text);
+  const Shared& shared = place->second;
+  if (--place->second.num_users > 0) return;
+  std::erase_if(pending_, [&](const Pending& pending) { return pending.begin == shared.begin; });
+  arena_.Free(shared.begin, shared.units);
+  text_units_ -= UnitArena::SizeOf(shared.units);
+  texts_.erase(place);
+}
+
+int32_t SeatTable::TokensAt(const std::shared_ptr<const TokenTexts>& texts) {
+  auto place = tokens_.find(texts.get());
+  if (place == tokens_.end()) {
+    place = tokens_.emplace(texts.get(), Share(texts, MakeTokenTables(*texts))).first;
+  }
+  return place->second.begin;
+}
+
+std::span<const Unit> SeatTable::BuildPieces(int32_t max_units) {
+  std::vector<Piece> pieces;
+  int32_t room = max_units - 1;
+  size_t num_done = 0;
+  for (Pending& pending : pending_) {
+    if (room < 2) break;
+    const int32_t left = static_cast<int32_t>(pending.contents.size()) - pending.units_sent;
+    pieces.push_back({pending.units_sent, pending.begin + pending.units_sent, std::min(left, room - 1), 0});
+    room -= 1 + pieces.back().units;
+    pending.units_sent += pieces.back().units;
+    if (pieces.back().units == left) ++num_done;
+  }
+  pieces_.assign(pieces.empty() ? 0 : 1 + pieces.size(), Unit{});
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const auto first = pending_[i].contents.begin() + pieces[i].from;
+    pieces[i].from = static_cast<int32_t>(pieces_.size());
+    pieces_.insert(pieces_.end(), first, first + pieces[i].units);
+    std::memcpy(&pieces_[1 + i], &pieces[i], sizeof(Piece));
+  }
+  if (!pieces.empty()) pieces_[0].words[0] = static_cast<uint32_t>(pieces.size());
+  pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(num_done));
+  return pieces_;
+}
+
+std::span<const Unit> SeatTable::Build(std::span<const int64_t> seats, std::span<const uint8_t> advances,
+                                       std::span<const int32_t> mask_rows) {
   const size_t row_units = sizeof(StepRow) / sizeof(Unit);
   message_.assign(seats.size() * row_units, Unit{});
   traits_ = {Family::kGreedy, false};
@@ -171,6 +259,9 @@ std::span<const Unit> SeatTable::Build(std::span<const int64_t> seats, std::span
       row.position = entry.first_position + static_cast<uint64_t>(entry.num_outputs);
       if (is_advance) row.flags |= kStepAdvances;
       if (entry.num_outputs < entry.min_tokens) row.flags |= kStepEarlyStops;
+      if (!mask_rows.empty() && mask_rows[i] >= 0) {
+        row.flags |= (static_cast<uint32_t>(mask_rows[i]) + 1) << kStepMaskShift;
+      }
       if (!entry.fresh.empty()) {
         row.fresh_at = static_cast<int32_t>(message_.size());
         row.fresh_units = static_cast<int32_t>(entry.fresh.size()) - kSeatUnits;

@@ -5,6 +5,7 @@
 // output tokens, its mask of allowed tokens, and its edits, which grow at the end as tokens are drawn.
 #pragma once
 
+#include "sampler/bad_text_tables.h"
 #include "sampler/cuda/plan.h"
 
 // Code of a team runs on the device where the device's compiler sees it, else on the host.
@@ -35,6 +36,11 @@ struct Seat {
   int32_t ring_size;  // output tokens remembered: as many as the longest prefix has
   uint32_t has_allowed;
   uint32_t counts_output;  // draws are entered into the edits
+  // Banned strings, units of the arena: their tables (-1: none), the model's, and room for a mask of a step.
+  int32_t text_at;
+  int32_t tokens_at;
+  int32_t text_mask_at;
+  int32_t text_state;  // of the output so far
   uint32_t reserved;
 };
 static_assert(sizeof(Seat) % sizeof(Unit) == 0);
@@ -53,6 +59,17 @@ struct StepRow {
 static_assert(sizeof(StepRow) % sizeof(Unit) == 0);
 constexpr uint32_t kStepAdvances = 1;    // the drawn token becomes an output token
 constexpr uint32_t kStepEarlyStops = 2;  // min_tokens is not reached
+constexpr uint32_t kStepMaskShift = 8;   // from this bit on: 1 + the row's grammar mask, 0: none
+
+// What comes into the arena before a step and belongs to no seat, as the host sends it: a Unit with the
+// number of pieces in its first word, the pieces, their contents.
+struct Piece {
+  int32_t from;  // units of the message, of the arena
+  int32_t to;
+  int32_t units;
+  int32_t reserved;
+};
+static_assert(sizeof(Piece) == sizeof(Unit));
 
 struct SeatMemory {
   Seat* seats;
@@ -111,9 +128,52 @@ TWINJET_TEAM_STEP void MaskBadWords(const Team& team, const SeatMemory& memory, 
   }
 }
 
+template <class Team>
+TWINJET_TEAM_STEP void CopyPiece(const Team& team, const SeatMemory& memory, int32_t index) {
+  const Piece& piece = reinterpret_cast<const Piece*>(memory.message + 1)[index];
+  CopyUnits(team, memory.message + piece.from, memory.arena + piece.to, piece.units);
+}
+
+TWINJET_HD TextTables TextOf(const SeatMemory& memory, const Seat& seat) {
+  return ReadTextTables(reinterpret_cast<const uint32_t*>(memory.arena + seat.text_at));
+}
+
+TWINJET_HD TokenTables TokensOf(const SeatMemory& memory, const Seat& seat) {
+  return ReadTokenTables(reinterpret_cast<const uint32_t*>(memory.arena + seat.tokens_at));
+}
+
+// Writes the row's mask of allowed tokens without those that would complete a banned string.
+template <class Team>
+TWINJET_TEAM_STEP void MaskBadText(const Team& team, const SeatMemory& memory, const Seat& seat,
+                                   const TextTables& text, int32_t vocab_size) {
+  const TokenTables tokens = TokensOf(memory, seat);
+  auto* mask = reinterpret_cast<uint32_t*>(memory.arena + seat.text_mask_at);
+  const auto* allowed = reinterpret_cast<const uint32_t*>(memory.arena + seat.begin + seat.allowed_at);
+  for (int32_t i = team.rank(); i < (vocab_size + 31) / 32; i += team.size()) {
+    mask[i] = seat.has_allowed != 0 ? allowed[i] : ~0u;
+  }
+  team.Sync();
+  int32_t state = seat.text_state;
+  do {
+    const TextState& at = text.states[state];
+    for (int32_t r = at.first_range; r < text.states[state + 1].first_range; ++r) {
+      const BannedRange range = text.ranges[r];
+      for (int32_t i = range.first + team.rank(); i < range.last; i += team.size()) {
+        const uint32_t entry = tokens.order[i];
+        if (text.skips_special && (entry & kSpecialToken) != 0) continue;
+        const uint32_t id = entry & ~kSpecialToken;
+        // The texts may know more tokens than the model has.
+        if (id < static_cast<uint32_t>(vocab_size)) team.And(&mask[id / 32], ~(1u << (id % 32)));
+      }
+    }
+    state = at.next;
+  } while (state != 0);
+}
+
 // Before a draw: seats a fresh request, moves a region, and writes the row's inputs for the kernels.
 template <class Team>
-TWINJET_TEAM_STEP void BeginRow(const Team& team, const SeatMemory& memory, int32_t index, DeviceRow* rows) {
+TWINJET_TEAM_STEP void BeginRow(const Team& team, const SeatMemory& memory, int32_t index, int32_t vocab_size,
+                                DeviceRow* rows) {
   const StepRow& step = RowsOf(memory)[index];
   if (step.seat < 0) return;
   Seat& seat = memory.seats[step.seat];
@@ -131,12 +191,21 @@ TWINJET_TEAM_STEP void BeginRow(const Team& team, const SeatMemory& memory, int3
     team.Sync();
   }
   if (seat.num_words > 0) MaskBadWords(team, memory, seat, step.num_outputs);
-  if (team.rank() != 0 || rows == nullptr) return;
+  if (rows == nullptr) return;
+  bool has_text_mask = false;
+  if (seat.text_at >= 0) {
+    const TextTables text = TextOf(memory, seat);
+    has_text_mask = HasRanges(text, seat.text_state);
+    if (has_text_mask) MaskBadText(team, memory, seat, text, vocab_size);
+  }
+  if (team.rank() != 0) return;
   DeviceRow out = {};
   out.constants = seat.constants;
   out.constants.race.position = step.position;
-  out.bitmask_row = -1;
-  out.allowed_at = seat.has_allowed != 0 ? seat.begin + seat.allowed_at : -1;
+  out.bitmask_row = static_cast<int32_t>(step.flags >> kStepMaskShift) - 1;
+  out.allowed_at = has_text_mask           ? seat.text_mask_at
+                   : seat.has_allowed != 0 ? seat.begin + seat.allowed_at
+                                           : -1;
   out.edit_begin = seat.begin + seat.edits_at;
   out.edit_end = out.edit_begin + seat.num_edits;
   out.has_early_stops = (step.flags & kStepEarlyStops) != 0 ? 1 : 0;
@@ -150,6 +219,9 @@ TWINJET_TEAM_STEP void EndRow(const Team& team, const SeatMemory& memory, int32_
   if (step.seat < 0 || token < 0 || (step.flags & kStepAdvances) == 0) return;
   Seat& seat = memory.seats[step.seat];
   if (seat.ring_size > 0 && team.rank() == 0) RingOf(memory, seat)[step.num_outputs % seat.ring_size] = token;
+  if (seat.text_at >= 0 && team.rank() == 0) {
+    seat.text_state = StateAfterToken(TextOf(memory, seat), TokensOf(memory, seat), seat.text_state, token);
+  }
   if (seat.counts_output == 0) return;
   Edit* edits = EditsOf(memory, seat);
   const int32_t num_edits = seat.num_edits;

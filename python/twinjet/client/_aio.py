@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from twinjet.client import _questions as questions
 from twinjet.client._address import check_address, check_token
 from twinjet.client._answers import (
     Adapter,
@@ -21,10 +22,7 @@ from twinjet.client._answers import (
     Model,
     ModelLoad,
     Tokens,
-    adapter_of,
     kv_events_of,
-    load_of,
-    model_of,
 )
 from twinjet.client._calls import (
     READY_POLL_S,
@@ -42,30 +40,27 @@ from twinjet.client._channel import channel_options as all_options
 from twinjet.client._compare import CompareEvent, Comparison, compare_event_of, compare_request
 from twinjet.client._errors import (
     DeadlinePassed,
-    IncompleteStream,
-    StreamConsumed,
     TwinjetClientError,
     Unavailable,
     from_rpc_error,
 )
-from twinjet.client._events import Collector, Completion, Delta, Event, Summary, event_of, usage_of
+from twinjet.client._events import Completion, Delta, Event
 from twinjet.client._health import wait_aio
+from twinjet.client._questions import Question
+from twinjet.client._reading import Reading, Try
 from twinjet.client._requests import (
     Conversation,
     Options,
     Prompt,
     Sampling,
     chat_request,
-    detokenize_request,
     duration,
-    embed_request,
     filled,
     generate_request,
-    tokenize_request,
 )
 from twinjet.client._retry import Attempts, Pause, RetryPolicy
-from twinjet.client._routes import Route, Routes, add_request, route_message, routes_of
-from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc
+from twinjet.client._routes import Route, Routes
+from twinjet.v1 import admin_pb2, model_pb2, service_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
@@ -81,22 +76,23 @@ class AsyncStream:
     carry what had come before; a second reading raises StreamConsumed.
     """
 
-    def __init__(self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts) -> None:
+    def __init__(
+        self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts, address: str
+    ) -> None:
         self._open = open_stream
+        self._address = address
         self._wait = wait
         self._begin_attempts = begin_attempts
-        self._collector = Collector()
-        self._has_begun = False
-        self._is_over = False
+        self._reading = Reading()
         self._events = self._run()
 
     @property
     def request_id(self) -> str:
         """The request's id, "" until the first event."""
-        return self._collector.request_id
+        return self._reading.request_id
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        self._check_unread(whole=False)
+        self._reading.check_unread(whole=False)
         return self._events
 
     async def __aenter__(self) -> AsyncStream:
@@ -109,7 +105,7 @@ class AsyncStream:
 
     async def aclose(self) -> None:
         """Cancel the call if it still runs."""
-        self._is_over = True
+        self._reading.end()
         await self._events.aclose()
 
     async def pieces(self, output_index: int = 0) -> AsyncIterator[str]:
@@ -125,58 +121,41 @@ class AsyncStream:
 
     async def completion(self) -> Completion:
         """Read to the end and give everything."""
-        self._check_unread(whole=True)
+        self._reading.check_unread(whole=True)
         async with self:
             async for _ in self:
                 pass
-        return self._collector.completion()
-
-    def _check_unread(self, *, whole: bool) -> None:
-        if self._is_over or (whole and self._has_begun):
-            how = "has been read" if self._is_over else "has been read in part"
-            raise StreamConsumed(
-                f"this stream {how}, and its events come once; keep what completion() gives, or call again"
-            )
+        return self._reading.completion()
 
     async def _run(self) -> AsyncGenerator[Event, None]:
-        self._has_begun = True
+        self._reading.begin()
         try:
             async with aclosing(self._tries()) as events:
                 async for event in events:
-                    self._collector.add(event)
+                    self._reading.add(event)
                     yield event
         except TwinjetClientError as error:
-            error.request_id = error.request_id or self._collector.request_id
-            error.outputs = self._collector.partial()
+            self._reading.complete(error)
             raise
         finally:
-            self._is_over = True
+            self._reading.end()
 
     async def _tries(self) -> AsyncGenerator[Event, None]:
         attempts = self._begin_attempts()
         while True:
             call = self._open(attempts.remaining_s)
-            last: Event | None = None
-            has_begun = False
+            one = Try()
             try:
                 while (message := await call.read()) is not grpc.aio.EOF:
-                    has_begun = True
-                    if isinstance(last, Summary):
-                        raise IncompleteStream("an event came after the summary")
-                    if (event := event_of(message)) is not None:
-                        last = event
-                        # The summary is handed out once the status behind it has come and is OK.
-                        if not isinstance(event, Summary):
-                            yield event
-                if not isinstance(last, Summary):
-                    raise IncompleteStream("the stream ended without a summary")
-                yield last
+                    if (event := one.take(message)) is not None:
+                        yield event
+                yield one.end()
                 return
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
             finally:
                 call.cancel()
-            if has_begun:
+            if one.has_begun:
                 raise error
             await self._wait(attempts.pause_after(error))
 
@@ -204,6 +183,7 @@ class AsyncClient:
     ) -> None:
         check_address(address)
         check_token(token)
+        self._address = address
         self._metadata = merged_metadata(call_metadata(token), metadata)
         self._retry = retry or RetryPolicy()
         self._timeout_s = time_limit(timeout_s)
@@ -308,9 +288,9 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> Tokens:
         """Give the token ids of a text or a conversation. parse_control_tokens: as in chat()."""
-        request = tokenize_request(text, model, add_special_tokens, parse_control_tokens)
-        answer = await self._unary(self._inference.Tokenize, request, timeout_s, metadata)
-        return Tokens(tuple(answer.token_ids), answer.text, answer.max_context_tokens)
+        return await self._ask(
+            questions.tokenize(text, model, add_special_tokens, parse_control_tokens), timeout_s, metadata
+        )
 
     async def detokenize(
         self,
@@ -322,8 +302,9 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> str:
         """Give the text of token ids."""
-        request = detokenize_request(token_ids, model, skip_special_tokens)
-        return (await self._unary(self._inference.Detokenize, request, timeout_s, metadata)).text
+        return await self._ask(
+            questions.detokenize(token_ids, model, skip_special_tokens), timeout_s, metadata
+        )
 
     async def embed(
         self,
@@ -336,25 +317,19 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> Embeddings:
         """Give one vector for each input."""
-        request = embed_request(inputs, dimensions, options, model)
-        answer = await self._unary(self._inference.Embed, request, timeout_s, metadata)
-        return Embeddings(tuple(tuple(e.values) for e in answer.embeddings), usage_of(answer.usage))
+        return await self._ask(questions.embed(inputs, dimensions, options, model), timeout_s, metadata)
 
     async def models(
         self, *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[Model]:
         """List what is served, loaded or not."""
-        answer = await self._unary(
-            self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s, metadata
-        )
-        return [model_of(model) for model in answer.models]
+        return await self._ask(questions.models(), timeout_s, metadata)
 
     async def get_model(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> Model:
         """Describe one model; answers while it loads."""
-        request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return model_of((await self._unary(self._models.GetModel, request, timeout_s, metadata)).model)
+        return await self._ask(questions.get_model(model), timeout_s, metadata)
 
     async def wait_ready(
         self,
@@ -379,16 +354,16 @@ class AsyncClient:
                     request, timeout=attempts.remaining_s, metadata=sent, wait_for_ready=True
                 )
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
                 # A server that goes away while it answers is waited for as well.
                 if not isinstance(error, Unavailable | DeadlinePassed):
                     raise error from None
             except DeadlinePassed:
                 raise not_ready_in_time(model, last, limit_s or 0.0) from None
             else:
-                loading = ready_or_loading(model_of(answer.model))
+                loading = ready_or_loading(Model.of(answer.model))
                 if loading is None:
-                    return model_of(answer.model)
+                    return Model.of(answer.model)
                 last = loading
                 if on_progress is not None:
                     on_progress(loading)
@@ -403,10 +378,11 @@ class AsyncClient:
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> bool:
-        """Load a LoRA adapter from a folder on the server; True if it was loaded before."""
-        request = filled(model_pb2.LoadAdapterRequest(), {"model": model, "name": name, "path": path})
-        answer = await self._unary(self._models.LoadAdapter, request, timeout_s, metadata)
-        return bool(answer.already_loaded)
+        """Load a LoRA adapter from a folder on the server; True if it was loaded before.
+
+        Needs the admin token or a local server.
+        """
+        return await self._ask(questions.load_adapter(name, path, model), timeout_s, metadata)
 
     async def unload_adapter(
         self,
@@ -416,30 +392,24 @@ class AsyncClient:
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> None:
-        """Remove a LoRA adapter."""
-        request = filled(model_pb2.UnloadAdapterRequest(), {"model": model, "name": name})
-        await self._unary(self._models.UnloadAdapter, request, timeout_s, metadata)
+        """Remove a LoRA adapter; needs the admin token or a local server."""
+        await self._ask(questions.unload_adapter(name, model), timeout_s, metadata)
 
     async def adapters(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[Adapter]:
         """List the LoRA adapters of a model, by name."""
-        request = filled(model_pb2.ListAdaptersRequest(), {"model": model})
-        answer = await self._unary(self._models.ListAdapters, request, timeout_s, metadata)
-        return [adapter_of(adapter) for adapter in answer.adapters]
+        return await self._ask(questions.adapters(model), timeout_s, metadata)
 
     async def get_load(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[ModelLoad]:
         """Report queues, running requests, KV blocks and speeds; needs the admin token or a local server."""
-        request = filled(admin_pb2.GetLoadRequest(), {"model": model})
-        answer = await self._unary(self._admin.GetLoad, request, timeout_s, metadata)
-        return [load_of(load) for load in answer.models]
+        return await self._ask(questions.get_load(model), timeout_s, metadata)
 
     async def get_routes(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> Routes:
         """Tell which deployments answer for each model; needs the admin token or a local server."""
-        request = routing_pb2.GetRoutesRequest()
-        return routes_of(await self._unary(self._admin.GetRoutes, request, timeout_s, metadata))
+        return await self._ask(questions.get_routes(), timeout_s, metadata)
 
     async def set_route(
         self,
@@ -454,9 +424,7 @@ class AsyncClient:
 
         revision: refused if the routes are at another one by now. Needs the admin token or a local server.
         """
-        values = {"route": route_message(route), "revision": revision, "remove": remove}
-        request = filled(routing_pb2.SetRouteRequest(), values)
-        return int((await self._unary(self._admin.SetRoute, request, timeout_s, metadata)).revision)
+        return await self._ask(questions.set_route(route, revision, remove), timeout_s, metadata)
 
     async def add_deployment(
         self,
@@ -472,8 +440,7 @@ class AsyncClient:
         settings: those of a [deployments.NAME] section. public: make a route of its name to it. Needs the admin token
         or a local server.
         """
-        request = add_request(name, settings, public=public)
-        return int((await self._unary(self._admin.AddDeployment, request, timeout_s, metadata)).revision)
+        return await self._ask(questions.add_deployment(name, settings, public), timeout_s, metadata)
 
     async def remove_deployment(
         self,
@@ -484,24 +451,19 @@ class AsyncClient:
         metadata: Metadata | None = None,
     ) -> Drained:
         """Drain a deployment that no route names and end its engine; grace_s: as in drain()."""
-        values = {"name": name, "grace": duration("grace", grace_s)}
-        request = filled(routing_pb2.RemoveDeploymentRequest(), values)
-        answer = await self._unary(self._admin.RemoveDeployment, request, timeout_s, metadata)
-        return Drained(answer.finished, answer.ended)
+        return await self._ask(questions.remove_deployment(name, grace_s), timeout_s, metadata)
 
     async def abort(
         self, request_id: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> None:
         """End a request, whoever sent it; needs the admin token or a local server."""
-        request = filled(admin_pb2.AbortRequest(), {"request_id": request_id})
-        await self._unary(self._admin.Abort, request, timeout_s, metadata)
+        await self._ask(questions.abort(request_id), timeout_s, metadata)
 
     async def reset_prefix_cache(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> bool:
         """Forget cached prefixes; False if running requests hold some. Needs the admin token or a local server."""
-        request = filled(admin_pb2.ResetPrefixCacheRequest(), {"model": model})
-        return bool((await self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata)).done)
+        return await self._ask(questions.reset_prefix_cache(model), timeout_s, metadata)
 
     async def drain(
         self,
@@ -514,9 +476,7 @@ class AsyncClient:
 
         grace_s: how long they may go on, None is the server's own time.
         """
-        request = filled(admin_pb2.DrainRequest(), {"grace": duration("grace", grace_s)})
-        answer = await self._unary(self._admin.Drain, request, timeout_s, metadata)
-        return Drained(answer.finished, answer.ended)
+        return await self._ask(questions.drain(grace_s), timeout_s, metadata)
 
     async def watch_kv_events(
         self,
@@ -546,7 +506,7 @@ class AsyncClient:
             while (message := await call.read()) is not grpc.aio.EOF:
                 yield order.check(kv_events_of(message))
         except grpc.aio.AioRpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -567,7 +527,7 @@ class AsyncClient:
                 if (event := compare_event_of(message)) is not None:
                     yield event
         except grpc.aio.AioRpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -586,19 +546,20 @@ class AsyncClient:
             lambda left_s: method(request, timeout=left_s, metadata=sent),
             lambda pause: wait_aio(self._channel, request.model, pause),
             lambda: self._attempts(timeout_s),
+            self._address,
         )
 
-    async def _unary(
-        self,
-        method: Callable[..., Awaitable[_Answer]],
-        request: object,
-        timeout_s: float | None,
-        metadata: Metadata | None = None,
+    async def _ask(
+        self, question: Question[_Answer], timeout_s: float | None, metadata: Metadata | None = None
     ) -> _Answer:
+        stub = {"inference": self._inference, "models": self._models, "admin": self._admin}[question.stub]
+        method = getattr(stub, question.method)
         attempts, sent = self._attempts(timeout_s), self._call_metadata(metadata)
         while True:
             try:
-                return await method(request, timeout=attempts.remaining_s, metadata=sent)
+                answer = await method(question.request, timeout=attempts.remaining_s, metadata=sent)
+                return question.answer(answer)
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-            await wait_aio(self._channel, getattr(request, "model", ""), attempts.pause_after(error))
+                error = from_rpc_error(rpc_error, self._address)
+            model = getattr(question.request, "model", "")
+            await wait_aio(self._channel, model, attempts.pause_after(error))

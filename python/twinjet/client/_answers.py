@@ -105,6 +105,28 @@ class Model:
     eos_token_ids: tuple[int, ...]
     settings: Mapping[str, str]
 
+    @classmethod
+    def of(cls, message: model_pb2.Model) -> Model:
+        """Translate the contract's message, as get_model() does."""
+        return cls(
+            name=message.name,
+            deployment=message.deployment,
+            state=_state(message.state),
+            loading=_loading(message.loading) if message.HasField("loading") else None,
+            failure=message.failure,
+            engine=EngineInfo(**_plain(EngineInfo, message.engine)),
+            limits=ModelLimits(**_plain(ModelLimits, message.limits)) if message.HasField("limits") else None,
+            capabilities=frozenset(_capability(c) for c in message.capabilities),
+            default_sampling=_sampling(message.default_sampling),
+            sampler=_component(message.sampler) if message.HasField("sampler") else None,
+            block_manager=_component(message.block_manager) if message.HasField("block_manager") else None,
+            kv_cache=KvCacheInfo(**_plain(KvCacheInfo, message.kv_cache))
+            if message.HasField("kv_cache")
+            else None,
+            eos_token_ids=tuple(message.eos_token_ids),
+            settings=dict(message.settings),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TenantLoad:
@@ -220,26 +242,6 @@ class KvOrder:
             )
         self._epoch, self._sequence = batch.epoch, batch.sequence
         return batch
-
-
-def model_of(model: model_pb2.Model) -> Model:
-    """Translate a model."""
-    return Model(
-        name=model.name,
-        deployment=model.deployment,
-        state=_state(model.state),
-        loading=_loading(model.loading) if model.HasField("loading") else None,
-        failure=model.failure,
-        engine=EngineInfo(**_plain(EngineInfo, model.engine)),
-        limits=ModelLimits(**_plain(ModelLimits, model.limits)) if model.HasField("limits") else None,
-        capabilities=frozenset(_capability(c) for c in model.capabilities),
-        default_sampling=_sampling(model.default_sampling),
-        sampler=_component(model.sampler) if model.HasField("sampler") else None,
-        block_manager=_component(model.block_manager) if model.HasField("block_manager") else None,
-        kv_cache=KvCacheInfo(**_plain(KvCacheInfo, model.kv_cache)) if model.HasField("kv_cache") else None,
-        eos_token_ids=tuple(model.eos_token_ids),
-        settings=dict(model.settings),
-    )
 
 
 def load_of(load: admin_pb2.ModelLoad) -> ModelLoad:

@@ -155,8 +155,8 @@ _KINDS: Mapping[grpc.StatusCode, type[TwinjetClientError]] = {
 }
 
 
-def from_rpc_error(error: grpc.RpcError) -> TwinjetClientError:
-    """Translate gRPC's error, reading the google.rpc details that came with it."""
+def from_rpc_error(error: grpc.RpcError, address: str = "") -> TwinjetClientError:
+    """Translate gRPC's error, reading the google.rpc details that came with it. address: of the server, for words."""
     # Both of gRPC's error classes are calls as well, and carry the status.
     call: Any = error
     code: grpc.StatusCode = call.code()
@@ -170,8 +170,11 @@ def from_rpc_error(error: grpc.RpcError) -> TwinjetClientError:
             reason, metadata = detail.reason, dict(detail.metadata)
         elif kind == "RetryInfo":
             retry_after_s = detail.retry_delay.ToNanoseconds() / 1e9
+    message = call.details() or ""
+    if not packed and address:
+        message = _explained(code, message, address)
     return _KINDS.get(code, ServerFailure)(
-        call.details() or "",
+        message,
         code=code.name,
         reason=reason,
         violations=violations,
@@ -179,6 +182,29 @@ def from_rpc_error(error: grpc.RpcError) -> TwinjetClientError:
         metadata=metadata,
         request_id=_first(getattr(call, "initial_metadata", tuple)(), _REQUEST_ID_KEY) or "",
     )
+
+
+_HINTS = (
+    ("Failed parsing HTTP/2", "no gRPC server is there, or one that wants TLS"),
+    ("SSL", "perhaps it does not speak TLS, or its certificate is not trusted"),
+    ("Handshake", "perhaps it does not speak TLS, or its certificate is not trusted"),
+    ("Connection refused", "is it running, and is this its port?"),
+    ("Domain name not found", "there is no such name"),
+)
+"""What gRPC says when no server has answered, and what it mostly means."""
+
+
+def _explained(code: grpc.StatusCode, message: str, address: str) -> str:
+    """Say in plain words what gRPC itself reports, without a server of ours."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"the deadline passed before the server at {address} had finished"
+    if code is not grpc.StatusCode.UNAVAILABLE:
+        return message
+    is_lost = "GOAWAY" in message or "Stream removed" in message or "Socket closed" in message
+    if is_lost and not message.startswith("failed to connect"):
+        return f"the connection to the server at {address} was lost ({message})"
+    hint = next((hint for said, hint in _HINTS if said in message), "")
+    return f"the server at {address} cannot be reached{hint and ': ' + hint} ({message})"
 
 
 def _first(metadata: Any, key: str) -> Any:

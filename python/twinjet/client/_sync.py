@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from twinjet.client import _questions as questions
 from twinjet.client._address import check_address, check_token
 from twinjet.client._answers import (
     Adapter,
@@ -23,10 +24,7 @@ from twinjet.client._answers import (
     Model,
     ModelLoad,
     Tokens,
-    adapter_of,
     kv_events_of,
-    load_of,
-    model_of,
 )
 from twinjet.client._calls import (
     READY_POLL_S,
@@ -45,30 +43,27 @@ from twinjet.client._compare import CompareEvent, Comparison, compare_event_of, 
 from twinjet.client._errors import (
     Cancelled,
     DeadlinePassed,
-    IncompleteStream,
-    StreamConsumed,
     TwinjetClientError,
     Unavailable,
     from_rpc_error,
 )
-from twinjet.client._events import Collector, Completion, Delta, Event, Summary, event_of, usage_of
+from twinjet.client._events import Completion, Delta, Event
 from twinjet.client._health import wait
+from twinjet.client._questions import Question
+from twinjet.client._reading import Reading, Try
 from twinjet.client._requests import (
     Conversation,
     Options,
     Prompt,
     Sampling,
     chat_request,
-    detokenize_request,
     duration,
-    embed_request,
     filled,
     generate_request,
-    tokenize_request,
 )
 from twinjet.client._retry import Attempts, Pause, RetryPolicy
-from twinjet.client._routes import Route, Routes, add_request, route_message, routes_of
-from twinjet.v1 import admin_pb2, model_pb2, routing_pb2, service_pb2_grpc
+from twinjet.client._routes import Route, Routes
+from twinjet.v1 import admin_pb2, model_pb2, service_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
@@ -84,13 +79,14 @@ class Stream:
     which carry what had come before; a second reading raises StreamConsumed.
     """
 
-    def __init__(self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts) -> None:
+    def __init__(
+        self, open_stream: _OpenStream, wait: _Wait, begin_attempts: _BeginAttempts, address: str
+    ) -> None:
         self._open = open_stream
+        self._address = address
         self._wait = wait
         self._begin_attempts = begin_attempts
-        self._collector = Collector()
-        self._has_begun = False
-        self._is_over = False
+        self._reading = Reading()
         self._call: Any = None
         self._is_cancelled = False
         self._lock = threading.Lock()
@@ -99,10 +95,10 @@ class Stream:
     @property
     def request_id(self) -> str:
         """The request's id, "" until the first event."""
-        return self._collector.request_id
+        return self._reading.request_id
 
     def __iter__(self) -> Iterator[Event]:
-        self._check_unread(whole=False)
+        self._reading.check_unread(whole=False)
         return self._events
 
     def __enter__(self) -> Stream:
@@ -115,7 +111,7 @@ class Stream:
 
     def close(self) -> None:
         """Cancel the call if it still runs."""
-        self._is_over = True
+        self._reading.end()
         self._events.close()
 
     def cancel(self) -> None:
@@ -138,32 +134,24 @@ class Stream:
 
     def completion(self) -> Completion:
         """Read to the end and give everything."""
-        self._check_unread(whole=True)
+        self._reading.check_unread(whole=True)
         with self:
             for _ in self:
                 pass
-        return self._collector.completion()
-
-    def _check_unread(self, *, whole: bool) -> None:
-        if self._is_over or (whole and self._has_begun):
-            how = "has been read" if self._is_over else "has been read in part"
-            raise StreamConsumed(
-                f"this stream {how}, and its events come once; keep what completion() gives, or call again"
-            )
+        return self._reading.completion()
 
     def _run(self) -> Generator[Event]:
-        self._has_begun = True
+        self._reading.begin()
         try:
             with closing(self._tries()) as events:
                 for event in events:
-                    self._collector.add(event)
+                    self._reading.add(event)
                     yield event
         except TwinjetClientError as error:
-            error.request_id = error.request_id or self._collector.request_id
-            error.outputs = self._collector.partial()
+            self._reading.complete(error)
             raise
         finally:
-            self._is_over = True
+            self._reading.end()
 
     def _begin_call(self, left_s: float | None) -> Any:
         with self._lock:
@@ -176,27 +164,18 @@ class Stream:
         attempts = self._begin_attempts()
         while True:
             call = self._begin_call(attempts.remaining_s)
-            last: Event | None = None
-            has_begun = False
+            one = Try()
             try:
                 while (message := next(call, None)) is not None:
-                    has_begun = True
-                    if isinstance(last, Summary):
-                        raise IncompleteStream("an event came after the summary")
-                    if (event := event_of(message)) is not None:
-                        last = event
-                        # The summary is handed out once the status behind it has come and is OK.
-                        if not isinstance(event, Summary):
-                            yield event
-                if not isinstance(last, Summary):
-                    raise IncompleteStream("the stream ended without a summary")
-                yield last
+                    if (event := one.take(message)) is not None:
+                        yield event
+                yield one.end()
                 return
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
             finally:
                 call.cancel()
-            if has_begun:
+            if one.has_begun:
                 raise error
             self._wait(attempts.pause_after(error))
 
@@ -224,6 +203,7 @@ class Client:
     ) -> None:
         check_address(address)
         check_token(token)
+        self._address = address
         self._metadata = merged_metadata(call_metadata(token), metadata)
         self._retry = retry or RetryPolicy()
         self._timeout_s = time_limit(timeout_s)
@@ -342,9 +322,9 @@ class Client:
         metadata: Metadata | None = None,
     ) -> Tokens:
         """Give the token ids of a text or a conversation. parse_control_tokens: as in chat()."""
-        request = tokenize_request(text, model, add_special_tokens, parse_control_tokens)
-        answer = self._unary(self._inference.Tokenize, request, timeout_s, metadata)
-        return Tokens(tuple(answer.token_ids), answer.text, answer.max_context_tokens)
+        return self._ask(
+            questions.tokenize(text, model, add_special_tokens, parse_control_tokens), timeout_s, metadata
+        )
 
     def detokenize(
         self,
@@ -356,8 +336,7 @@ class Client:
         metadata: Metadata | None = None,
     ) -> str:
         """Give the text of token ids."""
-        request = detokenize_request(token_ids, model, skip_special_tokens)
-        return self._unary(self._inference.Detokenize, request, timeout_s, metadata).text
+        return self._ask(questions.detokenize(token_ids, model, skip_special_tokens), timeout_s, metadata)
 
     def embed(
         self,
@@ -370,21 +349,17 @@ class Client:
         metadata: Metadata | None = None,
     ) -> Embeddings:
         """Give one vector for each input."""
-        request = embed_request(inputs, dimensions, options, model)
-        answer = self._unary(self._inference.Embed, request, timeout_s, metadata)
-        return Embeddings(tuple(tuple(e.values) for e in answer.embeddings), usage_of(answer.usage))
+        return self._ask(questions.embed(inputs, dimensions, options, model), timeout_s, metadata)
 
     def models(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> list[Model]:
         """List what is served, loaded or not."""
-        answer = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout_s, metadata)
-        return [model_of(model) for model in answer.models]
+        return self._ask(questions.models(), timeout_s, metadata)
 
     def get_model(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> Model:
         """Describe one model; answers while it loads."""
-        request = filled(model_pb2.GetModelRequest(), {"model": model})
-        return model_of(self._unary(self._models.GetModel, request, timeout_s, metadata).model)
+        return self._ask(questions.get_model(model), timeout_s, metadata)
 
     def wait_ready(
         self,
@@ -409,16 +384,16 @@ class Client:
                     request, timeout=attempts.remaining_s, metadata=sent, wait_for_ready=True
                 )
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = from_rpc_error(rpc_error, self._address)
                 # A server that goes away while it answers is waited for as well.
                 if not isinstance(error, Unavailable | DeadlinePassed):
                     raise error from None
             except DeadlinePassed:
                 raise not_ready_in_time(model, last, limit_s or 0.0) from None
             else:
-                loading = ready_or_loading(model_of(answer.model))
+                loading = ready_or_loading(Model.of(answer.model))
                 if loading is None:
-                    return model_of(answer.model)
+                    return Model.of(answer.model)
                 last = loading
                 if on_progress is not None:
                     on_progress(loading)
@@ -433,10 +408,11 @@ class Client:
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> bool:
-        """Load a LoRA adapter from a folder on the server; True if it was loaded before."""
-        request = filled(model_pb2.LoadAdapterRequest(), {"model": model, "name": name, "path": path})
-        answer = self._unary(self._models.LoadAdapter, request, timeout_s, metadata)
-        return bool(answer.already_loaded)
+        """Load a LoRA adapter from a folder on the server; True if it was loaded before.
+
+        Needs the admin token or a local server.
+        """
+        return self._ask(questions.load_adapter(name, path, model), timeout_s, metadata)
 
     def unload_adapter(
         self,
@@ -446,30 +422,24 @@ class Client:
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
     ) -> None:
-        """Remove a LoRA adapter."""
-        request = filled(model_pb2.UnloadAdapterRequest(), {"model": model, "name": name})
-        self._unary(self._models.UnloadAdapter, request, timeout_s, metadata)
+        """Remove a LoRA adapter; needs the admin token or a local server."""
+        self._ask(questions.unload_adapter(name, model), timeout_s, metadata)
 
     def adapters(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[Adapter]:
         """List the LoRA adapters of a model, by name."""
-        request = filled(model_pb2.ListAdaptersRequest(), {"model": model})
-        answer = self._unary(self._models.ListAdapters, request, timeout_s, metadata)
-        return [adapter_of(adapter) for adapter in answer.adapters]
+        return self._ask(questions.adapters(model), timeout_s, metadata)
 
     def get_load(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> list[ModelLoad]:
         """Report queues, running requests, KV blocks and speeds; needs the admin token or a local server."""
-        request = filled(admin_pb2.GetLoadRequest(), {"model": model})
-        answer = self._unary(self._admin.GetLoad, request, timeout_s, metadata)
-        return [load_of(load) for load in answer.models]
+        return self._ask(questions.get_load(model), timeout_s, metadata)
 
     def get_routes(self, *, timeout_s: float | None = None, metadata: Metadata | None = None) -> Routes:
         """Tell which deployments answer for each model; needs the admin token or a local server."""
-        request = routing_pb2.GetRoutesRequest()
-        return routes_of(self._unary(self._admin.GetRoutes, request, timeout_s, metadata))
+        return self._ask(questions.get_routes(), timeout_s, metadata)
 
     def set_route(
         self,
@@ -484,9 +454,7 @@ class Client:
 
         revision: refused if the routes are at another one by now. Needs the admin token or a local server.
         """
-        values = {"route": route_message(route), "revision": revision, "remove": remove}
-        request = filled(routing_pb2.SetRouteRequest(), values)
-        return int(self._unary(self._admin.SetRoute, request, timeout_s, metadata).revision)
+        return self._ask(questions.set_route(route, revision, remove), timeout_s, metadata)
 
     def add_deployment(
         self,
@@ -502,8 +470,7 @@ class Client:
         settings: those of a [deployments.NAME] section. public: make a route of its name to it. Needs the admin token
         or a local server.
         """
-        request = add_request(name, settings, public=public)
-        return int(self._unary(self._admin.AddDeployment, request, timeout_s, metadata).revision)
+        return self._ask(questions.add_deployment(name, settings, public), timeout_s, metadata)
 
     def remove_deployment(
         self,
@@ -514,24 +481,19 @@ class Client:
         metadata: Metadata | None = None,
     ) -> Drained:
         """Drain a deployment that no route names and end its engine; grace_s: as in drain()."""
-        values = {"name": name, "grace": duration("grace", grace_s)}
-        request = filled(routing_pb2.RemoveDeploymentRequest(), values)
-        answer = self._unary(self._admin.RemoveDeployment, request, timeout_s, metadata)
-        return Drained(answer.finished, answer.ended)
+        return self._ask(questions.remove_deployment(name, grace_s), timeout_s, metadata)
 
     def abort(
         self, request_id: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> None:
         """End a request, whoever sent it; needs the admin token or a local server."""
-        request = filled(admin_pb2.AbortRequest(), {"request_id": request_id})
-        self._unary(self._admin.Abort, request, timeout_s, metadata)
+        self._ask(questions.abort(request_id), timeout_s, metadata)
 
     def reset_prefix_cache(
         self, model: str = "", *, timeout_s: float | None = None, metadata: Metadata | None = None
     ) -> bool:
         """Forget cached prefixes; False if running requests hold some. Needs the admin token or a local server."""
-        request = filled(admin_pb2.ResetPrefixCacheRequest(), {"model": model})
-        return bool(self._unary(self._admin.ResetPrefixCache, request, timeout_s, metadata).done)
+        return self._ask(questions.reset_prefix_cache(model), timeout_s, metadata)
 
     def drain(
         self,
@@ -544,9 +506,7 @@ class Client:
 
         grace_s: how long they may go on, None is the server's own time.
         """
-        request = filled(admin_pb2.DrainRequest(), {"grace": duration("grace", grace_s)})
-        answer = self._unary(self._admin.Drain, request, timeout_s, metadata)
-        return Drained(answer.finished, answer.ended)
+        return self._ask(questions.drain(grace_s), timeout_s, metadata)
 
     def watch_kv_events(
         self,
@@ -576,7 +536,7 @@ class Client:
             while (message := next(call, None)) is not None:
                 yield order.check(kv_events_of(message))
         except grpc.RpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -597,7 +557,7 @@ class Client:
                 if (event := compare_event_of(message)) is not None:
                     yield event
         except grpc.RpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise from_rpc_error(rpc_error, self._address) from None
         finally:
             call.cancel()
 
@@ -616,19 +576,20 @@ class Client:
             lambda left_s: method(request, timeout=left_s, metadata=sent),
             lambda pause: wait(self._channel, request.model, pause),
             lambda: self._attempts(timeout_s),
+            self._address,
         )
 
-    def _unary(
-        self,
-        method: Callable[..., _Answer],
-        request: object,
-        timeout_s: float | None,
-        metadata: Metadata | None = None,
+    def _ask(
+        self, question: Question[_Answer], timeout_s: float | None, metadata: Metadata | None = None
     ) -> _Answer:
+        stub = {"inference": self._inference, "models": self._models, "admin": self._admin}[question.stub]
+        method = getattr(stub, question.method)
         attempts, sent = self._attempts(timeout_s), self._call_metadata(metadata)
         while True:
             try:
-                return method(request, timeout=attempts.remaining_s, metadata=sent)
+                answer = method(question.request, timeout=attempts.remaining_s, metadata=sent)
+                return question.answer(answer)
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-            wait(self._channel, getattr(request, "model", ""), attempts.pause_after(error))
+                error = from_rpc_error(rpc_error, self._address)
+            model = getattr(question.request, "model", "")
+            wait(self._channel, model, attempts.pause_after(error))

@@ -9,8 +9,9 @@ import signal
 from typing import TYPE_CHECKING
 
 import uvloop
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
 
+from twinjet import http_serving
 from twinjet.epp import wire
 from twinjet.epp.metrics import EppMetrics
 from twinjet.epp.mirroring import KvMirror
@@ -94,13 +95,14 @@ class Epp:
     def _listen_http(self) -> None:
         settings = self.config.server
         try:
-            server, thread = start_http_server(settings.metrics_port, settings.host, self.metrics.registry)
+            server = http_serving.listen(
+                make_wsgi_app(self.metrics.registry), settings.host, settings.metrics_port
+            )
         except OSError as error:
             raise ConfigError(
                 f"server.metrics_port: cannot listen on {settings.host} port {settings.metrics_port}: "
                 f"{error.strerror or error}"
             ) from error
-        self._exits.callback(thread.join)
         self._exits.callback(server.server_close)
         self._exits.callback(server.shutdown)
 

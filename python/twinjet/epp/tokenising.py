@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from array import array
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from twinjet.engines.base import ChatTurn
 from twinjet.errors import ConfigError, TwinjetError
 from twinjet.models.tokenizer import HfTokenizer
+from twinjet.shortest_first import ShortestFirst
 from twinjet.v1 import generation_pb2
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ logger = logging.getLogger("twinjet.epp")
 
 MAX_BYTES: Final = 512 << 10
 """Of a prompt that is tokenised; a longer one goes by where its like was sent."""
+_LONG_BYTES: Final = 64 << 10
 
 
 class Tokenisers:
@@ -30,6 +32,7 @@ class Tokenisers:
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self._by_model: dict[str, Any] = {}
+        self._threads = ShortestFirst(_LONG_BYTES)
         for model, folder in folders.items():
             try:
                 self._by_model[model] = HfTokenizer(folder)
@@ -43,7 +46,7 @@ class Tokenisers:
         if tokenizer is None or len(message) > MAX_BYTES:
             return None
         try:
-            return await asyncio.to_thread(_tokenise, tokenizer, message, method)
+            return await self._threads.run(len(message), partial(_tokenise, tokenizer, message, method))
         except (TwinjetError, ValueError, DecodeError) as error:
             # The replica tells the client.
             logger.debug("a prompt cannot be tokenised: %s", error)

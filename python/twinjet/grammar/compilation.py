@@ -10,21 +10,22 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from twinjet.grammar.effort import Effort
 from twinjet.grammar.job import Job
 from twinjet.grammar.limits import MAX_COMPILED_BYTES, MAX_RECOMPILED_S
 from twinjet.grammar.schema import SchemaRefused, normalise, parse, validator
-from twinjet.grammar.vocabulary import tokenizer_info
+from twinjet.grammar.vocabulary import token_lengths, tokenizer_info
 
 _MAX_RULES = 700
 """Writing a compiled grammar grows with the square of its rules; a larger one goes to the engine as text."""
 MAX_WHITESPACE = 16
 """Characters of white space between two parts of a JSON document: enough for an indented one."""
 _TRIAL_STEPS = 48
-_MAX_MASK_S = 0.02
+_MAX_STEP_S = 0.02
 
 
 class ConstraintRefused(ValueError):
@@ -92,7 +93,7 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
             raise MemoryError from None
         raise ConstraintRefused(_reason(error)) from None
     took_s = time.thread_time() - began
-    _try(xgrammar, compiled, info)
+    _try(xgrammar, compiled, info, token_lengths(job.vocabulary))
     is_small = str(compiled.grammar).count("\n") <= _MAX_RULES
     if not is_small and took_s > MAX_RECOMPILED_S:
         raise ConstraintRefused(
@@ -124,35 +125,49 @@ def _reason(error: Exception) -> str:
     return first[:300]
 
 
-def _try(xgrammar: Any, compiled: Any, info: Any) -> None:
+def _try(xgrammar: Any, compiled: Any, info: Any, lengths: Any) -> None:
     """Walk through the grammar for some tokens: one that starts with nothing or takes long for a mask is refused.
 
-    The engine makes a mask between any two steps, so a slow one would hold up every other request.
+    The engine makes a mask between any two steps, so a slow one would hold up every other request. What is slow after
+    many characters shows with the longest tokens, what is slow after many tokens with the shortest. lengths: of the
+    tokens, as token_lengths() gives them.
     """
     import numpy as np
 
-    matcher = xgrammar.GrammarMatcher(compiled)
-    bitmask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
     random = np.random.default_rng(0)
-    slow = 0
-    for step in range(_TRIAL_STEPS):
-        if matcher.is_terminated():
-            return
-        began = time.thread_time()
-        matcher.fill_next_token_bitmask(bitmask)
-        slow = slow + 1 if time.thread_time() - began > _MAX_MASK_S else 0
-        if slow >= 3:
-            raise ConstraintRefused(
-                f"is too ambiguous: finding the tokens that may follow takes more than {_MAX_MASK_S * 1000:.0f} ms"
-            )
-        bits = np.unpackbits(bitmask.numpy().view(np.uint8), bitorder="little")[: info.vocab_size]
-        (ids,) = np.nonzero(bits)
-        if not len(ids):
-            if step == 0:
+    ends = list({*info.stop_token_ids, *info.special_token_ids})
+    choices: list[Callable[[Any], Any]] = [
+        random.choice,
+        lambda ids: ids[lengths[ids].argmax()],
+        lambda ids: ids[lengths[ids].argmin()],
+    ]
+    for choose in choices:
+        matcher = xgrammar.GrammarMatcher(compiled)
+        bitmask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
+        effort = Effort()
+        num_slow = 0
+        for step in range(_TRIAL_STEPS):
+            began = time.thread_time()
+            effort.allow_mask()
+            with effort.counted():
+                matcher.fill_next_token_bitmask(bitmask)
+            bits = np.unpackbits(bitmask.numpy().view(np.uint8), bitorder="little")[: info.vocab_size]
+            if step == 0 and not bits.any():
                 raise ConstraintRefused("no token of this model can begin an output that satisfies it")
-            return
-        if not matcher.accept_token(int(random.choice(ids))):
-            return
+            bits[ends] = 0
+            (ids,) = np.nonzero(bits)
+            if not len(ids):
+                break
+            with effort.counted():
+                is_accepted = matcher.accept_token(int(choose(ids)))
+            num_slow = num_slow + 1 if time.thread_time() - began > _MAX_STEP_S else 0
+            if num_slow >= 3 or effort.is_spent():
+                raise ConstraintRefused(
+                    "is too ambiguous: finding the tokens that may follow takes more than "
+                    f"{_MAX_STEP_S * 1000:.0f} ms"
+                )
+            if not is_accepted or matcher.is_terminated():
+                break
 
 
 def verify(schema: str, text: str, *, is_exact: bool) -> bool:

@@ -89,7 +89,6 @@ class Members:
     named: dict[str, Parts] = field(default_factory=dict)
     patterns: tuple[tuple[str, Parts], ...] = ()
     rest: Parts = ()
-    is_rest_stated: bool = False
 
     def of(self, name: str) -> Parts:
         import re
@@ -623,7 +622,7 @@ class _Normaliser:
         if not (named or patterns or is_stated):
             return {}
         return {
-            "members": (Members(named, patterns, rest, is_stated),),
+            "members": (Members(named, patterns, rest),),
             "evaluated_names": frozenset(named),
             "evaluated_patterns": frozenset(p for p, _ in patterns),
             "evaluates_all_names": is_stated,
@@ -673,7 +672,6 @@ class _Normaliser:
                     dict.fromkeys(shape.evaluated_names, ()),
                     tuple((p, ()) for p in shape.evaluated_patterns),
                     (part.at("unevaluatedProperties"),),
-                    True,
                 )
                 shape = replace(shape, members=(*shape.members, members))
             shape = replace(shape, evaluates_all_names=True)

@@ -147,5 +147,13 @@ def tokenizer_info(path: str) -> Any:
     return xgrammar.TokenizerInfo.deserialize_json(Path(path).read_text())
 
 
+@lru_cache(maxsize=8)
+def token_lengths(path: str) -> Any:
+    """The bytes of each token of a vocabulary, an int array; reading them takes a tenth of a second."""
+    import numpy as np
+
+    return np.array([len(token) for token in tokenizer_info(path).decoded_vocab])
+
+
 if __name__ == "__main__":
     print(json.dumps(_main(json.loads(sys.argv[1]))))

@@ -210,10 +210,10 @@ def _cpu_s(pid: int) -> float:
 
 def _load(path: str) -> None:
     """Read a vocabulary, so that children have it; what fails here fails again in a child, which says so."""
-    from twinjet.grammar.vocabulary import tokenizer_info
+    from twinjet.grammar.vocabulary import token_lengths
 
     try:
-        tokenizer_info(path)
+        token_lengths(path)
     except Exception:  # noqa: BLE001
         traceback.print_exc()
 

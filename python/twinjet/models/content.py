@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 
 from twinjet.engines.base import RenderedChat
 from twinjet.errors import InvalidRequest
+from twinjet.models import unlocked
 
 Span = tuple[int, int]
 
@@ -63,7 +64,7 @@ class ContentGuard:
         Raises InvalidRequest for a control token of a single character, which cannot be written otherwise.
         """
         text = rendered.text
-        found = self._tokenizer.encode(text, add_special_tokens=False)
+        found = unlocked.encode(self._tokenizer, text, add_special_tokens=False)
         ids: list[int] = found.ids
         if rendered.plain_spans:
             ids = self._encode_pieces(rendered, found)
@@ -96,13 +97,13 @@ class ContentGuard:
         return result + (self._encode_plain(text, start, len(text)) if spans else ids[first:])
 
     def _find(self, text: str) -> Sequence[Span]:
-        found = self._finder.encode(text, add_special_tokens=False)
+        found = unlocked.encode(self._finder, text, add_special_tokens=False)
         return [span for i, span in zip(found.ids, found.offsets, strict=True) if i in self._found]
 
     def _encode_plain(self, text: str, start: int, end: int) -> list[int]:
         # A piece behind a control token stands behind the separator, so that no beginning of a text is seen there.
         lead = _SEPARATOR if start else ""
-        found = self._plain.encode(lead + text[start:end], add_special_tokens=False)
+        found = unlocked.encode(self._plain, lead + text[start:end], add_special_tokens=False)
         result: list[int] = []
         for token_id, (begin, stop) in list(zip(found.ids, found.offsets, strict=True))[bool(lead) :]:
             own_id = self._renumbered.get(token_id, token_id)

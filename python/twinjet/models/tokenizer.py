@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from twinjet.engines.base import ChatTurn, RenderedChat
 from twinjet.errors import ConfigError, InvalidRequest, Unsupported
+from twinjet.models import unlocked
 from twinjet.models.content import ContentGuard
 
 if TYPE_CHECKING:
@@ -151,13 +152,12 @@ class HfTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Give the token ids of a text; add_special_tokens adds those that tokenizer.json says."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = unlocked.encode(self._tokenizer, text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Give the text of token ids; incomplete characters show as U+FFFD. Unknown ids give no text."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return unlocked.decode(self._tokenizer, token_ids, skip_special_tokens=skip_special_tokens)
 
     def render_chat(self, messages: Sequence[ChatTurn], *, continue_final: bool) -> str:
         """Render a conversation as the model's template says.

@@ -107,7 +107,7 @@ class AdminServicer(RouteServicer):
 
 
 def authorise(token: str, context: Context) -> None:
-    """Let through who may use AdminService. token: "" is loopback callers. Raises PermissionRefused."""
+    """Let through who may use AdminService and change adapters. token: "" is loopback callers. Raises PermissionRefused."""
     if token:
         sent = dict(context.invocation_metadata() or ()).get("authorization", "")
         expected = f"Bearer {token}"

@@ -11,7 +11,6 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from twinjet.client import Model
-from twinjet.client._answers import model_of
 from twinjet.compare import analysis
 from twinjet.compare.driver import Arrived, Progress
 from twinjet.compare.effective import PROBE, check_equal, effective_settings
@@ -119,12 +118,12 @@ class Comparisons:
         """
         sides = self._side("deployment_a", request), self._side("deployment_b", request)
         infos = [side.ready()[1] for side in sides]
-        plan = _plan(request, infos)
+        plan, slo = _plan(request, infos)
         if self._is_comparing:
             raise PreconditionFailed("a comparison is running; one at a time", reason="COMPARISON_RUNNING")
         self._is_comparing = True
         try:
-            await self._compare(request, plan, sides, context)
+            await self._compare(request, plan, slo, sides, context)
         finally:
             self._is_comparing = False
 
@@ -139,7 +138,12 @@ class Comparisons:
         return self._deployments.by_name[name]
 
     async def _compare(
-        self, request: pb.CompareRequest, plan: Plan, sides: tuple[Deployment, Deployment], context: Context
+        self,
+        request: pb.CompareRequest,
+        plan: Plan,
+        slo: analysis.Slo,
+        sides: tuple[Deployment, Deployment],
+        context: Context,
     ) -> None:
         settings = [_settings(side) for side in sides]
         try:
@@ -174,7 +178,7 @@ class Comparisons:
             group.create_task(run(), name="compare")
             while (event := await events.get()) is not None:
                 await context.write(event)
-        found = await asyncio.to_thread(_report, data, plan, _slo(request))
+        found = await asyncio.to_thread(_report, data, plan, slo)
         await context.write(pb.CompareResponse(report=found))
 
 
@@ -190,11 +194,11 @@ def _model(deployment: Deployment, info: EngineInfo) -> Model:
         name=deployment.name, deployment=deployment.name, state=model_pb2.MODEL_STATE_READY
     )
     convert.fill_engine_info(model, info)
-    return model_of(model)
+    return Model.of(model)
 
 
-def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> Plan:
-    """Check a request and make the plan. Raises InvalidRequest, Unsupported."""
+def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> tuple[Plan, analysis.Slo]:
+    """Check a request and make the plan, and the limits that its goodput counts by. Raises InvalidRequest, Unsupported."""
     wrong: list[Violation] = []
 
     def number(field: str, default: int, low: int, high: int) -> int:
@@ -218,7 +222,7 @@ def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> Plan:
         if not 0 < rate <= MAX_RATE
     )
     sampling = _sampling(request, wrong)
-    _slo(request, wrong)
+    slo = _slo(request, wrong)
     items = _items(request, infos, wrong)
     if not wrong:
         num_blocks = max_blocks + min(SELF_TEST_BLOCKS, max_blocks) + LADDER_BLOCKS * len(request.ladder)
@@ -245,7 +249,7 @@ def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> Plan:
         if "generate" not in info.capabilities:
             raise Unsupported("generate")
         resolve_sampling(plan.workload.sampling_of(items[0]), info, num_prompt_tokens=1, seed=0)
-    return plan
+    return plan, slo
 
 
 def _load(request: pb.CompareRequest, wrong: list[Violation]) -> Load | None:
@@ -314,13 +318,13 @@ def _items(
     return tuple(WorkItem(i, text, num_output, i) for i, text in enumerate(texts))
 
 
-def _slo(request: pb.CompareRequest, wrong: list[Violation] | None = None) -> analysis.Slo:
+def _slo(request: pb.CompareRequest, wrong: list[Violation]) -> analysis.Slo:
     limits: dict[str, float] = {}
     for name in ("ttft", "tpot", "itl"):
         if request.slo.HasField(name):
             limit: Duration = getattr(request.slo, name)
             limits[f"{name}_s"] = limit.ToNanoseconds() / 1e9
-            if limits[f"{name}_s"] <= 0 and wrong is not None:
+            if limits[f"{name}_s"] <= 0:
                 wrong.append(Violation(f"slo.{name}", f"{limits[f'{name}_s']:g} s; allowed: above 0"))
     return analysis.Slo(**limits)
 

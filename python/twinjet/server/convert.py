@@ -10,7 +10,13 @@ from google.protobuf.duration_pb2 import Duration
 
 from twinjet.engines.base import ChatTurn, Component, EngineInfo
 from twinjet.errors import InvalidRequest, Unsupported, Violation
-from twinjet.request import MAX_HANDOFF_BYTES, Constraint, KvRetention, SamplingOverrides
+from twinjet.request import (
+    MAX_HANDOFF_BYTES,
+    Constraint,
+    KvRetention,
+    SamplingOverrides,
+    too_many_entries,
+)
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2
 
 MAX_ID_CHARS = 128
@@ -189,7 +195,12 @@ def chat_turns(
 
 
 def sampling_overrides(message: sampling_pb2.SamplingParams) -> SamplingOverrides:
-    """Convert SamplingParams, keeping what is unset unset. Raises InvalidRequest for an empty constraint."""
+    """Convert SamplingParams, keeping what is unset unset.
+
+    Raises InvalidRequest for lists that are too long and for an empty constraint.
+    """
+    if violations := too_many_entries(message):
+        raise InvalidRequest(violations)
 
     def optional(name: str) -> Any:
         return getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type]

@@ -41,8 +41,8 @@ class Door(HandlerRegistry, Protocol):
     def take_plain_calls(self, sharing: Sharing, load_reports: LoadReports) -> None:
         """Serve calls of Generate that are plain without the handler, if this door can; see server.plain."""
 
-    def watch_refusals(self, tell: Callable[[str], None]) -> None:
-        """Call tell with the method of each call that is refused before any handler hears of it."""
+    def watch_refusals(self, tell: Callable[[str, int], None]) -> None:
+        """Call tell with the method and number of calls that are refused before any handler hears of them."""
 
     def bind(self) -> str:
         """Listen on the settings' address and give it. Raises ConfigError."""
@@ -72,7 +72,7 @@ class GrpcDoor:
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         self._server.add_registered_method_handlers(service_name, method_handlers)
 
-    def watch_refusals(self, tell: Callable[[str], None]) -> None:
+    def watch_refusals(self, tell: Callable[[str, int], None]) -> None:
         """All calls come to handlers."""
 
     def channelz_servicer(self) -> Any:
@@ -115,7 +115,9 @@ def make_door(settings: ServerSettings) -> Door:
         return native_door.NativeDoor(settings)
     if settings.door == "native":
         raise ConfigError("server.door: this build has no native door; it is built where nghttp2 is found")
-    logger.info("this build has no native door; gRPC comes in through grpc.aio")
+    logger.info(
+        "this build has no native door (nghttp2 was not found, see docs/door.md); gRPC's library serves"
+    )
     return GrpcDoor(settings)
 
 

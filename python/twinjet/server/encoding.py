@@ -1,18 +1,20 @@
-"""Texts to token ids and back, so that long ones hold up nobody else: off the loop, and no more of them than counts."""
+"""Texts to token ids and back, so that long ones hold up nobody else: off the loop, the shortest first."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from functools import partial
 
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.errors import InvalidRequest
+from twinjet.shortest_first import ShortestFirst
 
 INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
-LONG_CHARS = 256 << 10
-"""Of texts longer than this, which take tenths of seconds, one is tokenized at a time."""
+_TURN_CHARS = 32
+"""What a template writes around a turn, about: thousands of empty ones are a long text too."""
+LONG_CHARS = 64 << 10
+"""Texts longer than this, which take hundredths of seconds, leave half of the threads to others."""
 _HEAD_CHARS_A_TOKEN = 8
 """A text longer than the context times this is looked at from its beginning: most are refused without the rest."""
 _SLACK = 64
@@ -23,7 +25,7 @@ class Encoder:
     """Tokenizes for one server. One asyncio loop."""
 
     def __init__(self) -> None:
-        self._long = asyncio.Semaphore(1)
+        self._threads = ShortestFirst(LONG_CHARS)
 
     async def encode(
         self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True
@@ -31,15 +33,14 @@ class Encoder:
         """Give a text's token ids, however many."""
         if len(text) <= INLINE_CHARS:
             return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        async with self._turn(len(text)):
-            return tuple(
-                await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-            )
+        work = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return tuple(await self._threads.run(len(text), work))
 
     async def prompt(self, tokenizer: Tokenizer, text: str, most: int, field: str) -> tuple[int, ...]:
         """Give a prompt's token ids. Raises InvalidRequest if its beginning alone has more than `most` tokens."""
-        if len(text) > most * _HEAD_CHARS_A_TOKEN:
-            await asyncio.to_thread(_check_head, tokenizer, text, most, field)
+        num_chars = most * _HEAD_CHARS_A_TOKEN
+        if len(text) > num_chars:
+            await self._threads.run(num_chars, partial(_check_head, tokenizer, text, most, field))
         return await self.encode(tokenizer, text)
 
     async def chat(
@@ -68,26 +69,17 @@ class Encoder:
                 tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
             )
 
-        num_chars = sum(len(turn.content) for turn in turns)
+        num_chars = sum(_TURN_CHARS + len(turn.content) for turn in turns)
         if num_chars <= INLINE_CHARS:
             return encode()
-        async with self._turn(num_chars):
-            return await asyncio.to_thread(encode)
+        return await self._threads.run(num_chars, encode)
 
     async def decode(self, tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Give the text of token ids."""
         if len(ids) <= INLINE_CHARS:
             return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        async with self._turn(len(ids)):
-            return await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=skip_special_tokens)
-
-    @asynccontextmanager
-    async def _turn(self, num_chars: int) -> AsyncIterator[None]:
-        if num_chars <= LONG_CHARS:
-            yield
-            return
-        async with self._long:
-            yield
+        work = partial(tokenizer.decode, ids, skip_special_tokens=skip_special_tokens)
+        return await self._threads.run(len(ids), work)
 
 
 def _check_head(tokenizer: Tokenizer, text: str, most: int, field: str) -> None:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 REQUEST_ID_KEY = "x-request-id"
 ACCEPTED_ID_KEY = "twinjet-request-id"
 MAX_EMBED_INPUTS = 256
+MAX_DETOKENIZED_IDS = 1 << 16
+"""Or the model's context where that is more."""
 
 
 class _Arrival(NamedTuple):
@@ -256,6 +258,9 @@ class InferenceServicer:
         if not request.token_ids:
             raise InvalidRequest.of("token_ids", "is empty; at least one token id is needed")
         engine, info = self._deployments.pick(model).ready()
+        most = max(MAX_DETOKENIZED_IDS, info.limits.max_context_tokens)
+        if len(request.token_ids) > most:
+            raise InvalidRequest.of("token_ids", f"{len(request.token_ids)} ids; at most {most} are allowed")
         ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
         text = await self._encoder.decode(
             engine.tokenizer, ids, skip_special_tokens=request.skip_special_tokens

@@ -182,7 +182,7 @@ class Server:
             self.deployments, self.config.server, self.live, self.metrics, self.mirror, self.grammars
         )
         self._door.take_plain_calls(inference.sharing, self.load_reports)
-        models = ModelServicer(self.deployments)
+        models = ModelServicer(self.deployments, self.config.admin.token)
         admin = AdminServicer(
             self.deployments,
             self.config.admin.token,
@@ -197,7 +197,9 @@ class Server:
         self._services = [service for service, _ in hung]
         for service, servicer in hung:
             add_service(self._door, service, servicer, self.metrics, self.load_reports)
-        self._door.watch_refusals(lambda method: self.metrics.count_call(method, "RESOURCE_EXHAUSTED"))
+        self._door.watch_refusals(
+            lambda method, num_calls: self.metrics.count_call(method, "RESOURCE_EXHAUSTED", num_calls)
+        )
         self._health.add_to(self._door)
         self.load_reports.add_to(self._door)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)

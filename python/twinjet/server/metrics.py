@@ -162,8 +162,8 @@ class Metrics:
         """Report queues, engines and counters of the deployments, too. Called on the loop that runs them."""
         self.registry.register(_LoadCollector(deployments, asyncio.get_running_loop()))
 
-    def count_call(self, method: str, code: str) -> None:
-        self._calls_of(method, code).inc()
+    def count_call(self, method: str, code: str, num_calls: int = 1) -> None:
+        self._calls_of(method, code).inc(num_calls)
 
     def count_moved(self, model: str, source: str, target: str, *, was_running: bool) -> None:
         self._moved.labels(model, source, target, "running" if was_running else "waiting").inc()

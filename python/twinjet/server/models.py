@@ -9,6 +9,7 @@ from twinjet.engines.base import AdapterEngine
 from twinjet.engines.supervisor import State
 from twinjet.errors import InvalidRequest, Unsupported
 from twinjet.server import convert
+from twinjet.server.admin import authorise
 from twinjet.v1 import model_pb2 as pb
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ _STATES = {
 
 
 class ModelServicer:
-    """See proto ModelService."""
+    """See proto ModelService. token: of those who may change adapters, as AdminService's."""
 
-    def __init__(self, deployments: Deployments) -> None:
+    def __init__(self, deployments: Deployments, token: str) -> None:
         self._deployments = deployments
+        self._token = token
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._describe(name) for name in self._deployments.models])
@@ -35,6 +37,7 @@ class ModelServicer:
         return pb.GetModelResponse(model=self._describe(self._deployments.resolve(request.model)))
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
+        authorise(self._token, context)
         if not 1 <= len(request.name.encode()) <= convert.MAX_LABEL_BYTES:
             raise InvalidRequest.of("name", f"must have 1 to {convert.MAX_LABEL_BYTES} bytes")
         if not os.path.isabs(request.path):
@@ -46,6 +49,7 @@ class ModelServicer:
         return pb.LoadAdapterResponse(already_loaded=all(loaded))
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.UnloadAdapterResponse:
+        authorise(self._token, context)
         for engine in self._adapter_engines(request.model):
             await engine.unload_adapter(request.name)
         return pb.UnloadAdapterResponse()

@@ -345,6 +345,7 @@ class NativeDoor:
             max_message_bytes=settings.max_request_bytes,
             max_streams=settings.max_connection_calls,
             max_connections=settings.max_connections,
+            max_address_connections=settings.max_connections_per_address,
             keepalive_s=settings.keepalive_s,
             keepalive_timeout_s=settings.keepalive_timeout_s,
             client_ping_s=settings.client_ping_s,
@@ -357,7 +358,7 @@ class NativeDoor:
             max_open=settings.max_streams,
             full=_own_status(to_failure(full(settings.max_streams))),
         )
-        self._tell_refused: Callable[[str], None] = _nothing
+        self._tell_refused: Callable[[str, int], None] = _nothing
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._by_path: dict[str, _Handler] = {}
         self._calls: dict[int, CallContext] = {}
@@ -375,8 +376,8 @@ class NativeDoor:
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         """Called by generated code, which gives the same handlers as generic ones, too."""
 
-    def watch_refusals(self, tell: Callable[[str], None]) -> None:
-        """Call tell with the method of each stream that the door refuses by itself, max_streams being open."""
+    def watch_refusals(self, tell: Callable[[str, int], None]) -> None:
+        """Call tell with the method and number of streams that the door refuses by itself, max_streams being open."""
         self._tell_refused = tell
 
     def channelz_servicer(self) -> NativeChannelz:
@@ -406,6 +407,7 @@ class NativeDoor:
     async def start(self) -> None:
         asyncio.get_running_loop().add_reader(self._door.fileno(), self._on_events)
         self._door.start()
+        logger.info("the native door sends %s io_uring", "through" if self._door.has_ring else "without")
         if self._tls_files:
             self._tls_watch = asyncio.create_task(self._watch_tls(), name="tls")
 
@@ -466,7 +468,7 @@ class NativeDoor:
                     _refuse(payload[0], internal_failure())
                 continue
             if kind == _REFUSED:
-                self._tell_refused(payload.rpartition("/")[2])
+                self._tell_refused(payload.rpartition("/")[2], call_id)
                 continue
             context = self._calls.get(call_id)
             if context is None:
@@ -593,7 +595,7 @@ def _bad_request(what: str) -> Failure:
     return to_failure(InvalidRequest.of("request", what))
 
 
-def _nothing(_: str) -> None:
+def _nothing(_: str, __: int) -> None:
     pass
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+
+from twinjet import http_serving
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -35,15 +34,6 @@ _HEADERS = [
 ]  # fmt: skip
 
 
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """Log nothing: the page asks every second."""
-
-
-class _Server(ThreadingWSGIServer):
-    """address_family: set for each host before the socket is made."""
-
-
 class Web:
     """Answers /metrics, / and /console.json; made on the server's loop, answers in threads of its own."""
 
@@ -54,15 +44,12 @@ class Web:
         self._loop = asyncio.get_running_loop()
         self._prometheus = make_wsgi_app(metrics.registry)
         self._page = files("twinjet.server").joinpath("console.html").read_bytes()
-        self._server: _Server | None = None
+        self._server: http_serving.HttpServer | None = None
 
     def listen(self, host: str, port: int) -> int:
         """Answer on a port from now on; gives the port. Raises OSError if it cannot be bound."""
-        kind = type("_Server", (_Server,), {"address_family": _family(host)})
-        server: _Server = make_server(host, port, self, server_class=kind, handler_class=_Quiet)
-        self._server = server
-        threading.Thread(target=server.serve_forever, name="web", daemon=True).start()
-        return int(server.server_port)
+        self._server = http_serving.listen(self, host, port)
+        return int(self._server.server_port)
 
     def close(self) -> None:
         """Stop answering. Blocks for half a second at most."""
@@ -170,9 +157,3 @@ def _histograms(registry: CollectorRegistry) -> Mapping[str, Mapping[str, list[t
 def _answer(start: _Start, status: str, kind: str, body: bytes) -> Iterable[bytes]:
     start(status, [("Content-Type", kind), ("Content-Length", str(len(body))), *_HEADERS])
     return [body]
-
-
-def _family(host: str) -> int:
-    import socket
-
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

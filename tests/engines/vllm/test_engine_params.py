@@ -1,6 +1,7 @@
 """Every field of Sampling reaches vLLM's SamplingParams."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,26 @@ def test_an_engine_seed_that_a_generator_would_refuse_is_a_wrong_setting(seed: o
 
     with pytest.raises(ConfigError, match=r"options.seed .*allowed: 0 to 4294967295"):
         engine_config("model", {"seed": seed}, scheduler_cls=None, worker_cls=None)
+
+
+def test_batches_are_as_large_as_those_of_vllms_own_server(
+    monkeypatch: pytest.MonkeyPatch, demo_model_path: Path
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from twinjet.engines.vllm.config import engine_config
+
+    server = UsageContext.OPENAI_API_SERVER
+    monkeypatch.setattr(
+        AsyncEngineArgs, "get_batch_defaults", lambda self, world_size: ({server: 8192}, {server: 1024})
+    )
+    made = engine_config(str(demo_model_path), {}, scheduler_cls=None, worker_cls=None).scheduler_config
+    assert (made.max_num_batched_tokens, made.max_num_seqs) == (8192, 1024)
+    own = engine_config(
+        str(demo_model_path), {"max_num_seqs": 7}, scheduler_cls=None, worker_cls=None
+    ).scheduler_config
+    assert own.max_num_seqs == 7
 
 
 @pytest.mark.parametrize(

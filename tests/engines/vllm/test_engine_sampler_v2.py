@@ -22,12 +22,13 @@ PROMPT = [10, 11, 12]
 
 
 class Stock:
-    """Stands for vLLM's V2 sampler: counts calls, draws token 7 in every row."""
+    """Stands for vLLM's V2 sampler: counts calls, draws `token` in every row."""
 
     logprobs_mode = "raw_logprobs"
 
     def __init__(self) -> None:
         self.calls = 0
+        self.token = 7
         self.req_states = Made(index_to_req_id={index: f"r{index}" for index in range(4)})
         self.num_logprobs: int | None = None
 
@@ -42,7 +43,7 @@ class Stock:
         import torch
 
         self.calls += 1
-        return Made(by="stock", sampled_token_ids=torch.full((len(logits), 1), 7, dtype=torch.int64))
+        return Made(by="stock", sampled_token_ids=torch.full((len(logits), 1), self.token, dtype=torch.int64))
 
 
 def batch(seats: list[int], seq_lens: list[int]) -> Made:
@@ -229,35 +230,103 @@ def test_the_hook_leaves_models_with_their_own_sampler_alone(monkeypatch: pytest
     assert made(None, None, "cpu") is None
 
 
-def test_bad_words_follow_the_text_of_the_tokens_that_the_device_drew(wrapped: Any, tmp_path: Path) -> None:
-    """Tokens are single characters; after token 0 token 1 is ruled out, whichever sampler draws."""
+def favours(token: int) -> Any:
     import torch
 
+    made = torch.zeros(1, VOCAB)
+    made[0, token] = 9.0
+    return made
+
+
+@pytest.fixture
+def bans_1_after_0(tmp_path: Path) -> dict[str, Any]:
+    """Parameters of a request whose tokens are single characters, of which 1 may not follow 0."""
     texts = tmp_path / "texts"
     letters = Vocabulary("byte_level", [chr(33 + i) for i in range(VOCAB)], special=[])
     texts.write_bytes(TokenTexts(letters).save())
     own = {"temperature": 0.0, "seed": 5, "output_index": 0, "bad_text": [str(texts), ['!"'], True]}
-    add(wrapped, 0, extra_args={EXTRA_KEY: own})
+    return {"extra_args": {EXTRA_KEY: own}}
 
-    def favours(token: int) -> Any:
-        made = torch.zeros(1, VOCAB)
-        made[0, token] = 9.0
-        return made
 
+def test_bad_words_hold_whichever_sampler_draws(wrapped: Any, bans_1_after_0: dict[str, Any]) -> None:
+    import torch
+
+    add(wrapped, 0, **bans_1_after_0)
     assert wrapped(favours(0), batch([0], [3])).sampled_token_ids.tolist() == [[0]]
     second = favours(1)
     assert wrapped(second, batch([0], [4])).sampled_token_ids.tolist() != [[1]]
-    assert second[0].isinf().nonzero().flatten().tolist() == [1]
-    assert wrapped.drawing.counters["device_waits.bad_words"] == 1
+    assert not second.isinf().any(), "the draw itself bans"
     assert wrapped(favours(0), batch([0], [5])).sampled_token_ids.tolist() == [[0]]
     add(wrapped, 1, extra_args=None)
     both = torch.cat([favours(1), favours(1)])
     assert wrapped(both, batch([0, 1], [6, 3])).by == "stock"
-    assert both.isinf().sum(1).tolist() == [1, 0]
+    assert both.isinf().nonzero().tolist() == [[0, 1]]
     wrapped.drawing.leave(0)
     alone = favours(1)
     wrapped(alone, batch([1], [4]))
     assert not alone.isinf().any()
+    assert not any(count for name, count in wrapped.drawing.counters.items() if "waits" in name)
+
+
+def test_a_request_that_only_vllms_sampler_can_draw_has_its_bad_words_too(
+    wrapped: Any, bans_1_after_0: dict[str, Any]
+) -> None:
+    import torch
+
+    add(wrapped, 0, logprobs=-1, **bans_1_after_0)
+    wrapped.stock.token = 0
+    apart = torch.zeros(1, 2 * VOCAB)[:, ::2]
+    for position, banned in ((3, []), (4, [[0, 1]])):
+        for made in (favours(1), favours(1).to(torch.float64), apart):
+            wrapped.drawing.ban_text(made, np.array([0]))
+            assert made.isinf().nonzero().tolist() == banned
+        assert wrapped(favours(0), batch([0], [position])).by == "stock"
+    assert wrapped.drawing.counters["stock_steps.all_logprobs"] == 2
+
+
+def test_bad_words_without_room_end_a_request(wrapped: Any, bans_1_after_0: dict[str, Any]) -> None:
+    put = wrapped.drawing.native.put
+
+    def refuse(seat: int, request: Request) -> None:
+        if request.has_bad_text:
+            raise ValueError("no room")
+        put(seat, request)
+
+    wrapped.drawing.native.put = refuse
+    add(wrapped, 0, **bans_1_after_0)
+    wrapped(favours(0), batch([0], [3]))
+    assert wrapped.take_unread().failed() == ["r0"]
+    assert wrapped.drawing.counters["requests_without_room"] == 1
+
+
+def grammar_of(allowed: list[int], *request_ids: str) -> Made:
+    mask = np.zeros((len(request_ids), 2), np.int32)
+    for token in allowed:
+        mask[:, token // 32] |= np.int32(1) << np.int32(token % 32)
+    return Made(structured_output_request_ids=list(request_ids), grammar_bitmask=mask)
+
+
+def test_logprobs_under_a_grammar_are_those_before_its_mask(wrapped: Any) -> None:
+    import torch
+
+    wrapped.stock.num_logprobs = 2
+    add(wrapped, 0)
+    add(wrapped, 1)
+    masked: list[Any] = []
+    worker = Made(apply_grammar_bitmask=lambda logits, *rest: masked.append(logits))
+    with wrapped.with_grammar(grammar_of([5, 6], "r1"), Made(structured_outputs_worker=worker)):
+        made = wrapped(logits(2), batch([0, 1], [3, 3]))
+        free = torch.log_softmax(logits(2), 1)
+        assert made.sampled_token_ids[1, 0] in (5, 6)
+        found = made.logprobs_tensors.logprobs
+        assert torch.allclose(found[1, 0], free[1, int(made.sampled_token_ids[1, 0])], atol=1e-5)
+        assert torch.allclose(found[:, 1], free.max(1).values, atol=1e-5)
+        assert masked == []
+        add(wrapped, 0, extra_args=None)
+        assert wrapped(logits(2), batch([0, 1], [3, 4])).by == "stock"
+        assert len(masked) == 1
+    wrapped(logits(1), batch([1], [5]))
+    assert wrapped.drawing.counters["rows"] == 3
 
 
 def test_lists_too_long_for_vllms_sampler_do_not_end_the_engine(wrapped: Any) -> None:

@@ -216,6 +216,7 @@ class ControlServicer:
     async def UnloadLora(
         self, request: lora_pb2.UnloadLoraRequest, context: Context
     ) -> lora_pb2.UnloadLoraResponse:
+        authorise(self._token, context)
         listed = await self._models.ListAdapters(our_model_pb2.ListAdaptersRequest(), context)
         paths = {adapter.name: adapter.path for adapter in listed.adapters}
         ours = our_model_pb2.UnloadAdapterRequest(name=request.lora_name)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from twinjet.grammar.effort import Effort
 from twinjet.grammar.handle import end_tokens, load_grammar
 
 
@@ -47,19 +48,29 @@ class Matcher:
         self, xgrammar: Any, compiled: Any, vocab_size: int, end_token_ids: list[int] | None = None
     ) -> None:
         self._matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=end_token_ids)
+        self._effort = Effort()
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
 
     def bitmask(self) -> npt.NDArray[np.int32] | None:
-        """Give the tokens allowed next, int32 [1, ceil(vocab_size / 32)]; None once the grammar has ended."""
+        """Give the tokens allowed next, int32 [1, ceil(vocab_size / 32)]; None once the grammar has ended.
+
+        None of them where matching takes too long; see grammar.effort.
+        """
         if self._matcher.is_terminated():
             return None
-        self._matcher.fill_next_token_bitmask(self._bitmask)
+        if self._effort.is_spent():
+            self._bitmask.fill_(0)
+        else:
+            self._effort.allow_mask()
+            with self._effort.counted():
+                self._matcher.fill_next_token_bitmask(self._bitmask)
         rows: npt.NDArray[np.int32] = self._bitmask.numpy()
         return rows
 
     def accept(self, token_id: int) -> bool:
         """Go on by a token; False if the grammar does not allow it."""
-        return bool(self._matcher.is_terminated() or self._matcher.accept_token(token_id))
+        with self._effort.counted():
+            return bool(self._matcher.is_terminated() or self._matcher.accept_token(token_id))
 
 
 @lru_cache(maxsize=4)

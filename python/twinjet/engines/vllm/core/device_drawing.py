@@ -20,7 +20,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors
 
 from twinjet import _core
 from twinjet.engines.vllm.core.requests import native_request, reason_for_stock
-from twinjet.engines.vllm.fields import EXTRA_KEY, NO_TOKEN
+from twinjet.engines.vllm.fields import NO_TOKEN
 from twinjet.sampling import STATUS_NAN, STATUS_NO_TOKEN, Request
 from twinjet.sampling.cuda import has_cuda
 
@@ -106,6 +106,17 @@ class Unread:
         return [self.request_ids[row] for row in np.flatnonzero(empty).tolist()]
 
 
+class GrammarMasks:
+    """A step's grammar masks on the device, and which of them is each row's (-1: none). vLLM's GrammarOutput."""
+
+    def __init__(self, grammar: Any, request_ids: Sequence[str], device: torch.device) -> None:
+        places = {name: i for i, name in enumerate(grammar.structured_output_request_ids)}
+        self.rows = np.array([places.get(name, -1) for name in request_ids], np.int32)
+        masks = torch.from_numpy(grammar.grammar_bitmask)
+        # From pinned memory, which torch keeps until the copy is done, the host need not wait.
+        self.masks = masks.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else masks
+
+
 class DeviceDrawing:
     """The seats of one engine's requests on one device, and the counters of what was drawn.
 
@@ -113,6 +124,7 @@ class DeviceDrawing:
         counters: what GetModel shows.
         is_warming: the engine warms up; what goes to vLLM's sampler meanwhile is no fall-back.
         native: the native sampler, made with `device`; tests give another.
+        reasons: why vLLM's sampler must draw what is in a seat, by seat.
         beyond_stock: seats whose allowed or biased tokens vLLM's sampler has no room for, and does not know.
 
     A draw's results are overwritten by a draw that begins max_in_flight + 2 steps later: by then the engine has
@@ -139,9 +151,6 @@ class DeviceDrawing:
         self.beyond_stock: set[int] = set()
         self._counters: Counter[str] = Counter()
         self._unread: Unread | None = None
-        # Requests with bad words, as the host knows them, by seat; and drawn tokens that it has not seen.
-        self._watched: dict[int, Request] = {}
-        self._unseen: list[tuple[torch.Tensor, list[tuple[Request, int]]]] = []
         self._ring_size = max_in_flight + 2
         self._rings: dict[tuple[int, int | None, torch.dtype], deque[_Results]] = {}
 
@@ -156,64 +165,50 @@ class DeviceDrawing:
         reason = reason_for_stock(params, prompt)
         if reason:
             self.reasons[seat] = reason
-        else:
-            self.native.put(seat, self._request(params, prompt, output))
-        if prompt is not None and "bad_text" in (params.extra_args or {}).get(EXTRA_KEY, {}):
-            self._watched[seat] = self._request(params, prompt, output)
-        return reason
-
-    def _request(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> Request:
+        if reason in ("foreign_request", "prompt_embeddings"):
+            return reason
+        # What vLLM's sampler draws has a seat too: its bad words are of the seat.
         request = native_request(params, self.vocab_size, prompt or ())
         for token in output:
             request.append(token)
-        return request
+        try:
+            self.native.put(seat, request)
+        except ValueError:
+            # There is no room for its bad words: it ends without a token instead of without them.
+            self._counters["requests_without_room"] += 1
+            self.native.put(seat, Request(self.vocab_size, allowed_token_ids=(), output_token_ids=output))
+        return reason
 
     def leave(self, seat: int) -> None:
         self.native.remove(seat)
         self.reasons.pop(seat, None)
-        self._watched.pop(seat, None)
 
     def ban_text(self, logits: torch.Tensor, seats: Seats) -> None:
-        """Mask what the rows' bad words rule out next, for whichever sampler draws.
-
-        That depends on the text of the tokens before, which the host alone knows: so a step after one with bad
-        words waits for its tokens.
-        """
-        if not self._watched:
+        """Mask what the rows' bad words rule out next, in a batch that vLLM's sampler draws."""
+        ours = self._seated(seats)
+        if (ours < 0).all():
             return
-        for tokens, entries in self._unseen:
-            values = tokens[:, 0].tolist()
-            self._counters["device_waits.bad_words"] += 1
-            for request, row in entries:
-                request.append(values[row])
-        self._unseen.clear()
-        for row, seat in enumerate(seats.tolist()):
-            watched = self._watched.get(seat)
-            banned = () if watched is None else watched.banned_token_ids()
-            if len(banned):
-                index = torch.from_numpy(np.asarray(banned, np.int64)).to(logits.device)
-                logits[row].index_fill_(0, index, -torch.inf)
+        is_ours = logits.dtype in _DTYPES and logits.stride(1) == 1
+        work = logits if is_ours else logits.float().contiguous()
+        self.native.mask(ours, work.data_ptr(), work.stride(0), _DTYPES[work.dtype], _stream_of(work))
+        if work is not logits:
+            logits.copy_(work)
 
-    def _watch(self, seats: Seats, advances: Flags, tokens: torch.Tensor) -> None:
-        """Remember where the tokens of requests with bad words will be."""
-        if not self._watched:
-            return
-        rows = zip(seats.tolist(), advances.tolist(), strict=True)
-        entries = [
-            (self._watched[seat], row)
-            for row, (seat, is_kept) in enumerate(rows)
-            if is_kept and seat in self._watched
-        ]
-        if entries:
-            self._unseen.append((tokens, entries))
+    def _seated(self, seats: Seats) -> Seats:
+        """The seats, -1 for those that are empty."""
+        is_ours = [self.native.first_empty(seats[row : row + 1]) < 0 for row in range(len(seats))]
+        return np.where(np.array(is_ours, np.bool_), seats, -1)
 
     def reason(self, logits: torch.Tensor, seats: Seats, num_logprobs: int | None) -> str:
         """Say why vLLM's sampler must draw this batch, "" if it need not."""
         if logits.shape[0] != len(seats):
             return "several_rows_a_request"
-        empty = self.native.first_empty(seats)
-        if empty >= 0:
-            return self.reasons.get(int(seats[empty]), "dummy_run")
+        if self.reasons:
+            for seat in seats.tolist():
+                if seat in self.reasons:
+                    return self.reasons[seat]
+        if self.native.first_empty(seats) >= 0:
+            return "dummy_run"
         if logits.dtype not in _DTYPES or logits.shape[1] != self.vocab_size or logits.stride(1) != 1:
             return "logits_layout"
         if num_logprobs is not None:
@@ -231,13 +226,13 @@ class DeviceDrawing:
         num_logprobs: int | None,
         request_ids: Sequence[str],
         token_dtype: torch.dtype,
+        grammar: GrammarMasks | None = None,
     ) -> Drawn:
         """Start the draw of one token for each row; a batch for which `reason` is "".
 
         advances: rows whose token becomes part of the output; a row of an unfinished prefill does not.
-        token_dtype: torch.int64 or torch.int32.
+        token_dtype: torch.int64 or torch.int32. Log probabilities are those before the grammar's masks.
         """
-        self.ban_text(logits, seats)
         results = self._results(len(seats), num_logprobs, token_dtype, logits.device)
         receipt = self.native.draw(
             seats,
@@ -245,15 +240,17 @@ class DeviceDrawing:
             logits.data_ptr(),
             logits.stride(0),
             _DTYPES[logits.dtype],
+            mask_rows=None if grammar is None else grammar.rows,
+            masks=0 if grammar is None else grammar.masks.data_ptr(),
+            mask_stride=0 if grammar is None else grammar.masks.stride(0),
             **results.addresses,
             num_logprobs=-1 if num_logprobs is None else num_logprobs,
             processed_logprobs=LOGPROBS_MODES.get(self.logprobs_mode) == "processed",
-            stream=torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
+            stream=_stream_of(logits),
         )
         self._unread = Unread(receipt, request_ids, advances, self._counters)
         self._counters["steps"] += 1
         self._counters["rows"] += len(seats)
-        self._watch(seats, advances, results.drawn.tokens)
         if results.drawn.logprobs is not None:
             # Ids are turned into text also for a row that has no token and ends.
             results.drawn.logprobs.logprob_token_ids.clamp_(min=0)
@@ -278,18 +275,11 @@ class DeviceDrawing:
 
     def follow(self, seats: Seats, advances: Flags, tokens: torch.Tensor) -> None:
         """Enter tokens that vLLM's sampler drew, [rows, 1] on the device, for the rows that have seats."""
-        self._watch(seats, advances, tokens)
-        ours = np.array([self.native.first_empty(seats[row : row + 1]) < 0 for row in range(len(seats))])
-        if not ours.any():
+        ours = self._seated(seats)
+        if (ours < 0).all():
             return
-        self.native.follow(
-            np.where(ours, seats, -1),
-            advances,
-            tokens.data_ptr(),
-            tokens.stride(0),
-            64 if tokens.dtype == torch.int64 else 32,
-            torch.cuda.current_stream(tokens.device).cuda_stream if tokens.is_cuda else 0,
-        )
+        bits = 64 if tokens.dtype == torch.int64 else 32
+        self.native.follow(ours, advances, tokens.data_ptr(), tokens.stride(0), bits, _stream_of(tokens))
 
     def count_beyond_stock(self, seats: Seats) -> None:
         """Count the rows that vLLM's sampler draws without their allowed or biased tokens."""
@@ -308,6 +298,10 @@ class DeviceDrawing:
         """Give, once, the last draw."""
         unread, self._unread = self._unread, None
         return unread
+
+
+def _stream_of(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def can_draw_on(device: torch.device) -> bool:

@@ -33,8 +33,6 @@ class DeviceSeats:
         if seat is None:
             seat = self._free.pop() if self._free else len(self._seats)
             self._seats[request_id] = seat
-        elif seat in self._drawing.reasons:
-            return seat
         if state.output_token_ids and min(state.output_token_ids) < 0:
             self._drawing.leave(seat)
             self._drawing.reasons[seat] = "tokens_not_known"

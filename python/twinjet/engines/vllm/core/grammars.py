@@ -7,8 +7,10 @@ not come through the server, is compiled as vLLM does it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import xgrammar
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,9 +20,36 @@ from vllm.v1.structured_output.backend_types import StructuredOutputBackend, Str
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
 from twinjet.engines.vllm.fields import GrammarNote
+from twinjet.grammar.effort import Effort
 from twinjet.grammar.handle import end_tokens, load_grammar
 
 logger = init_logger(__name__)
+
+
+@dataclass
+class WatchedGrammar(XgrammarGrammar):  # type: ignore[misc]
+    """vLLM's match of a grammar, which ends its request where it takes too long; see grammar.effort."""
+
+    effort: Effort = field(default_factory=Effort, init=False, repr=False)
+
+    def fill_bitmask(self, bitmask: torch.Tensor, idx: int) -> None:
+        """Write the mask; where nothing is left of the effort, one that allows no token."""
+        if self.effort.is_spent():
+            bitmask[idx].fill_(0)
+            return
+        self.effort.allow_mask()
+        with self.effort.counted():
+            super().fill_bitmask(bitmask, idx)
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """Go on by tokens; False, which ends the request, also where that took too long."""
+        if self.effort.is_spent():
+            return False
+        with self.effort.counted():
+            is_accepted: bool = super().accept_tokens(request_id, tokens)
+        if self.effort.is_spent():
+            logger.warning("request %s ends: its grammar takes too long to match", request_id)
+        return is_accepted and not self.effort.is_spent()
 
 
 class PreparedGrammars(StructuredOutputBackend):  # type: ignore[misc]
@@ -43,7 +72,7 @@ class PreparedGrammars(StructuredOutputBackend):  # type: ignore[misc]
             override_stop_tokens=end_tokens(note.vocabulary_path, note.end_token_ids, note.stop_token_ids),
             max_rollback_tokens=0 if speculation is None else speculation.num_speculative_tokens,
         )
-        return XgrammarGrammar(matcher=matcher, vocab_size=self.vocab_size, ctx=compiled)
+        return WatchedGrammar(matcher=matcher, vocab_size=self.vocab_size, ctx=compiled)
 
     def _stock(self) -> XgrammarBackend:
         if not hasattr(self, "_stock_backend"):

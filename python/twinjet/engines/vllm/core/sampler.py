@@ -1,9 +1,8 @@
 """The V1 model runner's sampler replaced by ours, in the engine's process; imports vLLM.
 
-A batch with anything that ours does not cover goes to vLLM's sampler, and why is counted. On a CPU the grammar's
-bitmask comes with the draw and not through the runner, which would write it into the logits: log probabilities are
-those before the mask. The draw is done when `forward` returns; on a GPU it is under way, see device_drawing, and the
-runner has applied the mask before.
+A batch with anything that ours does not cover goes to vLLM's sampler, and why is counted. The grammar's bitmask comes
+with the draw and not through the runner, which would write it into the logits: log probabilities are those before the
+mask. On a CPU the draw is done when `forward` returns; on a GPU it is under way, see device_drawing.
 """
 
 from __future__ import annotations
@@ -19,8 +18,15 @@ import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.sampler import Sampler as StockSampler
+from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
-from twinjet.engines.vllm.core.device_drawing import LOGPROBS_MODES, DeviceDrawing, Unread, can_draw_on
+from twinjet.engines.vllm.core.device_drawing import (
+    LOGPROBS_MODES,
+    DeviceDrawing,
+    GrammarMasks,
+    Unread,
+    can_draw_on,
+)
 from twinjet.engines.vllm.core.device_seats import DeviceSeats
 from twinjet.engines.vllm.core.requests import RequestTable
 from twinjet.engines.vllm.fields import EXTRA_KEY
@@ -125,20 +131,18 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
         else:
             self.drawing = Drawing(vocab_size, stock.logprobs_mode)
         self._grammar: Any = None
-
-    @property
-    def takes_grammar(self) -> bool:
-        """Whether masks come by with_grammar(); else the runner writes them into the logits."""
-        return isinstance(self.drawing, Drawing)
+        self._scheduled: Any = None
 
     @contextlib.contextmanager
-    def with_grammar(self, grammar: Any) -> Iterator[None]:
+    def with_grammar(self, grammar: Any, runner: Any) -> Iterator[None]:
         """Keep a step's grammar masks for the draw; vLLM's GrammarOutput, without speculative tokens."""
         self._grammar = grammar
+        state = getattr(runner, "execute_model_state", None)
+        self._scheduled = None if state is None else state.scheduler_output
         try:
             yield
         finally:
-            self._grammar = None
+            self._grammar = self._scheduled = None
 
     def _masks(self) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.int32] | None]:
         """The step's masks, and which of them is each row's."""
@@ -150,6 +154,9 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
 
     def apply_logits_processors(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
         """Put the grammar's mask before vLLM's own processors, after it has read the raw logprobs."""
+        if self._grammar is not None and logits.device.type != "cpu":
+            apply_grammar_bitmask(self._scheduled, self._grammar, self.runner.input_batch, logits)
+            return super().apply_logits_processors(logits, *args)
         bitmask, rows = self._masks()
         if bitmask is not None and rows is not None:
             for row in np.flatnonzero(rows >= 0).tolist():
@@ -213,8 +220,11 @@ class NativeSampler(StockSampler):  # type: ignore[misc]
             if output.sampled_token_ids.shape == (len(seats), 1):
                 drawing.follow(seats, advances, output.sampled_token_ids)
             return output
+        grammar = None
+        if self._grammar is not None:
+            grammar = GrammarMasks(self._grammar, request_ids, logits.device)
         drawn = drawing.draw(
-            logits, seats, advances, metadata.max_num_logprobs, list(request_ids), torch.int32
+            logits, seats, advances, metadata.max_num_logprobs, list(request_ids), torch.int32, grammar
         )
         return SamplerOutput(sampled_token_ids=drawn.tokens, logprobs_tensors=drawn.logprobs)
 

@@ -7,14 +7,15 @@ to vLLM's sampler, and the seats of its other rows take over the tokens that it 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from twinjet.engines.vllm.core.device_drawing import DeviceDrawing, Unread, can_draw_on
+from twinjet.engines.vllm.core.device_drawing import DeviceDrawing, GrammarMasks, Unread, can_draw_on
 
 
 def hook_custom_sampler(runner_module: Any, vocab_size: int, device: torch.device) -> None:
@@ -65,6 +66,8 @@ class NativeSamplerV2:
         self.stock = stock
         self.drawing = drawing
         self.incoming: Mapping[str, Any] = {}
+        self._grammar: Any = None
+        self._structured_outputs: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stock, name)
@@ -86,12 +89,34 @@ class NativeSamplerV2:
         tokens = new.prefill_token_ids
         self.drawing.enter(index, params, tokens[: new.prompt_len], tokens[new.prompt_len :])
 
+    @contextlib.contextmanager
+    def with_grammar(self, grammar: Any, runner: Any) -> Iterator[None]:
+        """Keep a step's grammar masks for the draw; vLLM's GrammarOutput, without speculative tokens."""
+        self._grammar, self._structured_outputs = grammar, runner.structured_outputs_worker
+        try:
+            yield
+        finally:
+            self._grammar = self._structured_outputs = None
+
+    def _prepare_for_stock(self, logits: torch.Tensor, input_batch: Any, seats: Any) -> None:
+        """Write into the logits what vLLM's sampler does not know of: grammars' masks and bad words."""
+        if self._grammar is not None:
+            self._structured_outputs.apply_grammar_bitmask(
+                logits,
+                input_batch,
+                self._grammar.structured_output_request_ids,
+                self._grammar.grammar_bitmask,
+            )
+        if logits.shape[0] == len(seats):
+            self.drawing.count_beyond_stock(seats)
+            self.drawing.ban_text(logits, seats)
+
     def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
         """Draw one token for each row of the batch; as vLLM's sampler."""
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
         drawing = self.drawing
-        seats = input_batch.idx_mapping_np
+        seats = np.asarray(input_batch.idx_mapping_np, np.int64)
         dims = self.stock.get_logprobs_dims(seats)
         num_logprobs = None if dims is None else dims[0]
         rows = len(seats)
@@ -99,14 +124,15 @@ class NativeSamplerV2:
         reason = drawing.reason(logits, seats, num_logprobs)
         if reason:
             drawing.give_up(reason)
-            if logits.shape[0] == rows:
-                drawing.count_beyond_stock(seats)
-                drawing.ban_text(logits, seats)
+            self._prepare_for_stock(logits, input_batch, seats)
             output = self.stock(logits, input_batch)
             if reason != "dummy_run" and logits.shape[0] == rows:
-                drawing.follow(np.asarray(seats, np.int64), advances, output.sampled_token_ids)
+                drawing.follow(seats, advances, output.sampled_token_ids)
             return output
-        drawn = drawing.draw(logits, seats, advances, num_logprobs, input_batch.req_ids, torch.int64)
+        grammar = None
+        if self._grammar is not None:
+            grammar = GrammarMasks(self._grammar, input_batch.req_ids, logits.device)
+        drawn = drawing.draw(logits, seats, advances, num_logprobs, input_batch.req_ids, torch.int64, grammar)
         return SamplerOutput(
             # The next step reads these on the device before the host has ended a request without a token.
             sampled_token_ids=drawn.tokens,

@@ -67,12 +67,15 @@ class Worker(_StockWorker):  # type: ignore[misc]
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Draw the step's tokens; see vLLM's worker."""
         sampler = self.model_runner.sampler
-        if (
-            isinstance(sampler, NativeSampler)
-            and sampler.takes_grammar
+        # Else the runner writes the grammars' masks into the logits.
+        takes_grammar = (
+            grammar_output is not None
+            and hasattr(sampler, "with_grammar")
             and self.vllm_config.speculative_config is None
-        ):
-            with sampler.with_grammar(grammar_output):
+            and getattr(self.model_runner, "batch_sharder", None) is None
+        )
+        if takes_grammar:
+            with sampler.with_grammar(grammar_output, self.model_runner):
                 output = super().sample_tokens(None)
         else:
             output = super().sample_tokens(grammar_output)
