@@ -37,7 +37,7 @@ def measure(bench: Path, row: str, streams: int, connections: int, tls: list[str
     """Microseconds of server CPU a message."""
     is_core = row.startswith("core")
     tls = tls if row == "core_tls" else []
-    budget = 200_000 if is_core else 20_000
+    budget = 400_000 if is_core else 20_000
     tokens = max(16, min(1000, budget // streams))
     shape = [str(streams), str(tokens), str(NUM_BYTES)]
     command = (

@@ -23,7 +23,6 @@ Cells:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -44,7 +43,7 @@ PACED_S = 12
 PROBE_PER_S = 47  # no multiple of a step: it meets all of its phases
 PROBE_TOKENS = 16
 PACED_TOKENS = {4096: 128}
-TOKENS = {1: 256, 32: 256, 256: 64, 1024: 64, 4096: 128, 8192: 8}
+TOKENS = {1: 256, 32: 256, 256: 256, 1024: 256, 4096: 128, 8192: 8}
 REQUESTS_OF_STARTS = 20
 SHOWN = {
     "lockstep": ("us_per_token", "tokens_per_message"), "each": ("us_per_token", "tokens_per_message"),
@@ -148,19 +147,13 @@ def paced(bench: Bench, end: FrontEnd, num_tokens: int, streams: int) -> dict[st
     rate = (streams / 2 / PACE_S - PROBE_PER_S * PROBE_TOKENS) / num_tokens
     end.control.put("run", 0)
     options = {"timeout": CELL_TIMEOUT_S, "rate": rate, "requests": int(rate * PACED_S)}
-    with (
-        bench.loading(end, num_tokens, streams, **options) as client,
-        _first_for_a_core(end.control.pid) as is_first,
-    ):
+    with bench.loading(end, num_tokens, streams, **options) as client:
         while not end.control.run and client.poll() is None:
             time.sleep(0.01)
         time.sleep(num_tokens * PACE_S)  # then as many end as begin
         seconds = max(1.0, PACED_S - num_tokens * PACE_S - 1)
         options |= {"rate": PROBE_PER_S, "requests": int(PROBE_PER_S * seconds), "connections": 1, "probe": 1}
-        with (
-            bench.loading(end, PROBE_TOKENS, 4 * PROBE_TOKENS, **options) as prober,
-            _first_for_a_core(prober.pid),
-        ):
+        with bench.loading(end, PROBE_TOKENS, 4 * PROBE_TOKENS, **options) as prober:
             seen, error = prober.communicate()
         out, error = client.communicate()
     if client.returncode != 0:
@@ -170,29 +163,7 @@ def paced(bench: Bench, end: FrontEnd, num_tokens: int, streams: int) -> dict[st
     both = {key: load[key] + probe[key] for key in ("requests", "done", "tokens", "messages", "client_cpu_s")}
     statuses = {status: load["statuses"].get(status, 0) + probe["statuses"].get(status, 0)
                 for status in load["statuses"] | probe["statuses"]}  # fmt: skip
-    return (
-        probe
-        | both
-        | {"seconds": load["seconds"], "statuses": statuses, "load": load, "are_clocks_first": is_first}
-    )
-
-
-@contextlib.contextmanager
-def _first_for_a_core(pid: int) -> Iterator[bool]:
-    """Let a process that takes times never wait for a core; gives whether that is allowed here."""
-    tasks = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
-    try:
-        for task in tasks:
-            os.sched_setscheduler(task, os.SCHED_FIFO, os.sched_param(1))
-    except PermissionError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        for task in tasks:
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setscheduler(task, os.SCHED_OTHER, os.sched_param(0))
+    return probe | both | {"seconds": load["seconds"], "statuses": statuses, "load": load}
 
 
 def memory(bench: Bench, end: FrontEnd, streams: int) -> dict[str, Any]:

@@ -391,9 +391,10 @@ class Client:
             except DeadlinePassed:
                 raise not_ready_in_time(model, last, limit_s or 0.0) from None
             else:
-                loading = ready_or_loading(Model.of(answer.model))
+                found = Model.of(answer.model)
+                loading = ready_or_loading(found)
                 if loading is None:
-                    return Model.of(answer.model)
+                    return found
                 last = loading
                 if on_progress is not None:
                     on_progress(loading)

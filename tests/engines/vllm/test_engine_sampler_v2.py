@@ -284,6 +284,20 @@ def test_a_request_that_only_vllms_sampler_can_draw_has_its_bad_words_too(
     assert wrapped.drawing.counters["stock_steps.all_logprobs"] == 2
 
 
+def test_a_batch_without_bad_words_costs_no_mask(wrapped: Any, bans_1_after_0: dict[str, Any]) -> None:
+    import torch
+
+    masked = []
+    mask = wrapped.drawing.native.mask
+    wrapped.drawing.native.mask = lambda seats, *rest: (masked.append(seats.tolist()), mask(seats, *rest))
+    add(wrapped, 0, logprobs=-1)
+    add(wrapped, 1, **bans_1_after_0)
+    assert wrapped(favours(0), batch([0], [3])).by == "stock"
+    assert masked == []
+    assert wrapped(torch.cat([favours(0), favours(0)]), batch([0, 1], [4, 3])).by == "stock"
+    assert masked == [[-1, 1]]
+
+
 def test_bad_words_without_room_end_a_request(wrapped: Any, bans_1_after_0: dict[str, Any]) -> None:
     put = wrapped.drawing.native.put
 

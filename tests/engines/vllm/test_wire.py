@@ -298,7 +298,7 @@ def test_the_mock_speaks_as_the_engine_core_does(monkeypatch: pytest.MonkeyPatch
     core._context.destroy()
     core._output = type("Socket", (), {"send": staticmethod(sent.append)})
     for name, tokens in (("a-1", 1), ("b-2", 2)):
-        core._waiting.append(mock_core._Stream(name, tokens, 3))
+        core._waiting.append(mock_core._Stream(name, tokens, 3, None))
     core._make_step()
     core._make_step()
     first, second = (MsgpackDecoder(EngineCoreOutputs).decode(message) for message in sent)

@@ -149,6 +149,7 @@ class DeviceDrawing:
         self.is_warming = False
         self.reasons: dict[int, str] = {}
         self.beyond_stock: set[int] = set()
+        self._with_bad_text: set[int] = set()
         self._counters: Counter[str] = Counter()
         self._unread: Unread | None = None
         self._ring_size = max_in_flight + 2
@@ -177,27 +178,26 @@ class DeviceDrawing:
             # There is no room for its bad words: it ends without a token instead of without them.
             self._counters["requests_without_room"] += 1
             self.native.put(seat, Request(self.vocab_size, allowed_token_ids=(), output_token_ids=output))
+            return reason
+        if request.has_bad_text:
+            self._with_bad_text.add(seat)
         return reason
 
     def leave(self, seat: int) -> None:
         self.native.remove(seat)
         self.reasons.pop(seat, None)
+        self._with_bad_text.discard(seat)
 
     def ban_text(self, logits: torch.Tensor, seats: Seats) -> None:
         """Mask what the rows' bad words rule out next, in a batch that vLLM's sampler draws."""
-        ours = self._seated(seats)
-        if (ours < 0).all():
+        if self._with_bad_text.isdisjoint(seats.tolist()):
             return
         is_ours = logits.dtype in _DTYPES and logits.stride(1) == 1
         work = logits if is_ours else logits.float().contiguous()
-        self.native.mask(ours, work.data_ptr(), work.stride(0), _DTYPES[work.dtype], _stream_of(work))
+        banning = np.array([seat if seat in self._with_bad_text else -1 for seat in seats.tolist()], np.int64)
+        self.native.mask(banning, work.data_ptr(), work.stride(0), _DTYPES[work.dtype], _stream_of(work))
         if work is not logits:
             logits.copy_(work)
-
-    def _seated(self, seats: Seats) -> Seats:
-        """The seats, -1 for those that are empty."""
-        is_ours = [self.native.first_empty(seats[row : row + 1]) < 0 for row in range(len(seats))]
-        return np.where(np.array(is_ours, np.bool_), seats, -1)
 
     def reason(self, logits: torch.Tensor, seats: Seats, num_logprobs: int | None) -> str:
         """Say why vLLM's sampler must draw this batch, "" if it need not."""
@@ -275,9 +275,10 @@ class DeviceDrawing:
 
     def follow(self, seats: Seats, advances: Flags, tokens: torch.Tensor) -> None:
         """Enter tokens that vLLM's sampler drew, [rows, 1] on the device, for the rows that have seats."""
-        ours = self._seated(seats)
-        if (ours < 0).all():
+        ours = np.array([self.native.first_empty(seats[row : row + 1]) < 0 for row in range(len(seats))])
+        if not ours.any():
             return
+        ours = np.where(ours, seats, -1)
         bits = 64 if tokens.dtype == torch.int64 else 32
         self.native.follow(ours, advances, tokens.data_ptr(), tokens.stride(0), bits, _stream_of(tokens))
 
