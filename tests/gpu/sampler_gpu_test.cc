@@ -12,6 +12,9 @@
 using namespace twinjet::sampler;
 using gpu::Batch;
 using gpu::DeviceArray;
+using gpu::MakeRandomBatch;
+using gpu::RandomBatch;
+using gpu::RestrictTo;
 
 namespace {
 
@@ -39,78 +42,6 @@ cuda::DeviceSampler& Device() {
   return sampler;
 }
 
-void RestrictTo(cuda::Family family, RowParams* params) {
-  if (family == cuda::Family::kGreedy) params->temperature = 0.0f;
-  if (family != cuda::Family::kOpen) return;
-  params->top_k = 0;
-  params->top_p = 1.0f;
-}
-
-// Random rows of all shapes, parameters and edits; storage keeps what the inputs borrow.
-struct RandomBatch {
-  Batch batch;
-  std::vector<rows::Row> storage;
-};
-
-RandomBatch MakeRandomBatch(rows::Generator& random, int num_rows, int32_t vocab_size) {
-  RandomBatch made;
-  Batch& batch = made.batch;
-  batch.vocab_size = vocab_size;
-  batch.dtype = static_cast<Dtype>(rows::Below(random, 3));
-  // Padding of rows: none, a little (odd addresses), to 16 bytes.
-  batch.row_stride = vocab_size + rows::OneOf(random, {0, 1, 3, 64});
-  if (rows::Chance(random, 0.5)) batch.row_stride = (batch.row_stride + 7) / 8 * 8;
-  const size_t item = batch.dtype == Dtype::kFloat32 ? 4 : 2;
-  const size_t row_bytes = static_cast<size_t>(batch.row_stride) * item;
-  batch.logits.assign(static_cast<size_t>(num_rows) * row_bytes, '\xff');
-  batch.bitmask.assign(static_cast<size_t>(num_rows) * batch.words(), 0);
-  if (rows::Chance(random, 0.3)) {
-    batch.num_logprobs = rows::OneOf(random, {0, 1, 5, 20, 128});
-    batch.processed_logprobs = rows::Chance(random, 0.5);
-  }
-  batch.want_processed = rows::Chance(random, 0.1);
-  // Batches of each family, and without edits, have kernels of their own.
-  const auto family = static_cast<cuda::Family>(rows::Below(random, 3));
-  const bool has_edits = rows::Chance(random, 0.6);
-  made.storage.resize(static_cast<size_t>(num_rows));
-  for (size_t i = 0; i < made.storage.size(); ++i) {
-    rows::Row& row = made.storage[i];
-    const auto shape = static_cast<rows::Shape>(random() % static_cast<uint64_t>(rows::Shape::kCount));
-    rows::FillRow(random, shape, vocab_size, &row);
-    RestrictTo(family, &row.params);
-    PrepareRow(row.params, vocab_size, &row.input.constants);
-    if (!has_edits) {
-      const RowEdits all = row.input.edits;
-      row.input.edits = {};
-      row.input.edits.allowed_mask = all.allowed_mask;
-      row.input.edits.grammar_mask = all.grammar_mask;
-    }
-    char* out = batch.logits.data() + i * row_bytes;
-    if (batch.dtype == Dtype::kFloat32) {
-      std::memcpy(out, row.logits.data(), row.logits.size() * 4);
-    } else {
-      for (size_t j = 0; j < row.logits.size(); ++j) {
-        const uint32_t bits = FloatBits(row.logits[j]);
-        uint16_t narrow = static_cast<uint16_t>(bits >> 16);
-        if (batch.dtype == Dtype::kFloat16 && !IsNan(row.logits[j])) {
-          narrow = static_cast<uint16_t>((0x4000u | (bits >> 13 & 0x7ffu)) | (bits >> 31 << 15));
-          if (row.logits[j] == NegativeInfinity()) narrow = 0xfc00u;
-        }
-        std::memcpy(out + 2 * j, &narrow, 2);
-      }
-    }
-    row.input.logits = out;
-    row.input.dtype = batch.dtype;
-    row.input.num_logprobs = batch.num_logprobs;
-    row.input.processed_logprobs = batch.processed_logprobs;
-    if (row.input.edits.grammar_mask != nullptr) {
-      std::memcpy(batch.bitmask.data() + i * batch.words(), row.grammar.data(), batch.words() * 4);
-    }
-    batch.inputs.push_back(row.input);
-  }
-  return made;
-}
-
 void Compare(const Batch& batch, const gpu::Drawn& host, const gpu::Drawn& device, const std::string& where) {
   std::string what;
   const int differences = gpu::CountDifferences(batch, host, device, &what);
@@ -135,10 +66,12 @@ void CompareRandomBatches(uint64_t stream, int num_batches, int num_rows, int32_
       if (cluster > 0 && rows::Chance(random, 0.5)) continue;
       Device().set_cluster(cluster < 0 ? 0 : cluster);
       if (cluster < 0) Device().set_limits({limits.num_multiprocessors, 40000, 1});
+      Device().set_max_clusters(rows::OneOf(random, {0, 1, 2, 5}));
       const gpu::Drawn device = gpu::DrawOnDevice(Device(), made.batch, logits.data(), bitmask.data(),
                                                   rows::Chance(random, 0.5) ? own : nullptr);
       Device().set_limits(limits);
       Device().set_cluster(0);
+      Device().set_max_clusters(0);
       Compare(made.batch, host, device,
               "batch " + std::to_string(b) + ", cluster " + std::to_string(cluster));
     }

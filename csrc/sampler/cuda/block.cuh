@@ -15,7 +15,7 @@ struct Block {
   SharedHead* head;
   float* maxima;  // see SharedLayout for this and the next five
   uint32_t* flags;
-  uint64_t* sums;
+  uint64_t* mail;
   uint64_t* runners;
   char* lists;
   char* gathered;
@@ -31,7 +31,7 @@ struct Block {
   // Numbers of exchanges so far, by kind.
   uint32_t num_copies;
   uint32_t num_maxima;
-  uint32_t num_sums;
+  uint32_t num_mail;
   uint32_t num_runners;
   uint32_t num_lists;
 };
@@ -53,6 +53,9 @@ __device__ __forceinline__ int32_t FloatFourOfLane(int32_t group, int32_t i) {
 
 struct SumOf {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
+};
+struct MaxOf {
+  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
 };
 
 template <class Op>
@@ -142,89 +145,93 @@ __device__ __forceinline__ int32_t FirstGroupOf(const Block& block, float max) {
   return place / block.maxima_stride * block.groups_per_block + place % block.maxima_stride;
 }
 
-// ---- Sums: every block gets totals over all threads of all blocks ----
+// ---- Mail: every block gets a combination of all threads' values ----
 //
-// All blocks add to each other's totals, in two sets that take turns. A set is cleared after it was read and
-// before this block adds to the other, which lets the other blocks go on to add to the first again.
+// A set holds MailWords(size) words of 8 bytes.
 
-__device__ __forceinline__ uint64_t* SumsSlot(const Block& block, uint32_t set) {
-  return block.sums + (set & 1) * kNumSums;
+__device__ __forceinline__ uint64_t* MailSlot(const Block& block, uint32_t set) {
+  return block.mail + (set & 1) * static_cast<uint32_t>(MailWords(static_cast<int32_t>(block.cluster.size)));
 }
 
-// Waits for the totals that this block has added to with AddToSums, kCount words of 8 bytes by each block.
-__device__ __forceinline__ const uint64_t* WaitSums(Block& block) {
-  const uint32_t number = block.num_sums++;
-  if (block.cluster.size > 1) {
-    WaitPhase(&block.head->sums_arrival[number & 1], number >> 1 & 1);
-  } else {
-    __syncthreads();
-  }
-  return SumsSlot(block, number);
+// Says how many bytes come with the next exchange of mail. In one thread.
+__device__ __forceinline__ void ExpectMail(const Block& block, uint32_t bytes) {
+  ExpectBytes(&block.head->mail_arrival[block.num_mail & 1], bytes);
 }
 
-// Adds value to word i in block `to`. The other set must be clear.
-__device__ __forceinline__ void AddToSums(const Block& block, uint32_t i, uint64_t value, uint32_t to) {
-  uint64_t* place = SumsSlot(block, block.num_sums) + i;
-  if (block.cluster.size > 1) {
-    AddRemote(place, value, &block.head->sums_arrival[block.num_sums & 1], to);
-  } else {
-    *place = value;  // one thread a word
-  }
+// Sends a word of the next exchange, or two, to the place `to` in block `rank`.
+template <class T>
+__device__ __forceinline__ void SendMail(const Block& block, const T* to, const T& value, uint32_t rank) {
+  SendRemote(to, value, &block.head->mail_arrival[block.num_mail & 1], rank);
 }
 
-template <int kCount>
-__device__ __forceinline__ void AllSum(Block& block, uint64_t (&values)[kCount]) {
+// Waits for the exchange of mail under way and turns to the next. In clusters of several blocks.
+__device__ __forceinline__ void WaitMail(Block& block) {
+  WaitPhase(&block.head->mail_arrival[block.num_mail & 1], block.num_mail >> 1 & 1);
+  ++block.num_mail;
+}
+
+template <int kCount, class Op>
+__device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCount], Op op) {
   SharedHead& head = *block.head;
   const uint32_t size = block.cluster.size;
-  __syncthreads();  // by_warp and the last totals may be read still
+  __syncthreads();  // by_warp may be read still from the last call
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const uint64_t value = ReduceWarp(values[i], SumOf());
+    const uint64_t value = ReduceWarp(values[i], op);
     if (LaneInWarp() == 0) head.by_warp[threadIdx.x / 32][i] = value;
   }
-  if (threadIdx.x < kNumSums) SumsSlot(block, block.num_sums + 1)[threadIdx.x] = 0;
   __syncthreads();
-  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.sums_arrival[block.num_sums & 1], size * kCount * 8);
+  uint64_t* mail = MailSlot(block, block.num_mail);
+  if (threadIdx.x == 0 && size > 1) ExpectMail(block, size * kCount * 8);
   for (uint32_t to = threadIdx.x; to < size * kCount; to += kThreads) {
     const uint32_t i = to % kCount;
     uint64_t value = head.by_warp[0][i];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) value += head.by_warp[w][i];
-    AddToSums(block, i, value, to / kCount);
-  }
-  const uint64_t* totals = WaitSums(block);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = totals[i];
-}
-
-// The largest value of all threads of all blocks.
-__device__ __forceinline__ uint32_t AllMax(Block& block, uint32_t value) {
-  SharedHead& head = *block.head;
-  const uint32_t size = block.cluster.size;
-  __syncthreads();  // by_warp and the last totals may be read still
-  value = __reduce_max_sync(~0u, value);
-  if (LaneInWarp() == 0) head.by_warp[threadIdx.x / 32][0] = value;
-  if (threadIdx.x < kNumSums) SumsSlot(block, block.num_sums + 1)[threadIdx.x] = 0;
-  __syncthreads();
-  auto* place = reinterpret_cast<uint32_t*>(SumsSlot(block, block.num_sums));
-  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.sums_arrival[block.num_sums & 1], size * 4);
-  if (threadIdx.x < size) {
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const auto other = static_cast<uint32_t>(head.by_warp[w][0]);
-      value = other > value ? other : value;
-    }
+    for (int w = 1; w < kWarps; ++w) value = op(value, head.by_warp[w][i]);
+    uint64_t* place = mail + block.cluster.rank * kReducedWords + i;
     if (size > 1) {
-      MaxRemote(place, value, &head.sums_arrival[block.num_sums & 1], threadIdx.x);
+      SendMail(block, place, value, to / kCount);
     } else {
       *place = value;
     }
   }
-  return *reinterpret_cast<const uint32_t*>(WaitSums(block));
+  if (size > 1) {
+    WaitMail(block);
+  } else {
+    __syncthreads();
+  }
+  if (kCount <= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = mail[i];
+      for (uint32_t r = 1; r < size; ++r) values[i] = op(values[i], mail[r * kReducedWords + i]);
+    }
+    return;
+  }
+  if (threadIdx.x < kCount) {
+    uint64_t value = mail[threadIdx.x];
+    for (uint32_t r = 1; r < size; ++r) value = op(value, mail[r * kReducedWords + threadIdx.x]);
+    head.totals[threadIdx.x] = value;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = head.totals[i];
+}
+
+template <int kCount>
+__device__ __forceinline__ void AllSum(Block& block, uint64_t (&values)[kCount]) {
+  AllReduce(block, values, SumOf());
+}
+
+// The largest value of all threads of all blocks.
+__device__ __forceinline__ uint32_t AllMax(Block& block, uint32_t value) {
+  uint64_t values[1] = {value};
+  AllReduce(block, values, MaxOf());
+  return static_cast<uint32_t>(values[0]);
 }
 
 // Counts of a block's tokens in kNumBins bins, each as two words. They lie where lists lie while no list is
-// wanted: the last lists must have been read and the next may be sent only after BinsInSums.
+// wanted: the last lists must have been read, and the next may be sent only after SumBins.
 struct Bins {
   uint32_t* low;
   uint32_t* high;
@@ -235,39 +242,78 @@ __device__ __forceinline__ Bins ClearBins(const Block& block) {
   auto* words = reinterpret_cast<uint32_t*>(block.lists);
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < 2 * kNumBins; i += kThreads) words[i] = 0;
-  if (threadIdx.x < kNumSums) SumsSlot(block, block.num_sums + 1)[threadIdx.x] = 0;
   __syncthreads();
   return {words, words + kNumBins};
 }
 
-// All blocks' bins together: high * 2^shift + low, kNumBins totals; behind them those of one_more and
-// and_another of this block's threads.
-__device__ __forceinline__ const uint64_t* SumBins(Block& block, const Bins& bins, int shift,
-                                                   uint64_t one_more = 0, uint64_t and_another = 0) {
+struct BinTotals {
+  const uint64_t* bins;  // kNumBins
+  uint64_t one_more;
+  uint64_t and_another;
+};
+
+// All blocks' bins together: high * 2^shift + low; and the sums of one_more and and_another over all threads.
+// Each block adds up its share of the bins and sends the totals to all: two exchanges.
+__device__ __forceinline__ BinTotals SumBins(Block& block, const Bins& bins, int shift, uint64_t one_more = 0,
+                                             uint64_t and_another = 0) {
   SharedHead& head = *block.head;
-  const uint32_t size = block.cluster.size;
+  const uint32_t size = block.cluster.size, rank = block.cluster.rank;
   one_more = ReduceWarp(one_more, SumOf());
   and_another = ReduceWarp(and_another, SumOf());
   if (LaneInWarp() == 0) {
     head.by_warp[threadIdx.x / 32][0] = one_more;
     head.by_warp[threadIdx.x / 32][1] = and_another;
   }
-  __syncthreads();
-  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.sums_arrival[block.num_sums & 1], size * kNumSums * 8);
-  for (uint32_t to = threadIdx.x; to < size * kNumSums; to += kThreads) {
-    const uint32_t i = to % kNumSums;
-    uint64_t value = 0;
-    if (i < kNumBins) {
-      value = (static_cast<uint64_t>(bins.high[i]) << shift) + bins.low[i];
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) value += head.by_warp[w][i - kNumBins];
+  __syncthreads();  // the bins are complete
+  const uint32_t thread = threadIdx.x;
+  const uint32_t share = kNumBins / size;
+  uint64_t total = 0;
+  if (thread < kNumBins) total = (static_cast<uint64_t>(bins.high[thread]) << shift) + bins.low[thread];
+  if (size > 1) {
+    const uint64_t* parts = MailSlot(block, block.num_mail);  // [size][share], of this block's share
+    if (thread == 0) ExpectMail(block, kNumBins * 8);
+    if (thread < kNumBins) SendMail(block, parts + rank * share + thread % share, total, thread / share);
+    WaitMail(block);
+    total = 0;
+    if (thread < kNumBins) {
+      for (uint32_t r = 0; r < size; ++r) total += parts[r * share + thread % share];
     }
-    AddToSums(block, i, value, to / kNumSums);
   }
-  const uint64_t* totals = WaitSums(block);
+  uint64_t* totals = MailSlot(block, block.num_mail);  // bins, then two words of each block
+  uint64_t* pairs = totals + kNumBins;
+  if (thread == 0 && size > 1) ExpectMail(block, kNumBins * 8 + size * 16);
+  if (thread < kNumBins) {
+    // With one block the share is all bins.
+    uint64_t* place = totals + rank * share + thread % share;
+    if (size > 1) {
+      SendMail(block, place, total, thread / share);
+    } else {
+      *place = total;
+    }
+  } else if (thread < kNumBins + size) {
+    uint64_t pair[2] = {0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      pair[0] += head.by_warp[w][0];
+      pair[1] += head.by_warp[w][1];
+    }
+    if (size > 1) {
+      const uint4 words = {static_cast<uint32_t>(pair[0]), static_cast<uint32_t>(pair[0] >> 32),
+                           static_cast<uint32_t>(pair[1]), static_cast<uint32_t>(pair[1] >> 32)};
+      SendMail(block, reinterpret_cast<uint4*>(pairs + 2 * rank), words, thread - kNumBins);
+    } else {
+      pairs[0] = pair[0];
+      pairs[1] = pair[1];
+    }
+  }
+  if (size > 1) WaitMail(block);
   __syncthreads();  // lists may be written
-  return totals;
+  BinTotals result = {totals, 0, 0};
+  for (uint32_t r = 0; r < size; ++r) {
+    result.one_more += pairs[2 * r];
+    result.and_another += pairs[2 * r + 1];
+  }
+  return result;
 }
 
 // ---- Races ----

@@ -168,30 +168,6 @@ __device__ __forceinline__ void SendRemote(const uint4* local, const uint4& valu
 #endif
 }
 
-// Adds to the same place in the shared memory of block `rank`, or takes the maximum, and counts the bytes at
-// that block's barrier.
-__device__ __forceinline__ void AddRemote(const uint64_t* local, uint64_t value, const uint64_t* barrier,
-                                          uint32_t rank) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u64 [%0], %1, [%2];" ::"r"(
-          RemoteAddress(local, rank)),
-      "l"(value), "r"(RemoteAddress(barrier, rank))
-      : "memory");
-#endif
-}
-
-__device__ __forceinline__ void MaxRemote(const uint32_t* local, uint32_t value, const uint64_t* barrier,
-                                          uint32_t rank) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.max.u32 [%0], %1, [%2];" ::"r"(
-          RemoteAddress(local, rank)),
-      "r"(value), "r"(RemoteAddress(barrier, rank))
-      : "memory");
-#endif
-}
-
 // Reads the same place in the shared memory of block `rank`.
 __device__ __forceinline__ uint64_t LoadRemote(const uint64_t* local, uint32_t rank, const Cluster& cluster) {
 #if __CUDA_ARCH__ >= 900

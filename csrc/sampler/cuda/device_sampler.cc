@@ -162,7 +162,9 @@ LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size, bool ke
   const auto [place, is_new] = num_clusters_.try_emplace({shape.cluster, shape.shared_bytes}, 0);
   if (is_new) CheckCuda(CountClusters(shape.cluster, shape.shared_bytes, &place->second), "CountClusters");
   // Clusters go from row to row: none waits for another to end.
-  shape.num_blocks = std::min(shape.num_blocks, std::max(place->second, 1) * shape.cluster);
+  int32_t most = std::max(place->second, 1);
+  if (max_clusters_ > 0) most = std::min(most, max_clusters_);
+  shape.num_blocks = std::min(shape.num_blocks, most * shape.cluster);
   return shape;
 }
 
@@ -257,7 +259,12 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
   const Traits& traits = capturing ? captured_traits_ : rows.traits;
   const bool keeps_narrow = logits.dtype != Dtype::kFloat32 && !traits.has_edits && limits_.max_cluster > 1;
   const LaunchShape shape = ShapeOf(logits.num_rows, logits.vocab_size, keeps_narrow);
-  const size_t floats = ScratchFloats(shape, logits.vocab_size);
+  // Logprobs are of widened rows, which may need scratch memory where the draw does not.
+  const bool has_logprobs = outputs.num_logprobs >= 0;
+  const LaunchShape wide_shape =
+      keeps_narrow && has_logprobs ? ShapeOf(logits.num_rows, logits.vocab_size, false) : shape;
+  const size_t floats =
+      std::max(ScratchFloats(shape, logits.vocab_size), ScratchFloats(wide_shape, logits.vocab_size));
   if (capturing && floats > scratch_floats_) {
     throw std::invalid_argument(
         "a capture may not allocate: draw a batch of this size, or Reserve(), before it");
@@ -288,7 +295,7 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
   }
   if (!capturing) Follow(stream);  // in a graph, replays are ordered by the stream they are launched on
   CheckCuda(LaunchSample(args, shape, stream), "LaunchSample");
-  if (outputs.num_logprobs >= 0) {
+  if (has_logprobs) {
     LogprobsArgs logprobs;
     logprobs.sample = args;
     logprobs.sample.processed_logits = nullptr;
@@ -297,8 +304,7 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
     logprobs.top_ids = outputs.top_ids;
     logprobs.top_logprobs = outputs.top_logprobs;
     logprobs.ranks = outputs.ranks;
-    CheckCuda(LaunchLogprobs(logprobs, ShapeOf(logits.num_rows, logits.vocab_size, false), stream),
-              "LaunchLogprobs");
+    CheckCuda(LaunchLogprobs(logprobs, wide_shape, stream), "LaunchLogprobs");
   }
   if (capturing) return;
   RecordWork(stream);

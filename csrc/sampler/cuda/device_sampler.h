@@ -107,6 +107,9 @@ class DeviceSampler {
   void set_captured_traits(const Traits& traits) { captured_traits_ = traits; }
   const Traits& prepared_traits() const { return traits_; }
 
+  // For tests: runs at most so many clusters at once, so that few rows are claimed too; 0: as many as fit.
+  void set_max_clusters(int32_t max_clusters) { max_clusters_ = max_clusters; }
+
   // For tests: pretends a smaller device, such as one without clusters.
   void set_limits(const DeviceLimits& limits) { limits_ = limits; }
 
@@ -156,6 +159,7 @@ class DeviceSampler {
   bool has_one_stream_;
   DeviceLimits limits_;
   int32_t force_cluster_ = 0;
+  int32_t max_clusters_ = 0;
   std::map<std::pair<int32_t, size_t>, int> num_clusters_;  // by cluster and shared bytes
   std::vector<Slot> slots_;
   size_t next_slot_ = 0;

@@ -6,15 +6,6 @@
 
 namespace twinjet::sampler::cuda {
 
-// 16 bytes that will not be read again.
-__device__ __forceinline__ uint4 LoadOnce(const void* address) {
-  uint4 value;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(address));
-  return value;
-}
-
 template <Dtype kDtype>
 __device__ __forceinline__ float ReadOne(const void* row, int32_t i) {
   if (kDtype == Dtype::kFloat32) return static_cast<const float*>(row)[i];
@@ -187,13 +178,6 @@ __device__ __forceinline__ const DeviceRow& WaitRow(Block& block, const SampleAr
   }
   ++block.num_copies;
   return input;
-}
-
-// The larger, or NaN where one of them is.
-__device__ __forceinline__ float MaxOrNan(float a, float b) {
-  float max;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
-  return max;
 }
 
 // A group that a bulk copy brought: NaN and masked tokens become -inf in place.

@@ -20,7 +20,7 @@ constexpr int kGroupsPerPass = kThreads / kLanesPerGroup;    // groups a block h
 constexpr int kTokensPerLane = kGroupSize / kLanesPerGroup;  // 32
 constexpr int kMaxCluster = 16;
 constexpr int kNumBins = 64;                  // parts of a bracket whose totals are exchanged at a time
-constexpr int kNumSums = kNumBins + 2;        // words of an exchange of totals
+constexpr int kReducedWords = 8;              // words that a block sends to each other block for totals
 constexpr int kMaxCandidates = 240;           // tokens that a threshold search settles by comparing all pairs
 constexpr int kMaxKept = 3 * kMaxCandidates;  // tokens of a block that a search keeps in their place
 constexpr int kSampleStep = kTokensPerLane / 4;  // one token of so many is in a search's sample
@@ -132,12 +132,13 @@ TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return DivideUp(vocab_size, k
 // after.
 struct SharedHead {
   DeviceRow input[2];  // of this row and of the row before, whose race may still be on
-  uint64_t by_warp[kWarps][8];
+  uint64_t by_warp[kWarps][kReducedWords];
+  uint64_t totals[kReducedWords];
   alignas(16) int32_t at_marks[2][8];  // counts of BoundOfMaxima
   // Barriers that count arriving bytes.
   uint64_t copy_arrival;
   uint64_t maxima_arrival[2];
-  uint64_t sums_arrival[2];
+  uint64_t mail_arrival[2];
   uint64_t runner_arrival[2];
   uint64_t list_arrival;
   uint32_t claimed;  // row that the cluster draws next, where rows are claimed; in the block of rank 0
@@ -157,7 +158,7 @@ struct ListHeader {
 struct SharedLayout {
   size_t maxima;      // float [2][cluster][maxima_stride], filled up with -inf
   size_t flags;       // uint32 [2][cluster]
-  size_t sums;        // uint64 [2][kNumSums], to which all blocks add
+  size_t mail;        // uint64 [2][MailWords]
   size_t runners;     // uint64 [2][cluster][2]
   size_t lists;       // [cluster] of a ListHeader and float [list_capacity]
   size_t gathered;    // double weights and float logits of all candidates
@@ -175,6 +176,12 @@ TWINJET_HD int32_t ListCapacity(int32_t cluster) {
   return cluster <= 2 ? kMaxCandidates : cluster <= 4 ? kMaxCandidates / 2 : 64;
 }
 
+// Words of one exchange of mail: kReducedWords from each block, or the bins and two words from each.
+TWINJET_HD int32_t MailWords(int32_t cluster) {
+  const int32_t reduced = kReducedWords * cluster, binned = kNumBins + 2 * cluster;
+  return reduced > binned ? reduced : binned;
+}
+
 TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, bool on_chip,
                                      size_t item_bytes = sizeof(float)) {
   SharedLayout layout = {};
@@ -186,8 +193,8 @@ TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, 
   const size_t candidate_bytes = kMaxCandidates * (sizeof(double) + sizeof(float));
   layout.maxima = RoundUp16(sizeof(SharedHead));
   layout.flags = layout.maxima + 2 * blocks * static_cast<size_t>(layout.maxima_stride) * sizeof(float);
-  layout.sums = layout.flags + RoundUp16(2 * blocks * sizeof(uint32_t));
-  layout.runners = layout.sums + 2 * kNumSums * sizeof(uint64_t);
+  layout.mail = layout.flags + RoundUp16(2 * blocks * sizeof(uint32_t));
+  layout.runners = layout.mail + 2 * static_cast<size_t>(MailWords(cluster)) * sizeof(uint64_t);
   layout.lists = layout.runners + 2 * blocks * 2 * sizeof(uint64_t);
   layout.gathered = layout.lists + blocks * list_bytes;
   layout.group_mass = layout.gathered + candidate_bytes;

@@ -22,7 +22,7 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
   block.head = reinterpret_cast<SharedHead*>(shared);
   block.maxima = reinterpret_cast<float*>(shared + layout.maxima);
   block.flags = reinterpret_cast<uint32_t*>(shared + layout.flags);
-  block.sums = reinterpret_cast<uint64_t*>(shared + layout.sums);
+  block.mail = reinterpret_cast<uint64_t*>(shared + layout.mail);
   block.runners = reinterpret_cast<uint64_t*>(shared + layout.runners);
   block.lists = shared + layout.lists;
   block.gathered = shared + layout.gathered;
@@ -52,13 +52,12 @@ __device__ __forceinline__ void StartBlock(const Block& block, const SampleArgs&
     InitBarrier(&head.list_arrival);
     for (int set = 0; set < 2; ++set) {
       InitBarrier(&head.maxima_arrival[set]);
-      InitBarrier(&head.sums_arrival[set]);
+      InitBarrier(&head.mail_arrival[set]);
       InitBarrier(&head.runner_arrival[set]);
     }
     head.claimed = 0;
     FenceBarrierInit();
   }
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < 2 * kNumSums; i += kThreads) block.sums[i] = 0;
   ClusterArriveRelaxed(block.cluster);  // a release after the copies would wait for them
   if (threadIdx.x == kCopyThread && block.copies) {
     if (delay > 0) WaitCycles(delay);

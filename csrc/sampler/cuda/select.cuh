@@ -253,7 +253,7 @@ __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, f
     const uint64_t dropped = (whole - target) / kSampleStep;
     const Bins bins = ClearBins(block);
     CountSample<kStored>(block, grid, bracket.hi, bins);
-    const uint64_t* counts = SumBins(block, bins, 0);
+    const uint64_t* counts = SumBins(block, bins, 0).bins;
     const BinPlace place = FindBin({MassOfSampledBin(grid, 2 * lane, counts[2 * lane], max, scale),
                                     MassOfSampledBin(grid, 2 * lane + 1, counts[2 * lane + 1], max, scale)},
                                    dropped);
@@ -273,13 +273,13 @@ __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, f
     const bool has_room = kept.count <= kMaxKept && grid.is_fit;
     const Bins bins = ClearBins(block);
     if (has_room) WeighKept(KeptLogits(block), kept.count, max, scale, grid, bins);
-    const uint64_t* sums = SumBins(block, bins, kLowBits, mass, threadIdx.x == 0 && !has_room ? 1 : 0);
-    const uint64_t reached = sums[kNumBins];
-    const BinPlace place = FindBin({sums[2 * lane], sums[2 * lane + 1]}, reached - target);
+    const BinTotals sums = SumBins(block, bins, kLowBits, mass, threadIdx.x == 0 && !has_room ? 1 : 0);
+    const uint64_t reached = sums.one_more;
+    const BinPlace place = FindBin({sums.bins[2 * lane], sums.bins[2 * lane + 1]}, reached - target);
     if (target > reached) {
       bracket.hi = window.lo;
       bracket.above = reached;
-    } else if (sums[kNumBins + 1] != 0) {
+    } else if (sums.and_another != 0) {
       bracket.lo = window.lo;
       bracket.reached = reached;
     } else if (target <= reached - place.total) {

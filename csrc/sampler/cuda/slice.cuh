@@ -3,19 +3,9 @@
 #pragma once
 
 #include "sampler/cuda/block.cuh"
+#include "sampler/cuda/ptx.cuh"
 
 namespace twinjet::sampler::cuda {
-
-__device__ __forceinline__ float WidenHalf(uint32_t bits) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
-  return x;
-}
-__device__ __forceinline__ uint32_t NarrowToHalf(float x) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bits;
-}
 
 template <Dtype kDtype>
 __device__ __forceinline__ float4 Widen(const uint2& pair) {
