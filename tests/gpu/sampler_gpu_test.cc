@@ -1,7 +1,7 @@
 // The sampler on a GPU against the sampler on the CPU, bit for bit. Needs a device; bench/gpu/run.py runs it.
 // TWINJET_GPU_ROWS: how many rows the grid draws (default 100,000). TWINJET_GPU_SMALL: few and small rows,
-// for runs under compute-sanitizer. TWINJET_GPU_MAX_CLUSTER: the largest cluster used (default what the
-// device can).
+// for runs under compute-sanitizer, which end within seconds. TWINJET_GPU_MAX_CLUSTER: the largest cluster
+// used (default what the device can). TWINJET_GPU_TRACE: names each random draw before it starts.
 #include <bit>
 #include <cstdlib>
 
@@ -67,6 +67,11 @@ void CompareRandomBatches(uint64_t stream, int num_batches, int num_rows, int32_
       Device().set_cluster(cluster < 0 ? 0 : cluster);
       if (cluster < 0) Device().set_limits({limits.num_multiprocessors, 40000, 1});
       Device().set_max_clusters(rows::OneOf(random, {0, 1, 2, 5}));
+      if (Setting("TWINJET_GPU_TRACE", 0) != 0) {
+        std::fprintf(stderr, "batch %d, %zu x %d, dtype %d, logprobs %d, cluster %d\n", b,
+                     made.batch.num_rows(), made.batch.vocab_size, static_cast<int>(made.batch.dtype),
+                     made.batch.num_logprobs, cluster);
+      }
       const gpu::Drawn device = gpu::DrawOnDevice(Device(), made.batch, logits.data(), bitmask.data(),
                                                   rows::Chance(random, 0.5) ? own : nullptr);
       Device().set_limits(limits);
@@ -195,6 +200,41 @@ TEST(grid) {
     drawn += CompareGrid(random, part, share / 8, Dtype::kFloat16);
   }
   std::printf("     grid: %lld rows drawn on both, 0 differences\n", static_cast<long long>(drawn));
+}
+
+// The draw of such rows needs no scratch memory, the widened rows of their logprobs do.
+TEST(logprobs_of_rows_that_fit_16_bits_wide_alone) {
+  std::mt19937_64 random = test::Random(8);
+  constexpr int32_t kVocabSize = 140000;
+  constexpr size_t kRows = 3;
+  const std::vector<float> x = QuickLogits(random, kRows, kVocabSize);
+  Batch batch;
+  batch.dtype = Dtype::kBfloat16;
+  batch.vocab_size = kVocabSize;
+  batch.row_stride = kVocabSize;
+  batch.num_logprobs = 5;
+  batch.logits.resize(x.size() * 2);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const auto narrow = static_cast<uint16_t>(FloatBits(x[i]) >> 16);
+    std::memcpy(batch.logits.data() + 2 * i, &narrow, 2);
+  }
+  for (size_t i = 0; i < kRows; ++i) {
+    RowInput row;
+    row.logits = batch.logits.data() + i * kVocabSize * 2;
+    row.dtype = batch.dtype;
+    row.vocab_size = kVocabSize;
+    row.num_logprobs = batch.num_logprobs;
+    RowParams params;
+    params.seed = i;
+    PrepareRow(params, kVocabSize, &row.constants);
+    batch.inputs.push_back(row);
+  }
+  cuda::DeviceSampler sampler(0);
+  if (sampler.limits().max_cluster < 2) return;
+  sampler.set_cluster(2);
+  const DeviceArray<char> logits(batch.logits);
+  Compare(batch, gpu::DrawOnHost(HostSampler(), batch),
+          gpu::DrawOnDevice(sampler, batch, logits.data(), nullptr, nullptr), "two blocks a row");
 }
 
 // A captured draw replays on new logits and new parameters.

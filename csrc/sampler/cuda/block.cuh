@@ -417,7 +417,8 @@ __device__ __forceinline__ ListTotals ExchangeLists(Block& block) {
   const uint32_t size = block.cluster.size, rank = block.cluster.rank;
   if (size > 1) {
     uint64_t* arrival = &block.head->list_arrival;
-    const uint32_t fours = (sizeof(ListHeader) + static_cast<uint32_t>(block.list_capacity) * 4) / 16;
+    const uint32_t fours =
+        static_cast<uint32_t>(sizeof(ListHeader) + static_cast<size_t>(block.list_capacity) * 4) / 16;
     if (threadIdx.x == 0) ExpectBytes(arrival, (size - 1) * fours * 16);
     const auto* own = reinterpret_cast<const uint4*>(&HeaderOf(block, rank));
     for (uint32_t i = threadIdx.x; i < fours * (size - 1); i += kThreads) {

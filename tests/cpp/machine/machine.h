@@ -181,14 +181,14 @@ class Machine {
 
   void InitBarrier(const void* barrier) { block().barriers[barrier] = {}; }
   void ExpectBytes(const void* barrier, uint32_t bytes) {
-    PhaseBarrier& state = BarrierOf(running_->block, barrier);
+    PhaseBarrier& state = BarrierOf(barrier);
     if (state.has_arrival) failure_ = "a phase was expected before the last one ended";
     state.has_arrival = true;
     state.bytes += bytes;
     EndPhase(state);
   }
   void WaitPhase(const void* barrier, uint32_t phase) {
-    PhaseBarrier& state = BarrierOf(running_->block, barrier);
+    PhaseBarrier& state = BarrierOf(barrier);
     while (state.phase == phase) Park(state.waiters);
   }
 
@@ -239,10 +239,14 @@ class Machine {
     waiters.clear();
   }
 
-  PhaseBarrier& BarrierOf(uint32_t number, const void* barrier) {
-    const auto place = blocks_[number].barriers.find(barrier);
-    if (place == blocks_[number].barriers.end()) Fail("a barrier was used that its block has not made");
-    return place->second;
+  // Of the block whose thread runs.
+  PhaseBarrier& BarrierOf(const void* barrier) {
+    auto& barriers = block().barriers;
+    const auto place = barriers.find(barrier);
+    if (place != barriers.end()) return place->second;
+    failure_ = "a barrier was used that its block has not made";
+    swapcontext(&running_->context, &main_);  // for good
+    return barriers[barrier];
   }
 
   void EndPhase(PhaseBarrier& state) {
@@ -258,7 +262,9 @@ class Machine {
     under_way_.pop_back();
     if (blocks_[message.block].num_ended > 0) Fail("a message came to a block that was ending");
     message.write();
-    PhaseBarrier& state = BarrierOf(message.block, message.barrier);
+    const auto place = blocks_[message.block].barriers.find(message.barrier);
+    if (place == blocks_[message.block].barriers.end()) Fail("a message came before its barrier was made");
+    PhaseBarrier& state = place->second;
     state.bytes -= message.bytes;
     EndPhase(state);
   }
