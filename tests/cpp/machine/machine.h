@@ -141,6 +141,13 @@ class Machine {
     Current() = nullptr;
   }
 
+  // Now and then lets others go on first.
+  void MayYield() {
+    if (random_() % 16 != 0) return;
+    ready_.push_back(running_);
+    swapcontext(&running_->context, &main_);
+  }
+
   void Park(Waiters& waiters) {
     waiters.push_back(running_);
     swapcontext(&running_->context, &main_);
@@ -181,6 +188,7 @@ class Machine {
 
   void InitBarrier(const void* barrier) { block().barriers[barrier] = {}; }
   void ExpectBytes(const void* barrier, uint32_t bytes) {
+    MayYield();
     PhaseBarrier& state = BarrierOf(barrier);
     if (state.has_arrival) failure_ = "a phase was expected before the last one ended";
     state.has_arrival = true;
@@ -190,6 +198,7 @@ class Machine {
   void WaitPhase(const void* barrier, uint32_t phase) {
     PhaseBarrier& state = BarrierOf(barrier);
     while (state.phase == phase) Park(state.waiters);
+    MayYield();
   }
 
   // What `local`, in this block's shared memory, is in block `rank` of its cluster.
@@ -201,6 +210,7 @@ class Machine {
   }
   // Does `write` some time later and counts the bytes at the barrier of block `rank`.
   void Send(std::function<void()> write, const void* barrier, uint32_t rank, uint32_t bytes) {
+    MayYield();
     under_way_.push_back({std::move(write), InBlock(static_cast<const char*>(barrier), rank),
                           running_->block / size_ * size_ + rank, bytes});
   }
@@ -348,6 +358,7 @@ inline double __dadd_rz(double a, double b) { return a + std::floor(b); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline uint32_t atomicAdd(uint32_t* place, uint32_t value) {
+  machine::Now().MayYield();
   const uint32_t before = *place;
   *place += value;
   return before;
