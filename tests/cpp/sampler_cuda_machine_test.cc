@@ -161,5 +161,5 @@ void CompareRandomBatches(uint64_t stream, int num_batches, int32_t num_rows, in
 }  // namespace
 
 TEST(tiny_rows) { CompareRandomBatches(1, 40, 6, 600); }
-TEST(small_rows) { CompareRandomBatches(2, 12, 4, 9000); }
-TEST(middle_rows) { CompareRandomBatches(3, 2, 3, 60000); }
+TEST(small_rows) { CompareRandomBatches(2, 6, 4, 9000); }
+TEST(middle_rows) { CompareRandomBatches(3, 1, 3, 60000); }
