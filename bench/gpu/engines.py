@@ -143,15 +143,7 @@ class Bench:
                             self.report["runs"].append(
                                 {"shape": shape, "streams": streams, "mode": mode, **variant, **run}
                             )
-        for number in range(-1, options.rounds if options.arrivals else -1):
-            for drawn, engine in engines.items():
-                if not engine.error and self.elapsed() < options.limit:
-                    found = engine.ask(
-                        mode="greedy", streams=512, tokens=1, prompt=32, arrivals=4096, round=1000 + number
-                    )
-                    if number >= 0:
-                        self.report["arrivals"].append({"shape": shape, "draws": drawn, **found})
-                        print(drawn, found, flush=True)
+        self.serve(shape, engines)
         for drawn, engine in engines.items():
             for streams in options.profile:
                 if not engine.error:
@@ -160,6 +152,26 @@ class Bench:
                         {"shape": shape, "streams": streams, "draws": drawn, **found}
                     )
         self.finish(engines)
+
+    def serve(self, shape: str, engines: dict[str, Engine]) -> None:
+        """Time streams of one token in turns, then tell how long the GPU is busy in a step of them."""
+        options = self.options
+        if not options.arrivals:
+            return
+        command = {"mode": "greedy", "streams": 512, "tokens": 1, "prompt": 32, "arrivals": 8192}
+        for number in range(-1, options.arrivals):
+            for drawn, engine in list(engines.items())[:: -1 if number % 2 else 1]:
+                if not engine.error and self.elapsed() < options.limit:
+                    found = engine.ask(**command, round=1000 + number)
+                    if number >= 0:
+                        self.report["arrivals"].append({"shape": shape, "draws": drawn, **found})
+        for drawn, engine in engines.items():
+            if not engine.error and self.elapsed() < options.limit:
+                found = engine.ask(**command, round=2000, profile=10)
+                self.report["profiles"].append({"shape": shape, "arrivals": 512, "draws": drawn, **found})
+                print(
+                    f"{shape} arrivals, {drawn}: GPU busy for {found['busy_us']} of {found['step_us']} us a step"
+                )
 
     def check(self, shape: str, folder: Path) -> int:
         engines = self.start(shape, ("twinjet",), folder)
@@ -213,6 +225,24 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
     return summary
 
 
+def summarise_arrivals(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians of the runs with streams of one token."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in report["arrivals"]:
+        if not run.get("error"):
+            groups.setdefault((run["shape"], run["draws"]), []).append(run)
+    summary = []
+    for (shape, drawn), runs in groups.items():
+        speed = [run["streams_per_s"] for run in runs]
+        cell = {"shape": shape, "draws": drawn, "spread": [min(speed), max(speed)]}
+        for name in ("streams_per_s", "rows_a_step", "step_us", "on_core_us"):
+            cell[name] = statistics.median(run[name] for run in runs)
+        for name in ("host_us", "host_on_core_us"):
+            cell[name] = {part: statistics.median(run[name][part] for run in runs) for part in runs[0][name]}
+        summary.append(cell)
+    return summary
+
+
 def draw_plot(report: dict[str, Any], path: Path) -> None:
     """Ratios to the fastest of stock's draws, by streams."""
     try:
@@ -256,7 +286,9 @@ def main() -> int:
     parser.add_argument("--check", type=int, metavar="ROWS", help="draw so many rows twice instead")
     parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's compilation")
     parser.add_argument("--settings", type=Path, help="more engines; see above")
-    parser.add_argument("--arrivals", action="store_true", help="streams of one token too, 512 at a time")
+    parser.add_argument(
+        "--arrivals", type=int, default=0, metavar="ROUNDS", help="streams of one token too, 512 at a time"
+    )
     parser.add_argument("--profile", type=int, nargs="+", default=[], help="streams to profile 20 steps of")
     parser.add_argument(
         "--kv-bytes", type=int, default=0, help="of each engine's cache; 0: for 1,024 streams"
@@ -278,6 +310,7 @@ def main() -> int:
     if options.check:
         return 0
     bench.report["summary"] = summarise(bench.report)
+    bench.report["arrivals_summary"] = summarise_arrivals(bench.report)
     (options.out / "engines.json").write_text(json.dumps(bench.report, indent=1) + "\n")
     draw_plot(bench.report, options.out / "engines.png")
     for cell in bench.report["summary"]:
@@ -286,6 +319,8 @@ def main() -> int:
             f"host {cell['host_us']}",
             flush=True,
         )
+    for cell in bench.report["arrivals_summary"]:
+        print("arrivals", cell, flush=True)
     return 0
 
 
