@@ -132,7 +132,7 @@ class Bench:
                         run = engine.ask(
                             mode=mode,
                             streams=streams,
-                            tokens=options.tokens * (4 if streams <= 32 else 1),
+                            tokens=_tokens(options, streams, number),
                             prompt=32,
                             round=number,
                             **variant,
@@ -185,6 +185,13 @@ class Bench:
         self.report["check"] = {"rows": rows, "differences": differences}
         self.finish(engines)
         return differences
+
+
+def _tokens(options: argparse.Namespace, streams: int, number: int) -> int:
+    """Of each stream in this round; the one that is not timed only brings everything up."""
+    if number < 0:
+        return min(16, int(options.tokens))
+    return int(options.tokens * (options.few if streams <= 32 else 1))
 
 
 def _variants(mode: str, number: int, engines: dict[str, Engine]) -> list[dict[str, Any]]:
@@ -279,9 +286,8 @@ def main() -> int:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 32, 256, 1024])
     parser.add_argument("--modes", nargs="+", default=list(TIMED), choices=list(MODES))
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of a cell")
-    parser.add_argument(
-        "--tokens", type=int, default=64, help="output tokens of a stream; of few, 4 times that"
-    )
+    parser.add_argument("--tokens", type=int, default=64, help="output tokens of a stream")
+    parser.add_argument("--few", type=int, default=4, help="of at most 32 streams, so many times that")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run begins")
     parser.add_argument("--check", type=int, metavar="ROWS", help="draw so many rows twice instead")
     parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's compilation")
