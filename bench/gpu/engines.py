@@ -6,7 +6,8 @@ Needs vLLM's CUDA build and the extension with its CUDA side. For each shape one
 and every cell's runs alternate between them. Stock draws with seeds, as Twinjet always does (top-k and top-p by its
 own kernel, which is Qrita's), and without, by FlashInfer. Writes engines.json and engines.png, prints a table. --check
 instead draws every row once more on the CPU, inside vLLM, and exits 1 if one differs. --settings names a JSON file of
-more engines to time beside the two: {name: {"kinds": ["stock", "twinjet"], "options": {...}, "environment": {...}}}.
+more engines to time beside the two: {name: {"kinds": ["stock", "twinjet"], "options": {...}, "environment": {...}}}; the kinds
+"scheduler" and "sampler" have that part of Twinjet alone.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Bench:
             environment = dict(pair.split("=", 1) for pair in self.options.env)
             spec = {
                 "model": str(make_shape(shape, folder)),
-                "native": "all" if kind == "twinjet" else "off",
+                "native": {"twinjet": "all", "stock": "off"}.get(kind, kind),
                 "flashinfer": kind == "stock" and not self.options.no_flashinfer,
                 "environment": environment | settings.get("environment", {}),
                 "options": {
