@@ -4,17 +4,19 @@ the standard output.
 A command names a batch: mode, streams, tokens, prompt, seeded. The answer has its tokens a second while all
 streams decode, the time between tokens, and the host's microseconds a step by part. {"check": true} draws each
 row once more on the CPU and counts differences; such runs are not timed. {"profile": N} tells what the GPU does in N of
-the steps, by kernel. {"arrivals": N} serves N streams of the given tokens, `streams` of them at a time.
+the steps, by kernel. {"arrivals": N} serves N streams of the given tokens, `streams` of them at a time; their requests
+are made before, as a server's other threads do it.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +37,38 @@ UNTIMED_STEPS = 6
 
 
 class Clock:
-    """Sums the time spent in methods."""
+    """Sums the time spent in methods, and this thread's share of it on a core: the rest it waited."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[float]] = {}
 
     def watch(self, owner: Any, method: str, part: str) -> None:
-        call, entry = getattr(owner, method), self.parts.setdefault(part, [0.0, 0])
+        call, entry = getattr(owner, method), self.entry(part)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
+            begin, on_core = time.perf_counter(), time.thread_time()
             try:
                 return call(*args, **kwargs)
             finally:
                 entry[0] += time.perf_counter() - begin
                 entry[1] += 1
+                entry[2] += time.thread_time() - on_core
 
         setattr(owner, method, timed)
 
+    def entry(self, part: str) -> list[float]:
+        """Seconds, calls and seconds on a core."""
+        return self.parts.setdefault(part, [0.0, 0, 0.0])
+
     def reset(self) -> None:
         for entry in self.parts.values():
-            entry[:] = [0.0, 0]
+            entry[:] = [0.0, 0, 0.0]
 
     def microseconds(self) -> dict[str, float]:
-        return {part: round(1e6 * spent / max(1, calls), 1) for part, (spent, calls) in self.parts.items()}
+        return {part: round(1e6 * spent / max(1, calls), 1) for part, (spent, calls, _) in self.parts.items()}
+
+    def core_microseconds(self) -> dict[str, float]:
+        return {part: round(1e6 * on / max(1, calls), 1) for part, (_, calls, on) in self.parts.items()}
 
 
 class Timed:
@@ -74,12 +84,13 @@ class Timed:
         setattr(self.inner, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
+        begin, on_core = time.perf_counter(), time.thread_time()
         try:
             return self.inner(*args, **kwargs)
         finally:
             self.entry[0] += time.perf_counter() - begin
             self.entry[1] += 1
+            self.entry[2] += time.thread_time() - on_core
 
 
 class Replay:
@@ -223,8 +234,7 @@ class Worker:
         if isinstance(self.runner.sampler, torch.nn.Module):
             self.clock.watch(self.runner.sampler, "forward", "sampler")
         else:
-            entry = self.clock.parts.setdefault("sampler", [0.0, 0])
-            self.runner.sampler = Timed(self.runner.sampler, entry)
+            self.runner.sampler = Timed(self.runner.sampler, self.clock.entry("sampler"))
         self._num_requests = 0
         self._tasks = self.engine.get_supported_tasks()
         self.replay: Replay | None = None
@@ -250,7 +260,8 @@ class Worker:
             "scheduler": {} if status is None else dict(status().counters),
         }
 
-    def _add(self, command: dict[str, Any], index: int) -> None:
+    def _make(self, command: dict[str, Any], index: int) -> Any:
+        """Make a request as the engine's client sends it."""
         import numpy as np
 
         from twinjet.engines.vllm.front.params import sampling_params
@@ -275,7 +286,7 @@ class Worker:
             f"r{self._num_requests}", {"prompt_token_ids": prompt, "type": "token"}, params, self._tasks
         )
         self.engine.input_processor.assign_request_id(request)
-        self.engine.engine_core.add_request(request)
+        return request
 
     def run(self, command: dict[str, Any]) -> dict[str, Any]:
         sampler = self.runner.sampler
@@ -284,12 +295,11 @@ class Worker:
             stock.use_flashinfer = command.get("flashinfer", True) and self.spec.get("flashinfer", False)
         if command.get("check") and self.replay is None:
             self.replay = Replay(sampler.drawing)
-        streams = command["streams"]
-        for index in range(streams):
-            self._add(command, index)
         if command.get("arrivals"):
-            return self._serve(command, streams)
-        core = self.core
+            return self._serve(command)
+        core, streams = self.core, command["streams"]
+        for index in range(streams):
+            self.engine.engine_core.add_request(self._make(command, index))
         full: list[float] = []  # when a step of all streams had been read
         microseconds: dict[str, float] = {}
         profile = Profile(command.get("profile", 0))
@@ -327,31 +337,52 @@ class Worker:
             "host_us": microseconds,
         }
 
-    def _serve(self, command: dict[str, Any], added: int) -> dict[str, Any]:
-        """New streams come as others end. `added` have been."""
-        core, left = self.core, command["arrivals"]
+    def _serve(self, command: dict[str, Any]) -> dict[str, Any]:
+        """New streams come as others end."""
+        core = self.core
+        made = (core.preprocess_add_request(self._make(command, i)) for i in range(command["arrivals"]))
+        coming = deque(made)
+        profile = Profile(command.get("profile", 0))
+        # What waits here for its turn is no part of an engine, and collections need not go through it.
+        gc.collect()
+        gc.freeze()
         steps = rows = 0
-        adding = 0.0
+        adding = self.clock.entry("add")
+        ended = command["streams"]
         self.clock.reset()
-        begin = time.perf_counter()
-        while core.scheduler.has_requests() or core.batch_queue:
+        begin, on_core = time.perf_counter(), time.thread_time()
+        while True:
+            before = time.perf_counter()
+            for _ in range(min(len(coming), ended)):
+                core.add_request(*coming.popleft())
+            adding[0] += time.perf_counter() - before
+            if not (core.scheduler.has_requests() or core.batch_queue):
+                break
             outputs, was_executed = core.step_fn()
             core.post_step(was_executed)
-            made = [o for batch in (outputs or {}).values() for o in batch.outputs]
-            steps += bool(made)
-            rows += sum(len(o.new_token_ids) for o in made)
-            ended = time.perf_counter()
-            for _ in range(min(left - added, sum(o.finish_reason is not None for o in made))):
-                self._add(command, added)
-                added += 1
-            adding += time.perf_counter() - ended
-        spent = time.perf_counter() - begin - adding  # a front end's work
+            ended = 0
+            if not outputs:
+                continue
+            made_now = [o for batch in outputs.values() for o in batch.outputs]
+            ended = sum(o.finish_reason is not None for o in made_now)
+            rows += sum(len(o.new_token_ids) for o in made_now)
+            steps += 1
+            adding[1] = steps
+            if steps == UNTIMED_STEPS:
+                profile.start()
+            profile.note_step()
+        spent, on_core = time.perf_counter() - begin, time.thread_time() - on_core
+        gc.unfreeze()
+        if profile.steps:
+            return profile.summary()
         return {
-            "streams_per_s": round(left / spent, 1),
+            "streams_per_s": round(command["arrivals"] / spent, 1),
             "steps": steps,
-            "rows_a_step": round(rows / max(1, steps), 1),
-            "step_us": round(1e6 * spent / max(1, steps), 1),
+            "rows_a_step": round(rows / steps, 1),
+            "step_us": round(1e6 * spent / steps, 1),
+            "on_core_us": round(1e6 * on_core / steps, 1),
             "host_us": self.clock.microseconds(),
+            "host_on_core_us": self.clock.core_microseconds(),
         }
 
 

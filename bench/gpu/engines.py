@@ -6,7 +6,8 @@ Needs vLLM's CUDA build and the extension with its CUDA side. For each shape one
 and every cell's runs alternate between them. Stock draws with seeds, as Twinjet always does (top-k and top-p by its
 own kernel, which is Qrita's), and without, by FlashInfer. Writes engines.json and engines.png, prints a table. --check
 instead draws every row once more on the CPU, inside vLLM, and exits 1 if one differs. --settings names a JSON file of
-more engines to time beside the two: {name: {"kinds": ["stock", "twinjet"], "options": {...}, "environment": {...}}}.
+more engines to time beside the two: {name: {"kinds": ["stock", "twinjet"], "options": {...}, "environment": {...}}}; the kinds
+"scheduler" and "sampler" have that part of Twinjet alone.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Bench:
             environment = dict(pair.split("=", 1) for pair in self.options.env)
             spec = {
                 "model": str(make_shape(shape, folder)),
-                "native": "all" if kind == "twinjet" else "off",
+                "native": {"twinjet": "all", "stock": "off"}.get(kind, kind),
                 "flashinfer": kind == "stock" and not self.options.no_flashinfer,
                 "environment": environment | settings.get("environment", {}),
                 "options": {
@@ -132,7 +133,7 @@ class Bench:
                         run = engine.ask(
                             mode=mode,
                             streams=streams,
-                            tokens=options.tokens * (4 if streams <= 32 else 1),
+                            tokens=_tokens(options, streams, number),
                             prompt=32,
                             round=number,
                             **variant,
@@ -143,15 +144,7 @@ class Bench:
                             self.report["runs"].append(
                                 {"shape": shape, "streams": streams, "mode": mode, **variant, **run}
                             )
-        for number in range(-1, options.rounds if options.arrivals else -1):
-            for drawn, engine in engines.items():
-                if not engine.error and self.elapsed() < options.limit:
-                    found = engine.ask(
-                        mode="greedy", streams=512, tokens=1, prompt=32, arrivals=4096, round=1000 + number
-                    )
-                    if number >= 0:
-                        self.report["arrivals"].append({"shape": shape, "draws": drawn, **found})
-                        print(drawn, found, flush=True)
+        self.serve(shape, engines)
         for drawn, engine in engines.items():
             for streams in options.profile:
                 if not engine.error:
@@ -160,6 +153,26 @@ class Bench:
                         {"shape": shape, "streams": streams, "draws": drawn, **found}
                     )
         self.finish(engines)
+
+    def serve(self, shape: str, engines: dict[str, Engine]) -> None:
+        """Time streams of one token in turns, then tell how long the GPU is busy in a step of them."""
+        options = self.options
+        if not options.arrivals:
+            return
+        command = {"mode": "greedy", "streams": 512, "tokens": 1, "prompt": 32, "arrivals": 8192}
+        for number in range(-1, options.arrivals):
+            for drawn, engine in list(engines.items())[:: -1 if number % 2 else 1]:
+                if not engine.error and self.elapsed() < options.limit:
+                    found = engine.ask(**command, round=1000 + number)
+                    if number >= 0:
+                        self.report["arrivals"].append({"shape": shape, "draws": drawn, **found})
+        for drawn, engine in engines.items():
+            if not engine.error and self.elapsed() < options.limit:
+                found = engine.ask(**command, round=2000, profile=10)
+                self.report["profiles"].append({"shape": shape, "arrivals": 512, "draws": drawn, **found})
+                print(
+                    f"{shape} arrivals, {drawn}: GPU busy for {found['busy_us']} of {found['step_us']} us a step"
+                )
 
     def check(self, shape: str, folder: Path) -> int:
         engines = self.start(shape, ("twinjet",), folder)
@@ -173,6 +186,13 @@ class Bench:
         self.report["check"] = {"rows": rows, "differences": differences}
         self.finish(engines)
         return differences
+
+
+def _tokens(options: argparse.Namespace, streams: int, number: int) -> int:
+    """Of each stream in this round; the one that is not timed only brings everything up."""
+    if number < 0:
+        return min(16, int(options.tokens))
+    return int(options.tokens * (options.few if streams <= 32 else 1))
 
 
 def _variants(mode: str, number: int, engines: dict[str, Engine]) -> list[dict[str, Any]]:
@@ -213,6 +233,24 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
     return summary
 
 
+def summarise_arrivals(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians of the runs with streams of one token."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in report["arrivals"]:
+        if not run.get("error"):
+            groups.setdefault((run["shape"], run["draws"]), []).append(run)
+    summary = []
+    for (shape, drawn), runs in groups.items():
+        speed = [run["streams_per_s"] for run in runs]
+        cell = {"shape": shape, "draws": drawn, "spread": [min(speed), max(speed)]}
+        for name in ("streams_per_s", "rows_a_step", "step_us", "on_core_us"):
+            cell[name] = statistics.median(run[name] for run in runs)
+        for name in ("host_us", "host_on_core_us"):
+            cell[name] = {part: statistics.median(run[name][part] for run in runs) for part in runs[0][name]}
+        summary.append(cell)
+    return summary
+
+
 def draw_plot(report: dict[str, Any], path: Path) -> None:
     """Ratios to the fastest of stock's draws, by streams."""
     try:
@@ -249,14 +287,15 @@ def main() -> int:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 32, 256, 1024])
     parser.add_argument("--modes", nargs="+", default=list(TIMED), choices=list(MODES))
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of a cell")
-    parser.add_argument(
-        "--tokens", type=int, default=64, help="output tokens of a stream; of few, 4 times that"
-    )
+    parser.add_argument("--tokens", type=int, default=64, help="output tokens of a stream")
+    parser.add_argument("--few", type=int, default=4, help="of at most 32 streams, so many times that")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run begins")
     parser.add_argument("--check", type=int, metavar="ROWS", help="draw so many rows twice instead")
     parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's compilation")
     parser.add_argument("--settings", type=Path, help="more engines; see above")
-    parser.add_argument("--arrivals", action="store_true", help="streams of one token too, 512 at a time")
+    parser.add_argument(
+        "--arrivals", type=int, default=0, metavar="ROUNDS", help="streams of one token too, 512 at a time"
+    )
     parser.add_argument("--profile", type=int, nargs="+", default=[], help="streams to profile 20 steps of")
     parser.add_argument(
         "--kv-bytes", type=int, default=0, help="of each engine's cache; 0: for 1,024 streams"
@@ -278,6 +317,7 @@ def main() -> int:
     if options.check:
         return 0
     bench.report["summary"] = summarise(bench.report)
+    bench.report["arrivals_summary"] = summarise_arrivals(bench.report)
     (options.out / "engines.json").write_text(json.dumps(bench.report, indent=1) + "\n")
     draw_plot(bench.report, options.out / "engines.png")
     for cell in bench.report["summary"]:
@@ -286,6 +326,8 @@ def main() -> int:
             f"host {cell['host_us']}",
             flush=True,
         )
+    for cell in bench.report["arrivals_summary"]:
+        print("arrivals", cell, flush=True)
     return 0
 
 

@@ -89,6 +89,7 @@ double Time(cuda::DeviceSampler& sampler, cudaStream_t stream, const std::vector
     PrepareRow(row, inputs[0].vocab_size, &rows[i].constants);
   }
   sampler.Prepare(rows, inputs[0].vocab_size, stream);
+  sampler.set_captured_traits(sampler.prepared_traits());  // as launches outside captures choose
   sampler.Sample(inputs[0], outputs, stream);
   CheckCuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   cudaGraph_t graph = nullptr;

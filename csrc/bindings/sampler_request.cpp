@@ -18,9 +18,29 @@
 namespace twinjet::bindings {
 namespace {
 
+int32_t Narrow(int64_t token) { return token >= 0 && token <= INT32_MAX ? static_cast<int32_t>(token) : -1; }
+
+// A list or tuple of plain ints, without numpy, which takes microseconds for the shortest; false for others.
+bool ReadInts(const py::handle& object, std::vector<int32_t>* tokens) {
+  if (!PyList_CheckExact(object.ptr()) && !PyTuple_CheckExact(object.ptr())) return false;
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(object.ptr());
+  PyObject** const items = PySequence_Fast_ITEMS(object.ptr());
+  tokens->reserve(static_cast<size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!PyLong_CheckExact(items[i])) return false;
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(items[i], &overflow);
+    if (overflow != 0) return false;
+    tokens->push_back(Narrow(value));
+  }
+  return true;
+}
+
 // A list of token ids or an integer array, as int32. Values that do not fit become -1, which is
 // outside every vocabulary.
 std::vector<int32_t> Tokens(const py::handle& object, const char* name) {
+  std::vector<int32_t> tokens;
+  if (ReadInts(object, &tokens)) return tokens;
   const py::array array = py::array::ensure(object);
   if (!array || array.ndim() != 1) {
     PyErr_Clear();
@@ -31,11 +51,8 @@ std::vector<int32_t> Tokens(const py::handle& object, const char* name) {
   const char kind = array.dtype().kind();
   if (kind != 'i' && kind != 'u') throw py::type_error(std::string(name) + " must hold ints");
   const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
-  std::vector<int32_t> tokens(static_cast<size_t>(wide.size()));
-  const int64_t* values = wide.data();
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    tokens[i] = values[i] >= 0 && values[i] <= INT32_MAX ? static_cast<int32_t>(values[i]) : -1;
-  }
+  tokens.resize(static_cast<size_t>(wide.size()));
+  std::transform(wide.data(), wide.data() + tokens.size(), tokens.begin(), Narrow);
   return tokens;
 }
 

@@ -72,8 +72,7 @@ class DecodeBatch {
  private:
   // What Schedule() found it can do; nothing is changed by planning but residency.
   struct Plan {
-    int64_t num_rows = 0;
-    pybind11::list remainder;
+    pybind11::list remainder;  // running requests that stock schedules
   };
   // Makes positions_ follow `running`, adopting what can be.
   void Align(const pybind11::list& running, const pybind11::dict& sequences,

@@ -151,7 +151,7 @@ bool DecodeBatch::MakePlan(const py::list& running, const py::dict& sequences, i
     }
     ++num_due;
   }
-  if (num_due == 0 || num_due > token_budget) return false;
+  if (num_due > token_budget) return false;
 
   int64_t budget = token_budget;
   int64_t num_blocks = 0;
@@ -167,7 +167,6 @@ bool DecodeBatch::MakePlan(const py::list& running, const py::dict& sequences, i
     if (row) {
       if (!row->is_scheduled) continue;
       --num_due;
-      ++plan->num_rows;
       --budget;
       num_blocks += row->num_computed_tokens + 1 > row->num_slots;
       continue;
@@ -179,7 +178,8 @@ bool DecodeBatch::MakePlan(const py::list& running, const py::dict& sequences, i
     num_blocks += StockBlocks(request, sequences, std::min(num_tokens, token_budget));
     budget -= std::min(num_tokens, budget);
   }
-  return plan->num_rows > 0 && num_blocks <= context_.manager->num_free_blocks();
+  const bool is_all_stocks = rows_.empty() && !plan->remainder.empty();
+  return !is_all_stocks && num_blocks <= context_.manager->num_free_blocks();
 }
 
 void DecodeBatch::RebuildTemplate() {

@@ -1002,7 +1002,7 @@ class DecodeBatch:
         shows_adapters: leave one due request of each adapter among the others, for vLLM to count.
         Returns (the other running requests or None, {request id: 1}, (request ids, new block ids,
         computed tokens, output tokens)); or None where the step is all vLLM's: too few blocks or
-        tokens for everything that runs, or no decode. Then call evict_all() before vLLM's schedule().
+        tokens for everything that runs, or nothing resident runs. Then call evict_all() before vLLM's schedule().
         Raises RuntimeError where a resident request is no longer in `running`.
         """
     def merge(

@@ -118,14 +118,11 @@ class Row {
     }
   }
 
-  // step: 1 for all tokens; kSampleStep for the sample that the kernel takes, the first 32 of each group.
-  void SumAtPivots(bool count, float scale, const Bracket& bracket, const Pivots& pivots, uint64_t* sums,
-                   size_t step = 1) {
+  void SumAtPivots(bool count, float scale, const Bracket& bracket, const Pivots& pivots, uint64_t* sums) {
     ++num_sweeps;
     std::fill(sums, sums + kNumPivots + 1, 0);
     for (const Block& block : blocks_) {
       for (size_t i = 0; i < block.slice.size(); ++i) {
-        if (i % kGroupSize >= kGroupSize / step) continue;
         if (block.group_max[i / kGroupSize] >= FloatFromKey(bracket.lo))
           AddAtPivots(count, scale, block.slice[i], bracket, pivots, sums);
       }
@@ -214,54 +211,80 @@ class Row {
     }
   }
 
-  uint32_t FindDeepThreshold(float scale, Bracket bracket, uint64_t whole, uint64_t target) {
-    const uint64_t dropped = (whole - target) / kSampleStep;
-    Bracket sampled = {bracket.lo, bracket.hi, 0, 0};
-    uint64_t sample_target = 0;
-    for (int round = 0; round < 2; ++round) {
-      const float width = SubRn(LastBelow(sampled.hi), FloatFromKey(sampled.lo));
-      if (!(width > 0.0f) || !IsFinite(width)) break;
-      const Pivots pivots = NextPivots(sampled, sample_target, round);
-      uint64_t sums[kNumPivots + 1];
-      SumAtPivots(false, scale, sampled, pivots, sums, kSampleStep);
-      if (round == 0) {
-        sampled.reached = sums[kNumPivots];
-        if (sums[kNumPivots] <= dropped) break;
-        sample_target = sums[kNumPivots] - dropped;
+  static BinPlace FindBin(const uint64_t* mass, uint64_t amount) {
+    BinPlace place = {kNumBins - 1, 0, 0, 0};
+    bool is_found = false;
+    for (int32_t bin = 0; bin < kNumBins; ++bin) {
+      if (!is_found && place.total + mass[bin] > amount) {
+        place.bin = bin;
+        place.before = place.total;
+        place.mass = mass[bin];
+        is_found = true;
       }
-      sampled = Shrink(sampled, pivots, sums, sample_target);
+      place.total += mass[bin];
     }
+    return place;
+  }
+
+  // The sample that the kernel takes is the first 32 tokens of each group.
+  Bracket SampledWindow(float scale, const Bracket& bracket, const BinGrid& grid, uint64_t dropped) {
+    uint64_t mass[kNumBins] = {};
+    for (const Block& block : blocks_) {
+      for (size_t i = 0; i < block.slice.size(); ++i) {
+        const float x = block.slice[i];
+        if (i % kGroupSize >= kGroupSize / kSampleStep || !(x >= grid.lo && x <= LastBelow(bracket.hi)))
+          continue;
+        ++mass[GuessBin(grid, x)];
+      }
+    }
+    for (int32_t bin = 0; bin < kNumBins; ++bin)
+      mass[bin] = MassOfSampledBin(grid, bin, mass[bin], max_, scale);
+    const BinPlace place = FindBin(mass, dropped);
+    if (place.total <= dropped) return bracket;
+    const Bracket sampled = BracketOfBin({bracket.lo, bracket.hi, 0, 0}, grid, place);
+    return WindowOfSample(sampled, place.total - dropped, dropped, max_, scale, bracket);
+  }
+
+  uint32_t FindDeepThreshold(float scale, Bracket bracket, uint64_t whole, uint64_t target) {
+    BinGrid grid = GridOf(bracket);
+    Bracket window = bracket;
+    if (grid.is_fit) window = SampledWindow(scale, bracket, grid, (whole - target) / kSampleStep);
     bool use_kept = false;
-    const Bracket window = WindowOfSample(sampled, sample_target, dropped, max_, scale, bracket);
-    if (sample_target != 0 && (window.lo != bracket.lo || window.hi != bracket.hi)) {
-      uint64_t above = 0, inside = 0;
-      bool fits = true;
+    if (window.lo != bracket.lo || window.hi != bracket.hi) {
+      grid = GridOf(window);
+      uint64_t reached = 0, inside = 0, mass[kNumBins] = {};
+      bool fits = grid.is_fit;
       for (Block& block : blocks_) {
         block.kept.clear();
         size_t count = 0;
         for (float x : block.slice) {
           if (!(x >= FloatFromKey(window.lo))) continue;
-          const uint64_t w = TruncatedWeight(x, max_, scale);
-          if (x > LastBelow(window.hi)) {
-            above += w;
-          } else {
-            inside += w;
-            if (count++ < kMaxKept) block.kept.push_back(x);
-          }
+          reached += TruncatedWeight(x, max_, scale);
+          if (x <= LastBelow(window.hi) && count++ < kMaxKept) block.kept.push_back(x);
         }
         fits = fits && count <= kMaxKept;
       }
-      const uint64_t reached = above + inside;
-      use_kept = above < target && target <= reached && fits;
-      num_kept_searches += use_kept ? 1 : 0;
-      if (target <= above) {
-        bracket.lo = window.hi;
-        bracket.reached = above;
-      } else if (target > reached) {
+      for (const Block& block : blocks_) {
+        if (!fits) break;
+        for (float x : block.kept) {
+          inside += WeightOf(x, max_, scale);
+          mass[BinOf(grid, x)] += WeightOf(x, max_, scale);
+        }
+      }
+      if (target > reached) {
         bracket.hi = window.lo;
         bracket.above = reached;
+      } else if (!fits) {
+        bracket.lo = window.lo;
+        bracket.reached = reached;
+      } else if (target <= reached - inside) {
+        bracket.lo = window.hi;
+        bracket.reached = reached - inside;
       } else {
-        bracket = {window.lo, window.hi, above, reached};
+        bracket = BracketOfBin({window.lo, window.hi, reached - inside, reached}, grid,
+                               FindBin(mass, reached - target));
+        use_kept = true;
+        ++num_kept_searches;
       }
     }
     size_t unused = 0;

@@ -132,6 +132,35 @@ TEST(deep_thresholds_are_found_among_kept_tokens) {
   CHECK(num_kept_searches >= kRows * 3 / 4);
 }
 
+// A bin holds what lies from its edge up to the next bin's, in brackets of any width and place.
+TEST(bins_part_a_bracket_at_their_edges) {
+  std::mt19937_64 random = test::Random(33);
+  int num_fit = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const float middle = rows::OneOf(random, {0.0f, 1e-3f, -2.5f, 17.0f, -3e4f, 1e30f});
+    const float width = rows::OneOf(random, {1e-7f, 1e-3f, 0.3f, 20.0f, 1e6f, 3e38f});
+    const uint32_t lo = OrderedKey(middle), hi = OrderedKey(middle + width) + 1;
+    if (hi <= lo + 1) continue;
+    const cuda::Bracket bracket = {lo, hi, 5, 105};
+    const cuda::BinGrid grid = cuda::GridOf(bracket);
+    if (!grid.is_fit) continue;
+    ++num_fit;
+    const float x = FloatFromKey(lo + static_cast<uint32_t>(random() % (hi - lo)));
+    const int32_t bin = cuda::BinOf(grid, x);
+    CHECK(bin >= 0 && bin < cuda::kNumBins);
+    const cuda::Bracket part = cuda::BracketOfBin(bracket, grid, {bin, 30, 20, 100});
+    CHECK(x >= FloatFromKey(part.lo) && x <= cuda::LastBelow(part.hi));
+    CHECK_EQ(part.reached, 75u);
+    CHECK_EQ(part.above, 55u);
+    const int32_t other = rows::Below(random, cuda::kNumBins);
+    const cuda::Bracket elsewhere = cuda::BracketOfBin(bracket, grid, {other, 30, 20, 100});
+    if (other != bin)
+      CHECK(!(x >= FloatFromKey(elsewhere.lo) && x <= cuda::LastBelow(elsewhere.hi)) ||
+            elsewhere.lo >= elsewhere.hi);
+  }
+  CHECK(num_fit > 5000);
+}
+
 // The weight that kernels add up is the specification's, at every exponent and at the ends.
 TEST(truncated_weight_is_the_weight) {
   std::mt19937_64 random = test::Random();
@@ -163,15 +192,23 @@ TEST(shapes_fit_their_device) {
     for (int32_t num_rows : {1, 7, 32, 256, 1024}) {
       for (const cuda::DeviceLimits& limits :
            {kHopper, cuda::DeviceLimits{108, 166912, 1}, cuda::DeviceLimits{128, 101376, 1}}) {
-        const cuda::LaunchShape shape = cuda::ChooseShape(limits, num_rows, vocab_size, 0);
-        CHECK(shape.shared_bytes <= limits.max_shared_bytes);
-        CHECK(shape.cluster <= limits.max_cluster);
-        CHECK(shape.cluster * shape.groups_per_block >= cuda::NumGroups(vocab_size));
-        CHECK(shape.on_chip || shape.cluster == 1);
-        CHECK_EQ(shape.on_chip, cuda::ScratchFloats(shape, vocab_size) == 0);
+        for (const bool keeps_narrow : {false, true}) {
+          const cuda::LaunchShape shape = cuda::ChooseShape(limits, num_rows, vocab_size, 0, keeps_narrow);
+          CHECK(shape.shared_bytes <= limits.max_shared_bytes);
+          CHECK(shape.cluster <= limits.max_cluster);
+          CHECK(shape.cluster * shape.groups_per_block >= cuda::NumGroups(vocab_size));
+          CHECK(shape.on_chip || shape.cluster == 1);
+          CHECK_EQ(shape.keeps_narrow, keeps_narrow && shape.on_chip);
+          CHECK_EQ(shape.on_chip, cuda::ScratchFloats(shape, vocab_size) == 0);
+        }
       }
     }
   }
+  // Three blocks to a multiprocessor of 228 KiB, a KiB of each its own.
+  constexpr size_t kThird = (228 << 10) / 3 - 1024;
   CHECK_EQ(cuda::ChooseShape(kHopper, 256, 128256, 0).cluster, 8);
+  CHECK(cuda::ChooseShape(kHopper, 256, 128256, 0).shared_bytes <= kThird);
+  CHECK_EQ(cuda::ChooseShape(kHopper, 256, 128256, 0, true).cluster, 4);
+  CHECK(cuda::ChooseShape(kHopper, 256, 128256, 0, true).shared_bytes <= kThird);
   CHECK_EQ(cuda::ChooseShape(kHopper, 1, 128256, 0).cluster, 16);
 }

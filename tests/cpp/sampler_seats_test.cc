@@ -306,6 +306,39 @@ TEST(plain_requests_send_32_bytes_a_step_and_take_no_room) {
   CHECK_EQ(table.arena_units(), 0);
 }
 
+// Kernels that do less draw batches whose rows need no more.
+TEST(a_message_tells_the_traits_of_its_rows) {
+  SeatTable table(kVocab);
+  RequestOptions greedy, open, top_k, top_p, biased, penalised, stopped;
+  greedy.params.temperature = 0.0f;
+  greedy.params.top_p = 0.5f;
+  open.params.min_p = 0.1f;
+  top_k.params.top_k = 5;
+  top_p.params.top_p = 0.9f;
+  biased.biases.push_back({1, 2.0f});
+  penalised.params.presence_penalty = 0.5f;
+  const std::vector<int32_t> stops = {2};
+  stopped.min_tokens = 5;
+  stopped.stop_token_ids = stops;
+  for (int32_t seat = 0;
+       const RequestOptions* options : {&greedy, &open, &top_k, &top_p, &biased, &penalised, &stopped}) {
+    Request request(kVocab, *options);
+    table.Put(seat++, request);
+  }
+  const auto traits_of = [&](std::vector<int64_t> seats) {
+    table.Build(seats, std::vector<uint8_t>(seats.size(), 1));
+    return table.traits();
+  };
+  const auto family_of = [&](std::vector<int64_t> seats) { return traits_of(seats).family; };
+  CHECK(family_of({0, 0}) == Family::kGreedy);
+  CHECK(family_of({0, 1, SeatTable::kSkip}) == Family::kOpen);
+  CHECK(family_of({2, 0}) == Family::kAny);
+  CHECK(family_of({0, 3, 1}) == Family::kAny);
+  CHECK(family_of({1}) == Family::kOpen);
+  CHECK(!traits_of({0, 1, 2, 3}).has_edits);
+  for (const int64_t seat : {4, 5, 6}) CHECK(traits_of({0, seat, 1}).has_edits);
+}
+
 TEST(regions_that_are_left_serve_again) {
   RequestOptions options;
   options.params.frequency_penalty = 1.0f;

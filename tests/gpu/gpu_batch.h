@@ -5,9 +5,8 @@
 
 #include <vector>
 
-#include "sampler/batch.h"
 #include "sampler/cuda/device_sampler.h"
-#include "sampler_rows.h"
+#include "sampler_batches.h"
 
 namespace gpu {
 
@@ -45,61 +44,6 @@ class DeviceArray {
   T* data_ = nullptr;
   size_t size_;
 };
-
-// What a draw left, on the host.
-struct Drawn {
-  std::vector<int32_t> token_ids;
-  std::vector<uint32_t> status;
-  std::vector<int32_t> top_ids;
-  std::vector<float> top_logprobs;
-  std::vector<int32_t> ranks;
-  std::vector<float> processed;
-};
-
-// Rows of one batch: one dtype, one vocabulary, one number of logprobs. row_stride is in elements.
-struct Batch {
-  Dtype dtype = Dtype::kFloat32;
-  int32_t vocab_size = 0;
-  int64_t row_stride = 0;
-  std::vector<char> logits;  // num_rows * row_stride elements
-  std::vector<uint32_t> bitmask;
-  std::vector<RowInput> inputs;  // logits point into the above
-  int32_t num_logprobs = -1;
-  bool processed_logprobs = false;
-  bool want_processed = false;
-
-  size_t num_rows() const { return inputs.size(); }
-  size_t words() const { return (static_cast<size_t>(vocab_size) + 31) / 32; }
-};
-
-inline Drawn DrawOnHost(BatchSampler& sampler, const Batch& batch) {
-  const size_t n = batch.num_rows();
-  const size_t width = static_cast<size_t>(batch.num_logprobs + 1);
-  Drawn drawn;
-  drawn.token_ids.resize(n);
-  drawn.status.resize(n);
-  drawn.ranks.resize(width == 0 ? 0 : n);
-  drawn.top_ids.resize(n * width);
-  drawn.top_logprobs.resize(n * width);
-  if (batch.want_processed) drawn.processed.resize(n * static_cast<size_t>(batch.vocab_size));
-  std::vector<RowOutput> outputs(n);
-  for (size_t i = 0; i < n; ++i) {
-    if (width != 0) {
-      outputs[i].top_ids = drawn.top_ids.data() + i * width;
-      outputs[i].top_logprobs = drawn.top_logprobs.data() + i * width;
-    }
-    if (batch.want_processed) {
-      outputs[i].processed_logits = drawn.processed.data() + i * static_cast<size_t>(batch.vocab_size);
-    }
-  }
-  sampler.Draw(batch.inputs, outputs);
-  for (size_t i = 0; i < n; ++i) {
-    drawn.token_ids[i] = outputs[i].token_id;
-    drawn.status[i] = outputs[i].status;
-    if (width != 0) drawn.ranks[i] = outputs[i].rank;
-  }
-  return drawn;
-}
 
 // logits: the batch's on the device. offset_elements shifts them, for rows at odd addresses.
 inline Drawn DrawOnDevice(cuda::DeviceSampler& sampler, const Batch& batch, const void* logits,
@@ -145,46 +89,6 @@ inline Drawn DrawOnDevice(cuda::DeviceSampler& sampler, const Batch& batch, cons
   drawn.top_logprobs = top_logprobs.Download();
   drawn.processed = processed.Download();
   return drawn;
-}
-
-// Rows that differ, the first described in *what.
-inline int CountDifferences(const Batch& batch, const Drawn& host, const Drawn& device, std::string* what) {
-  const size_t width = static_cast<size_t>(batch.num_logprobs + 1);
-  const size_t size = static_cast<size_t>(batch.vocab_size);
-  int differences = 0;
-  for (size_t i = 0; i < batch.num_rows(); ++i) {
-    std::string difference;
-    if (host.token_ids[i] != device.token_ids[i]) {
-      difference =
-          "token " + std::to_string(host.token_ids[i]) + " and " + std::to_string(device.token_ids[i]);
-    } else if (host.status[i] != device.status[i]) {
-      difference = "status " + std::to_string(host.status[i]) + " and " + std::to_string(device.status[i]);
-    } else if (width != 0 && host.ranks[i] != device.ranks[i]) {
-      difference = "rank " + std::to_string(host.ranks[i]) + " and " + std::to_string(device.ranks[i]);
-    } else if (width != 0 &&
-               std::memcmp(&host.top_ids[i * width], &device.top_ids[i * width], width * 4) != 0) {
-      difference = "top ids";
-    } else if (width != 0 &&
-               std::memcmp(&host.top_logprobs[i * width], &device.top_logprobs[i * width], width * 4) != 0) {
-      difference = "logprobs";
-    } else if (batch.want_processed &&
-               std::memcmp(&host.processed[i * size], &device.processed[i * size], size * 4) != 0) {
-      difference = "processed logits";
-    }
-    if (difference.empty()) continue;
-    if (differences++ == 0) {
-      const RowConstants& c = batch.inputs[i].constants;
-      *what = "row " + std::to_string(i) + " of " + std::to_string(batch.num_rows()) + ", size " +
-              std::to_string(batch.vocab_size) + ", dtype " + std::to_string(static_cast<int>(batch.dtype)) +
-              ", scale " + std::to_string(c.scale) + ", top_k " + std::to_string(c.top_k) + ", top_p " +
-              std::to_string(c.has_top_p ? static_cast<double>(c.top_p_fixed) * 0x1p-64 : 1.0) + ", min_z " +
-              std::to_string(c.min_z) + ", greedy " + std::to_string(c.is_greedy) + ", logprobs " +
-              std::to_string(batch.num_logprobs) + (batch.processed_logprobs ? " processed" : " raw") +
-              ", edits " + std::to_string(batch.inputs[i].edits.biases.size) + "/" +
-              std::to_string(batch.inputs[i].edits.uses.size) + ": " + difference;
-    }
-  }
-  return differences;
 }
 
 }  // namespace gpu

@@ -1,7 +1,8 @@
 // The sampler on a GPU against the sampler on the CPU, bit for bit. Needs a device; bench/gpu/run.py runs it.
 // TWINJET_GPU_ROWS: how many rows the grid draws (default 100,000). TWINJET_GPU_SMALL: few and small rows,
-// for runs under compute-sanitizer. TWINJET_GPU_MAX_CLUSTER: the largest cluster used (default what the
-// device can).
+// for runs under compute-sanitizer, which end within seconds. TWINJET_GPU_MAX_CLUSTER: the largest cluster
+// used (default what the device can). TWINJET_GPU_TRACE: names each random draw before it starts.
+#include <bit>
 #include <cstdlib>
 
 #include "check.h"
@@ -11,6 +12,9 @@
 using namespace twinjet::sampler;
 using gpu::Batch;
 using gpu::DeviceArray;
+using gpu::MakeRandomBatch;
+using gpu::RandomBatch;
+using gpu::RestrictTo;
 
 namespace {
 
@@ -38,60 +42,6 @@ cuda::DeviceSampler& Device() {
   return sampler;
 }
 
-// Random rows of all shapes, parameters and edits; storage keeps what the inputs borrow.
-struct RandomBatch {
-  Batch batch;
-  std::vector<rows::Row> storage;
-};
-
-RandomBatch MakeRandomBatch(rows::Generator& random, int num_rows, int32_t vocab_size) {
-  RandomBatch made;
-  Batch& batch = made.batch;
-  batch.vocab_size = vocab_size;
-  batch.dtype = static_cast<Dtype>(rows::Below(random, 3));
-  // Padding of rows: none, a little (odd addresses), to 16 bytes.
-  batch.row_stride = vocab_size + rows::OneOf(random, {0, 1, 3, 64});
-  if (rows::Chance(random, 0.5)) batch.row_stride = (batch.row_stride + 7) / 8 * 8;
-  const size_t item = batch.dtype == Dtype::kFloat32 ? 4 : 2;
-  const size_t row_bytes = static_cast<size_t>(batch.row_stride) * item;
-  batch.logits.assign(static_cast<size_t>(num_rows) * row_bytes, '\xff');
-  batch.bitmask.assign(static_cast<size_t>(num_rows) * batch.words(), 0);
-  if (rows::Chance(random, 0.3)) {
-    batch.num_logprobs = rows::OneOf(random, {0, 1, 5, 20, 128});
-    batch.processed_logprobs = rows::Chance(random, 0.5);
-  }
-  batch.want_processed = rows::Chance(random, 0.1);
-  made.storage.resize(static_cast<size_t>(num_rows));
-  for (size_t i = 0; i < made.storage.size(); ++i) {
-    rows::Row& row = made.storage[i];
-    const auto shape = static_cast<rows::Shape>(random() % static_cast<uint64_t>(rows::Shape::kCount));
-    rows::FillRow(random, shape, vocab_size, &row);
-    char* out = batch.logits.data() + i * row_bytes;
-    if (batch.dtype == Dtype::kFloat32) {
-      std::memcpy(out, row.logits.data(), row.logits.size() * 4);
-    } else {
-      for (size_t j = 0; j < row.logits.size(); ++j) {
-        const uint32_t bits = FloatBits(row.logits[j]);
-        uint16_t narrow = static_cast<uint16_t>(bits >> 16);
-        if (batch.dtype == Dtype::kFloat16 && !IsNan(row.logits[j])) {
-          narrow = static_cast<uint16_t>((0x4000u | (bits >> 13 & 0x7ffu)) | (bits >> 31 << 15));
-          if (row.logits[j] == NegativeInfinity()) narrow = 0xfc00u;
-        }
-        std::memcpy(out + 2 * j, &narrow, 2);
-      }
-    }
-    row.input.logits = out;
-    row.input.dtype = batch.dtype;
-    row.input.num_logprobs = batch.num_logprobs;
-    row.input.processed_logprobs = batch.processed_logprobs;
-    if (row.input.edits.grammar_mask != nullptr) {
-      std::memcpy(batch.bitmask.data() + i * batch.words(), row.grammar.data(), batch.words() * 4);
-    }
-    batch.inputs.push_back(row.input);
-  }
-  return made;
-}
-
 void Compare(const Batch& batch, const gpu::Drawn& host, const gpu::Drawn& device, const std::string& where) {
   std::string what;
   const int differences = gpu::CountDifferences(batch, host, device, &what);
@@ -116,10 +66,17 @@ void CompareRandomBatches(uint64_t stream, int num_batches, int num_rows, int32_
       if (cluster > 0 && rows::Chance(random, 0.5)) continue;
       Device().set_cluster(cluster < 0 ? 0 : cluster);
       if (cluster < 0) Device().set_limits({limits.num_multiprocessors, 40000, 1});
+      Device().set_max_clusters(rows::OneOf(random, {0, 1, 2, 5}));
+      if (Setting("TWINJET_GPU_TRACE", 0) != 0) {
+        std::fprintf(stderr, "batch %d, %zu x %d, dtype %d, logprobs %d, cluster %d\n", b,
+                     made.batch.num_rows(), made.batch.vocab_size, static_cast<int>(made.batch.dtype),
+                     made.batch.num_logprobs, cluster);
+      }
       const gpu::Drawn device = gpu::DrawOnDevice(Device(), made.batch, logits.data(), bitmask.data(),
                                                   rows::Chance(random, 0.5) ? own : nullptr);
       Device().set_limits(limits);
       Device().set_cluster(0);
+      Device().set_max_clusters(0);
       Compare(made.batch, host, device,
               "batch " + std::to_string(b) + ", cluster " + std::to_string(cluster));
     }
@@ -188,7 +145,8 @@ int64_t CompareGrid(rows::Generator& random, const GridPart& part, int64_t num_d
     std::memcpy(batch.logits.data(), x.data(), batch.logits.size());
   } else {
     for (size_t i = 0; i < x.size(); ++i) {
-      const uint16_t narrow = static_cast<uint16_t>(FloatBits(x[i]) >> 16);
+      const auto narrow = dtype == Dtype::kFloat16 ? std::bit_cast<uint16_t>(static_cast<_Float16>(x[i]))
+                                                   : static_cast<uint16_t>(FloatBits(x[i]) >> 16);
       std::memcpy(batch.logits.data() + 2 * i, &narrow, 2);
     }
   }
@@ -197,12 +155,15 @@ int64_t CompareGrid(rows::Generator& random, const GridPart& part, int64_t num_d
   int64_t drawn = 0;
   while (drawn < num_draws) {
     batch.inputs.clear();
+    // Half of the draws by the kernel for any rows.
+    const auto family = static_cast<cuda::Family>(std::min<uint64_t>(random() % 4, 2));
     for (size_t i = 0; i < part.num_rows; ++i) {
       RowInput input;
       input.logits = batch.logits.data() + i * static_cast<size_t>(batch.row_stride) * item;
       input.dtype = dtype;
       input.vocab_size = part.vocab_size;
       RowParams params = grid[random() % grid.size()];
+      RestrictTo(family, &params);
       params.seed = random();
       params.position = random() % 8192;
       params.output_index = static_cast<uint32_t>(random() % 4);
@@ -235,16 +196,52 @@ TEST(grid) {
     if (IsSmall()) part.num_rows = 8;
     const auto share = static_cast<int64_t>(static_cast<double>(total) * part.share);
     drawn += CompareGrid(random, part, share - share / 4, Dtype::kFloat32);
-    drawn += CompareGrid(random, part, share / 4, Dtype::kBfloat16);
+    drawn += CompareGrid(random, part, share / 8, Dtype::kBfloat16);
+    drawn += CompareGrid(random, part, share / 8, Dtype::kFloat16);
   }
   std::printf("     grid: %lld rows drawn on both, 0 differences\n", static_cast<long long>(drawn));
+}
+
+// The draw of such rows needs no scratch memory, the widened rows of their logprobs do.
+TEST(logprobs_of_rows_that_fit_16_bits_wide_alone) {
+  std::mt19937_64 random = test::Random(8);
+  constexpr int32_t kVocabSize = 140000;
+  constexpr size_t kRows = 3;
+  const std::vector<float> x = QuickLogits(random, kRows, kVocabSize);
+  Batch batch;
+  batch.dtype = Dtype::kBfloat16;
+  batch.vocab_size = kVocabSize;
+  batch.row_stride = kVocabSize;
+  batch.num_logprobs = 5;
+  batch.logits.resize(x.size() * 2);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const auto narrow = static_cast<uint16_t>(FloatBits(x[i]) >> 16);
+    std::memcpy(batch.logits.data() + 2 * i, &narrow, 2);
+  }
+  for (size_t i = 0; i < kRows; ++i) {
+    RowInput row;
+    row.logits = batch.logits.data() + i * kVocabSize * 2;
+    row.dtype = batch.dtype;
+    row.vocab_size = kVocabSize;
+    row.num_logprobs = batch.num_logprobs;
+    RowParams params;
+    params.seed = i;
+    PrepareRow(params, kVocabSize, &row.constants);
+    batch.inputs.push_back(row);
+  }
+  cuda::DeviceSampler sampler(0);
+  if (sampler.limits().max_cluster < 2) return;
+  sampler.set_cluster(2);
+  const DeviceArray<char> logits(batch.logits);
+  Compare(batch, gpu::DrawOnHost(HostSampler(), batch),
+          gpu::DrawOnDevice(sampler, batch, logits.data(), nullptr, nullptr), "two blocks a row");
 }
 
 // A captured draw replays on new logits and new parameters.
 TEST(graph_replays_with_new_inputs) {
   std::mt19937_64 random = test::Random(6);
   const int32_t vocab_size = IsSmall() ? 5000 : 128256;
-  const size_t num_rows = IsSmall() ? 2 : 32;
+  const size_t num_rows = IsSmall() ? 2 : 96;  // more than clusters: rows are claimed, in each replay anew
   Batch batch;
   batch.vocab_size = vocab_size;
   batch.row_stride = vocab_size;

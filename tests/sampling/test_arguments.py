@@ -291,3 +291,16 @@ def test_an_unknown_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Sampler()
     with pytest.raises(ValueError, match="target is sse"):
         Sampler(1, "sse")
+
+
+def test_token_lists_are_read_alike_however_they_are_held() -> None:
+    held = ([5, 3], (5, 3), np.array([5, 3], np.uint16), [np.int64(5), np.int32(3)], range(5, 2, -2))
+    for tokens in held:
+        request = Request(8, allowed_token_ids=tokens)
+        assert request.banned_token_ids().tolist() == [0, 1, 2, 4, 6, 7]
+    for tokens in ([5, 1 << 40], (5, 1 << 62), np.array([5, 1 << 40])):
+        with pytest.raises(ValueError, match=r"allowed token is -1: must be in \[0, 8\)"):
+            Request(8, allowed_token_ids=tokens)
+    for tokens in ([5, 3.0], [True], ["5"], [5, 1 << 70], [[5]], "5", 5):
+        with pytest.raises(TypeError, match="allowed_token_ids must"):
+            Request(8, allowed_token_ids=tokens)

@@ -13,7 +13,7 @@ namespace twinjet::sampler::cuda {
 struct Block {
   Cluster cluster;
   SharedHead* head;
-  float* maxima;  // see SharedLayout for this and the next four
+  float* maxima;  // see SharedLayout for this and the next five
   uint32_t* flags;
   uint64_t* mail;
   uint64_t* runners;
@@ -51,11 +51,11 @@ __device__ __forceinline__ int32_t FloatFourOfLane(int32_t group, int32_t i) {
   return group * (kGroupSize / 4) + i * kLanesPerGroup + LaneInGroup();
 }
 
-struct MaxOf {
-  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
-};
 struct SumOf {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
+};
+struct MaxOf {
+  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
 };
 
 template <class Op>
@@ -76,7 +76,8 @@ __device__ __forceinline__ void TurnMaxima(Block& block) {
   block.group_max = MaximaSlot(block, ++block.num_maxima & 1, block.cluster.rank);
 }
 
-// Sends group_max and a flag, true where any thread's is. Returns the flag of this block.
+// Sends group_max and a flag, true where any thread's is, and in the flag's upper bits the row that the block
+// of rank 0 has claimed. Returns the flag of this block.
 __device__ __forceinline__ bool PostMaxima(Block& block, bool flag) {
   const bool any = __syncthreads_or(flag ? 1 : 0) != 0;  // group_max is complete
   const uint32_t size = block.cluster.size, rank = block.cluster.rank;
@@ -92,7 +93,8 @@ __device__ __forceinline__ bool PostMaxima(Block& block, bool flag) {
     SendRemote(place, *place, arrival, other + (other >= rank ? 1 : 0));
   }
   if (threadIdx.x < size && threadIdx.x != rank) {
-    SendRemote(block.flags + set * size + rank, any ? 1u : 0u, arrival, threadIdx.x);
+    SendRemote(block.flags + set * size + rank, (any ? 1u : 0u) | block.head->claimed << 1, arrival,
+               threadIdx.x);
   }
   return any;
 }
@@ -111,7 +113,7 @@ __device__ __forceinline__ Maxima WaitMaxima(Block& block, bool own_flag) {
   if (size > 1) {
     WaitPhase(&block.head->maxima_arrival[set], block.num_maxima >> 1 & 1);
     const uint32_t lane = static_cast<uint32_t>(LaneInWarp());
-    if (lane < size && lane != block.cluster.rank) flag |= block.flags[set * size + lane] != 0;
+    if (lane < size && lane != block.cluster.rank) flag |= (block.flags[set * size + lane] & 1) != 0;
   }
   const auto* maxima = reinterpret_cast<const float4*>(MaximaSlot(block, set, 0));
   const int32_t fours = static_cast<int32_t>(size) * block.maxima_stride / 4;
@@ -121,6 +123,14 @@ __device__ __forceinline__ Maxima WaitMaxima(Block& block, bool own_flag) {
     max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
   }
   return {FloatFromKey(__reduce_max_sync(~0u, OrderedKey(max))), __any_sync(~0u, flag) != 0};
+}
+
+// The row that the cluster has claimed, once the maxima of the row before are there.
+__device__ __forceinline__ int32_t ClaimedRow(const Block& block) {
+  const uint32_t claimed = block.cluster.rank == 0
+                               ? block.head->claimed
+                               : block.flags[(block.num_maxima & 1) * block.cluster.size] >> 1;
+  return static_cast<int32_t>(claimed);
 }
 
 // The lowest group of the row whose maximum is max.
@@ -136,6 +146,29 @@ __device__ __forceinline__ int32_t FirstGroupOf(const Block& block, float max) {
 }
 
 // ---- Mail: every block gets a combination of all threads' values ----
+//
+// A set holds MailWords(size) words of 8 bytes.
+
+__device__ __forceinline__ uint64_t* MailSlot(const Block& block, uint32_t set) {
+  return block.mail + (set & 1) * static_cast<uint32_t>(MailWords(static_cast<int32_t>(block.cluster.size)));
+}
+
+// Says how many bytes come with the next exchange of mail. In one thread.
+__device__ __forceinline__ void ExpectMail(const Block& block, uint32_t bytes) {
+  ExpectBytes(&block.head->mail_arrival[block.num_mail & 1], bytes);
+}
+
+// Sends a word of the next exchange, or two, to the place `to` in block `rank`.
+template <class T>
+__device__ __forceinline__ void SendMail(const Block& block, const T* to, const T& value, uint32_t rank) {
+  SendRemote(to, value, &block.head->mail_arrival[block.num_mail & 1], rank);
+}
+
+// Waits for the exchange of mail under way and turns to the next. In clusters of several blocks.
+__device__ __forceinline__ void WaitMail(Block& block) {
+  WaitPhase(&block.head->mail_arrival[block.num_mail & 1], block.num_mail >> 1 & 1);
+  ++block.num_mail;
+}
 
 template <int kCount, class Op>
 __device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCount], Op op) {
@@ -148,25 +181,22 @@ __device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCoun
     if (LaneInWarp() == 0) head.by_warp[threadIdx.x / 32][i] = value;
   }
   __syncthreads();
-  const uint32_t set = block.num_mail & 1;
-  const uint32_t phase = block.num_mail >> 1 & 1;
-  ++block.num_mail;
-  uint64_t* mail = block.mail + set * size * kMailWords;
-  if (threadIdx.x == 0 && size > 1) ExpectBytes(&head.mail_arrival[set], size * kCount * 8);
+  uint64_t* mail = MailSlot(block, block.num_mail);
+  if (threadIdx.x == 0 && size > 1) ExpectMail(block, size * kCount * 8);
   for (uint32_t to = threadIdx.x; to < size * kCount; to += kThreads) {
     const uint32_t i = to % kCount;
     uint64_t value = head.by_warp[0][i];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) value = op(value, head.by_warp[w][i]);
-    uint64_t* place = mail + block.cluster.rank * kMailWords + i;
+    uint64_t* place = mail + block.cluster.rank * kReducedWords + i;
     if (size > 1) {
-      SendRemote(place, value, &head.mail_arrival[set], to / kCount);
+      SendMail(block, place, value, to / kCount);
     } else {
       *place = value;
     }
   }
   if (size > 1) {
-    WaitPhase(&head.mail_arrival[set], phase);
+    WaitMail(block);
   } else {
     __syncthreads();
   }
@@ -174,18 +204,116 @@ __device__ __forceinline__ void AllReduce(Block& block, uint64_t (&values)[kCoun
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       values[i] = mail[i];
-      for (uint32_t r = 1; r < size; ++r) values[i] = op(values[i], mail[r * kMailWords + i]);
+      for (uint32_t r = 1; r < size; ++r) values[i] = op(values[i], mail[r * kReducedWords + i]);
     }
     return;
   }
   if (threadIdx.x < kCount) {
     uint64_t value = mail[threadIdx.x];
-    for (uint32_t r = 1; r < size; ++r) value = op(value, mail[r * kMailWords + threadIdx.x]);
+    for (uint32_t r = 1; r < size; ++r) value = op(value, mail[r * kReducedWords + threadIdx.x]);
     head.totals[threadIdx.x] = value;
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = head.totals[i];
+}
+
+template <int kCount>
+__device__ __forceinline__ void AllSum(Block& block, uint64_t (&values)[kCount]) {
+  AllReduce(block, values, SumOf());
+}
+
+// The largest value of all threads of all blocks.
+__device__ __forceinline__ uint32_t AllMax(Block& block, uint32_t value) {
+  uint64_t values[1] = {value};
+  AllReduce(block, values, MaxOf());
+  return static_cast<uint32_t>(values[0]);
+}
+
+// Counts of a block's tokens in kNumBins bins, each as two words. They lie where lists lie while no list is
+// wanted: the last lists must have been read, and the next may be sent only after SumBins.
+struct Bins {
+  uint32_t* low;
+  uint32_t* high;
+};
+
+// Clears the bins. Barriers at the beginning and at the end.
+__device__ __forceinline__ Bins ClearBins(const Block& block) {
+  auto* words = reinterpret_cast<uint32_t*>(block.lists);
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < 2 * kNumBins; i += kThreads) words[i] = 0;
+  __syncthreads();
+  return {words, words + kNumBins};
+}
+
+struct BinTotals {
+  const uint64_t* bins;  // kNumBins
+  uint64_t one_more;
+  uint64_t and_another;
+};
+
+// All blocks' bins together: high * 2^shift + low; and the sums of one_more and and_another over all threads.
+// Each block adds up its share of the bins and sends the totals to all: two exchanges.
+__device__ __forceinline__ BinTotals SumBins(Block& block, const Bins& bins, int shift, uint64_t one_more = 0,
+                                             uint64_t and_another = 0) {
+  SharedHead& head = *block.head;
+  const uint32_t size = block.cluster.size, rank = block.cluster.rank;
+  one_more = ReduceWarp(one_more, SumOf());
+  and_another = ReduceWarp(and_another, SumOf());
+  if (LaneInWarp() == 0) {
+    head.by_warp[threadIdx.x / 32][0] = one_more;
+    head.by_warp[threadIdx.x / 32][1] = and_another;
+  }
+  __syncthreads();  // the bins are complete
+  const uint32_t thread = threadIdx.x;
+  const uint32_t share = kNumBins / size;
+  uint64_t total = 0;
+  if (thread < kNumBins) total = (static_cast<uint64_t>(bins.high[thread]) << shift) + bins.low[thread];
+  if (size > 1) {
+    const uint64_t* parts = MailSlot(block, block.num_mail);  // [size][share], of this block's share
+    if (thread == 0) ExpectMail(block, kNumBins * 8);
+    if (thread < kNumBins) SendMail(block, parts + rank * share + thread % share, total, thread / share);
+    WaitMail(block);
+    total = 0;
+    if (thread < kNumBins) {
+      for (uint32_t r = 0; r < size; ++r) total += parts[r * share + thread % share];
+    }
+  }
+  uint64_t* totals = MailSlot(block, block.num_mail);  // bins, then two words of each block
+  uint64_t* pairs = totals + kNumBins;
+  if (thread == 0 && size > 1) ExpectMail(block, kNumBins * 8 + size * 16);
+  if (thread < kNumBins) {
+    // With one block the share is all bins.
+    uint64_t* place = totals + rank * share + thread % share;
+    if (size > 1) {
+      SendMail(block, place, total, thread / share);
+    } else {
+      *place = total;
+    }
+  } else if (thread < kNumBins + size) {
+    uint64_t pair[2] = {0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      pair[0] += head.by_warp[w][0];
+      pair[1] += head.by_warp[w][1];
+    }
+    if (size > 1) {
+      const uint4 words = {static_cast<uint32_t>(pair[0]), static_cast<uint32_t>(pair[0] >> 32),
+                           static_cast<uint32_t>(pair[1]), static_cast<uint32_t>(pair[1] >> 32)};
+      SendMail(block, reinterpret_cast<uint4*>(pairs + 2 * rank), words, thread - kNumBins);
+    } else {
+      pairs[0] = pair[0];
+      pairs[1] = pair[1];
+    }
+  }
+  if (size > 1) WaitMail(block);
+  __syncthreads();  // lists may be written
+  BinTotals result = {totals, 0, 0};
+  for (uint32_t r = 0; r < size; ++r) {
+    result.one_more += pairs[2 * r];
+    result.and_another += pairs[2 * r + 1];
+  }
+  return result;
 }
 
 // ---- Races ----
@@ -289,7 +417,8 @@ __device__ __forceinline__ ListTotals ExchangeLists(Block& block) {
   const uint32_t size = block.cluster.size, rank = block.cluster.rank;
   if (size > 1) {
     uint64_t* arrival = &block.head->list_arrival;
-    const uint32_t fours = (sizeof(ListHeader) + static_cast<uint32_t>(block.list_capacity) * 4) / 16;
+    const uint32_t fours =
+        static_cast<uint32_t>(sizeof(ListHeader) + static_cast<size_t>(block.list_capacity) * 4) / 16;
     if (threadIdx.x == 0) ExpectBytes(arrival, (size - 1) * fours * 16);
     const auto* own = reinterpret_cast<const uint4*>(&HeaderOf(block, rank));
     for (uint32_t i = threadIdx.x; i < fours * (size - 1); i += kThreads) {

@@ -49,6 +49,12 @@ __device__ __forceinline__ void ClusterSync(const Cluster& cluster) {
   }
 }
 
+__device__ __forceinline__ void WaitCycles(int32_t cycles) {
+  const int64_t begin = clock64();
+  while (clock64() - begin < cycles) {
+  }
+}
+
 // ---- Barriers that count bytes: the cheap way to hand a few words to another block ----
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* local) {

@@ -47,6 +47,11 @@ DeviceSampler::DeviceSampler(int device, int num_slots, bool has_one_stream)
   const CurrentDevice current(device);
   CheckCuda(QueryLimits(device, &limits_), "QueryLimits");
   CheckCuda(cudaEventCreateWithFlags(&last_work_, cudaEventDisableTiming), "cudaEventCreate");
+  void* counters = nullptr;
+  CheckCuda(cudaMalloc(&counters, kNumCounters * sizeof(uint32_t)), "cudaMalloc");
+  counters_ = static_cast<uint32_t*>(counters);
+  CheckCuda(cudaMemset(counters_, 0, kNumCounters * sizeof(uint32_t)), "cudaMemset");
+  CheckCuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
   for (Slot& slot : slots_) {
     CheckCuda(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming), "cudaEventCreate");
   }
@@ -62,6 +67,7 @@ DeviceSampler::~DeviceSampler() {
   cudaFree(batch_);
   cudaFree(info_);
   cudaFree(scratch_);
+  cudaFree(counters_);
 }
 
 void DeviceSampler::GrowBatch(size_t bytes) {
@@ -150,17 +156,24 @@ void DeviceSampler::Reserve(int32_t num_rows, int32_t vocab_size, size_t num_edi
   GrowScratch(ScratchFloats(ChooseShape(limits_, num_rows, vocab_size, force_cluster_), vocab_size));
 }
 
-LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size) {
-  LaunchShape shape = ChooseShape(limits_, num_rows, vocab_size, force_cluster_);
+LaunchShape DeviceSampler::ShapeOf(int32_t num_rows, int32_t vocab_size, bool keeps_narrow) {
+  LaunchShape shape = ChooseShape(limits_, num_rows, vocab_size, force_cluster_, keeps_narrow);
   if (!shape.on_chip) return shape;
-  if (shape.cluster != counted_cluster_ || shape.shared_bytes != counted_bytes_) {
-    CheckCuda(CountClusters(shape.cluster, shape.shared_bytes, &num_clusters_), "CountClusters");
-    counted_cluster_ = shape.cluster;
-    counted_bytes_ = shape.shared_bytes;
-  }
+  const auto [place, is_new] = num_clusters_.try_emplace({shape.cluster, shape.shared_bytes}, 0);
+  if (is_new) CheckCuda(CountClusters(shape.cluster, shape.shared_bytes, &place->second), "CountClusters");
   // Clusters go from row to row: none waits for another to end.
-  shape.num_blocks = std::min(shape.num_blocks, std::max(num_clusters_, 1) * shape.cluster);
+  int32_t most = std::max(place->second, 1);
+  if (max_clusters_ > 0) most = std::min(most, max_clusters_);
+  shape.num_blocks = std::min(shape.num_blocks, most * shape.cluster);
   return shape;
+}
+
+int32_t DeviceSampler::CyclesPerWave(const LaunchShape& shape, const Logits& logits,
+                                     int32_t num_waves) const {
+  const double item = logits.dtype == Dtype::kFloat32 ? 4 : 2;
+  const double slice_bytes = static_cast<double>(shape.groups_per_block) * kGroupSize * item;
+  if (num_waves < 2 || !(limits_.bytes_per_cycle > 0)) return 0;
+  return static_cast<int32_t>(slice_bytes * shape.num_blocks / num_waves / limits_.bytes_per_cycle);
 }
 
 void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, cudaStream_t stream) {
@@ -202,6 +215,8 @@ void DeviceSampler::Prepare(std::span<const HostRow> rows, int32_t vocab_size, c
   CopySlot(batch_, bytes, stream);
   num_rows_ = static_cast<int32_t>(rows.size());
   vocab_size_ = vocab_size;
+  traits_ = {Family::kGreedy, !edits_.empty()};
+  for (const HostRow& row : rows) traits_.family = std::max(traits_.family, FamilyOf(row.constants));
 }
 
 void DeviceSampler::CopySlot(void* to, size_t bytes, cudaStream_t stream) {
@@ -220,13 +235,18 @@ void DeviceSampler::Upload(const void* data, size_t bytes, void* to, cudaStream_
   CopySlot(to, bytes, stream);
 }
 
+uint32_t* DeviceSampler::TakeCounter(bool capturing) {
+  if (!capturing) return counters_;
+  return next_counter_ < kNumCounters ? counters_ + next_counter_++ : nullptr;
+}
+
 void DeviceSampler::Sample(const Logits& logits, const Outputs& outputs, cudaStream_t stream) {
   if (logits.num_rows != num_rows_ || logits.vocab_size != vocab_size_) {
     throw std::invalid_argument("the logits have another shape than the rows that were prepared");
   }
   SampleRows(
       {reinterpret_cast<const DeviceRow*>(batch_), reinterpret_cast<const Edit*>(batch_ + edits_offset_),
-       reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_)},
+       reinterpret_cast<const uint32_t*>(batch_ + allowed_offset_), traits_},
       logits, outputs, stream);
 }
 
@@ -235,9 +255,16 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
   const CurrentDevice current(device_);
   if (logits.num_rows == 0) return;
   GrowRows(logits.num_rows);
-  const LaunchShape shape = ShapeOf(logits.num_rows, logits.vocab_size);
   const bool capturing = IsCapturing(stream);
-  const size_t floats = ScratchFloats(shape, logits.vocab_size);
+  const Traits& traits = capturing ? captured_traits_ : rows.traits;
+  const bool keeps_narrow = logits.dtype != Dtype::kFloat32 && !traits.has_edits && limits_.max_cluster > 1;
+  const LaunchShape shape = ShapeOf(logits.num_rows, logits.vocab_size, keeps_narrow);
+  // Logprobs are of widened rows, which may need scratch memory where the draw does not.
+  const bool has_logprobs = outputs.num_logprobs >= 0;
+  const LaunchShape wide_shape =
+      keeps_narrow && has_logprobs ? ShapeOf(logits.num_rows, logits.vocab_size, false) : shape;
+  const size_t floats =
+      std::max(ScratchFloats(shape, logits.vocab_size), ScratchFloats(wide_shape, logits.vocab_size));
   if (capturing && floats > scratch_floats_) {
     throw std::invalid_argument(
         "a capture may not allocate: draw a batch of this size, or Reserve(), before it");
@@ -259,9 +286,16 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
   args.info = info_;
   args.processed_logits = outputs.processed_logits;
   args.scratch = scratch_;
+  args.family = traits.family;
+  const int32_t num_clusters = shape.num_blocks / shape.cluster;
+  if (shape.on_chip && num_clusters < logits.num_rows) {
+    args.num_claims = TakeCounter(capturing);
+    args.num_waves = DivideUp(shape.num_blocks, limits_.num_multiprocessors);
+    args.cycles_per_wave = CyclesPerWave(shape, logits, args.num_waves);
+  }
   if (!capturing) Follow(stream);  // in a graph, replays are ordered by the stream they are launched on
   CheckCuda(LaunchSample(args, shape, stream), "LaunchSample");
-  if (outputs.num_logprobs >= 0) {
+  if (has_logprobs) {
     LogprobsArgs logprobs;
     logprobs.sample = args;
     logprobs.sample.processed_logits = nullptr;
@@ -270,7 +304,7 @@ void DeviceSampler::SampleRows(const RowsOnDevice& rows, const Logits& logits, c
     logprobs.top_ids = outputs.top_ids;
     logprobs.top_logprobs = outputs.top_logprobs;
     logprobs.ranks = outputs.ranks;
-    CheckCuda(LaunchLogprobs(logprobs, shape, stream), "LaunchLogprobs");
+    CheckCuda(LaunchLogprobs(logprobs, wide_shape, stream), "LaunchLogprobs");
   }
   if (capturing) return;
   RecordWork(stream);

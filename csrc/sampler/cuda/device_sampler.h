@@ -12,8 +12,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
 #include <span>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "sampler/cuda/launch.h"
@@ -53,6 +55,7 @@ struct RowsOnDevice {
   const DeviceRow* rows = nullptr;
   const Edit* edits = nullptr;
   const uint32_t* allowed = nullptr;
+  Traits traits = {};
 };
 
 // One row's parameters. edits.grammar_mask is ignored: the grammar's masks are a device matrix.
@@ -100,6 +103,13 @@ class DeviceSampler {
   // Blocks a row, for measurements: 0 chooses; otherwise a power of two up to limits().max_cluster.
   void set_cluster(int32_t cluster) { force_cluster_ = cluster; }
 
+  // For measurements: what draws in captures may take for granted of all rows that will be prepared for them.
+  void set_captured_traits(const Traits& traits) { captured_traits_ = traits; }
+  const Traits& prepared_traits() const { return traits_; }
+
+  // For tests: runs at most so many clusters at once, so that few rows are claimed too; 0: as many as fit.
+  void set_max_clusters(int32_t max_clusters) { max_clusters_ = max_clusters; }
+
   // For tests: pretends a smaller device, such as one without clusters.
   void set_limits(const DeviceLimits& limits) { limits_ = limits; }
 
@@ -136,15 +146,21 @@ class DeviceSampler {
   void RecordWork(cudaStream_t stream);
   char* TakeSlot(size_t bytes);
   void CopySlot(void* to, size_t bytes, cudaStream_t stream);  // the slot taken last
-  LaunchShape ShapeOf(int32_t num_rows, int32_t vocab_size);
+  LaunchShape ShapeOf(int32_t num_rows, int32_t vocab_size, bool keeps_narrow);
+  uint32_t* TakeCounter(bool capturing);
+  // How long memory takes for one block's slice on each multiprocessor.
+  int32_t CyclesPerWave(const LaunchShape& shape, const Logits& logits, int32_t num_waves) const;
+
+  // Replays of different graphs may overlap: each captured launch has a counter of its own, as far as there
+  // are.
+  static constexpr size_t kNumCounters = 4096;
 
   int device_;
   bool has_one_stream_;
   DeviceLimits limits_;
   int32_t force_cluster_ = 0;
-  int32_t counted_cluster_ = 0;  // the shape that num_clusters_ was counted for
-  size_t counted_bytes_ = 0;
-  int num_clusters_ = 0;
+  int32_t max_clusters_ = 0;
+  std::map<std::pair<int32_t, size_t>, int> num_clusters_;  // by cluster and shared bytes
   std::vector<Slot> slots_;
   size_t next_slot_ = 0;
   std::vector<Edit> edits_;            // of the batch being prepared
@@ -155,6 +171,9 @@ class DeviceSampler {
   int32_t info_rows_ = 0;
   float* scratch_ = nullptr;
   size_t scratch_floats_ = 0;
+  uint32_t* counters_ =
+      nullptr;  // device, 0 while no launch runs; the first is for launches outside captures
+  size_t next_counter_ = 1;
   int32_t num_rows_ = 0;  // prepared
   int32_t vocab_size_ = 0;
   size_t edits_offset_ = 0;
@@ -162,6 +181,8 @@ class DeviceSampler {
   cudaStream_t last_stream_ = nullptr;
   cudaEvent_t last_work_ = nullptr;
   bool has_work_ = false;
+  Traits traits_;  // of the rows prepared
+  Traits captured_traits_;
   Waits waits_;
 };
 

@@ -12,6 +12,14 @@ cudaError_t QueryLimits(int device, DeviceLimits* limits) {
   error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   limits->max_shared_bytes = static_cast<size_t>(value);
+  int clock_khz = 0, memory_khz = 0, bus_bits = 0;
+  error = cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth, device);
+  if (error != cudaSuccess) return error;
+  // Two transfers a cycle of the memory's clock.
+  if (clock_khz > 0) limits->bytes_per_cycle = 2.0 * memory_khz * bus_bits / 8 / clock_khz;
   error = cudaDeviceGetAttribute(&value, cudaDevAttrClusterLaunch, device);
   if (error != cudaSuccess) return error;
   limits->max_cluster = value != 0 ? kMaxCluster : 1;

@@ -2,24 +2,9 @@
 // knows the dtype; from here on a row is float32 in the block's slice.
 #pragma once
 
-#include "sampler/cuda/block.cuh"
+#include "sampler/cuda/slice.cuh"
 
 namespace twinjet::sampler::cuda {
-
-// 16 bytes that will not be read again.
-__device__ __forceinline__ uint4 LoadOnce(const void* address) {
-  uint4 value;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(address));
-  return value;
-}
-
-__device__ __forceinline__ float WidenHalf(uint32_t bits) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
-  return x;
-}
 
 template <Dtype kDtype>
 __device__ __forceinline__ float ReadOne(const void* row, int32_t i) {
@@ -88,9 +73,10 @@ __device__ __forceinline__ float LoadGroup(const LoadArgs& args, int32_t first, 
 }
 
 // The same for a group that ends past the row, or a row at an odd address.
-template <Dtype kDtype>
-__device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t first, float* out,
+template <Dtype kDtype, Dtype kStored = Dtype::kFloat32>
+__device__ __forceinline__ float LoadRaggedGroup(const Block& block, const LoadArgs& args, int32_t group,
                                                  bool& has_nan) {
+  const int32_t first = (block.first_group + group) * kGroupSize;
   float max = NegativeInfinity();
   for (int32_t i = LaneInGroup(); i < kGroupSize; i += kLanesPerGroup) {
     float x = NegativeInfinity();
@@ -101,7 +87,7 @@ __device__ __forceinline__ float LoadRaggedGroup(const LoadArgs& args, int32_t f
       x = fmaxf(x, NegativeInfinity());
       if ((MaskWord(args, token) >> (token % 32) & 1u) == 0) x = NegativeInfinity();
     }
-    out[i] = x;
+    SetToken<kStored>(block, group * kGroupSize + i, x);
     max = fmaxf(max, x);
   }
   return max;
@@ -127,30 +113,55 @@ __device__ __forceinline__ float* NarrowSlice(const Block& block) {
 // The thread that starts copies: one that has no group to enter into the race when a block has few.
 constexpr uint32_t kCopyThread = kThreads - 32;
 
-// In kCopyThread of a block that `copies`: sets the copies of a row going, its parameters and the whole
-// groups of its slice, and the fetch into L2 of a part of the row after it. What was read from the places
-// they go to must be behind a FenceForCopies and a barrier.
-__device__ __forceinline__ void StartRow(const Block& block, const SampleArgs& args, int32_t row,
-                                         int32_t next_row) {
-  if (row >= args.num_rows) return;
+// How many groups of the block's slice lie wholly inside a row.
+__device__ __forceinline__ int32_t NumWholeGroups(const Block& block, const SampleArgs& args) {
+  const int32_t left = (args.vocab_size - block.first_group * kGroupSize) / kGroupSize;
+  return left < 0 ? 0 : left < block.num_local ? left : block.num_local;
+}
+
+__device__ __forceinline__ const char* SliceInMemory(const Block& block, const SampleArgs& args,
+                                                     int32_t row) {
   const int64_t item = args.dtype == Dtype::kFloat32 ? 4 : 2;
-  const int64_t first = static_cast<int64_t>(block.first_group) * kGroupSize;
-  const int32_t left = static_cast<int32_t>((args.vocab_size - first) / kGroupSize);
-  const int32_t whole = left < 0 ? 0 : left < block.num_local ? left : block.num_local;
-  const uint32_t group_bytes = kGroupSize * static_cast<uint32_t>(item);
-  const char* base = static_cast<const char*>(args.logits) + first * item;
-  const uint32_t bytes = IsCopied(block, args, row) ? static_cast<uint32_t>(whole) * group_bytes : 0;
+  return static_cast<const char*>(args.logits) +
+         (static_cast<int64_t>(block.first_group) * kGroupSize + row * args.row_stride) * item;
+}
+
+__device__ __forceinline__ uint32_t GroupBytes(const SampleArgs& args) {
+  return kGroupSize * (args.dtype == Dtype::kFloat32 ? 4u : 2u);
+}
+
+// In kCopyThread of a block that `copies`: fetches a part of a row's slice into L2.
+__device__ __forceinline__ void PrefetchRow(const Block& block, const SampleArgs& args, int32_t row) {
+  // A quarter: more of all rows in flight would crowd L2.
+  const uint32_t bytes = static_cast<uint32_t>(NumWholeGroups(block, args)) / 4 * GroupBytes(args);
+  if (row < args.num_rows && bytes != 0 && IsAligned(args, row))
+    StartPrefetch(SliceInMemory(block, args, row), bytes);
+}
+
+// In kCopyThread of a block that `copies`: sets the copies of a row going, its parameters and the whole
+// groups of its slice. What was read from the places they go to must be behind a FenceForCopies and a
+// barrier.
+__device__ __forceinline__ void StartRow(const Block& block, const SampleArgs& args, int32_t row) {
+  if (row >= args.num_rows) return;
+  const uint32_t bytes =
+      IsCopied(block, args, row) ? static_cast<uint32_t>(NumWholeGroups(block, args)) * GroupBytes(args) : 0;
   uint64_t* arrival = &block.head->copy_arrival;
   ExpectBytes(arrival, static_cast<uint32_t>(sizeof(DeviceRow)) + bytes);
   if (bytes != 0) {
-    float* to = args.dtype == Dtype::kFloat32 ? block.slice : NarrowSlice(block);
-    StartCopy(to, base + row * args.row_stride * item, bytes, arrival);
+    float* to = args.dtype == Dtype::kFloat32 || args.keeps_narrow ? block.slice : NarrowSlice(block);
+    StartCopy(to, SliceInMemory(block, args, row), bytes, arrival);
   }
   StartCopy(&block.head->input[block.num_copies & 1], args.rows + row, sizeof(DeviceRow), arrival);
-  // A quarter: more of all rows in flight would crowd L2.
-  const uint32_t ahead = static_cast<uint32_t>(whole) / 4 * group_bytes;
-  if (next_row < args.num_rows && ahead != 0 && IsAligned(args, next_row))
-    StartPrefetch(base + next_row * args.row_stride * item, ahead);
+}
+
+// In kCopyThread of the block of rank 0, when the cluster starts a row: takes the row after it. Clusters
+// start with the rows of their own numbers. As many rows are claimed as are drawn, the last of them in vain.
+__device__ __forceinline__ void ClaimRow(const Block& block, const SampleArgs& args, int32_t num_clusters) {
+  const uint32_t claims = atomicAdd(args.num_claims, 1u);
+  const auto num_rows = static_cast<uint32_t>(args.num_rows);
+  const uint32_t row = claims + static_cast<uint32_t>(num_clusters);
+  block.head->claimed = row < num_rows ? row : num_rows;
+  if (claims + 1 == num_rows) *args.num_claims = 0;
 }
 
 // The row's parameters, once they and what else StartRow fetches are there.
@@ -169,20 +180,14 @@ __device__ __forceinline__ const DeviceRow& WaitRow(Block& block, const SampleAr
   return input;
 }
 
-// The larger, or NaN where one of them is.
-__device__ __forceinline__ float MaxOrNan(float a, float b) {
-  float max;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
-  return max;
-}
-
 // A group that a bulk copy brought: NaN and masked tokens become -inf in place.
-__device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, float4* group, bool masked,
-                                           bool& has_nan) {
+template <Dtype kStored>
+__device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, StoredFour<kStored>* group,
+                                           bool masked, bool& has_nan) {
   float max = NegativeInfinity();
 #pragma unroll
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
-    const float4 x = group[i * kLanesPerGroup + LaneInGroup()];
+    const float4 x = group[i * kLanesPerGroup + LaneInGroup()].Widened();
     max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
   }
   if (!masked && max == max) return max;
@@ -190,14 +195,14 @@ __device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, 
 #pragma unroll 1
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
     const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * 4;
-    float4 x = group[offset / 4];
+    float4 x = group[offset / 4].Widened();
     has_nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
     const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
     x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
     x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
     x.z = (allowed & 4u) != 0 ? fmaxf(x.z, NegativeInfinity()) : NegativeInfinity();
     x.w = (allowed & 8u) != 0 ? fmaxf(x.w, NegativeInfinity()) : NegativeInfinity();
-    group[offset / 4] = x;
+    group[offset / 4] = StoredFour<kStored>::Of(x);
     max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
   }
   return max;
@@ -216,9 +221,10 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
       const int32_t first = (block.first_group + group) * kGroupSize;
       float* out = block.slice + group * kGroupSize;
       if (!args.aligned || first + kGroupSize > args.vocab_size) {
-        max = LoadRaggedGroup<kDtype>(args, first, out, has_nan);
+        max = LoadRaggedGroup<kDtype>(block, args, group, has_nan);
       } else if (kDtype == Dtype::kFloat32 && has_arrived) {
-        max = ScanGroup(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
+        max = ScanGroup(args, first, FoursOf<Dtype::kFloat32>(block) + group * (kGroupSize / 4), masked,
+                        has_nan);
       } else {
         max = LoadGroup<kDtype>(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
       }
@@ -230,15 +236,6 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
     if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
   }
   return has_nan;
-}
-
-template <Dtype kDtype>
-__device__ __forceinline__ float4 Widen(const uint2& pair) {
-  if (kDtype == Dtype::kBfloat16)
-    return make_float4(__uint_as_float(pair.x << 16), __uint_as_float(pair.x & 0xffff0000u),
-                       __uint_as_float(pair.y << 16), __uint_as_float(pair.y & 0xffff0000u));
-  return make_float4(WidenHalf(pair.x & 0xffffu), WidenHalf(pair.x >> 16), WidenHalf(pair.y & 0xffffu),
-                     WidenHalf(pair.y >> 16));
 }
 
 // LoadSlice for a 16-bit row that a copy brought. A pass is read before any thread writes it: its widened
@@ -262,24 +259,49 @@ __device__ __forceinline__ bool WidenSlice(const Block& block, const LoadArgs& a
     }
     __syncthreads();
     float max = NegativeInfinity();
-    float* out = block.slice + group * kGroupSize;
     if (is_whole) {
-      auto* fours = reinterpret_cast<float4*>(out);
+      auto* fours = FoursOf<Dtype::kFloat32>(block) + group * (kGroupSize / 4);
 #pragma unroll
       for (int i = 0; i < kTokensPerLane / 4; ++i) {
         const float4 x = Widen<kDtype>(pairs[i]);
-        fours[i * kLanesPerGroup + LaneInGroup()] = x;
+        fours[i * kLanesPerGroup + LaneInGroup()].bits = x;
         max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
       }
       if (masked || max != max) max = ScanGroup(args, first, fours, masked, has_nan);
     } else if (is_inside) {
-      max = LoadRaggedGroup<kDtype>(args, first, out, has_nan);
+      max = LoadRaggedGroup<kDtype>(block, args, group, has_nan);
     }
 #pragma unroll
     for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
       max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
     }
     if (is_inside && LaneInGroup() == 0) block.group_max[group] = max;
+  }
+  return has_nan;
+}
+
+// LoadSlice for a 16-bit row that stays as it is.
+template <Dtype kStored>
+__device__ __forceinline__ bool ScanSlice(const Block& block, const LoadArgs& args, bool has_arrived) {
+  bool has_nan = false;
+  const bool masked = args.mask != nullptr || args.allowed != nullptr;
+  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const int32_t group = GroupOfLane(pass);
+    const int32_t first = (block.first_group + group) * kGroupSize;
+    float max = NegativeInfinity();
+    if (group < block.num_local) {
+      if (has_arrived && first + kGroupSize <= args.vocab_size) {
+        max = ScanGroup(args, first, FoursOf<kStored>(block) + group * (kGroupSize / 4), masked, has_nan);
+      } else {
+        max = LoadRaggedGroup<kStored, kStored>(block, args, group, has_nan);
+      }
+    }
+#pragma unroll
+    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
+      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
+    }
+    if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
   }
   return has_nan;
 }
@@ -293,9 +315,12 @@ static __device__ __noinline__ bool LoadSliceFromMemory(Block block, LoadArgs ar
   return LoadSlice<Dtype::kFloat32>(block, args, false);
 }
 
+// kNarrow: the row has a 16-bit type. kStored: the slice's; if that is a 16-bit one, the row's.
+template <bool kNarrow, Dtype kStored>
 __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, Dtype dtype,
                                           bool has_arrived) {
-  if (dtype != Dtype::kFloat32) {
+  if (kStored != Dtype::kFloat32) return ScanSlice<kStored>(block, args, has_arrived);
+  if (kNarrow) {
     if (!has_arrived) return LoadNarrowSlice(block, args, dtype);
     if (dtype == Dtype::kFloat16) return WidenSlice<Dtype::kFloat16>(block, args);
     return WidenSlice<Dtype::kBfloat16>(block, args);
@@ -305,8 +330,9 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
 }
 
 // Maxima of the groups as the slice now is. Whole block; the slice must be in place.
+template <Dtype kStored>
 static __device__ __noinline__ void RefreshGroupMaxima(Block block) {
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const auto* slice = FoursOf<kStored>(block);
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
@@ -314,7 +340,7 @@ static __device__ __noinline__ void RefreshGroupMaxima(Block block) {
     if (group < block.num_local) {
 #pragma unroll
       for (int i = 0; i < kTokensPerLane / 4; ++i) {
-        const float4 x = slice[FloatFourOfLane(group, i)];
+        const float4 x = slice[FloatFourOfLane(group, i)].Widened();
         max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
       }
     }

@@ -5,18 +5,14 @@
 // last place is 1 there, so the addition truncates the weight and is exact. 32 weights stay below 2^53.
 #pragma once
 
-#include "sampler/cuda/block.cuh"
 #include "sampler/cuda/search.h"
+#include "sampler/cuda/slice.cuh"
 
 namespace twinjet::sampler::cuda {
 
 constexpr double kSumBase = 0x1p52;
 
-__device__ __forceinline__ double WeightAsDouble(float x, float max, float scale) {
-  return __longlong_as_double(static_cast<long long>(WeightAsDoubleBits(MulRn(SubRn(x, max), scale))));
-}
-
-// The same, or less than 1, which adds nothing, where x is below the threshold.
+// The weight of x before truncation; less than 1, which adds nothing, where x is below the threshold.
 template <bool kFiltered>
 __device__ __forceinline__ double KeptWeightAsDouble(float x, float max, float scale, float threshold) {
   const float z = !kFiltered || x >= threshold ? MulRn(SubRn(x, max), scale) : kMinZ;
@@ -37,12 +33,13 @@ __device__ __forceinline__ uint64_t SumWarp(uint64_t value) { return ReduceWarp(
 
 // The weight of a lane's float4 numbers begin, begin + kStep, ... (kNumber of them) that reach the threshold.
 // kFiltered: false where all logits do.
-template <bool kFiltered, int kNumber, int kStep>
-__device__ __forceinline__ uint64_t MassOfLane(const float4* begin, float max, float scale, float threshold) {
+template <bool kFiltered, int kNumber, int kStep, Dtype kStored>
+__device__ __forceinline__ uint64_t MassOfLane(const StoredFour<kStored>* begin, float max, float scale,
+                                               float threshold) {
   double even = kSumBase, odd = kSumBase;
 #pragma unroll 2
   for (int i = 0; i < kNumber; ++i) {
-    const float4 x = begin[i * kStep];
+    const float4 x = begin[i * kStep].Widened();
     const double w0 = KeptWeightAsDouble<kFiltered>(x.x, max, scale, threshold);
     const double w1 = KeptWeightAsDouble<kFiltered>(x.y, max, scale, threshold);
     const double w2 = KeptWeightAsDouble<kFiltered>(x.z, max, scale, threshold);
@@ -62,9 +59,9 @@ __device__ __forceinline__ int32_t NumPasses(const Block& block) {
 // group_mass[g] = sum of the weights of group g's tokens with x >= threshold, for the groups of passes
 // [begin, end); where few of a warp's groups have any, all its lanes share each of them. No barrier at the
 // end.
-template <bool kFiltered>
+template <Dtype kStored, bool kFiltered>
 __device__ __forceinline__ void SumGroups(const Block& block, float max, float scale, float threshold) {
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const auto* slice = FoursOf<kStored>(block);
   constexpr int kGroupsPerWarp = 32 / kLanesPerGroup;
   const int32_t passes = NumPasses(block);
   for (int32_t pass = 0; pass < passes; ++pass) {
@@ -87,7 +84,7 @@ __device__ __forceinline__ void SumGroups(const Block& block, float max, float s
       for (uint32_t left = lanes; left != 0;) {
         const int32_t which = (__ffs(static_cast<int>(left)) - 1) / kLanesPerGroup;
         left &= ~(0xffu << (which * kLanesPerGroup));
-        const float4* begin = slice + (first + which) * (kGroupSize / 4) + LaneInWarp();
+        const auto* begin = slice + (first + which) * (kGroupSize / 4) + LaneInWarp();
         const uint64_t whole =
             SumWarp(MassOfLane<kFiltered, kGroupSize / 128, 32>(begin, max, scale, threshold));
         if (LaneInWarp() / kLanesPerGroup == which) mass = whole;
@@ -97,22 +94,22 @@ __device__ __forceinline__ void SumGroups(const Block& block, float max, float s
   }
 }
 
+template <Dtype kStored>
 __device__ __forceinline__ void SumGroups(const Block& block, float max, float scale, float threshold) {
   if (threshold == NegativeInfinity()) {
-    SumGroups<false>(block, max, scale, threshold);
+    SumGroups<kStored, false>(block, max, scale, threshold);
   } else {
-    SumGroups<true>(block, max, scale, threshold);
+    SumGroups<kStored, true>(block, max, scale, threshold);
   }
 }
 
 // sums[i] += total of this lane's tokens with pivot i <= x < hi; sums[kNumPivots] of those with
 // lo <= x < hi. Totals are weights, or counts with kCount. The pivots ascend and are not below lo.
-// kLoads: kTokensPerLane / 4 for all tokens; 1 for a sample, one in kSampleStep.
-template <bool kCount, int kLoads>
+template <Dtype kStored, bool kCount>
 __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float scale, float lo,
                                             uint32_t hi_key, const Pivots& pivots,
                                             uint64_t (&sums)[kNumPivots + 1]) {
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const auto* slice = FoursOf<kStored>(block);
   float pivot[kNumPivots];
 #pragma unroll
   for (int i = 0; i < kNumPivots; ++i) pivot[i] = FloatFromKey(pivots.key[i]);
@@ -134,8 +131,8 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
           count_at[i] = 0;
         }
 #pragma unroll 2
-        for (int i = 0; i < kLoads; ++i) {
-          const float4 four = slice[FloatFourOfLane(group, i)];
+        for (int i = 0; i < kTokensPerLane / 4; ++i) {
+          const float4 four = slice[FloatFourOfLane(group, i)].Widened();
           const float x[4] = {four.x, four.y, four.z, four.w};
           bool in[4];
 #pragma unroll
@@ -172,49 +169,76 @@ __device__ __forceinline__ void SumAtPivots(const Block& block, float max, float
   }
 }
 
-// Keeps this block's tokens lo <= x < hi in `kept`, as far as there is room. Adds the weight of those from hi
-// up to *above, and of the kept ones to *inside. *count, in shared memory and 0 before, becomes the number of
-// the latter, room or not. No barrier at the end.
-__device__ __forceinline__ void SumAndKeep(const Block& block, float max, float scale, float lo,
-                                           uint32_t hi_key, float* kept, int32_t capacity, uint32_t* count,
-                                           uint64_t* above, uint64_t* inside) {
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+// Counts a sample of this block's tokens lo <= x < hi in about the grid's bins. No barrier at the end.
+template <Dtype kStored>
+__device__ __forceinline__ void CountSample(const Block& block, const BinGrid& grid, uint32_t hi_key,
+                                            const Bins& bins) {
+  const auto* slice = FoursOf<kStored>(block);
   const float last = LastBelow(hi_key);
   const int32_t passes = NumPasses(block);
-  uint64_t all_above = 0, all_inside = 0;
+#pragma unroll 2
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const int32_t group = GroupOfLane(pass);
+    if (group >= block.num_local || !(block.group_max[group] >= grid.lo)) continue;
+    const float4 four = slice[FloatFourOfLane(group, 0)].Widened();
+    const float x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      if (x[q] >= grid.lo && x[q] <= last) atomicAdd(&bins.low[GuessBin(grid, x[q])], 1u);
+    }
+  }
+}
+
+// Keeps this block's tokens lo <= x < hi in `kept`, as far as there is room, and returns the weight of those
+// from lo up. *count, in shared memory and 0 before, becomes the number of the former, room or not. No
+// barrier at the end.
+template <Dtype kStored>
+__device__ __forceinline__ uint64_t SumAndKeep(const Block& block, float max, float scale, float lo,
+                                               uint32_t hi_key, float* kept, uint32_t* count) {
+  const auto* slice = FoursOf<kStored>(block);
+  const float last = LastBelow(hi_key);
+  const int32_t passes = NumPasses(block);
+  uint64_t mass = 0;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     if (group >= block.num_local || !(block.group_max[group] >= lo)) continue;
-    double sum = kSumBase, middle = kSumBase;
+    double sum[2] = {kSumBase, kSumBase};
     uint32_t found = 0;  // bit of each of the lane's 32 tokens
 #pragma unroll 2
     for (int i = 0; i < kTokensPerLane / 4; ++i) {
-      const float4 four = slice[FloatFourOfLane(group, i)];
+      const float4 four = slice[FloatFourOfLane(group, i)].Widened();
       const float x[4] = {four.x, four.y, four.z, four.w};
+      uint32_t bits = 0;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const bool in = x[q] >= lo && x[q] <= last;
-        const double w = KeptWeightAsDouble<true>(x[q], max, scale, lo);
-        if (in) {
-          middle = __dadd_rz(middle, w);
-          found |= 1u << (4 * i + q);
-        } else {
-          sum = __dadd_rz(sum, w);
-        }
+        sum[q % 2] = __dadd_rz(sum[q % 2], KeptWeightAsDouble<true>(x[q], max, scale, lo));
+        if (x[q] >= lo && x[q] <= last) bits |= 1u << q;
       }
+      found |= bits << (4 * i);
     }
-    all_above += IntegerOfSum(sum);
-    all_inside += IntegerOfSum(middle);
+    mass += IntegerOfSum(sum[0]) + IntegerOfSum(sum[1]);
     if (found == 0) continue;
     uint32_t place = atomicAdd(count, static_cast<uint32_t>(__popc(found)));
-    while (found != 0 && place < static_cast<uint32_t>(capacity)) {
+    while (found != 0 && place < kMaxKept) {
       const int32_t bit = __ffs(static_cast<int>(found)) - 1;
       found &= found - 1;
-      kept[place++] = block.slice[4 * FloatFourOfLane(group, bit / 4) + bit % 4];
+      kept[place++] = TokenOf<kStored>(block, 4 * FloatFourOfLane(group, bit / 4) + bit % 4);
     }
   }
-  *above += all_above;
-  *inside += all_inside;
+  return mass;
+}
+
+// Adds the weights of kept tokens, all inside the grid's bracket, to the bins. No barrier at the end.
+constexpr int kLowBits = 22;
+static_assert(kMaxKept < 1 << (32 - kLowBits) && kMassBits <= 2 * kLowBits);
+__device__ __forceinline__ void WeighKept(const float* kept, int32_t count, float max, float scale,
+                                          const BinGrid& grid, const Bins& bins) {
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += kThreads) {
+    const uint64_t weight = WeightOf(kept[i], max, scale);
+    const int32_t bin = BinOf(grid, kept[i]);
+    atomicAdd(&bins.low[bin], static_cast<uint32_t>(weight) & ((1u << kLowBits) - 1));
+    atomicAdd(&bins.high[bin], static_cast<uint32_t>(weight >> kLowBits));
+  }
 }
 
 // SumAtPivots by weight over kept tokens instead of the slice.
@@ -233,8 +257,9 @@ __device__ __forceinline__ void SumKeptAtPivots(const float* kept, int32_t count
 }
 
 // How many of this lane's tokens have x >= value.
+template <Dtype kStored>
 __device__ __forceinline__ uint64_t CountAtLeast(const Block& block, float value) {
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const auto* slice = FoursOf<kStored>(block);
   const int32_t passes = NumPasses(block);
   uint32_t count = 0;
   for (int32_t pass = 0; pass < passes; ++pass) {
@@ -242,7 +267,7 @@ __device__ __forceinline__ uint64_t CountAtLeast(const Block& block, float value
     if (group >= block.num_local || !(block.group_max[group] >= value)) continue;
 #pragma unroll
     for (int i = 0; i < kTokensPerLane / 4; ++i) {
-      const float4 x = slice[FloatFourOfLane(group, i)];
+      const float4 x = slice[FloatFourOfLane(group, i)].Widened();
       count += (x.x >= value ? 1u : 0u) + (x.y >= value ? 1u : 0u) + (x.z >= value ? 1u : 0u) +
                (x.w >= value ? 1u : 0u);
     }

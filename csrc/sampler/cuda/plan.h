@@ -19,11 +19,25 @@ constexpr int kLanesPerGroup = 8;                            // lanes of a warp 
 constexpr int kGroupsPerPass = kThreads / kLanesPerGroup;    // groups a block handles at a time
 constexpr int kTokensPerLane = kGroupSize / kLanesPerGroup;  // 32
 constexpr int kMaxCluster = 16;
-constexpr int kMailWords = 8;                 // words that a block sends to each other block at a time
+constexpr int kNumBins = 64;                  // parts of a bracket whose totals are exchanged at a time
+constexpr int kReducedWords = 8;              // words that a block sends to each other block for totals
 constexpr int kMaxCandidates = 240;           // tokens that a threshold search settles by comparing all pairs
 constexpr int kMaxKept = 3 * kMaxCandidates;  // tokens of a block that a search keeps in their place
 constexpr int kSampleStep = kTokensPerLane / 4;  // one token of so many is in a search's sample
 constexpr int kMaxTopLogprobs = 128;
+
+// What a batch's rows are, for which a kernel of less code is faster.
+enum class Family : int32_t {
+  kGreedy,  // all are greedy
+  kOpen,    // greedy, or without top_k and top_p
+  kAny,
+};
+
+// What the host knows of all rows of a batch, and chooses the kernel by.
+struct Traits {
+  Family family = Family::kAny;
+  bool has_edits = true;  // some row may have
+};
 
 // A token whose logit is changed before the maximum is taken. At most one entry per row and token.
 struct Edit {
@@ -70,6 +84,12 @@ struct SampleArgs {
   DrawInfo* info = nullptr;           // [num_rows]
   float* processed_logits = nullptr;  // [num_rows, vocab_size] or null
   float* scratch = nullptr;           // rows in progress where they do not fit on chip
+  Family family = Family::kAny;
+  bool keeps_narrow = false;  // slices hold a 16-bit row's logits as they are: no row has edits
+  // The clusters of each wave, so many in all, start so many cycles after those of the wave before.
+  int32_t num_waves = 1;
+  int32_t cycles_per_wave = 0;
+  uint32_t* num_claims = nullptr;  // 0 before and after a launch. Null: clusters take rows by a fixed stride
 };
 
 struct LogprobsArgs {
@@ -88,23 +108,32 @@ struct LaunchShape {
   int32_t num_blocks = 0;
   size_t shared_bytes = 0;
   bool on_chip = false;  // slices live in shared memory
+  bool keeps_narrow = false;
 };
 
 struct DeviceLimits {
   int32_t num_multiprocessors = 0;
-  size_t max_shared_bytes = 0;  // per block
-  int32_t max_cluster = 1;      // 1 where the device has no clusters
+  size_t max_shared_bytes = 0;   // per block
+  int32_t max_cluster = 1;       // 1 where the device has no clusters
+  double bytes_per_cycle = 0.0;  // of memory, in cycles of a multiprocessor; 0: unknown
 };
 
-TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return (vocab_size + kGroupSize - 1) / kGroupSize; }
+TWINJET_HD int32_t DivideUp(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+TWINJET_HD Family FamilyOf(const RowConstants& constants) {
+  if (constants.is_greedy != 0) return Family::kGreedy;
+  return constants.top_k == 0 && constants.has_top_p == 0 ? Family::kOpen : Family::kAny;
+}
+
+TWINJET_HD int32_t NumGroups(int32_t vocab_size) { return DivideUp(vocab_size, kGroupSize); }
 
 // The fixed head of a block's shared memory; arrays follow, see SharedLayout. What comes in two sets is used
 // in turns: a block may send into the next set while another still reads the last, but not into the one
 // after.
 struct SharedHead {
   DeviceRow input[2];  // of this row and of the row before, whose race may still be on
-  uint64_t by_warp[kWarps][kMailWords];
-  uint64_t totals[kMailWords];
+  uint64_t by_warp[kWarps][kReducedWords];
+  uint64_t totals[kReducedWords];
   alignas(16) int32_t at_marks[2][8];  // counts of BoundOfMaxima
   // Barriers that count arriving bytes.
   uint64_t copy_arrival;
@@ -112,6 +141,7 @@ struct SharedHead {
   uint64_t mail_arrival[2];
   uint64_t runner_arrival[2];
   uint64_t list_arrival;
+  uint32_t claimed;  // row that the cluster draws next, where rows are claimed; in the block of rank 0
 };
 static_assert(sizeof(DeviceRow) % 16 == 0);
 
@@ -128,12 +158,12 @@ struct ListHeader {
 struct SharedLayout {
   size_t maxima;      // float [2][cluster][maxima_stride], filled up with -inf
   size_t flags;       // uint32 [2][cluster]
-  size_t mail;        // uint64 [2][cluster][kMailWords]
+  size_t mail;        // uint64 [2][MailWords]
   size_t runners;     // uint64 [2][cluster][2]
   size_t lists;       // [cluster] of a ListHeader and float [list_capacity]
   size_t gathered;    // double weights and float logits of all candidates
   size_t group_mass;  // uint64 [groups_per_block]
-  size_t slice;       // float [groups_per_block * kGroupSize], on chip only
+  size_t slice;       // [groups_per_block * kGroupSize], on chip only
   size_t total;
   int32_t maxima_stride;
   int32_t list_capacity;
@@ -146,7 +176,14 @@ TWINJET_HD int32_t ListCapacity(int32_t cluster) {
   return cluster <= 2 ? kMaxCandidates : cluster <= 4 ? kMaxCandidates / 2 : 64;
 }
 
-TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, bool on_chip) {
+// Words of one exchange of mail: kReducedWords from each block, or the bins and two words from each.
+TWINJET_HD int32_t MailWords(int32_t cluster) {
+  const int32_t reduced = kReducedWords * cluster, binned = kNumBins + 2 * cluster;
+  return reduced > binned ? reduced : binned;
+}
+
+TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, bool on_chip,
+                                     size_t item_bytes = sizeof(float)) {
   SharedLayout layout = {};
   const size_t groups = static_cast<size_t>(groups_per_block);
   const size_t blocks = static_cast<size_t>(cluster);
@@ -157,12 +194,13 @@ TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, 
   layout.maxima = RoundUp16(sizeof(SharedHead));
   layout.flags = layout.maxima + 2 * blocks * static_cast<size_t>(layout.maxima_stride) * sizeof(float);
   layout.mail = layout.flags + RoundUp16(2 * blocks * sizeof(uint32_t));
-  layout.runners = layout.mail + 2 * blocks * kMailWords * sizeof(uint64_t);
+  layout.runners = layout.mail + 2 * static_cast<size_t>(MailWords(cluster)) * sizeof(uint64_t);
   layout.lists = layout.runners + 2 * blocks * 2 * sizeof(uint64_t);
   layout.gathered = layout.lists + blocks * list_bytes;
   layout.group_mass = layout.gathered + candidate_bytes;
-  layout.slice = layout.group_mass + RoundUp16(groups * sizeof(uint64_t));
-  layout.total = layout.slice + (on_chip ? groups * kGroupSize * sizeof(float) : 0);
+  // Bulk copies to places that are no multiples of 128 bytes take a sixth longer.
+  layout.slice = (layout.group_mass + groups * sizeof(uint64_t) + 127) / 128 * 128;
+  layout.total = layout.slice + (on_chip ? groups * kGroupSize * item_bytes : 0);
   return layout;
 }
 

@@ -17,8 +17,8 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
                                            bool on_chip) {
   Block block = {};
   block.cluster = cluster;
-  const SharedLayout layout =
-      LayOutShared(args.groups_per_block, static_cast<int32_t>(block.cluster.size), on_chip);
+  const SharedLayout layout = LayOutShared(args.groups_per_block, static_cast<int32_t>(block.cluster.size),
+                                           on_chip, args.keeps_narrow ? 2 : sizeof(float));
   block.head = reinterpret_cast<SharedHead*>(shared);
   block.maxima = reinterpret_cast<float*>(shared + layout.maxima);
   block.flags = reinterpret_cast<uint32_t*>(shared + layout.flags);
@@ -43,9 +43,9 @@ __device__ __forceinline__ Block MakeBlock(char* shared, const SampleArgs& args,
 }
 
 // Sets up barriers and padding and, where the block copies, the first row's copies. Afterwards the other
-// blocks of the cluster may be sent to.
+// blocks of the cluster may be sent to. delay: cycles before the copies.
 __device__ __forceinline__ void StartBlock(const Block& block, const SampleArgs& args, int32_t row,
-                                           int32_t next_row) {
+                                           int32_t delay = 0) {
   SharedHead& head = *block.head;
   if (threadIdx.x == kCopyThread) {
     InitBarrier(&head.copy_arrival);
@@ -55,10 +55,14 @@ __device__ __forceinline__ void StartBlock(const Block& block, const SampleArgs&
       InitBarrier(&head.mail_arrival[set]);
       InitBarrier(&head.runner_arrival[set]);
     }
+    head.claimed = 0;
     FenceBarrierInit();
   }
   ClusterArriveRelaxed(block.cluster);  // a release after the copies would wait for them
-  if (threadIdx.x == kCopyThread && block.copies) StartRow(block, args, row, next_row);
+  if (threadIdx.x == kCopyThread && block.copies) {
+    if (delay > 0) WaitCycles(delay);
+    StartRow(block, args, row);
+  }
   // Groups that this block does not have stay at -inf for good.
   for (uint32_t set = 0; set < 2; ++set) {
     float* own = MaximaSlot(block, set, block.cluster.rank);
@@ -87,21 +91,22 @@ __device__ __forceinline__ LoadArgs LoadArgsOf(const SampleArgs& args, const Dev
 
 // Steps 1 to 3. edited: with masks and edits; otherwise the logits as they are. between: what can be done
 // while the first maxima are under way; called once.
-template <class Between>
+template <bool kNarrow, Dtype kStored, class Between>
 __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs& args, const DeviceRow& input,
                                                  int32_t row, bool edited, Between between) {
   const LoadArgs load = LoadArgsOf(args, input, row, edited);
-  const bool has_edits = edited && input.edit_begin < input.edit_end;
+  const bool has_edits = kStored == Dtype::kFloat32 && edited && input.edit_begin < input.edit_end;
   Maxima maxima = {};
 #pragma unroll 1
   for (int attempt = 0; attempt < 2; ++attempt) {
     TurnMaxima(block);
-    const bool has_nan = LoadSlice(block, load, args.dtype, attempt == 0 && IsCopied(block, args, row));
+    const bool has_nan =
+        LoadSlice<kNarrow, kStored>(block, load, args.dtype, attempt == 0 && IsCopied(block, args, row));
     if (has_edits) {
       __syncthreads();
       ApplyEdits(block, input, args.edits, attempt == 0 && input.has_early_stops != 0);
       __syncthreads();
-      RefreshGroupMaxima(block);
+      RefreshGroupMaxima<kStored>(block);
     }
     const bool own_flag = PostMaxima(block, has_nan);
     if (attempt == 0) between();
@@ -114,11 +119,12 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
     // Every +inf weighs the same, the rest nothing.
     __syncthreads();
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local * kGroupSize; i += kThreads) {
-      block.slice[i] = block.slice[i] == PositiveInfinity() ? 0.0f : NegativeInfinity();
+      SetToken<kStored>(block, i,
+                        TokenOf<kStored>(block, i) == PositiveInfinity() ? 0.0f : NegativeInfinity());
     }
     __syncthreads();
     TurnMaxima(block);
-    RefreshGroupMaxima(block);
+    RefreshGroupMaxima<kStored>(block);
     state.max = WaitMaxima(block, PostMaxima(block, false)).max;
     state.status |= kStatusInfinite;
   }
@@ -127,18 +133,21 @@ __device__ __forceinline__ RowState PrepareSlice(Block& block, const SampleArgs&
 }
 
 // Steps 7 to 9: kept are the logits at least this large.
+template <Family kFamily, Dtype kStored>
 __device__ __forceinline__ float KeepThreshold(Block& block, const RowConstants& constants, float max,
                                                int32_t vocab_size) {
   uint32_t key = kKeyOfNegativeInfinity;
   Candidates gathered = {0, 0, 0};
   if (constants.min_z > NegativeInfinity()) key = MinPKey(max, constants.scale, constants.min_z);
+  if (kFamily == Family::kOpen) return FloatFromKey(key);
   if (constants.top_k > 0) {
-    const uint32_t kth = TopKThreshold(block, max, constants.scale, constants.top_k, vocab_size,
-                                       constants.has_top_p != 0, &gathered);
+    const uint32_t kth = TopKThreshold<kStored>(block, max, constants.scale, constants.top_k, vocab_size,
+                                                constants.has_top_p != 0, &gathered);
     key = kth > key ? kth : key;
   }
   if (constants.has_top_p != 0) {
-    key = TopPThreshold(block, max, constants.scale, key, constants.top_p_fixed, vocab_size, gathered);
+    key =
+        TopPThreshold<kStored>(block, max, constants.scale, key, constants.top_p_fixed, vocab_size, gathered);
   }
   return FloatFromKey(key);
 }
@@ -162,8 +171,9 @@ struct RaceUnderWay {
 
 // Step 10's first race: sends the block's best group and fetches that group's logits. The slice is free after
 // the next barrier. own_exponential: GroupExponential of this thread.
+template <Dtype kStored>
 __device__ __forceinline__ void RaceGroups(Block& block, RaceUnderWay& race, double own_exponential) {
-  SumGroups(block, race.max, race.constants->scale, race.threshold);
+  SumGroups<kStored>(block, race.max, race.constants->scale, race.threshold);
   __syncthreads();
   Runner runner = {kNeverArrives, 0};
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
@@ -180,7 +190,7 @@ __device__ __forceinline__ void RaceGroups(Block& block, RaceUnderWay& race, dou
   const int32_t begin = (static_cast<int32_t>(runner.index) - block.first_group) * kGroupSize;
 #pragma unroll
   for (int i = 0; i < kGroupSize / kThreads; ++i)
-    race.logits[i] = block.slice[begin + static_cast<int32_t>(threadIdx.x) + i * kThreads];
+    race.logits[i] = TokenOf<kStored>(block, begin + static_cast<int32_t>(threadIdx.x) + i * kThreads);
 }
 
 // Step 10's second race: the block whose group won draws among its tokens.
@@ -205,6 +215,7 @@ __device__ __forceinline__ void FinishRace(Block& block, const SampleArgs& args,
 }
 
 // The lowest token of the maximum, to token_ids, by the block that has it.
+template <Dtype kStored>
 __device__ __forceinline__ void WriteFirstMaximum(Block& block, const SampleArgs& args, int32_t row,
                                                   float max) {
   const int32_t group = FirstGroupOf(block, max) - block.first_group;
@@ -212,7 +223,7 @@ __device__ __forceinline__ void WriteFirstMaximum(Block& block, const SampleArgs
   if (threadIdx.x >= 32) return;
   uint32_t first = ~0u;
   for (int32_t i = LaneInWarp(); i < kGroupSize; i += 32) {
-    if (block.slice[group * kGroupSize + i] == max && static_cast<uint32_t>(i) < first)
+    if (TokenOf<kStored>(block, group * kGroupSize + i) == max && static_cast<uint32_t>(i) < first)
       first = static_cast<uint32_t>(i);
   }
   first = __reduce_min_sync(~0u, first);

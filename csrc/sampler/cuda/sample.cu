@@ -1,91 +1,57 @@
 // The sampling kernel: a row per cluster, one read of the logits from memory.
 
+#include <span>
+
+#include "sampler/cuda/draw.cuh"
 #include "sampler/cuda/launch.cuh"
-#include "sampler/cuda/row.cuh"
 
 namespace twinjet::sampler::cuda {
 namespace {
 
-__device__ __forceinline__ void WriteProcessed(const Block& block, const SampleArgs& args, int32_t row) {
-  float* out = args.processed_logits + static_cast<int64_t>(row) * args.vocab_size;
-  const int32_t first = block.first_group * kGroupSize;
-  const int32_t left = args.vocab_size - first;
-  const int32_t size = left < block.num_local * kGroupSize ? left : block.num_local * kGroupSize;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < size; i += kThreads)
-    out[first + i] = block.slice[i];
-}
-
-// Draws the rows first, first + stride and so on; the blocks of a cluster call this together. The race among
-// the tokens of one row is run while the next row's maxima are exchanged.
-__device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args, int32_t first,
-                                           int32_t stride) {
-  RaceUnderWay race;
-  for (int32_t row = first; row < args.num_rows; row += stride) {
-    const DeviceRow& input = WaitRow(block, args, row);
-    const RowConstants& constants = input.constants;
-    double own_exponential = 0.0;
-    const RowState state = PrepareSlice(block, args, input, row, true, [&] {
-      own_exponential = GroupExponential(block, constants);
-      FinishRace(block, args, race);
-    });
-    race.row = -1;
-    if (args.processed_logits != nullptr) WriteProcessed(block, args, row);
-    float threshold = NegativeInfinity();
-    if ((state.status & kStatusNoToken) == 0) {
-      if (constants.is_greedy != 0) {
-        WriteFirstMaximum(block, args, row, state.max);
-        if (constants.scale != 0.0f) threshold = state.max;  // top_k = 1
-      } else {
-        threshold = KeepThreshold(block, constants, state.max, args.vocab_size);
-        race.row = row;
-        race.constants = &constants;
-        race.max = state.max;
-        race.threshold = threshold;
-        RaceGroups(block, race, own_exponential);
-      }
-    }
-    if (block.cluster.rank == 0 && threadIdx.x == 0) {
-      if ((state.status & kStatusNoToken) != 0) args.token_ids[row] = -1;
-      args.status[row] = state.status;
-      if (args.info != nullptr) args.info[row].threshold = threshold;
-    }
-    if (block.copies) FenceForCopies();
-    __syncthreads();  // the slice is free
-    if (block.copies && threadIdx.x == kCopyThread) StartRow(block, args, row + stride, row + 2 * stride);
-  }
-  FinishRace(block, args, race);
-}
-
+template <Family kFamily, bool kNarrow, Dtype kStored>
 __global__ void __launch_bounds__(kThreads, 3) SampleOnChipKernel(const __grid_constant__ SampleArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args, ThisCluster(), true);
-  const int32_t row = static_cast<int32_t>(blockIdx.x / block.cluster.size);
-  const int32_t stride = static_cast<int32_t>(gridDim.x / block.cluster.size);
-  StartBlock(block, args, row, row + stride);
-  SampleRows(block, args, row, stride);
+  SampleRows<kFamily, kNarrow, kStored>(block, args, static_cast<int32_t>(blockIdx.x / block.cluster.size),
+                                        static_cast<int32_t>(gridDim.x / block.cluster.size));
 }
 
 // Slices do not fit on chip: one block a row, its slice in scratch memory.
+template <bool kNarrow>
 __global__ void __launch_bounds__(kThreads) SampleInMemoryKernel(const __grid_constant__ SampleArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   Block block = MakeBlock(shared, args, {0, 1}, false);
-  const int32_t row = static_cast<int32_t>(blockIdx.x);
-  const int32_t stride = static_cast<int32_t>(gridDim.x);
-  block.slice = args.scratch + static_cast<int64_t>(row) * block.groups_per_block * kGroupSize;
-  StartBlock(block, args, row, row + stride);
-  SampleRows(block, args, row, stride);
+  block.slice = args.scratch + static_cast<int64_t>(blockIdx.x) * block.groups_per_block * kGroupSize;
+  SampleRows<Family::kAny, kNarrow, Dtype::kFloat32>(block, args, static_cast<int32_t>(blockIdx.x),
+                                                     static_cast<int32_t>(gridDim.x));
 }
+
+using Kernel = void (*)(SampleArgs);
+// By what the slices hold: float32 of float32 or of 16-bit rows, float16, bfloat16.
+constexpr int kNumForms = 4;
+template <Family kFamily>
+constexpr Kernel kForms[kNumForms] = {
+    SampleOnChipKernel<kFamily, false, Dtype::kFloat32>, SampleOnChipKernel<kFamily, true, Dtype::kFloat32>,
+    SampleOnChipKernel<kFamily, true, Dtype::kFloat16>, SampleOnChipKernel<kFamily, true, Dtype::kBfloat16>};
+constexpr const Kernel* kOnChip[3] = {kForms<Family::kGreedy>, kForms<Family::kOpen>, kForms<Family::kAny>};
+constexpr Kernel kInMemory[2] = {SampleInMemoryKernel<false>, SampleInMemoryKernel<true>};
 
 }  // namespace
 
 cudaError_t SetSampleAttributes(const DeviceLimits& limits) {
   const int bytes = static_cast<int>(limits.max_shared_bytes);
-  for (auto* kernel : {&SampleOnChipKernel, &SampleInMemoryKernel}) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
+  for (const Kernel* family : kOnChip) {
+    for (const Kernel kernel : std::span(family, kNumForms)) {
+      cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (error == cudaSuccess && limits.max_cluster > 8)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) return error;
+    }
   }
-  if (limits.max_cluster > 8) {
-    return cudaFuncSetAttribute(SampleOnChipKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (const Kernel kernel : kInMemory) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
@@ -100,14 +66,20 @@ cudaError_t CountClusters(int32_t cluster, size_t shared_bytes, int* num_cluster
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(num_clusters, SampleOnChipKernel, &config);
+  // Registers bound no family: shared memory does, and it is the same for all.
+  return cudaOccupancyMaxActiveClusters(num_clusters,
+                                        SampleOnChipKernel<Family::kAny, false, Dtype::kFloat32>, &config);
 }
 
 cudaError_t LaunchSample(const SampleArgs& args, const LaunchShape& shape, cudaStream_t stream) {
   if (args.num_rows == 0) return cudaSuccess;
   SampleArgs full = args;
   full.groups_per_block = shape.groups_per_block;
-  return LaunchCluster(shape.on_chip ? SampleOnChipKernel : SampleInMemoryKernel, full, shape, stream);
+  full.keeps_narrow = shape.keeps_narrow;
+  const bool is_narrow = args.dtype != Dtype::kFloat32;
+  if (!shape.on_chip) return LaunchCluster(kInMemory[is_narrow], full, shape, stream);
+  const int form = !is_narrow ? 0 : !shape.keeps_narrow ? 1 : args.dtype == Dtype::kFloat16 ? 2 : 3;
+  return LaunchCluster(kOnChip[static_cast<int>(args.family)][form], full, shape, stream);
 }
 
 }  // namespace twinjet::sampler::cuda

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "sampler/cuda/plan.h"
 #include "sampler/spec.h"
 
 // Only nvcc's device pass knows the pragma.
@@ -161,6 +162,61 @@ TWINJET_HD Bracket Shrink(const Bracket& bracket, const Pivots& pivots, const ui
       next.above = total;
     }
   }
+  return next;
+}
+
+// A bracket's logits parted evenly into kNumBins bins.
+struct BinGrid {
+  float lo;
+  float width;
+  float per_bin;  // kNumBins / width
+  bool is_fit;    // the bracket is neither too narrow nor endless
+};
+TWINJET_HD BinGrid GridOf(const Bracket& bracket) {
+  const float lo = FloatFromKey(bracket.lo);
+  const float width = SubRn(LastBelow(bracket.hi), lo);
+  return {lo, width, static_cast<float>(kNumBins) / width, width > 0x1p-60f && IsFinite(width)};
+}
+TWINJET_HD float EdgeOf(const BinGrid& grid, int32_t bin) {
+  return AddRn(grid.lo, MulRn(grid.width, static_cast<float>(bin) * (1.0f / kNumBins)));
+}
+
+// About the bin of x, a logit of the bracket.
+TWINJET_HD int32_t GuessBin(const BinGrid& grid, float x) {
+  const auto bin = static_cast<int32_t>(MulRn(SubRn(x, grid.lo), grid.per_bin));
+  return bin < kNumBins ? bin : kNumBins - 1;
+}
+
+// The last bin whose edge x reaches.
+TWINJET_HD int32_t BinOf(const BinGrid& grid, float x) {
+  int32_t bin = GuessBin(grid, x);
+  while (bin > 0 && x < EdgeOf(grid, bin)) --bin;
+  while (bin < kNumBins - 1 && x >= EdgeOf(grid, bin + 1)) ++bin;
+  return bin;
+}
+
+// What a bin of a sample weighs, about: all its tokens as if they lay in its middle.
+TWINJET_HD uint64_t MassOfSampledBin(const BinGrid& grid, int32_t bin, uint64_t count, float max,
+                                     float scale) {
+  const float middle = AddRn(EdgeOf(grid, bin), MulRn(grid.width, 0.5f / kNumBins));
+  return count * WeightOf(middle < max ? middle : max, max, scale);
+}
+
+// The bin in which the mass from the bottom first exceeds some amount.
+struct BinPlace {
+  int32_t bin;
+  uint64_t before;  // mass of the bins below it
+  uint64_t mass;    // its own
+  uint64_t total;   // of all bins; not above the amount: there is no such bin
+};
+
+// That bin as a bracket.
+TWINJET_HD Bracket BracketOfBin(const Bracket& bracket, const BinGrid& grid, const BinPlace& place) {
+  Bracket next;
+  next.lo = place.bin == 0 ? bracket.lo : OrderedKey(EdgeOf(grid, place.bin));
+  next.hi = place.bin == kNumBins - 1 ? bracket.hi : OrderedKey(EdgeOf(grid, place.bin + 1));
+  next.reached = bracket.above + place.total - place.before;
+  next.above = next.reached - place.mass;
   return next;
 }
 

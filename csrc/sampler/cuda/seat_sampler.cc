@@ -93,9 +93,9 @@ SeatSampler::Receipt SeatSampler::Draw(std::span<const int64_t> seats, std::span
   }
   const SeatMemory memory = Send(seats, advances, mask_rows, stream);
   CheckCuda(LaunchBegin(memory, num_rows, vocab_size_, rows_, stream), "LaunchBegin");
-  sampler_.SampleRows(
-      {rows_, reinterpret_cast<const Edit*>(arena_), reinterpret_cast<const uint32_t*>(arena_)}, logits,
-      results.outputs, stream);
+  sampler_.SampleRows({rows_, reinterpret_cast<const Edit*>(arena_),
+                       reinterpret_cast<const uint32_t*>(arena_), table_.traits()},
+                      logits, results.outputs, stream);
   const Receipt receipt = {TakePage(num_rows), num_rows};
   Page page;
   {

@@ -101,6 +101,7 @@ void SeatTable::Put(int32_t seat, Request& request) {
 
   Seat state = {};
   state.constants = request.Constants();
+  entry->traits = {FamilyOf(state.constants), entry->counts_output || !edits.empty()};
   state.num_words = static_cast<int32_t>(words.places.size());
   state.ring_size = words.longest_prefix;
   state.counts_output = entry->counts_output ? 1 : 0;
@@ -239,6 +240,7 @@ std::span<const Unit> SeatTable::Build(std::span<const int64_t> seats, std::span
                                        std::span<const int32_t> mask_rows) {
   const size_t row_units = sizeof(StepRow) / sizeof(Unit);
   message_.assign(seats.size() * row_units, Unit{});
+  traits_ = {Family::kGreedy, false};
   // What is moved from is read by this step: nobody may get it before the next.
   std::vector<std::pair<int32_t, int32_t>> left;
   for (size_t i = 0; i < seats.size(); ++i) {
@@ -250,6 +252,8 @@ std::span<const Unit> SeatTable::Build(std::span<const int64_t> seats, std::span
       if (!Has(seats[i])) throw std::out_of_range("seat " + std::to_string(seats[i]) + " is empty");
       Entry& entry = *entries_[static_cast<size_t>(seats[i])];
       const bool is_advance = advances[i] != 0;
+      traits_.family = std::max(traits_.family, entry.traits.family);
+      traits_.has_edits |= entry.traits.has_edits;
       row.seat = static_cast<int32_t>(seats[i]);
       row.num_outputs = entry.num_outputs;
       row.position = entry.first_position + static_cast<uint64_t>(entry.num_outputs);

@@ -57,6 +57,9 @@ class SeatTable {
   // until one is empty. Each is valid until the next call.
   std::span<const Unit> BuildPieces(int32_t max_units);
 
+  // Of the rows of the last message.
+  const Traits& traits() const { return traits_; }
+
   // What the device must have room for before it takes the last message.
   int32_t arena_units() const { return arena_.end(); }
   int32_t num_seats() const { return static_cast<int32_t>(entries_.size()); }
@@ -67,6 +70,7 @@ class SeatTable {
     int32_t num_outputs = 0;
     int32_t min_tokens = 0;  // 0 where there is nothing to mask before
     bool counts_output = false;
+    Traits traits;
     int32_t begin = 0;  // of the region; -1: it has none
     int32_t capacity = 0;
     int32_t edits_at = 0;
@@ -95,6 +99,7 @@ class SeatTable {
   int32_t text_mask_units() const { return (vocab_size_ + 127) / 128; }
 
   int32_t vocab_size_;
+  Traits traits_;
   int32_t max_text_units_;
   UnitArena arena_;
   std::vector<std::unique_ptr<Entry>> entries_;

@@ -6,11 +6,13 @@
 namespace twinjet::sampler::cuda {
 
 // Puts this block's tokens of the bracket into its list. A barrier follows inside, before and after.
+// kMayGiveUp: looks no further once the list has overflowed, which is likely.
+template <Dtype kStored, bool kMayGiveUp>
 __device__ __forceinline__ void Collect(const Block& block, const Bracket& bracket) {
   ClearList(block);
   ListHeader& header = HeaderOf(block, block.cluster.rank);
   float* list = ListOf(block, block.cluster.rank);
-  const auto* slice = reinterpret_cast<const float4*>(block.slice);
+  const auto* slice = FoursOf<kStored>(block);
   const float lo = FloatFromKey(bracket.lo);
   const float last = LastBelow(bracket.hi);
   const uint32_t capacity = static_cast<uint32_t>(block.list_capacity);
@@ -18,10 +20,11 @@ __device__ __forceinline__ void Collect(const Block& block, const Bracket& brack
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     if (group >= block.num_local || !(block.group_max[group] >= lo)) continue;
+    if (kMayGiveUp && *static_cast<volatile uint32_t*>(&header.count) > capacity) break;
     uint32_t found = 0;  // bit of each of the lane's 32 tokens
 #pragma unroll
     for (int i = 0; i < kTokensPerLane / 4; ++i) {
-      const float4 x = slice[FloatFourOfLane(group, i)];
+      const float4 x = slice[FloatFourOfLane(group, i)].Widened();
       found |= (x.x >= lo && x.x <= last ? 1u : 0u) << (4 * i);
       found |= (x.y >= lo && x.y <= last ? 2u : 0u) << (4 * i);
       found |= (x.z >= lo && x.z <= last ? 4u : 0u) << (4 * i);
@@ -32,7 +35,7 @@ __device__ __forceinline__ void Collect(const Block& block, const Bracket& brack
     while (found != 0 && place < capacity) {
       const int32_t bit = __ffs(static_cast<int>(found)) - 1;
       found &= found - 1;
-      list[place++] = block.slice[4 * FloatFourOfLane(group, bit / 4) + bit % 4];
+      list[place++] = TokenOf<kStored>(block, 4 * FloatFourOfLane(group, bit / 4) + bit % 4);
     }
   }
   __syncthreads();
@@ -135,9 +138,7 @@ __device__ __forceinline__ uint32_t Settle(Block& block, const Candidates& candi
     }
   }
   if (!by_all) {
-    uint64_t values[1] = {best};
-    AllReduce(block, values, MaxOf());
-    return static_cast<uint32_t>(values[0]);
+    return AllMax(block, best);
   }
   best = __reduce_max_sync(~0u, best);
   __syncthreads();  // by_warp may be read still from the last call
@@ -179,8 +180,8 @@ __device__ __forceinline__ float* KeptLogits(const Block& block) {
 
 // Narrows the bracket until few candidates are left, or one logit. *gathered: the candidates, if they are all
 // tokens from the threshold up; none otherwise. with_weights, scale: for their weights; a search by mass
-// needs them. Where lists are exchanged more than once in a row, an AllReduce lies between.
-template <bool kCount>
+// needs them. Where lists are exchanged more than once in a row, an AllSum lies between.
+template <Dtype kStored, bool kCount>
 __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float scale, Bracket bracket,
                                                   uint64_t target, bool try_at_once, const Kept& kept,
                                                   bool with_weights, Candidates* gathered) {
@@ -191,12 +192,14 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
       if (kept.is_used) {
         CollectKept(block, KeptLogits(block), kept.count, bracket);
       } else {
-        Collect(block, bracket);
+        Collect<kStored, false>(block, bracket);
       }
       if (ExchangeLists(block).count <= kMaxCandidates) {
         const Candidates candidates = Gather(block, max, scale, with_weights);
         if (bracket.above == 0) *gathered = candidates;
-        const bool by_all = bracket.above == 0 && candidates.count <= kMaxSettledByAll;
+        // Otherwise an exchange follows, which a search by mass after this one needs before its lists.
+        const bool by_all = bracket.above == 0 ? candidates.count <= kMaxSettledByAll
+                                               : !kCount && candidates.count <= kMaxSettledByAll / 2;
         return Settle<kCount ? Settling::kCount : Settling::kMass>(block, candidates, bracket.lo,
                                                                    bracket.above, target, by_all);
       }
@@ -206,61 +209,89 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
     if (kept.is_used) {
       SumKeptAtPivots(KeptLogits(block), kept.count, max, scale, bracket, pivots, sums);
     } else {
-      SumAtPivots<kCount, kTokensPerLane / 4>(block, max, scale, FloatFromKey(bracket.lo), bracket.hi, pivots,
-                                              sums);
+      SumAtPivots<kStored, kCount>(block, max, scale, FloatFromKey(bracket.lo), bracket.hi, pivots, sums);
     }
-    AllReduce(block, sums, SumOf());
+    AllSum(block, sums);
     bracket = Shrink(bracket, pivots, sums, target);
   }
 }
 
+// The bin in which the bins' mass exceeds `amount`, by each warp for itself. mass: of bins 2 * lane and
+// 2 * lane + 1.
+__device__ __forceinline__ BinPlace FindBin(const uint64_t (&&mass)[2], uint64_t amount) {
+  static_assert(kNumBins == 64);
+  const uint64_t both = mass[0] + mass[1];
+  uint64_t upto = both;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint64_t other = __shfl_up_sync(~0u, upto, offset);
+    if (LaneInWarp() >= offset) upto += other;
+  }
+  BinPlace place;
+  place.total = __shfl_sync(~0u, upto, 31);
+  const uint32_t above = __ballot_sync(~0u, upto > amount);
+  const int32_t lane = above == 0 ? 31 : __ffs(static_cast<int>(above)) - 1;
+  const uint64_t before = upto - both;
+  const int second = before + mass[0] > amount ? 0 : 1;
+  place.bin = __shfl_sync(~0u, 2 * LaneInWarp() + second, lane);
+  place.before = __shfl_sync(~0u, second == 0 ? before : before + mass[0], lane);
+  place.mass = __shfl_sync(~0u, second == 0 ? mass[0] : mass[1], lane);
+  return place;
+}
+
 // A search by mass over many tokens: a sample says about where the threshold lies, one pass keeps the tokens
-// around it, and the search goes on among those. bracket.lo may be a bound without its mass.
+// around it, the kept ones are weighed in bins, and the search goes on in one bin. bracket.lo may be a bound
+// without its mass.
+template <Dtype kStored>
 __device__ __forceinline__ uint32_t FindDeepThreshold(Block& block, float max, float scale, Bracket bracket,
                                                       uint64_t whole, uint64_t target) {
-  const uint64_t dropped = (whole - target) / kSampleStep;
-  Bracket sampled = {bracket.lo, bracket.hi, 0, 0};
-  uint64_t sample_target = 0;
-  for (int round = 0; round < 2; ++round) {
-    const float width = SubRn(LastBelow(sampled.hi), FloatFromKey(sampled.lo));
-    if (!(width > 0.0f) || !IsFinite(width)) break;
-    const Pivots pivots = NextPivots(sampled, sample_target, round);
-    uint64_t sums[kNumPivots + 1] = {};
-    SumAtPivots<false, 1>(block, max, scale, FloatFromKey(sampled.lo), sampled.hi, pivots, sums);
-    AllReduce(block, sums, SumOf());
-    if (round == 0) {
-      sampled.reached = sums[kNumPivots];
-      if (sums[kNumPivots] <= dropped) break;
-      sample_target = sums[kNumPivots] - dropped;
-    }
-    sampled = Shrink(sampled, pivots, sums, sample_target);
-  }
+  const int32_t lane = LaneInWarp();
   Kept kept = {false, 0};
-  const Bracket window = WindowOfSample(sampled, sample_target, dropped, max, scale, bracket);
-  if (sample_target != 0 && (window.lo != bracket.lo || window.hi != bracket.hi)) {
+  Bracket window = bracket;
+  BinGrid grid = GridOf(bracket);
+  if (grid.is_fit) {
+    const uint64_t dropped = (whole - target) / kSampleStep;
+    const Bins bins = ClearBins(block);
+    CountSample<kStored>(block, grid, bracket.hi, bins);
+    const uint64_t* counts = SumBins(block, bins, 0).bins;
+    const BinPlace place = FindBin({MassOfSampledBin(grid, 2 * lane, counts[2 * lane], max, scale),
+                                    MassOfSampledBin(grid, 2 * lane + 1, counts[2 * lane + 1], max, scale)},
+                                   dropped);
+    if (place.total > dropped) {
+      const Bracket sampled = BracketOfBin({bracket.lo, bracket.hi, 0, 0}, grid, place);
+      window = WindowOfSample(sampled, place.total - dropped, dropped, max, scale, bracket);
+    }
+  }
+  if (window.lo != bracket.lo || window.hi != bracket.hi) {
     ListHeader& header = HeaderOf(block, block.cluster.rank);
     ClearList(block);
-    uint64_t sums[kNumPivots + 1] = {};  // above the window, inside it; blocks without room
-    SumAndKeep(block, max, scale, FloatFromKey(window.lo), window.hi, KeptLogits(block), kMaxKept,
-               &header.count, &sums[0], &sums[1]);
+    const uint64_t mass = SumAndKeep<kStored>(block, max, scale, FloatFromKey(window.lo), window.hi,
+                                              KeptLogits(block), &header.count);
     __syncthreads();
     kept.count = static_cast<int32_t>(header.count);
-    if (threadIdx.x == 0 && kept.count > kMaxKept) sums[2] = 1;
-    AllReduce(block, sums, SumOf());
-    const uint64_t reached = sums[0] + sums[1];
-    kept.is_used = sums[0] < target && target <= reached && sums[2] == 0;
-    if (target <= sums[0]) {
-      bracket.lo = window.hi;
-      bracket.reached = sums[0];
-    } else if (target > reached) {
+    grid = GridOf(window);
+    const bool has_room = kept.count <= kMaxKept && grid.is_fit;
+    const Bins bins = ClearBins(block);
+    if (has_room) WeighKept(KeptLogits(block), kept.count, max, scale, grid, bins);
+    const BinTotals sums = SumBins(block, bins, kLowBits, mass, threadIdx.x == 0 && !has_room ? 1 : 0);
+    const uint64_t reached = sums.one_more;
+    const BinPlace place = FindBin({sums.bins[2 * lane], sums.bins[2 * lane + 1]}, reached - target);
+    if (target > reached) {
       bracket.hi = window.lo;
       bracket.above = reached;
+    } else if (sums.and_another != 0) {
+      bracket.lo = window.lo;
+      bracket.reached = reached;
+    } else if (target <= reached - place.total) {
+      bracket.lo = window.hi;
+      bracket.reached = reached - place.total;
     } else {
-      bracket = {window.lo, window.hi, sums[0], reached};
+      bracket = BracketOfBin({window.lo, window.hi, reached - place.total, reached}, grid, place);
+      kept.is_used = true;
     }
   }
   Candidates unused;
-  return FindThreshold<false>(block, max, scale, bracket, target, kept.is_used, kept, true, &unused);
+  return FindThreshold<kStored, false>(block, max, scale, bracket, target, kept.is_used, kept, true, &unused);
 }
 
 // How many groups have a token, and the least of their maxima. All lanes of the calling warp.
@@ -324,6 +355,7 @@ __device__ __forceinline__ uint32_t BoundOfMaxima(const Block& block, float max,
 }
 
 // The k-th largest logit, 1 <= k < vocab_size. scale, with_weights, gathered: see FindThreshold.
+template <Dtype kStored>
 __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float scale, int32_t k,
                                                   int32_t vocab_size, bool with_weights,
                                                   Candidates* gathered) {
@@ -339,15 +371,16 @@ __device__ __forceinline__ uint32_t TopKThreshold(Block& block, float max, float
     const Pivots pivots =
         length > 0.0f && IsFinite(length) ? CountPivots(bracket, least.value, length) : KeyPivots(bracket);
     uint64_t sums[kNumPivots + 1] = {};
-    SumAtPivots<true, kTokensPerLane / 4>(block, max, 0.0f, NegativeInfinity(), bracket.hi, pivots, sums);
-    AllReduce(block, sums, SumOf());
+    SumAtPivots<kStored, true>(block, max, 0.0f, NegativeInfinity(), bracket.hi, pivots, sums);
+    AllSum(block, sums);
     bracket = Shrink(bracket, pivots, sums, target);
   }
-  return FindThreshold<true>(block, max, scale, bracket, target, is_bounded && k <= kMaxCandidates,
-                             {false, 0}, with_weights, gathered);
+  return FindThreshold<kStored, true>(block, max, scale, bracket, target, is_bounded && k <= kMaxCandidates,
+                                      {false, 0}, with_weights, gathered);
 }
 
 // Step 9 over the tokens from floor_key up. gathered: not empty where it holds all of them already.
+template <Dtype kStored>
 __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float scale, uint32_t floor_key,
                                                   uint64_t top_p_fixed, int32_t vocab_size,
                                                   const Candidates& gathered) {
@@ -360,8 +393,8 @@ __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float
   // The whole mass and the tokens from a pivot up, in one exchange.
   const uint32_t wanted = FirstMassPivot(max, scale);
   const uint32_t pivot = wanted > floor_key && wanted < top ? wanted : floor_key + 1;
-  SumGroups<true>(block, max, scale, FloatFromKey(floor_key));
-  Collect(block, {pivot, top, 0, 0});
+  SumGroups<kStored>(block, max, scale, FloatFromKey(floor_key));
+  Collect<kStored, true>(block, {pivot, top, 0, 0});
   if (threadIdx.x < 32) {
     uint64_t mass = 0;
     for (int32_t i = LaneInWarp(); i < block.num_local; i += 32) mass += block.group_mass[i];
@@ -389,7 +422,7 @@ __device__ __forceinline__ uint32_t TopPThreshold(Block& block, float max, float
   const uint32_t least = LeastMassKey(max, scale, whole, target, vocab_size);
   // `reached` stays what it is: the little mass that lies below the least key only tilts a guess.
   if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
-  return FindDeepThreshold(block, max, scale, bracket, whole, target);
+  return FindDeepThreshold<kStored>(block, max, scale, bracket, whole, target);
 }
 
 }  // namespace twinjet::sampler::cuda

@@ -92,6 +92,21 @@ def test_adapters_are_counted_as_stock_counts_them(seed: int) -> None:
     assert met["native_steps"] + met["split_steps"] > met["stock_steps"]
 
 
+@pytest.mark.parametrize(("is_async", "is_v2"), [(False, False), (True, False), (True, True)])
+def test_streams_of_one_token_need_nothing_of_vllms_schedule(is_async: bool, is_v2: bool) -> None:
+    """No row is due in their steps: what runs only waits for its token, and all work is what comes."""
+    setup = Setup(is_async=is_async, is_v2=is_v2, num_blocks=200, max_num_batched_tokens=400, max_num_seqs=32)
+    workload = Workload(
+        num_requests=60, arrival_rate=6.0, plain_only=True, prompt_lengths=(1, 12), max_tokens=(1, 1),
+        abort_rate=0.0, reset_rate=0.0, pause_rate=0.0,
+    )  # fmt: skip
+    met = run(setup, workload, seed=4)
+
+    assert met["stock_steps"] + met["split_steps"] == 0
+    assert met["requests_admitted"] == 60
+    assert (met["native_updates"] > 0) == is_async
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_manager_alone_decides_as_stock(is_async: bool) -> None:
     setup = Setup(is_async=is_async, num_blocks=40, native="manager", policy="priority")

@@ -162,11 +162,13 @@ class DeviceDrawing:
 
     def enter(self, seat: int, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> str:
         """Seat a request with its history, or say why vLLM's sampler must draw it."""
-        self.leave(seat)
+        self.reasons.pop(seat, None)
+        self._with_bad_text.discard(seat)
         reason = reason_for_stock(params, prompt)
         if reason:
             self.reasons[seat] = reason
         if reason in ("foreign_request", "prompt_embeddings"):
+            self.native.remove(seat)
             return reason
         # What vLLM's sampler draws has a seat too: its bad words are of the seat.
         request = native_request(params, self.vocab_size, prompt or ())

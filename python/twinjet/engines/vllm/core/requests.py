@@ -46,12 +46,16 @@ def native_request(params: Any, vocab_size: int, prompt_token_ids: Sequence[int]
         presence_penalty=params.presence_penalty,
         seed=own["seed"],
         output_index=own["output_index"],
-        prompt_token_ids=prompt_token_ids,
+        position_offset=len(prompt_token_ids),
+        # Long lists take their time, and nothing else asks for them.
+        prompt_token_ids=prompt_token_ids if params.repetition_penalty != 1.0 else (),
         logit_bias=params.logit_bias,
         allowed_token_ids=params.allowed_token_ids,
         bad_text=bad_text(BadTextSettings(words[0], tuple(words[1]), words[2])) if words else None,
         min_tokens=params.min_tokens,
-        stop_token_ids=[token for token in sorted(params.all_stop_token_ids) if token >= 0],
+        stop_token_ids=(
+            [token for token in sorted(params.all_stop_token_ids) if token >= 0] if params.min_tokens else ()
+        ),
     )
 
 

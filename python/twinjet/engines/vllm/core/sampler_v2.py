@@ -87,7 +87,7 @@ class NativeSamplerV2:
             self.drawing.enter(index, params, None, ())
             return
         tokens = new.prefill_token_ids
-        self.drawing.enter(index, params, tokens[: new.prompt_len], tokens[new.prompt_len :])
+        self.drawing.enter(index, params, new.prompt_token_ids, tokens[new.prompt_len :])
 
     @contextlib.contextmanager
     def with_grammar(self, grammar: Any, runner: Any) -> Iterator[None]:
