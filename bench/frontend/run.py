@@ -103,15 +103,17 @@ CAMPAIGN = (
 )
 
 
-def run_cell(bench: Bench, end: FrontEnd, mode: str, streams: int) -> dict[str, Any]:
+def run_cell(bench: Bench, end: FrontEnd, mode: str, streams: int, pace_s: float = PACE_S) -> dict[str, Any]:
     """Run one cell once. Raises RuntimeError if not every request ended as it should."""
-    num_tokens = {"starts": 1, "burst": 4, "paced": PACED_TOKENS.get(streams, PROBE_TOKENS)}.get(mode)
+    # At any pace so that streams last as long, and as many begin.
+    num_paced = round(PACED_TOKENS.get(streams, PROBE_TOKENS) * PACE_S / pace_s)
+    num_tokens = {"starts": 1, "burst": 4, "paced": num_paced}.get(mode)
     num_tokens = num_tokens or TOKENS.get(streams, 64)
     control = end.control
     control.put("received", 0)
     control.put("emitted", 0)
     control.put("lockstep", int(mode in ("lockstep", "each")))
-    control.put("step_us", int(1e6 * PACE_S) if mode == "paced" else 0)
+    control.put("step_us", int(1e6 * pace_s) if mode == "paced" else 0)
     control.put("gather", streams if mode in ("lockstep", "each", "free") else 1)
     options: dict[str, Any] = {"timeout": CELL_TIMEOUT_S}
     if mode == "memory":
@@ -122,7 +124,7 @@ def run_cell(bench: Bench, end: FrontEnd, mode: str, streams: int) -> dict[str, 
         options["requests"] = streams * REQUESTS_OF_STARTS
     before, mock_before = end.cpu_s(), end.mock_cpu_s()
     if mode == "paced":
-        result = paced(bench, end, num_tokens, streams)
+        result = paced(bench, end, num_tokens, streams, pace_s)
     else:
         result = bench.load(end, num_tokens, streams, **options)
     cpu, mock_cpu = end.cpu_s() - before, end.mock_cpu_s() - mock_before
@@ -139,19 +141,19 @@ def run_cell(bench: Bench, end: FrontEnd, mode: str, streams: int) -> dict[str, 
     }
 
 
-def paced(bench: Bench, end: FrontEnd, num_tokens: int, streams: int) -> dict[str, Any]:
+def paced(bench: Bench, end: FrontEnd, num_tokens: int, streams: int, pace_s: float) -> dict[str, Any]:
     """Keep half of the streams open on average, a few of which are a probe's; gives what the probe saw of times.
 
     "load" in the result: the times as the client saw them whose streams are the others.
     """
-    rate = (streams / 2 / PACE_S - PROBE_PER_S * PROBE_TOKENS) / num_tokens
+    rate = (streams / 2 / pace_s - PROBE_PER_S * PROBE_TOKENS) / num_tokens
     end.control.put("run", 0)
     options = {"timeout": CELL_TIMEOUT_S, "rate": rate, "requests": int(rate * PACED_S)}
     with bench.loading(end, num_tokens, streams, **options) as client:
         while not end.control.run and client.poll() is None:
             time.sleep(0.01)
-        time.sleep(num_tokens * PACE_S)  # then as many end as begin
-        seconds = max(1.0, PACED_S - num_tokens * PACE_S - 1)
+        time.sleep(num_tokens * pace_s)  # then as many end as begin
+        seconds = max(1.0, PACED_S - num_tokens * pace_s - 1)
         options |= {"rate": PROBE_PER_S, "requests": int(PROBE_PER_S * seconds), "connections": 1, "probe": 1}
         with bench.loading(end, PROBE_TOKENS, 4 * PROBE_TOKENS, **options) as prober:
             seen, error = prober.communicate()
@@ -210,6 +212,9 @@ def main() -> None:
     parser.add_argument("--streams", default="1,32,256")
     parser.add_argument("--modes", default="lockstep,free,starts")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--pace-ms", type=float, default=1e3 * PACE_S, help="time between a paced stream's tokens"
+    )
     parser.add_argument("--campaign", action="store_true", help="all rows and cells of docs/frontend.md")
     parser.add_argument("--model", type=Path, default=None, help="folder; default: the demo model")
     parser.add_argument("--load", type=Path, default=ROOT / "build/bench/load")
@@ -237,7 +242,7 @@ def main() -> None:
                         if not fits(end.name):
                             continue
                         try:
-                            result = run_cell(bench, end, mode, streams)
+                            result = run_cell(bench, end, mode, streams, options.pace_ms * 1e-3)
                         except RuntimeError as error:
                             result = {"error": str(error)}
                             print(error, file=sys.stderr, flush=True)

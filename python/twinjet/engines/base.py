@@ -332,6 +332,10 @@ class PushEngine(Engine, Protocol):
         """Begin a request. Raises as generate() does, or fails the run later."""
         ...
 
+    def flush(self) -> None:
+        """Let what was submitted in this turn of the loop go to the engine, as it would after the turn."""
+        ...
+
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
         """Stop work on one output, or on the request, within one step and forget it; nothing if it is unknown."""
         ...

@@ -304,6 +304,9 @@ class FakeEngine:
         self._check_alive()
         self._admit(request, run)
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
         entry = self._requests.get(request_id)
         if entry is None:

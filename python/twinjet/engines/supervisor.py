@@ -109,6 +109,9 @@ class _ObservedPush(_Observed):
         self._submitted.add(request.request_id)
         self.num_running += 1
 
+    def flush(self) -> None:
+        self._push.flush()
+
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
         self._push.cancel(request_id, output_index)
         if output_index is None and request_id in self._submitted:

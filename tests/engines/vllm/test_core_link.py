@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -66,17 +68,33 @@ class Core:
         self.output.send(msgspec.msgpack.encode([0, outputs, stats, 1.0, utility, None, None, None, None]))
 
 
+@contextlib.contextmanager
+def running() -> Iterator[Any]:
+    """What stands for a process that does not end."""
+    sentinel, other = os.pipe()
+    try:
+        yield SimpleNamespace(sentinel=sentinel, exitcode=None)
+    finally:
+        os.close(sentinel)
+        os.close(other)
+
+
 @pytest_asyncio.fixture
 async def core(demo_model_path: Path) -> AsyncIterator[Core]:
     endpoints = Endpoints()
     context = zmq.Context()
-    dealer, push = context.socket(zmq.DEALER), context.socket(zmq.PUSH)
+    handshake, dealer, push = map(context.socket, (zmq.DEALER, zmq.DEALER, zmq.PUSH))
     dealer.setsockopt(zmq.IDENTITY, b"\x00\x00")
     dealer.connect(endpoints.address("input"))
     push.connect(endpoints.address("output"))
-    dealer.send(b"ready")
-    assert endpoints.input.poll(2000)
-    endpoints.input.recv_multipart()
+    handshake.connect(endpoints.address("handshake"))
+    for status in ("HELLO", "READY"):
+        handshake.send(msgspec.msgpack.encode({"status": status}))
+    dealer.send(msgspec.msgpack.encode({"max_model_len": 100}))
+    with running() as process:
+        ready = await asyncio.to_thread(endpoints.shake_hands, process)
+    assert ready == {"max_model_len": 100}
+    assert set(msgspec.msgpack.decode(handshake.recv())) == {"addresses", "parallel_config"}
     stats, tokenizer = LoadReader(64), HfTokenizer(demo_model_path)
     link = CoreLink(endpoints, FACTS, tokenizer, stats)
     played = Core(dealer, push, link, stats, tokenizer)
@@ -360,6 +378,28 @@ def test_an_engine_that_ends_before_the_handshake_is_noticed() -> None:
         process.join()
         endpoints.close()
         endpoints.close()
+
+
+@pytest.mark.parametrize("kind", [zmq.DEALER, None])
+def test_what_is_no_engine_core_is_told(kind: int | None) -> None:
+    endpoints = Endpoints()
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    path = endpoints.address("output")
+    with running() as process, socket.socket(socket.AF_UNIX) as stranger:
+        try:
+            if kind is None:
+                stranger.connect(path.removeprefix("ipc://"))
+                stranger.send(b"GET / HTTP/1.1\r\n")
+                told = "does not speak ZMTP"
+            else:
+                dealer.connect(path)  # which does not talk to a PULL
+                told = "did not start"
+            with pytest.raises(EngineDied, match=told):
+                endpoints.shake_hands(process)
+        finally:
+            context.destroy(linger=0)
+            endpoints.close()
 
 
 async def test_what_is_sent_in_one_turn_leaves_in_order(core: Core) -> None:

@@ -168,6 +168,9 @@ class TrtLlmEngine:
         )
         made.start()
 
+    def flush(self) -> None:
+        """See PushEngine.flush; nothing is held back."""
+
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
         """See PushEngine.cancel."""
         if request_id not in self._runs:

@@ -1,8 +1,9 @@
 """Our client of vLLM's engine core: its ZeroMQ sockets and msgpack messages, without vLLM in this process.
 
-Requests are encoded here (wire.py). Each message that comes is one native call, which decodes it and puts it
-into the pumps of the requests that it concerns. Messages are taken on the event loop that watch() names, a
-bounded number a turn.
+Requests are encoded here (wire.py). The sockets that the engine core connects to speak ZeroMQ's protocol in the
+event loop's thread (zmtp.py); only the handshake goes through libzmq. Each message that comes is one native call,
+which decodes it and puts it into the pumps of the requests that it concerns. Messages are taken on the event loop
+that watch() names, a bounded number a turn.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from twinjet.engines.vllm.front import wire
 from twinjet.engines.vllm.front.core_params import CoreParams
 from twinjet.engines.vllm.front.link import Adapter
 from twinjet.engines.vllm.front.outputs import failure
+from twinjet.engines.vllm.front.zmtp import Connection, Listener, ZmtpError
 from twinjet.errors import EngineDied, Unsupported
 from twinjet.sampling.bad_text import BadTextSettings
 
@@ -40,12 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ENGINE = b"\x00\x00"
-"""The identity of the only engine: its rank in two bytes."""
-
 _DEAD = b"ENGINE_CORE_DEAD"
 _MESSAGES_A_TURN = 16
-_MORE = zmq.SNDMORE | zmq.NOBLOCK
 
 _FINISHES: dict[int, Literal["no_token", "error", "abort"]] = {1: "no_token", 3: "abort", 4: "error"}
 """What an irregular end was; numbers as in csrc/stream/step_outputs.h: EngineFinish."""
@@ -57,47 +55,73 @@ class Endpoints:
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="twinjet-"))
         self._context = zmq.Context()
-        self.handshake = self._bind(zmq.ROUTER, "handshake")
-        self.input = self._bind(zmq.ROUTER, "input")
-        self.output = self._bind(zmq.PULL, "output")
-        # A message for an engine that is gone raises, instead of being dropped.
-        self.input.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._handshake = self._context.socket(zmq.ROUTER)
+        self._handshake.setsockopt(zmq.LINGER, 0)
+        self._handshake.bind(self.address("handshake"))
+        # vLLM's ends are a DEALER for what it is asked and a PUSH for what it answers.
+        self._listeners = {
+            "input": Listener(self._folder / "input", "ROUTER", "DEALER"),
+            "output": Listener(self._folder / "output", "PULL", "PUSH"),
+        }
+        self._connections: dict[str, Connection] = {}
 
     def address(self, name: str) -> str:
         return f"ipc://{self._folder}/{name}"
 
-    def _bind(self, kind: int, name: str) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
-            socket.setsockopt(option, 0)
-        socket.bind(self.address(name))
-        return socket
+    @property
+    def input(self) -> Connection:
+        """What the engine core is asked through; after shake_hands()."""
+        return self._connections["input"]
+
+    @property
+    def output(self) -> Connection:
+        """What the engine core answers through; after shake_hands()."""
+        return self._connections["output"]
 
     def shake_hands(self, process: BaseProcess) -> dict[str, Any]:
         """Wait until the engine has started; gives its EngineCoreReadyResponse.
 
-        Blocks. Raises EngineDied if its process ends before.
+        Blocks. Raises EngineDied if its process ends before, or is no engine core.
         """
-        poller = zmq.Poller()
-        poller.register(self.handshake, zmq.POLLIN)
-        poller.register(self.input, zmq.POLLIN)
-        poller.register(process.sentinel, zmq.POLLIN)
         ready: dict[str, Any] | None = None
         is_started = False
-        while ready is None or not is_started:
-            events = dict(poller.poll())
-            if self.handshake in events:
-                identity, payload = self.handshake.recv_multipart()
+        while ready is None or not is_started or not self._is_connected():
+            events = self._wait(process)
+            for name, listener in self._listeners.items():
+                if listener in events:
+                    self._connections[name] = listener.accept()
+            for connection in self._connections.values():
+                if connection in events:
+                    _read(connection)
+            if ready is None and "input" in self._connections:
+                message = self.input.take()
+                ready = None if message is None else msgspec.msgpack.decode(message[0])
+            if self._handshake in events:
+                identity, payload = self._handshake.recv_multipart()
                 if msgspec.msgpack.decode(payload)["status"] == "HELLO":
-                    self.handshake.send_multipart([identity, wire.encode(self._metadata())])
+                    self._handshake.send_multipart([identity, wire.encode(self._metadata())])
                 else:
                     is_started = True
-            if self.input in events:
-                _, payload = self.input.recv_multipart()
-                ready = msgspec.msgpack.decode(payload)
             if process.sentinel in events:
                 raise EngineDied(f"the engine did not start: its process ended with code {process.exitcode}")
         return ready
+
+    def _wait(self, process: BaseProcess) -> set[Any]:
+        """Give who has something to say."""
+        poller = zmq.Poller()
+        poller.register(self._handshake, zmq.POLLIN)
+        poller.register(process.sentinel, zmq.POLLIN)
+        waiting: dict[int, Any] = {}
+        for name, listener in self._listeners.items():
+            end = self._connections.get(name, listener)
+            waiting[end.fileno()] = end
+            poller.register(end.fileno(), zmq.POLLIN)
+        return {waiting.get(found, found) for found, _ in poller.poll()}
+
+    def _is_connected(self) -> bool:
+        return len(self._connections) == len(self._listeners) and all(
+            connection.is_ready for connection in self._connections.values()
+        )
 
     def _metadata(self) -> dict[str, Any]:
         """Give vLLM's EngineHandshakeMetadata."""
@@ -109,8 +133,19 @@ class Endpoints:
 
     def close(self) -> None:
         """Close the sockets; idempotent."""
+        for listener in self._listeners.values():
+            listener.close()
+        for connection in self._connections.values():
+            connection.close()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _read(connection: Connection) -> None:
+    try:
+        connection.fill()
+    except ConnectionError as error:
+        raise EngineDied(f"the engine did not start: {error}") from None
 
 
 class _Request:
@@ -155,12 +190,14 @@ class CoreLink:
         self._is_dead = False
         self._is_broken = False
         self._outbox: list[tuple[bytes, bytes]] = []
+        self._is_behind = False
+        self._is_catching_up = False
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
         self._loop, self._on_death = loop, on_death
         loop.add_reader(self._endpoints.output.fileno(), self._on_readable)
-        # What came before is not announced again.
-        loop.call_soon(self._on_readable)
+        # What was read already is not announced again.
+        self._catch_up_soon()
 
     def submit(
         self,
@@ -248,6 +285,7 @@ class CoreLink:
         """Close the sockets where they are read."""
         assert self._loop is not None
         self._loop.remove_reader(self._endpoints.output.fileno())
+        self._loop.remove_writer(self._endpoints.input.fileno())
         self._loop = None
         for future in self._calls.values():
             if not future.done():
@@ -255,52 +293,99 @@ class CoreLink:
         self._endpoints.close()
 
     def _send(self, kind: bytes, payload: bytes) -> None:
-        """Send with what else comes in this turn of the loop: each message alone would wake ZeroMQ's thread."""
+        """Send with what else comes in this turn of the loop, in one system call."""
         if self._loop is None:
             raise EngineDied("the engine is not running")
         if self._is_broken:
             raise EngineDied("the engine does not take messages")
         if not self._outbox:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._outbox.append((kind, payload))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         outbox, self._outbox = self._outbox, []
-        if self._loop is None:
+        if self._loop is None or not outbox:
             return
-        send = self._endpoints.input.send
         try:
-            for kind, payload in outbox:
-                send(_ENGINE, _MORE)
-                send(kind, _MORE)
-                send(payload, zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            self._is_broken = True
-            self._tell_death(f"it does not take messages: {error}")
+            self._endpoints.input.send(outbox)
+        except ConnectionError as error:
+            self._break(error)
+        else:
+            self._follow_unsent()
+
+    def _on_writable(self) -> None:
+        try:
+            self._endpoints.input.flush()
+        except ConnectionError as error:
+            self._break(error)
+        self._follow_unsent()
+
+    def _follow_unsent(self) -> None:
+        """Wait for room in the socket while something is left for it."""
+        connection = self._endpoints.input
+        is_behind = connection.has_unsent and not self._is_broken
+        if self._loop is None or is_behind == self._is_behind:
+            return
+        self._is_behind = is_behind
+        if is_behind:
+            self._loop.add_writer(connection.fileno(), self._on_writable)
+        else:
+            self._loop.remove_writer(connection.fileno())
+
+    def _break(self, error: ConnectionError) -> None:
+        self._is_broken = True
+        self._tell_death(f"it does not take messages: {error}")
 
     def _on_readable(self) -> None:
         if self._loop is None:
             return
+        try:
+            self._endpoints.output.fill()
+        except ConnectionError:
+            # Its process is at its end, which whoever watches that tells; what it said last is still taken.
+            self._loop.remove_reader(self._endpoints.output.fileno())
+        except EngineDied as error:
+            self._stop_reading(str(error))
+            return
+        self._take_some()
+
+    def _catch_up_soon(self) -> None:
+        assert self._loop is not None
+        if not self._is_catching_up:
+            self._is_catching_up = True
+            self._loop.call_soon(self._catch_up)
+
+    def _catch_up(self) -> None:
+        self._is_catching_up = False
+        self._take_some()
+
+    def _take_some(self) -> None:
+        """Take messages that have come, and leave the rest for after others had their turn."""
+        if self._loop is None:
+            return
         for _ in range(_MESSAGES_A_TURN):
             try:
-                frames = self._endpoints.output.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            if frames == [_DEAD]:
-                self._tell_death("its engine core failed (EngineDeadError); its log says why")
-                return
-            try:
+                frames = self._endpoints.output.take()
+                if frames is None:
+                    return
+                if frames == [_DEAD]:
+                    self._stop_reading("its engine core failed (EngineDeadError); its log says why")
+                    return
                 self._take(frames)
-            except _core.WireError as error:
-                self._tell_death(f"it sent a message that cannot be read: {error}")
+            except (ZmtpError, _core.WireError) as error:
+                self._stop_reading(f"it sent a message that cannot be read: {error}")
                 return
             except Exception as error:
                 # Whatever it is, streams would wait for ever for what was in the message.
                 logger.exception("a message of the engine was not delivered")
-                self._tell_death(f"its message was not delivered: {error!r}")
+                self._stop_reading(f"its message was not delivered: {error!r}")
                 return
-        # The socket announces only what is new, so what is left is fetched after others had their turn.
-        self._loop.call_soon(self._on_readable)
+        self._catch_up_soon()
+
+    def _stop_reading(self, reason: str) -> None:
+        assert self._loop is not None
+        self._loop.remove_reader(self._endpoints.output.fileno())
+        self._tell_death(reason)
 
     def _tell_death(self, reason: str) -> None:
         assert self._on_death is not None

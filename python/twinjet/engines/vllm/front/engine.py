@@ -104,6 +104,11 @@ class VllmEngine:
         running.link.submit(request, run, adapter, native=native, bad_text=bad_text)
         self._runs[request.request_id] = run
 
+    def flush(self) -> None:
+        """See PushEngine.flush."""
+        if self._running is not None:
+            self._running.link.flush()
+
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
         """Stop an output or a request and forget it; see PushEngine.cancel."""
         if output_index is None:

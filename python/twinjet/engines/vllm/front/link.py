@@ -47,6 +47,10 @@ class Link(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Send what waits for the end of the loop's turn; on_death may be called."""
+        ...
+
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
         """Stop and forget an output, or the request; nothing if it is unknown."""
         ...

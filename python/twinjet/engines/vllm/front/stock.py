@@ -117,6 +117,9 @@ class StockLink:
         self._tasks.add(feeder)
         feeder.add_done_callback(self._tasks.discard)
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def cancel(self, request_id: str, output_index: int | None = None) -> None:
         """Stop a request. Single outputs end here before the pump hears of it."""
         feeder = self._feeders.pop(request_id, None) if output_index is None else None
