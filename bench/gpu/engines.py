@@ -170,6 +170,8 @@ class Bench:
             if not engine.error and self.elapsed() < options.limit:
                 found = engine.ask(**command, round=2000, profile=10)
                 self.report["profiles"].append({"shape": shape, "arrivals": 512, "draws": drawn, **found})
+                if engine.error:
+                    continue
                 print(
                     f"{shape} arrivals, {drawn}: GPU busy for {found['busy_us']} of {found['step_us']} us a step"
                 )
@@ -261,6 +263,8 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     shapes = list(dict.fromkeys(cell["shape"] for cell in report["summary"]))
+    if not shapes:
+        return
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         for mode in TIMED:
