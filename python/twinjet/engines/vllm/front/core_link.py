@@ -94,8 +94,7 @@ class Endpoints:
                 if connection in events:
                     _read(connection)
             if ready is None and "input" in self._connections:
-                message = self.input.take()
-                ready = None if message is None else msgspec.msgpack.decode(message[0])
+                ready = _ready_response(self.input)
             if self._handshake in events:
                 identity, payload = self._handshake.recv_multipart()
                 if msgspec.msgpack.decode(payload)["status"] == "HELLO":
@@ -139,6 +138,14 @@ class Endpoints:
             connection.close()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _ready_response(connection: Connection) -> dict[str, Any] | None:
+    try:
+        message = connection.take()
+    except ZmtpError as error:
+        raise EngineDied(f"the engine did not start: {error}") from None
+    return None if message is None else msgspec.msgpack.decode(message[0])
 
 
 def _read(connection: Connection) -> None:
@@ -341,12 +348,12 @@ class CoreLink:
             return
         try:
             self._endpoints.output.fill()
+        except ZmtpError as error:
+            self._stop_reading(str(error))
+            return
         except ConnectionError:
             # Its process is at its end, which whoever watches that tells; what it said last is still taken.
             self._loop.remove_reader(self._endpoints.output.fileno())
-        except EngineDied as error:
-            self._stop_reading(str(error))
-            return
         self._take_some()
 
     def _catch_up_soon(self) -> None:
