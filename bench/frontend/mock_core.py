@@ -2,7 +2,8 @@
 
 A front end cannot tell it from the real one by what it receives. Every step gives each running request one
 token, always a lower-case word of the tokenizer. All that a step needs is encoded when the request comes, so
-the mock costs a tenth of a microsecond a token and never is what a measurement waits for.
+the mock costs a tenth of a microsecond a token and never is what a measurement waits for. It reads and writes its
+sockets itself: libzmq's thread at this end would count as the front end's time.
 
 Runs in a process of its own: `run` takes the arguments of vLLM's `EngineCoreProc.run_engine_core`, `main`
 connects to sockets that exist already. What it does is read from a control page (see `Control`) at every step.
@@ -11,10 +12,13 @@ connects to sockets that exist already. What it does is read from a control page
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import mmap
 import os
 import re
+import select
+import socket
 import struct
 import time
 from collections import deque
@@ -47,6 +51,33 @@ SCHEDULER_STATS: dict[str, Any] = {
 """Every field of vLLM's SchedulerStats; `vllm-rs` refuses a message that lacks one."""
 
 _pack = msgspec.msgpack.Encoder().encode
+
+
+def _zmtp() -> Any:
+    """Give Twinjet's module by its file: some front ends here have no Twinjet."""
+    path = Path(__file__).parents[2] / "python/twinjet/engines/vllm/front/zmtp.py"
+    spec = importlib.util.spec_from_file_location("zmtp", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+zmtp = _zmtp()
+
+
+def _connected(address: str) -> socket.socket:
+    """Connect to an address of ZeroMQ's kind."""
+    kind, _, where = address.partition("://")
+    if kind == "ipc":
+        made = socket.socket(socket.AF_UNIX)
+        made.connect(where)
+    else:
+        host, _, port = where.rpartition(":")
+        made = socket.create_connection((host.strip("[]"), int(port)))
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    made.setblocking(False)
+    return made
 
 
 class Control:
@@ -143,28 +174,29 @@ class MockCore:
         self._plain, self._finished = _tail(), _tail(_FINISHED_LENGTH)
         self._running: dict[str, _Stream] = {}
         self._waiting: deque[_Stream] = deque()
-        self._context = zmq.Context()
         self._step = 0
         self._is_gathering = True
         self._next_step = 0.0
 
     def connect(self, input_address: str, output_address: str, ready: dict[str, Any]) -> None:
         """Connect to a front end's sockets and tell it that the engine is ready."""
-        self._input = self._context.socket(zmq.DEALER)
-        self._input.setsockopt(zmq.IDENTITY, b"\x00\x00")
-        self._output = self._context.socket(zmq.PUSH)
-        for socket in (self._input, self._output):
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
-        self._input.connect(input_address)
-        self._output.connect(output_address)
-        self._input.send(_pack(ready))
+        self._input = zmtp.Connection(_connected(input_address), "DEALER", "ROUTER", b"\x00\x00")
+        self._output = zmtp.Connection(_connected(output_address), "PUSH", "PULL")
+        for end in (self._input, self._output):
+            poll = select.poll()
+            poll.register(end.fileno(), select.POLLIN)
+            while not end.is_ready:
+                poll.poll()
+                end.fill()
+        self._poll = select.poll()
+        self._poll.register(self._input.fileno(), select.POLLIN)
+        self._input.send([[_pack(ready)]])
 
     def serve(self) -> None:
-        """Answer and step, for ever."""
+        """Answer and step, for ever. Raises ConnectionError when the front end is gone."""
         while True:
             has_work = bool(self._running or self._waiting)
-            if self._input.poll(self._idle_ms() if has_work else None):
+            if self._has_requests(self._idle_ms() if has_work else None):
                 self._receive()
             if not self._running and not self._waiting:
                 continue
@@ -176,6 +208,15 @@ class MockCore:
             else:
                 time.sleep(_POLL_S)
 
+    def _has_requests(self, limit_ms: int | None) -> bool:
+        """Wait for some, and send meanwhile what the front end had no room for."""
+        while self._output.has_unsent:
+            self._output.flush()
+            if limit_ms is not None or not self._output.has_unsent:
+                break
+            time.sleep(_POLL_S)
+        return bool(self._poll.poll(limit_ms))
+
     def _idle_ms(self) -> int:
         """Give for how long nothing is to be done but to receive; a mock that spins takes the front end's core."""
         if not self._control.step_us or self._waiting or self._is_gathering:
@@ -183,12 +224,10 @@ class MockCore:
         return max(0, int(1e3 * (self._next_step - time.monotonic())))
 
     def _receive(self) -> None:
-        while True:
-            try:
-                kind, payload, *_ = self._input.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            now = time.monotonic_ns()
+        self._input.fill()
+        now = time.monotonic_ns()
+        while (message := self._input.take()) is not None:
+            kind, payload, *_ = message
             request = msgspec.msgpack.decode(payload, strict=False)
             if kind == _ADD:
                 params = request[3] or {}
@@ -231,7 +270,7 @@ class MockCore:
         ended = []
         for index, stream in enumerate(decoding, 1):
             # A real engine core takes requests in a thread of its own: what comes meanwhile is not stamped late.
-            if index % _OUTPUTS_A_LOOK == 0 and self._input.poll(0):
+            if index % _OUTPUTS_A_LOOK == 0 and self._poll.poll(0):
                 self._receive()
             stream.left -= 1
             parts.append(stream.head)
@@ -292,7 +331,7 @@ class MockCore:
         message = [b"\x99\x00", b"\xdd" + num_outputs.to_bytes(4, "big"), *(parts or ())]
         message += [_pack(stats), _pack(time.monotonic()), _pack(utility), _pack(ended or None)]
         message.append(b"\xc0\xc0\xc0")
-        self._output.send(b"".join(message))
+        self._output.send([[b"".join(message)]])
 
 
 def _utility_result(method: str) -> Any:
@@ -336,7 +375,7 @@ def run(*, handshake_address: str, vllm_config: Any = None, max_model_len: int =
     if vllm_config is not None:
         max_model_len = vllm_config.model_config.max_model_len
     core = _make()
-    handshake = core._context.socket(zmq.DEALER)
+    handshake = zmq.Context.instance().socket(zmq.DEALER)
     handshake.setsockopt(zmq.IDENTITY, b"\x00\x00")
     handshake.connect(handshake_address)
     handshake.send(_pack({"status": "HELLO", "local": True, "headless": False}))

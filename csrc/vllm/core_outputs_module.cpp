@@ -120,20 +120,12 @@ class PyStepRouter {
   }
 
   py::list Take(const py::sequence& sequence, double now) {
-    {
-      const HeldFrames held(sequence);
-      // A vocabulary that is a function takes the lock of the interpreter while the pump's is held.
-      if (num_functions_ == 0) {
-        const py::gil_scoped_release release;
-        router_.Take(held.frames(), now);
-      } else {
-        router_.Take(held.frames(), now);
-      }
-    }
-    py::list stepped;
-    for (stream::Pump* pump : router_.stepped()) stepped.append(outlets_.at(pump).outlet);
-    for (const SequenceKey key : router_.ended()) Forget(key);
-    return stepped;
+    const HeldFrames held(sequence);
+    return Step([&] { router_.Take(held.frames(), now); });
+  }
+
+  py::list TakeRest(double now) {
+    return Step([&] { router_.TakeRest(now); });
   }
 
   py::list Irregular() const {
@@ -145,9 +137,25 @@ class PyStepRouter {
   }
 
   const vllm::CoreMessage& message() const { return router_.message(); }
+  bool has_rest() const { return router_.has_rest(); }
   size_t num_open() const { return router_.num_open(); }
 
  private:
+  template <typename Function>
+  py::list Step(Function step) {
+    // A vocabulary that is a function takes the lock of the interpreter while the pump's is held.
+    if (num_functions_ == 0) {
+      const py::gil_scoped_release release;
+      step();
+    } else {
+      step();
+    }
+    py::list stepped;
+    for (stream::Pump* pump : router_.stepped()) stepped.append(outlets_.at(pump).outlet);
+    for (const SequenceKey key : router_.ended()) Forget(key);
+    return stepped;
+  }
+
   void Forget(SequenceKey key) {
     const auto found = sequences_.find(key);
     const auto [pump, is_native] = found->second;
@@ -203,6 +211,8 @@ void BindVllmWire(py::module_& module) {
            py::arg("num_logprobs"), py::arg("num_prompt_logprobs"), py::arg("is_native"), py::arg("first"))
       .def("close", &PyStepRouter::Close, py::arg("key"))
       .def("take", &PyStepRouter::Take, py::arg("frames"), py::arg("now"))
+      .def("take_rest", &PyStepRouter::TakeRest, py::arg("now"))
+      .def_property_readonly("has_rest", &PyStepRouter::has_rest)
       .def_property_readonly("irregular", &PyStepRouter::Irregular)
       .def_property_readonly("stats", [](const PyStepRouter& self) { return StatsOf(self.message()); })
       .def_property_readonly("num_preemptions",

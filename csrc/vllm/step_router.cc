@@ -1,6 +1,7 @@
 #include "vllm/step_router.h"
 
 #include <algorithm>
+#include <cassert>
 #include <utility>
 
 namespace twinjet::vllm {
@@ -109,13 +110,22 @@ void StepRouter::Put(const SequenceStep& row, Sequence* sequence) {
 }
 
 void StepRouter::Take(std::span<const Frame> frames, double now) {
+  assert(!has_rest());
+  next_row_ = 0;
+  message_ = {};
+  step_.Clear();
+  message_ = DecodeCoreOutputs(frames, &step_);
+  TakeRest(now);
+}
+
+void StepRouter::TakeRest(double now) {
   num_groups_ = 0;
   irregular_.clear();
   ended_.clear();
   stepped_.clear();
-  message_ = {};
-  message_ = DecodeCoreOutputs(frames, &step_);
-  for (const SequenceStep& row : step_.sequences) {
+  const size_t end = std::min(step_.sequences.size(), next_row_ + kRowsAtOnce);
+  for (; next_row_ < end; ++next_row_) {
+    const SequenceStep& row = step_.sequences[next_row_];
     const auto found = sequences_.find(row.key);
     if (found == sequences_.end()) continue;
     Sequence& sequence = found->second;

@@ -2,6 +2,7 @@
 //
 //   router.Open(key, {&pump, pump_key, ...});   // the engine is given a request id that carries `key`
 //   router.Take(frames, now);                   // for each message
+//   while (router.has_rest()) router.TakeRest(now);
 //
 // Keys are the caller's and are never used twice. A sequence is forgotten when the engine has ended it, or by
 // Close(). The pumps must outlive their sequences here. Not thread-safe.
@@ -44,11 +45,17 @@ class StepRouter {
   // Whether it was still open.
   bool Close(stream::SequenceKey key) { return sequences_.erase(key) > 0; }
 
-  // Puts the message's rows into their pumps. Throws WireError, and then has put nothing.
+  // Decodes a message and puts its first kRowsAtOnce rows into their pumps; TakeRest() the next so many, for
+  // whoever has more to do than to wait for a large step. There must be no rest. Throws WireError, and then
+  // has put nothing.
   void Take(std::span<const Frame> frames, double now);
+  void TakeRest(double now);
+  bool has_rest() const { return next_row_ < step_.sequences.size(); }
+  static constexpr size_t kRowsAtOnce = 256;
 
   // Of the last message.
   const CoreMessage& message() const { return message_; }
+  // Of the rows put last.
   const std::vector<IrregularEnd>& irregular() const { return irregular_; }
   // Sequences that it ended, the irregular ones too.
   const std::vector<stream::SequenceKey>& ended() const { return ended_; }
@@ -80,6 +87,7 @@ class StepRouter {
   std::unordered_map<stream::SequenceKey, Sequence> sequences_;
   stream::StepOutputs step_;
   CoreMessage message_;
+  size_t next_row_ = 0;        // of step_
   std::vector<Group> groups_;  // kept for their memory; the first num_groups_ count
   size_t num_groups_ = 0;
   std::vector<IrregularEnd> irregular_;

@@ -1240,14 +1240,21 @@ class StepRouter:
         """Forget an output; whether the engine had not ended it."""
 
     def take(self, frames: Sequence[bytes | memoryview], now: float) -> list[Outlet]:
-        """Decode a message and put it into pumps, without the GIL; gives the outlets of those that got rows.
+        """Decode a message and put its first 256 rows into pumps, without the GIL; gives their outlets.
 
-        now: seconds of time.monotonic(). Raises WireError, and then has put nothing.
+        There must be no rest. now: seconds of time.monotonic(). Raises WireError, and then has put nothing.
         """
 
     @property
+    def has_rest(self) -> bool:
+        """Whether the message has rows that are not in their pumps yet."""
+
+    def take_rest(self, now: float) -> list[Outlet]:
+        """Do the same with the next 256 rows; outputs closed meanwhile get none."""
+
+    @property
     def irregular(self) -> list[tuple[int, int, int, bool]]:
-        """Outputs of the last message that ended with an error, not put into their pumps.
+        """Outputs among the rows taken last that ended with an error, not put into their pumps.
 
         (key, finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before); finish 1: no
         token was admissible.

@@ -1,5 +1,6 @@
 // Messages of vLLM's engine core, made by hand: what is read, and that no cut or damaged one reads beyond it.
 #include <algorithm>
+#include <cstdio>
 #include <memory>
 #include <random>
 #include <string>
@@ -29,7 +30,13 @@ std::string Output(const std::string& id, const std::string& rest) {
 std::string Nils(size_t count) { return std::string(count, '\xc0'); }
 
 std::string Message(const std::vector<std::string>& outputs, const std::string& stats) {
-  std::string made = std::string("\x99\x00", 2) + static_cast<char>(0x90 | outputs.size());
+  const size_t count = outputs.size();
+  std::string made("\x99\x00", 2);
+  if (count < 16) {
+    made += static_cast<char>(0x90 | count);
+  } else {
+    made += {'\xdc', static_cast<char>(count >> 8), static_cast<char>(count)};
+  }
   for (const std::string& output : outputs) made += output;
   return made + stats + std::string("\xcb\0\0\0\0\0\0\0\0", 9) + Nils(5);
 }
@@ -108,6 +115,29 @@ TEST(the_router_forgets_what_has_ended) {
   CHECK(router.num_open() == 0 && !router.Close(0x1f));
   router.Take({&frame, 1}, 0);
   CHECK(router.ended().empty() && router.stepped().empty());
+}
+
+TEST(a_large_message_is_taken_in_parts) {
+  constexpr size_t kAtOnce = twinjet::vllm::StepRouter::kRowsAtOnce;
+  twinjet::vllm::StepRouter router;
+  twinjet::stream::Pump pump;
+  std::vector<std::string> outputs;
+  for (uint64_t key = 1; key <= 2 * kAtOnce + 1; ++key) {
+    char id[32];
+    std::snprintf(id, sizeof id, "r-%llx", static_cast<unsigned long long>(key));
+    outputs.push_back(Output(id, kFinished));
+    router.Open(key, {&pump, key, 1, 1, 0});
+  }
+  const std::string text = Message(outputs, kStats);
+  const Frame frame = Bytes(text);
+  router.Take({&frame, 1}, 0);
+  CHECK(router.has_rest() && router.ended().size() == kAtOnce && router.ended()[0] == 1);
+  CHECK(router.Close(kAtOnce + 1));  // one of the next part
+  router.TakeRest(0);
+  CHECK(router.has_rest() && router.ended().size() == kAtOnce - 1 && router.ended()[0] == kAtOnce + 2);
+  router.TakeRest(0);
+  CHECK(!router.has_rest() && router.ended() == std::vector<uint64_t>{2 * kAtOnce + 1});
+  CHECK(router.num_open() == 0);
 }
 
 }  // namespace

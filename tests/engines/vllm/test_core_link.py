@@ -427,3 +427,32 @@ async def test_a_core_that_takes_no_messages_is_dead(core: Core) -> None:
     for reader in readers:
         reader.task.cancel()
     await asyncio.gather(*(r.task for r in readers), return_exceptions=True)
+
+
+async def test_a_large_step_comes_in_parts_and_other_things_in_between(core: Core) -> None:
+    count, cancelled = 600, 599
+    readers = [Reader(core, f"r{i}") for i in range(count)]
+    ids = [(await sent(core))[0] for _ in range(count)]
+    turns: list[int] = []
+
+    def look() -> None:
+        """See in each turn of the loop how many have their token, and cancel one before its part comes."""
+        turns.append(sum(bool(reader.events) for reader in readers))
+        if turns[-1] and not readers[cancelled].events:
+            core.link.cancel(f"r{cancelled}")
+        if turns[-1] < count - 1:
+            asyncio.get_running_loop().call_soon(look)
+
+    core.send([output(request_id, [7], cached=0) for request_id in ids])
+    look()
+    async with asyncio.timeout(30):
+        while turns[-1] < count - 1:
+            await asyncio.sleep(0.001)
+    assert len({n for n in turns if 0 < n < count - 1}) > 1
+    core.send([output(request_id, [8], finish=1) for request_id in ids])
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(reader.task for reader in readers[:cancelled]))
+    assert all(reader.token_ids() == [7, 8] for reader in readers[:cancelled])
+    assert readers[cancelled].token_ids() == []
+    readers[cancelled].task.cancel()
+    await asyncio.gather(readers[cancelled].task, return_exceptions=True)

@@ -108,6 +108,27 @@ def test_a_peer_that_does_not_read_costs_memory_and_no_message(tmp_path: Path) -
             assert other.recv_multipart() == [b"k", message]
 
 
+def test_a_peer_knows_us_by_our_identity(tmp_path: Path) -> None:
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.RCVTIMEO, PATIENCE_MS)
+    router.bind(f"ipc://{tmp_path}/r")
+    connected = socket.socket(socket.AF_UNIX)
+    connected.connect(f"{tmp_path}/r")
+    connected.setblocking(False)
+    connection = Connection(connected, "DEALER", "ROUTER", b"\x00\x07")
+    try:
+        while not connection.is_ready:
+            filled(connection)
+        connection.send([[b"hello"]])
+        assert router.recv_multipart() == [b"\x00\x07", b"hello"]
+        router.send_multipart([b"\x00\x07", b"answer", b""])
+        assert received(connection) == [b"answer", b""]
+    finally:
+        connection.close()
+        context.destroy(linger=0)
+
+
 def test_pings_are_answered(tmp_path: Path) -> None:
     options = {"HEARTBEAT_IVL": 5, "HEARTBEAT_TIMEOUT": 300}
     with peer(tmp_path, zmq.PUSH, "PULL", "PUSH", **options) as (other, connection):

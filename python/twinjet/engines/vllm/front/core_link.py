@@ -35,7 +35,7 @@ from twinjet.sampling.bad_text import BadTextSettings
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-    from twinjet.engines.base import Run
+    from twinjet.engines.base import Outlet, Run
     from twinjet.engines.vllm.front.load import LoadReader
     from twinjet.models.tokenizer import HfTokenizer
     from twinjet.request import EngineRequest
@@ -94,8 +94,7 @@ class Endpoints:
                 if connection in events:
                     _read(connection)
             if ready is None and "input" in self._connections:
-                message = self.input.take()
-                ready = None if message is None else msgspec.msgpack.decode(message[0])
+                ready = _ready_response(self.input)
             if self._handshake in events:
                 identity, payload = self._handshake.recv_multipart()
                 if msgspec.msgpack.decode(payload)["status"] == "HELLO":
@@ -139,6 +138,14 @@ class Endpoints:
             connection.close()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _ready_response(connection: Connection) -> dict[str, Any] | None:
+    try:
+        message = connection.take()
+    except ZmtpError as error:
+        raise EngineDied(f"the engine did not start: {error}") from None
+    return None if message is None else msgspec.msgpack.decode(message[0])
 
 
 def _read(connection: Connection) -> None:
@@ -341,12 +348,12 @@ class CoreLink:
             return
         try:
             self._endpoints.output.fill()
+        except ZmtpError as error:
+            self._stop_reading(str(error))
+            return
         except ConnectionError:
             # Its process is at its end, which whoever watches that tells; what it said last is still taken.
             self._loop.remove_reader(self._endpoints.output.fileno())
-        except EngineDied as error:
-            self._stop_reading(str(error))
-            return
         self._take_some()
 
     def _catch_up_soon(self) -> None:
@@ -365,13 +372,8 @@ class CoreLink:
             return
         for _ in range(_MESSAGES_A_TURN):
             try:
-                frames = self._endpoints.output.take()
-                if frames is None:
+                if not self._take_next():
                     return
-                if frames == [_DEAD]:
-                    self._stop_reading("its engine core failed (EngineDeadError); its log says why")
-                    return
-                self._take(frames)
             except (ZmtpError, _core.WireError) as error:
                 self._stop_reading(f"it sent a message that cannot be read: {error}")
                 return
@@ -380,7 +382,29 @@ class CoreLink:
                 logger.exception("a message of the engine was not delivered")
                 self._stop_reading(f"its message was not delivered: {error!r}")
                 return
+            if self._router.has_rest:
+                break
         self._catch_up_soon()
+
+    def _take_next(self) -> bool:
+        """Take the rest of a message or a new one; whether there may be more."""
+        router = self._router
+        if router.has_rest:
+            self._deliver(router.take_rest(time.monotonic()))
+            return True
+        frames = self._endpoints.output.take()
+        if frames is None:
+            return False
+        if frames == [_DEAD]:
+            self._stop_reading("its engine core failed (EngineDeadError); its log says why")
+            return False
+        self._deliver(router.take(frames, time.monotonic()))
+        if (stats := router.stats) is not None:
+            self._stats.update(*stats)
+        self._stats.add_preemptions(router.num_preemptions)
+        if router.has_utility:
+            self._answer(msgspec.msgpack.decode(frames[0])[4])
+        return True
 
     def _stop_reading(self, reason: str) -> None:
         assert self._loop is not None
@@ -395,10 +419,9 @@ class CoreLink:
                 future.set_exception(EngineDied(f"the engine died: {reason}"))
         self._on_death(reason)
 
-    def _take(self, frames: Sequence[bytes]) -> None:
-        router = self._router
-        outlets = router.take(frames, time.monotonic())
-        for key, finish, num_tokens, _ in router.irregular:
+    def _deliver(self, outlets: Sequence[Outlet]) -> None:
+        """Tell of the rows that the router took."""
+        for key, finish, num_tokens, _ in self._router.irregular:
             entry = self._by_key.get(key)
             if entry is not None:
                 is_constrained = entry.request.sampling.constraint is not None
@@ -407,11 +430,6 @@ class CoreLink:
                 )
         for outlet in outlets:
             outlet.collect()
-        if (stats := router.stats) is not None:
-            self._stats.update(*stats)
-        self._stats.add_preemptions(router.num_preemptions)
-        if router.has_utility:
-            self._answer(msgspec.msgpack.decode(frames[0])[4])
 
     def _answer(self, utility: Sequence[Any]) -> None:
         number, failure, result = utility

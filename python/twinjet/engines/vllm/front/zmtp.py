@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from twinjet.errors import EngineDied
-
 MAX_FRAME_BYTES: Final = 1 << 31
 
 _SIGNATURE = b"\xff\x00\x00\x00\x00\x00\x00\x00\x00\x7f"
@@ -27,7 +25,7 @@ _KEPT_BYTES = 1 << 20
 _FIRST_BYTES = 1 << 17
 
 
-class ZmtpError(EngineDied):
+class ZmtpError(ConnectionError):
     """The peer does not speak ZMTP 3, or is another kind of socket than it should be."""
 
 
@@ -61,7 +59,8 @@ class Connection:
     Not thread-safe.
     """
 
-    def __init__(self, connected: socket.socket, kind: str, peer: str) -> None:
+    def __init__(self, connected: socket.socket, kind: str, peer: str, identity: bytes = b"") -> None:
+        """Introduce ourselves. kind, peer: see Listener; identity: by which a ROUTER is to know us."""
         self._socket = connected
         self._peer = peer.encode()
         self.is_ready = False
@@ -72,7 +71,8 @@ class Connection:
         self._wanted = len(_GREETING)
         self._frames: list[bytes] = []
         self._unsent = bytearray()
-        ready = b"\x05READY" + _property(b"Socket-Type", kind.encode())
+        self._num_sent = 0  # of those
+        ready = b"\x05READY" + _property(b"Socket-Type", kind.encode()) + _property(b"Identity", identity)
         self._put(_GREETING + _header(_COMMAND, len(ready)) + ready)
 
     def fileno(self) -> int:
@@ -87,7 +87,7 @@ class Connection:
     def fill(self) -> None:
         """Read once from the socket, as much as there is room for.
 
-        Raises ConnectionError when the peer is gone, ZmtpError.
+        Raises ConnectionError when the peer is gone, and ZmtpError.
         """
         self._make_room()
         if self._end == len(self._buffer):
@@ -214,20 +214,26 @@ class Connection:
         self._put(b"".join(parts))
 
     def flush(self) -> None:
-        """Send what is left. Raises ConnectionError."""
-        data, self._unsent = self._unsent, bytearray()
-        self._put(data)
+        """Send of what is left as much as the socket takes. Raises ConnectionError."""
+        self._num_sent += self._try(memoryview(self._unsent)[self._num_sent :])
+        if self._num_sent == len(self._unsent):
+            self._unsent = bytearray()
+            self._num_sent = 0
+        elif self._num_sent > max(_KEPT_BYTES, len(self._unsent) // 2):
+            del self._unsent[: self._num_sent]
+            self._num_sent = 0
 
-    def _put(self, data: bytes | bytearray) -> None:
+    def _put(self, data: bytes) -> None:
         if self._unsent:
             self._unsent += data
-            return
+        elif (count := self._try(data)) < len(data):
+            self._unsent += data[count:]
+
+    def _try(self, data: bytes | memoryview) -> int:
         try:
-            count = self._socket.send(data, socket.MSG_NOSIGNAL)
+            return self._socket.send(data, socket.MSG_NOSIGNAL)
         except BlockingIOError:
-            count = 0
-        if count < len(data):
-            self._unsent += memoryview(data)[count:]
+            return 0
 
 
 def _header(flags: int, size: int) -> bytes:
