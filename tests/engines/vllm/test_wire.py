@@ -293,15 +293,14 @@ def test_the_mock_speaks_as_the_engine_core_does(monkeypatch: pytest.MonkeyPatch
     assert list(mock_core.SCHEDULER_STATS) == [f.name for f in dataclasses.fields(SchedulerStats)]
     names = {f.name for f in dataclasses.fields(EngineCoreReadyResponse)}
     assert set(mock_core.ready_response(100)) == names
-    sent: list[bytes] = []
+    sent: list[Any] = []
     core = mock_core.MockCore(mock_core.Control.create(tmp_path / "control"), [300, 4000])
-    core._context.destroy()
-    core._output = type("Socket", (), {"send": staticmethod(sent.append)})
+    core._output = type("Socket", (), {"send": staticmethod(sent.extend)})
     for name, tokens in (("a-1", 1), ("b-2", 2)):
         core._waiting.append(mock_core._Stream(name, tokens, 3, None))
     core._make_step()
     core._make_step()
-    first, second = (MsgpackDecoder(EngineCoreOutputs).decode(message) for message in sent)
+    first, second = (MsgpackDecoder(EngineCoreOutputs).decode(message) for (message,) in sent)
     assert [o.request_id for o in first.outputs] == ["a-1", "b-2"]
     assert [str(o.finish_reason) for o in first.outputs] == ["length", "None"]
     assert first.outputs[0].prefill_stats.num_prompt_tokens == 3
