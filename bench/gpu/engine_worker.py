@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ class Clock:
     def __init__(self) -> None:
         self.parts: dict[str, list[float]] = {}
 
-    def watch(self, owner: Any, method: str, part: str) -> None:
-        call, entry = getattr(owner, method), self.entry(part)
+    def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """Give the same function with its time summed."""
+        entry = self.entry(part)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             begin, on_core = time.perf_counter(), time.thread_time()
@@ -54,7 +56,10 @@ class Clock:
                 entry[1] += 1
                 entry[2] += time.thread_time() - on_core
 
-        setattr(owner, method, timed)
+        return timed
+
+    def watch(self, owner: Any, method: str, part: str) -> None:
+        setattr(owner, method, self.timed(getattr(owner, method), part))
 
     def entry(self, part: str) -> list[float]:
         """Seconds, calls and seconds on a core."""
@@ -74,8 +79,8 @@ class Clock:
 class Timed:
     """A sampler that is no module, with a clock on its call."""
 
-    def __init__(self, inner: Any, entry: list[float]) -> None:
-        self.__dict__.update(inner=inner, entry=entry)
+    def __init__(self, inner: Any, timed_call: Callable[..., Any]) -> None:
+        self.__dict__.update(inner=inner, timed_call=timed_call)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -84,13 +89,7 @@ class Timed:
         setattr(self.inner, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        begin, on_core = time.perf_counter(), time.thread_time()
-        try:
-            return self.inner(*args, **kwargs)
-        finally:
-            self.entry[0] += time.perf_counter() - begin
-            self.entry[1] += 1
-            self.entry[2] += time.thread_time() - on_core
+        return self.timed_call(*args, **kwargs)
 
 
 class Replay:
@@ -234,7 +233,7 @@ class Worker:
         if isinstance(self.runner.sampler, torch.nn.Module):
             self.clock.watch(self.runner.sampler, "forward", "sampler")
         else:
-            self.runner.sampler = Timed(self.runner.sampler, self.clock.entry("sampler"))
+            self.runner.sampler = Timed(self.runner.sampler, self.clock.timed(self.runner.sampler, "sampler"))
         self._num_requests = 0
         self._tasks = self.engine.get_supported_tasks()
         self.replay: Replay | None = None

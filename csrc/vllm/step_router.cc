@@ -113,7 +113,6 @@ void StepRouter::Take(std::span<const Frame> frames, double now) {
   assert(!has_rest());
   next_row_ = 0;
   message_ = {};
-  step_.Clear();
   message_ = DecodeCoreOutputs(frames, &step_);
   TakeRest(now);
 }

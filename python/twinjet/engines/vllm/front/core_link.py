@@ -90,11 +90,15 @@ class Endpoints:
             for name, listener in self._listeners.items():
                 if listener in events:
                     self._connections[name] = listener.accept()
-            for connection in self._connections.values():
-                if connection in events:
-                    _read(connection)
-            if ready is None and "input" in self._connections:
-                ready = _ready_response(self.input)
+            try:
+                for connection in self._connections.values():
+                    if connection in events:
+                        connection.fill()
+                message = self.input.take() if ready is None and "input" in self._connections else None
+            except ConnectionError as error:
+                raise EngineDied(f"the engine did not start: {error}") from None
+            if message is not None:
+                ready = msgspec.msgpack.decode(message[0])
             if self._handshake in events:
                 identity, payload = self._handshake.recv_multipart()
                 if msgspec.msgpack.decode(payload)["status"] == "HELLO":
@@ -138,21 +142,6 @@ class Endpoints:
             connection.close()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _ready_response(connection: Connection) -> dict[str, Any] | None:
-    try:
-        message = connection.take()
-    except ZmtpError as error:
-        raise EngineDied(f"the engine did not start: {error}") from None
-    return None if message is None else msgspec.msgpack.decode(message[0])
-
-
-def _read(connection: Connection) -> None:
-    try:
-        connection.fill()
-    except ConnectionError as error:
-        raise EngineDied(f"the engine did not start: {error}") from None
 
 
 class _Request:
