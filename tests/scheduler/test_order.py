@@ -297,9 +297,11 @@ def test_requests_that_come_and_go_leave_the_structures_small() -> None:
     core = start(make_info(max_num_seqs=1, num_blocks=64))
     blocker = core.offer(make_request("blocker"), 0.0)
     assert core.take(0.0) is blocker
+    waiting = core.offer(make_request("waiting"), 0.0)  # what waits alone has no lane
     for i in range(3000):
         request = make_request(f"r{i}", tenant=f"t{i % 97}", priority=i % 7, deadline=1e6 + i)
         core.release(core.offer(request, 0.0), 0.0)
+    core.release(waiting, 0.0)
     queue = core._queue
     assert (len(queue), len(queue._classes), len(queue._by_priority)) == (0, 0, 0)
     assert len(core._deadlines) <= 100

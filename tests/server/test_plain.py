@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from typing import Any
 
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 
 from tests.server.harness import Harness, Serve, collect, details, kinds
 from twinjet import _core
+from twinjet.engines.fake import FakeEngine
 from twinjet.request import EngineRequest
 from twinjet.server import native_door
 from twinjet.server.plain import PlainCalls
-from twinjet.v1 import generation_pb2, sampling_pb2
+from twinjet.v1 import generation_pb2, routing_pb2, sampling_pb2
 
 Request = generation_pb2.GenerateRequest
 Options = generation_pb2.RequestOptions
@@ -320,6 +322,34 @@ async def test_nothing_is_left_of_calls_that_end_in_any_way(serve: Serve) -> Non
     door: Any = h.server._door
     await asyncio.wait_for(door._plain.wait_idle(), 10)
     assert len(door._plain) == 0
+
+
+async def test_where_calls_go_is_looked_up_anew_when_it_changes(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As an engine whose state does not change: it says the same of itself.
+    monkeypatch.setattr(FakeEngine, "describe", functools.cache(FakeEngine.describe))
+    h = await serve(
+        deployments={"a": {"engine": "fake"}, "b": {"engine": "fake"}}, routes={"m": {"weights": {"a": 1}}}
+    )
+
+    async def served_by() -> str:
+        sampling = Sampling(max_tokens=2, min_tokens=2, seed=1)
+        messages = await collect(h.inference.Generate(Request(model="m", text="x", sampling=sampling)))
+        return str(messages[0].started.deployment)
+
+    assert [await served_by() for _ in range(3)] == ["a"] * 3
+    await h.admin.SetRoute(
+        routing_pb2.SetRouteRequest(route=routing_pb2.Route(model="m", weights={"b": 1.0}))
+    )
+    assert [await served_by() for _ in range(2)] == ["b"] * 2
+    b = h.server.deployments.by_name["b"]
+    first = b.supervisor.engine
+    first.die()  # type: ignore[attr-defined]
+    await h.until(lambda: b.is_ready and b.supervisor.engine is not first)
+    assert await served_by() == "b"
+    door: Any = h.server._door
+    assert door._plain._only["m"].engine is b.supervisor.engine
 
 
 async def test_calls_without_a_request_end_as_others_do(serve: Serve) -> None:

@@ -127,9 +127,13 @@ class PriorityClass:
 
 
 class FairQueue:
-    """Waiting requests of one deployment."""
+    """Waiting requests of one deployment.
+
+    A request that waits alone, as most do that go at once, is not put into a lane before another one comes.
+    """
 
     __slots__ = (
+        "_alone",
         "_by_priority",
         "_classes",
         "_last_counter",
@@ -150,6 +154,7 @@ class FairQueue:
         self._max_overtakes = max_overtakes
         self._max_bypass = max_bypass
         self._patience = patience
+        self._alone: Entry | None = None
         self._classes: dict[int, PriorityClass] = {}
         self._by_priority: list[PriorityClass] = []
         self._last_counter = 0.0
@@ -161,6 +166,8 @@ class FairQueue:
 
     def entries(self) -> Iterator[Entry]:
         """All waiting requests, in no useful order."""
+        if self._alone is not None:
+            yield self._alone
         for group in self._by_priority:
             for lane in group.lanes.values():
                 yield from lane.entries
@@ -170,9 +177,21 @@ class FairQueue:
         tenant = entry.tenant
         if self._shortest:
             entry.key = entry.num_prompt_tokens << ORDER_BITS | entry.order
+        if self._alone is not None:
+            alone, self._alone = self._alone, None
+            self._put_into_lane(alone)
         if tenant.num_waiting == 0:
             tenant.counter = max(tenant.counter, self._least_counter())
         tenant.num_waiting += 1
+        self.num_waiting += 1
+        if self.num_waiting == 1:
+            self._alone = entry
+            return 0
+        return self._put_into_lane(entry)
+
+    def _put_into_lane(self, entry: Entry) -> int:
+        """Gives its position()."""
+        tenant = entry.tenant
         group = self._classes.get(entry.priority)
         if group is None:
             group = self._classes[entry.priority] = PriorityClass(entry.priority)
@@ -185,14 +204,22 @@ class FairQueue:
         place = lane.add(entry)
         group.at_least.add(len(lane.keys), 1)
         group.num_waiting += 1
-        self.num_waiting += 1
         return self._position(place, lane, group)
 
     def remove(self, entry: Entry) -> None:
         """Take a waiting request out, wherever it stands."""
+        if entry is self._alone:
+            self._remove_alone()
+            return
         group = self._classes[entry.priority]
         lane = group.lanes[entry.tenant.name]
         self._remove(lane.place(entry), lane, group)
+
+    def _remove_alone(self) -> None:
+        assert self._alone is not None
+        tenant, self._alone = self._alone.tenant, None
+        self.num_waiting = tenant.num_waiting = 0
+        self._last_counter = tenant.counter
 
     def _remove(self, place: int, lane: Lane, group: PriorityClass) -> None:
         tenant = lane.tenant
@@ -219,6 +246,11 @@ class FairQueue:
         fits commits the request to the KV cache if it returns True. find_longest: None where nothing is
         cached.
         """
+        if (alone := self._alone) is not None:
+            if not fits(alone):
+                return None
+            self._remove_alone()
+            return alone
         first = self._take_first(fits, find_longest)
         if first is not None:
             return first
@@ -260,6 +292,8 @@ class FairQueue:
         Exact for one class of tenants of equal weight and counter that queue like requests; otherwise an
         estimate: each tenant gives as many as this one has ahead of the request, and one more.
         """
+        if entry is self._alone:
+            return 0
         group = self._classes[entry.priority]
         lane = group.lanes[entry.tenant.name]
         return self._position(lane.place(entry), lane, group)

@@ -119,13 +119,16 @@ class PlainCalls:
         self._gate = sharing.gate
         self._samplings = sharing.samplings
         self._move = sharing.move
-        # Of the batch: places by model and deployment, and those of models as clients name them that have no choice.
-        self._places: dict[tuple[str, str], _Place] = {}
-        self._only: dict[str, _Place | None] = {}
+        # Where there is no choice, by model as clients name it; those in _looked_at are as the batch's others found them.
+        self._only: dict[str, _Place] = {}
+        self._looked_at: set[str] = set()
+        self._revision = -1
+        self._places: dict[tuple[str, str], _Place] = {}  # of the batch, by model and deployment
         self._load_reports = load_reports
         self._door = door
         self._go_on = go_on
         self._runs: dict[int, _Run] = {}
+        self._taken: list[tuple[_Run, EngineRequest]] = []  # of the batch
         self._makers: dict[tuple[Wish, str, str], tuple[Sampling | None, _core.StreamMaker]] = {}
         self._alike: dict[tuple[str, str], tuple[Any, ...]] = {}
         self._ended: deque[_Run] = deque()
@@ -140,7 +143,10 @@ class PlainCalls:
     def take(self, items: Iterable[PlainItem]) -> list[PlainItem]:
         """Admit what came together; gives what is to be served as all other calls are."""
         now = time.monotonic()
-        self._forget_places()
+        revision = self._deployments.table.revision
+        if revision != self._revision or self._deployments.is_draining:
+            self._only.clear()
+            self._revision = revision
         left = []
         for item in items:
             try:
@@ -153,12 +159,17 @@ class PlainCalls:
                 self._fail(item[1], _INTERNAL, None)
         for place in self._places.values():
             place.engine.flush()
-        self._forget_places()
-        return left
-
-    def _forget_places(self) -> None:
         self._places.clear()
-        self._only.clear()
+        self._looked_at.clear()
+        taken, self._taken = self._taken, []
+        for run, request in taken:
+            try:
+                self._settle(run, request)
+            except Exception:
+                logger.exception("%s failed", METHOD)
+                self._fail(run.call, _INTERNAL, None)
+                self._let_go(run)
+        return left
 
     def cancel(self, call_id: int) -> None:
         """The client or the door has ended a call; nothing if it is none of these, or a task has it."""
@@ -179,9 +190,13 @@ class PlainCalls:
                 self.cancel(run.call_id)
 
     def _place(self, model: str, tenant: str, session: str) -> _Place | None:
-        """Where a request goes; None if that is for others to say. Asked once a batch where there is no choice."""
-        if model in self._only:
-            return self._only[model]
+        """Where a request goes; None if that is for others to say. Looked at once a batch where there is no choice."""
+        if (kept := self._only.get(model)) is not None:
+            if model in self._looked_at or self._is_as_before(kept):
+                self._looked_at.add(model)
+                self._places[kept.model, kept.deployment.name] = kept
+                return kept
+            del self._only[model]
         deployments = self._deployments
         try:
             name = deployments.resolve(model)
@@ -194,9 +209,17 @@ class PlainCalls:
             return None
         if place is not None:
             self._places[name, deployment.name] = place
-        if len(route.targets()) == 1:
-            self._only[model] = place
+            if len(route.targets()) == 1:
+                self._only[model] = place
+                self._looked_at.add(model)
         return place
+
+    def _is_as_before(self, place: _Place) -> bool:
+        try:
+            engine, info = place.deployment.ready()
+        except TwinjetError:
+            return False
+        return engine is place.engine and info is place.info
 
     def _look_at(self, model: str, deployment: Deployment) -> _Place | None:
         engine, info = deployment.ready()
@@ -251,7 +274,6 @@ class PlainCalls:
                 cache_salt=salt, deadline=None if timeout_s is None else now + timeout_s,
                 trace_headers=_NO_TRACE,
             )  # fmt: skip
-            call.accept(request_id, prefix_key(token_ids, salt))
             stream = call.make_carried(
                 self._maker(wish, sampling, place), request_id, len(token_ids), sampling.seed,
                 sampling.max_tokens, now,
@@ -262,11 +284,16 @@ class PlainCalls:
         finally:
             if not is_taken:
                 self._gate.leave(peer)
-        self._runs[call_id] = run
+        self._taken.append((run, request))
+        return True
+
+    def _settle(self, run: _Run, request: EngineRequest) -> None:
+        """Do for a request that was taken what the engine need not wait for."""
+        self._runs[run.call_id] = run
         self._is_idle.clear()
         self._live.hold(run)
         self._watch.add(run)
-        return True
+        run.call.accept(request.request_id, prefix_key(request.prompt_token_ids, request.cache_salt))
 
     def _is_short(self, text: str, max_context_tokens: int) -> bool:
         """Whether a text is tokenized where it is; see server.encoding."""
