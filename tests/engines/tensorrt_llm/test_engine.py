@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -547,6 +549,15 @@ async def test_stopping_ends_running_requests(version: str) -> None:
                 pass
         await stopping
         assert engine._handle.llm is None
+
+
+async def test_stopping_leaves_no_file_behind(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with started():
+        assert os.listdir(tmp_path)
+    assert not os.listdir(tmp_path)
 
 
 async def test_a_shutdown_that_hangs_is_bounded(version: str, monkeypatch: pytest.MonkeyPatch) -> None:

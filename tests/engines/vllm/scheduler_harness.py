@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 from zlib import crc32
@@ -51,9 +51,13 @@ class Setup:
     is_v2: bool = False
 
 
+_MODELS = TemporaryDirectory(prefix="twinjet-model-")
+
+
 @cache
 def _model_config(max_model_len: int) -> ModelConfig:
-    directory = Path(mkdtemp(prefix="twinjet-model-"))
+    directory = Path(_MODELS.name) / str(max_model_len)
+    directory.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -56,7 +56,7 @@ class Drawing:
         self._keeps_grammars = False
         self._unhonoured: list[Setting] = []
         self._model: ModelFacts
-        self._token_texts: TokenTextsFile
+        self._token_texts: TokenTextsFile | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -79,6 +79,11 @@ class Drawing:
         await self._choose_sampler(test)
         await self._try_cache(trials)
         await self._try_engine(trials)
+
+    def close(self) -> None:
+        """Remove what was made for the engine's processes; idempotent."""
+        if self._token_texts is not None:
+            self._token_texts.remove()
 
     async def _choose_sampler(self, test: SelfTest) -> None:
         if not self._reason and self._handle.is_prebuilt:
@@ -193,6 +198,7 @@ class Drawing:
         sampling = request.sampling
         bad_text = None
         if sampling.bad_words:
+            assert self._token_texts is not None, "made when the engine started"
             bad_text = self._token_texts.settings(
                 sampling.bad_words, skips_special=sampling.skip_special_tokens
             )

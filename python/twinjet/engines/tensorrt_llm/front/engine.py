@@ -222,6 +222,7 @@ class TrtLlmEngine:
         self._kv_events.journal.close()
         await self._handle.shut_down()
         await self._channel.stop()
+        await asyncio.to_thread(self._drawing.close)
 
     async def load_adapter(self, name: str, path: str) -> bool:
         """See AdapterEngine.load_adapter; the engine reads the weights with the first request."""
