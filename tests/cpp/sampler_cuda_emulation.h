@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #include "sampler/cuda/plan.h"
@@ -95,6 +96,7 @@ class Row {
 
   int num_sweeps = 0;         // passes over the slices by SumAtPivots
   int num_kept_searches = 0;  // searches that ended among kept tokens
+  int num_uncertain = 0;      // lists that bounds of the row's mass did not settle
 
  private:
   static void RefreshMaxima(Block* block) {
@@ -170,9 +172,14 @@ class Row {
   }
 
   enum class Settling { kCount, kMass, kTopP };
-  uint32_t Settle(Settling settling, uint32_t floor_key, uint64_t above, uint64_t target_or_p) {
+  struct Settled {
+    uint32_t key;
+    bool is_certain;
+  };
+  Settled Settle(Settling settling, uint32_t floor_key, uint64_t above, uint64_t target_or_p,
+                 uint64_t most = 0) {
     const float floor = FloatFromKey(floor_key);
-    uint32_t best = 0;
+    Settled best = {0, true};
     for (float x : logit_) {
       double sum = 0.0, all = 0.0;
       for (size_t j = 0; j < logit_.size(); ++j) {
@@ -183,7 +190,9 @@ class Row {
       const uint64_t mass = above + static_cast<uint64_t>(sum);
       uint64_t target = target_or_p;
       if (settling == Settling::kTopP) target = TopPMass(target_or_p, static_cast<uint64_t>(all));
-      if (x >= floor && mass >= target) best = std::max(best, OrderedKey(x));
+      if (!(x >= floor && mass >= target)) continue;
+      best.key = std::max(best.key, OrderedKey(x));
+      if (settling == Settling::kMass && mass < most) best.is_certain = false;
     }
     return best;
   }
@@ -196,7 +205,7 @@ class Row {
       if ((round > 0 || try_at_once) && Collect(bracket, from_kept)) {
         Gather(scale);
         if (bracket.above == 0) *num_gathered = logit_.size();
-        return Settle(count ? Settling::kCount : Settling::kMass, bracket.lo, bracket.above, target);
+        return Settle(count ? Settling::kCount : Settling::kMass, bracket.lo, bracket.above, target).key;
       }
       const Pivots pivots = NextPivots(bracket, target, round);
       uint64_t sums[kNumPivots + 1] = {};
@@ -245,25 +254,30 @@ class Row {
     return WindowOfSample(sampled, place.total - dropped, dropped, max_, scale, bracket);
   }
 
-  uint32_t FindDeepThreshold(float scale, Bracket bracket, uint64_t whole, uint64_t target) {
-    BinGrid grid = GridOf(bracket);
-    Bracket window = bracket;
-    if (grid.is_fit) window = SampledWindow(scale, bracket, grid, (whole - target) / kSampleStep);
+  uint32_t FindDeepThreshold(float scale, Bracket bracket, MassBounds bounds, uint64_t top_p_fixed) {
     bool use_kept = false;
-    if (window.lo != bracket.lo || window.hi != bracket.hi) {
+    uint64_t target = TopPMass(top_p_fixed, bounds.least);
+    uint64_t dropped = bounds.least - target;
+    for (int sample = 0; sample < kMaxSamples && !use_kept; ++sample) {
+      BinGrid grid = GridOf(bracket);
+      Bracket window = bracket;
+      if (grid.is_fit) window = SampledWindow(scale, bracket, grid, dropped / kSampleStep);
       grid = GridOf(window);
-      uint64_t reached = 0, inside = 0, mass[kNumBins] = {};
+      uint64_t whole = 0, reached = 0, inside = 0, mass[kNumBins] = {};
       bool fits = grid.is_fit;
       for (Block& block : blocks_) {
         block.kept.clear();
         size_t count = 0;
         for (float x : block.slice) {
+          whole += TruncatedWeight(x, max_, scale);
           if (!(x >= FloatFromKey(window.lo))) continue;
           reached += TruncatedWeight(x, max_, scale);
           if (x <= LastBelow(window.hi) && count++ < kMaxKept) block.kept.push_back(x);
         }
         fits = fits && count <= kMaxKept;
       }
+      if (bounds.least != bounds.most) bounds = {whole, whole};
+      target = TopPMass(top_p_fixed, bounds.least);
       for (const Block& block : blocks_) {
         if (!fits) break;
         for (float x : block.kept) {
@@ -271,12 +285,14 @@ class Row {
           mass[BinOf(grid, x)] += WeightOf(x, max_, scale);
         }
       }
+      if (sample == 0) bracket.reached = bounds.least;
       if (target > reached) {
         bracket.hi = window.lo;
         bracket.above = reached;
       } else if (!fits) {
-        bracket.lo = window.lo;
         bracket.reached = reached;
+        if (sample > 0 && window.lo == bracket.lo) break;
+        bracket.lo = window.lo;
       } else if (target <= reached - inside) {
         bracket.lo = window.hi;
         bracket.reached = reached - inside;
@@ -286,6 +302,7 @@ class Row {
         use_kept = true;
         ++num_kept_searches;
       }
+      dropped = bracket.reached - target;
     }
     size_t unused = 0;
     return FindThreshold(false, scale, bracket, target, use_kept, use_kept, &unused);
@@ -299,20 +316,37 @@ class Row {
     return maxima;
   }
 
-  uint32_t TopKThreshold(float scale, int32_t k, size_t* num_gathered) {
-    const uint64_t target = static_cast<uint64_t>(k);
-    Bracket bracket = {kKeyOfNegativeInfinity, OrderedKey(max_) + 1, 0, static_cast<uint64_t>(vocab_size_)};
+  // A key that at least k of the groups' maxima reach; 0 where they are fewer. *least: of them.
+  uint32_t BoundOfMaxima(int32_t k, float* least) {
     std::vector<float> maxima = Maxima();
     std::erase(maxima, NegativeInfinity());
-    const float least = *std::min_element(maxima.begin(), maxima.end());
-    if (k <= static_cast<int32_t>(maxima.size())) {
-      bracket.lo = BoundFromBelow(least, max_, k, [&maxima](float lo, float hi, int32_t* counts) {
-        for (int i = 0; i < kNumMarks; ++i) {
-          const float mark = MarkOf(lo, hi, i);
-          counts[i] = static_cast<int32_t>(
-              std::count_if(maxima.begin(), maxima.end(), [mark](float y) { return y >= mark; }));
-        }
-      });
+    *least = *std::min_element(maxima.begin(), maxima.end());
+    if (k == 0) k = NumListed(static_cast<int32_t>(maxima.size()));
+    if (k == 0 || k > static_cast<int32_t>(maxima.size())) return 0;
+    Stretch stretch = {*least, max_};
+    for (int round = 0; round < kMaxStretches; ++round) {
+      const BinGrid grid = GridBetween(stretch.lo, stretch.hi);
+      if (!grid.is_fit) break;
+      int32_t counts[kNumBins] = {};
+      for (float y : maxima) {
+        if (y >= stretch.lo) ++counts[BinAbove(grid, y)];
+      }
+      CountedBin found = {kNumBins - 1, counts[kNumBins - 1]};
+      while (found.count < k) found.count += counts[--found.bin];
+      stretch = NarrowTo(stretch, grid, found.bin);
+      const auto reaching =
+          std::count_if(maxima.begin(), maxima.end(), [&stretch](float y) { return y >= stretch.lo; });
+      if (reaching < found.count) throw std::logic_error("a value lies below the edge of its bin");
+      if (IsCloseCount(found.count, k)) break;
+    }
+    return OrderedKey(stretch.lo);
+  }
+
+  uint32_t TopKThreshold(float scale, int32_t k, float least, uint32_t bound, size_t* num_gathered) {
+    const uint64_t target = static_cast<uint64_t>(k);
+    Bracket bracket = {kKeyOfNegativeInfinity, OrderedKey(max_) + 1, 0, static_cast<uint64_t>(vocab_size_)};
+    if (bound != 0) {
+      bracket.lo = bound;
       return FindThreshold(true, scale, bracket, target, k <= kMaxCandidates, false, num_gathered);
     }
     const float length = SubRn(max_, least);
@@ -324,40 +358,62 @@ class Row {
                          num_gathered);
   }
 
-  uint32_t TopPThreshold(float scale, uint32_t floor_key, uint64_t top_p_fixed, size_t num_gathered) {
+  // About the row's mass, as scans say it, with as much error as they may have.
+  uint64_t ScannedMass(float scale) const {
+    double mass = 0.0;
+    for (const Block& block : blocks_) {
+      for (float x : block.slice) mass += std::exp2(static_cast<double>(MulRn(SubRn(x, max_), scale)));
+    }
+    const double error = vocab_size_ % 2 == 0 ? 6.5e-6 : -6.5e-6;
+    return static_cast<uint64_t>(mass * (1.0 + error) * 0x1p44);
+  }
+
+  uint32_t TopPThreshold(float scale, uint32_t floor_key, uint64_t top_p_fixed, uint32_t bound, bool has_sums,
+                         size_t num_gathered) {
     const uint32_t top = OrderedKey(max_) + 1;
     if (top - floor_key == 1) return floor_key;
-    if (num_gathered != 0) return Settle(Settling::kTopP, floor_key, 0, top_p_fixed);
-    const uint32_t wanted = FirstMassPivot(max_, scale);
+    if (num_gathered != 0) return Settle(Settling::kTopP, floor_key, 0, top_p_fixed).key;
+    const uint32_t wanted = bound != 0 ? bound : FirstMassPivot(max_, scale);
     const uint32_t pivot = wanted > floor_key && wanted < top ? wanted : floor_key + 1;
-    SumGroups(scale, FloatFromKey(floor_key));
+    if (!has_sums) SumGroups(scale, FloatFromKey(floor_key));
     const bool is_listed = Collect({pivot, top, 0, 0});
     uint64_t whole = 0;
     for (const Block& block : blocks_) {
       for (uint64_t mass : block.group_mass) whole += mass;
     }
-    const uint64_t target = TopPMass(top_p_fixed, whole);
+    const MassBounds bounds = has_sums ? BoundsOfScans(ScannedMass(scale)) : MassBounds{whole, whole};
+    const uint64_t target = TopPMass(top_p_fixed, bounds.least);
     Bracket bracket = {floor_key, top, 0, whole};
     if (is_listed) {
       Gather(scale);
-      const uint32_t settled = Settle(Settling::kMass, pivot, 0, target);
-      if (settled != 0) return settled;
-      bracket.hi = pivot;
-      for (double weight : weight_) bracket.above += static_cast<uint64_t>(weight);
+      const Settled settled = Settle(Settling::kMass, pivot, 0, target, TopPMass(top_p_fixed, bounds.most));
+      if (settled.is_certain) {
+        if (settled.key != 0) return settled.key;
+        bracket.hi = pivot;
+        for (double weight : weight_) bracket.above += static_cast<uint64_t>(weight);
+      } else {
+        ++num_uncertain;
+      }
     }
-    const uint32_t least = LeastMassKey(max_, scale, whole, target, vocab_size_);
+    const uint32_t least = LeastMassKey(max_, scale, bounds.least, target, vocab_size_);
     if (least > bracket.lo && least < bracket.hi) bracket.lo = least;
-    return FindDeepThreshold(scale, bracket, whole, target);
+    return FindDeepThreshold(scale, bracket, bounds, top_p_fixed);
   }
 
   float KeepThreshold(const RowConstants& constants) {
     uint32_t key = kKeyOfNegativeInfinity;
     size_t num_gathered = 0;
     if (constants.min_z > NegativeInfinity()) key = MinPKey(max_, constants.scale, constants.min_z);
-    if (constants.top_k > 0)
-      key = std::max(key, TopKThreshold(constants.scale, constants.top_k, &num_gathered));
+    if (constants.top_k == 0 && constants.has_top_p == 0) return FloatFromKey(key);
+    float least = 0.0f;
+    uint32_t bound = BoundOfMaxima(constants.top_k, &least);
+    if (constants.top_k > 0) {
+      key = std::max(key, TopKThreshold(constants.scale, constants.top_k, least, bound, &num_gathered));
+      bound = 0;
+    }
     if (constants.has_top_p != 0)
-      key = TopPThreshold(constants.scale, key, constants.top_p_fixed, num_gathered);
+      key = TopPThreshold(constants.scale, key, constants.top_p_fixed, bound,
+                          constants.top_k == 0 && constants.min_z == NegativeInfinity(), num_gathered);
     return FloatFromKey(key);
   }
 

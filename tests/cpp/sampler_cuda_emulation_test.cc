@@ -21,7 +21,7 @@ constexpr cuda::DeviceLimits kHopper = {132, 232448, 16};
 
 // The kept set by its logprobs: every token's processed logprob is -inf exactly where it is dropped. Returns
 // how many searches ended among kept tokens.
-int CompareRow(rows::Row* row, int32_t cluster) {
+int CompareRow(rows::Row* row, int32_t cluster, int* num_uncertain = nullptr) {
   RowInput input = row->input;
   input.num_logprobs = -1;
   rows::Result expected(input);
@@ -55,6 +55,7 @@ int CompareRow(rows::Row* row, int32_t cluster) {
   }
   CHECK_EQ(result.output.status, expected.output.status);
   CHECK(emulated.num_sweeps < 60);
+  if (num_uncertain != nullptr) *num_uncertain += emulated.num_uncertain;
   if (input.num_logprobs < 0 || expected.output.token_id < 0) return emulated.num_kept_searches;
   for (size_t i = 1; i < ids.size(); ++i) {
     if (ids[i] < 0) continue;
@@ -130,6 +131,41 @@ TEST(deep_thresholds_are_found_among_kept_tokens) {
     num_kept_searches += CompareRow(&row, rows::OneOf(random, {2, 4, 8, 16}));
   }
   CHECK(num_kept_searches >= kRows * 3 / 4);
+}
+
+// Where bounds of a row's mass do not say which token is the last, the exact mass must.
+TEST(nuclei_that_end_on_a_boundary) {
+  std::mt19937_64 random = test::Random(22);
+  int num_uncertain = 0;
+  constexpr int kRows = 1000;
+  for (int i = 0; i < kRows; ++i) {
+    rows::Row row;
+    rows::FillBoundaryRow(random, 300 + rows::Below(random, i % 50 == 0 ? 30000 : 3000), &row);
+    CompareRow(&row, rows::OneOf(random, {1, 2, 4, 8, 16}), &num_uncertain);
+  }
+  CHECK(num_uncertain >= kRows / 20);
+}
+
+// All values that a search counts in a bin and above reach the bin's bound, at any width and place.
+TEST(counted_values_reach_their_bound) {
+  std::mt19937_64 random = test::Random(34);
+  for (int i = 0; i < 200000; ++i) {
+    const float lo = rows::OneOf(random, {0.0f, 1e-3f, -2.5f, 17.0f, 1e4f, -3e4f, 1e30f, -1e-38f});
+    const float hi = lo + rows::OneOf(random, {1e-30f, 1e-7f, 1e-3f, 0.3f, 20.0f, 1e6f, 1e25f, 3e38f});
+    const cuda::BinGrid grid = cuda::GridBetween(lo, hi);
+    if (!grid.is_fit) continue;
+    const uint32_t first = OrderedKey(lo), last = OrderedKey(hi);
+    float x = FloatFromKey(first + static_cast<uint32_t>(random() % (last - first + 1)));
+    const int32_t bin = cuda::BinAbove(grid, x);
+    CHECK(bin >= 0 && bin < cuda::kNumBins);
+    CHECK(x >= cuda::NarrowTo({lo, hi}, grid, bin).lo);
+    // And the least value that falls into the bin.
+    x = cuda::EdgeOf(grid, bin);
+    for (int step = 0; step < 4 && x >= lo && cuda::BinAbove(grid, x) >= bin; ++step) {
+      CHECK(x >= cuda::NarrowTo({lo, hi}, grid, bin).lo);
+      x = std::nextafter(x, NegativeInfinity());
+    }
+  }
 }
 
 // A bin holds what lies from its edge up to the next bin's, in brackets of any width and place.

@@ -133,29 +133,51 @@ gpu::Drawn DrawOnMachine(const gpu::Batch& batch, int32_t cluster, int32_t max_c
   return drawn;
 }
 
+void CompareBatch(const gpu::Batch& batch, int32_t cluster, int32_t max_clusters, uint64_t seed,
+                  const std::string& name) {
+  const gpu::Drawn host = gpu::DrawOnHost(HostSampler(), batch);
+  const std::string where = name + " of " + std::to_string(batch.num_rows()) + " x " +
+                            std::to_string(batch.vocab_size) + ", cluster " + std::to_string(cluster) + ", " +
+                            std::to_string(max_clusters) + " at once";
+  std::string what;
+  gpu::Drawn drawn;
+  try {
+    drawn = DrawOnMachine(batch, cluster, max_clusters, seed);
+  } catch (const std::runtime_error& error) {
+    test::Fail(__FILE__, __LINE__, where + ": " + error.what());
+  }
+  const int differences = gpu::CountDifferences(batch, host, drawn, &what);
+  if (differences != 0) {
+    test::Fail(__FILE__, __LINE__, where + ": " + std::to_string(differences) + " rows differ; " + what);
+  }
+}
+
 void CompareRandomBatches(uint64_t stream, int num_batches, int32_t num_rows, int32_t max_size) {
   std::mt19937_64 random = test::Random(stream);
   for (int b = 0; b < num_batches * RowFactor(); ++b) {
     const gpu::RandomBatch made =
         gpu::MakeRandomBatch(random, 1 + rows::Below(random, num_rows), 1 + rows::Below(random, max_size));
-    const gpu::Drawn host = gpu::DrawOnHost(HostSampler(), made.batch);
     const int32_t cluster = rows::OneOf(random, {1, 2, 2, 4, 8});
+    const bool fits = made.batch.vocab_size <= 50000;  // in one block
     const int32_t max_clusters = rows::OneOf(random, {1, 2, 3});
-    const std::string where = "batch " + std::to_string(b) + " of " + std::to_string(made.batch.num_rows()) +
-                              " x " + std::to_string(made.batch.vocab_size) + ", cluster " +
-                              std::to_string(cluster) + ", " + std::to_string(max_clusters) + " at once";
-    std::string what;
-    gpu::Drawn drawn;
-    try {
-      drawn = DrawOnMachine(made.batch, cluster, max_clusters, random());
-    } catch (const std::runtime_error& error) {
-      test::Fail(__FILE__, __LINE__, where + ": " + error.what());
-    }
-    const int differences = gpu::CountDifferences(made.batch, host, drawn, &what);
-    if (differences != 0) {
-      test::Fail(__FILE__, __LINE__, where + ": " + std::to_string(differences) + " rows differ; " + what);
-    }
+    CompareBatch(made.batch, fits ? cluster : std::max(cluster, 2), max_clusters, random(),
+                 "batch " + std::to_string(b));
   }
+}
+
+// Rows of float32 without edits in a batch.
+gpu::Batch BatchOf(const std::vector<rows::Row>& storage, int32_t size) {
+  gpu::Batch batch;
+  batch.vocab_size = size;
+  batch.row_stride = (size + 3) / 4 * 4;
+  batch.logits.resize(storage.size() * static_cast<size_t>(batch.row_stride) * 4);
+  for (size_t i = 0; i < storage.size(); ++i) {
+    char* out = batch.logits.data() + i * static_cast<size_t>(batch.row_stride) * 4;
+    std::memcpy(out, storage[i].logits.data(), static_cast<size_t>(size) * 4);
+    batch.inputs.push_back(storage[i].input);
+    batch.inputs.back().logits = out;
+  }
+  return batch;
 }
 
 }  // namespace
@@ -163,3 +185,37 @@ void CompareRandomBatches(uint64_t stream, int num_batches, int32_t num_rows, in
 TEST(tiny_rows) { CompareRandomBatches(1, 40, 6, 600); }
 TEST(small_rows) { CompareRandomBatches(2, 6, 4, 9000); }
 TEST(middle_rows) { CompareRandomBatches(3, 1, 3, 60000); }
+
+// Bounds of a row's mass do not settle these, exact sums must.
+TEST(nuclei_that_end_on_a_boundary) {
+  std::mt19937_64 random = test::Random(4);
+  for (int b = 0; b < 12 * RowFactor(); ++b) {
+    const int32_t size = 300 + rows::Below(random, 2000);
+    std::vector<rows::Row> storage(3);
+    for (rows::Row& row : storage) rows::FillBoundaryRow(random, size, &row);
+    CompareBatch(BatchOf(storage, size), rows::OneOf(random, {1, 2, 4}), 2, random(),
+                 "batch " + std::to_string(b));
+  }
+}
+
+// A threshold cuts off much of some groups and little of others: which arrives first is not what bounds say.
+TEST(races_of_groups_that_are_cut) {
+  std::mt19937_64 random = test::Random(6);
+  std::normal_distribution<float> normal;
+  for (int b = 0; b < 8 * RowFactor(); ++b) {
+    const int32_t size = 4000 + rows::Below(random, 4000);
+    std::vector<rows::Row> storage(4);
+    for (rows::Row& row : storage) {
+      for (int32_t i = 0; i < size; ++i) {
+        // Every other group has few tokens that are kept, and many just below.
+        const bool is_cut = i / kGroupSize % 2 == 1 && i % 8 != 0;
+        row.logits.push_back((is_cut ? -1.0f : 0.0f) + 0.1f * normal(random));
+      }
+      row.params.top_p = rows::OneOf(random, {0.5f, 0.7f});
+      row.params.seed = random();
+      row.input.vocab_size = size;
+      PrepareRow(row.params, size, &row.input.constants);
+    }
+    CompareBatch(BatchOf(storage, size), 1, 1, random(), "batch " + std::to_string(b));
+  }
+}

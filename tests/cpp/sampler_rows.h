@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <random>
 #include <set>
@@ -220,6 +221,31 @@ inline void FillRow(Generator& random, Shape shape, int32_t size, Row* row) {
     row->input.processed_logprobs = Chance(random, 0.5);
   }
   PrepareRow(params, size, &row->input.constants);
+}
+
+// A float32 row whose nucleus ends exactly where some tokens' mass does, or one unit of p further.
+inline void FillBoundaryRow(Generator& random, int32_t size, Row* row) {
+  row->logits = MakeLogits(random, OneOf(random, {Shape::kNormal, Shape::kLanguage}), size);
+  row->params = {};
+  row->params.temperature = OneOf(random, {1.0f, 0.7f, 3.0f});
+  row->params.top_p = 0.5f;
+  row->params.seed = random();
+  row->input.logits = row->logits.data();
+  row->input.vocab_size = size;
+  RowConstants& constants = row->input.constants;
+  PrepareRow(row->params, size, &constants);
+  std::vector<float> ordered = row->logits;
+  std::sort(ordered.begin(), ordered.end(), std::greater<>());
+  const auto last = static_cast<size_t>(Below(random, std::min(size, OneOf(random, {10, 40, 80, 2000}))));
+  uint64_t whole = 0, kept = 0;
+  for (const float x : ordered) {
+    const uint64_t weight = WeightOf(x, ordered[0], constants.scale);
+    whole += weight;
+    if (x >= ordered[last]) kept += weight;
+  }
+  if (kept == whole) return;
+  constants.top_p_fixed = static_cast<uint64_t>((static_cast<unsigned __int128>(kept) << 64) / whole);
+  if (Chance(random, 0.5)) ++constants.top_p_fixed;
 }
 
 // A result with room for logprobs.

@@ -19,11 +19,13 @@ struct Block {
   uint64_t* runners;
   char* lists;
   char* gathered;
-  uint64_t* group_mass;  // [groups_per_block]
-  float* group_max;      // [groups_per_block], this block's slot of the current maxima
-  float* slice;          // [num_local * kGroupSize], filled up with -inf
-  int32_t first_group;   // of the row
-  int32_t num_local;     // groups of this block; may be 0
+  uint64_t* group_mass;     // [groups_per_block]
+  float* group_sum;         // [groups_per_block], in group_mass's place: see GroupScan
+  uint16_t* listed_groups;  // [list_capacity], in its place too: of the tokens in this block's own list
+  float* group_max;         // [groups_per_block], this block's slot of the current maxima
+  float* slice;             // [num_local * kGroupSize], filled up with -inf
+  int32_t first_group;      // of the row
+  int32_t num_local;        // groups of this block; may be 0
   int32_t groups_per_block;
   int32_t maxima_stride;
   int32_t list_capacity;
@@ -103,9 +105,13 @@ __device__ __forceinline__ bool PostMaxima(Block& block, bool flag) {
 struct Maxima {
   float max;
   bool flag;  // of any block
+  // With kWithLeast: how many groups have a token, and the least of their maxima.
+  int32_t num_groups;
+  float least;
 };
 
 // Waits for the posted maxima. own_flag: what PostMaxima returned.
+template <bool kWithLeast>
 __device__ __forceinline__ Maxima WaitMaxima(Block& block, bool own_flag) {
   const uint32_t size = block.cluster.size;
   const uint32_t set = block.num_maxima & 1;
@@ -117,12 +123,28 @@ __device__ __forceinline__ Maxima WaitMaxima(Block& block, bool own_flag) {
   }
   const auto* maxima = reinterpret_cast<const float4*>(MaximaSlot(block, set, 0));
   const int32_t fours = static_cast<int32_t>(size) * block.maxima_stride / 4;
-  float max = NegativeInfinity();
+  float max = NegativeInfinity(), least = PositiveInfinity();
+  int32_t num_groups = 0;
+#pragma unroll 4
   for (int32_t i = LaneInWarp(); i < fours; i += 32) {
-    const float4 x = maxima[i];
-    max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
+    const float4 four = maxima[i];
+    max = fmaxf(fmaxf(max, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
+    if (!kWithLeast) continue;
+    const float x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const bool has_token = x[q] > NegativeInfinity();
+      least = has_token ? fminf(least, x[q]) : least;
+      num_groups += has_token ? 1 : 0;
+    }
   }
-  return {FloatFromKey(__reduce_max_sync(~0u, OrderedKey(max))), __any_sync(~0u, flag) != 0};
+  Maxima result = {FloatFromKey(__reduce_max_sync(~0u, OrderedKey(max))), __any_sync(~0u, flag) != 0, 0,
+                   0.0f};
+  if (kWithLeast) {
+    result.num_groups = __reduce_add_sync(~0u, num_groups);
+    result.least = FloatFromKey(__reduce_min_sync(~0u, OrderedKey(least)));
+  }
+  return result;
 }
 
 // The row that the cluster has claimed, once the maxima of the row before are there.
@@ -224,10 +246,10 @@ __device__ __forceinline__ void AllSum(Block& block, uint64_t (&values)[kCount])
 }
 
 // The largest value of all threads of all blocks.
-__device__ __forceinline__ uint32_t AllMax(Block& block, uint32_t value) {
+__device__ __forceinline__ uint64_t AllMax(Block& block, uint64_t value) {
   uint64_t values[1] = {value};
   AllReduce(block, values, MaxOf());
-  return static_cast<uint32_t>(values[0]);
+  return values[0];
 }
 
 // Counts of a block's tokens in kNumBins bins, each as two words. They lie where lists lie while no list is
@@ -246,20 +268,29 @@ __device__ __forceinline__ Bins ClearBins(const Block& block) {
   return {words, words + kNumBins};
 }
 
+// Counts of BoundOfMaxima, where candidates will be gathered; 0 when a row starts.
+__device__ __forceinline__ uint32_t* MaximaBins(const Block& block) {
+  return reinterpret_cast<uint32_t*>(block.gathered);
+}
+
 struct BinTotals {
   const uint64_t* bins;  // kNumBins
   uint64_t one_more;
   uint64_t and_another;
+  bool flag;  // of any block
 };
 
 // All blocks' bins together: high * 2^shift + low; and the sums of one_more and and_another over all threads.
-// Each block adds up its share of the bins and sends the totals to all: two exchanges.
+// Each block adds up its share of the bins and sends the totals to all: two exchanges. flag: the same in all
+// threads of a block; it travels as the top bit of and_another, whose total in a block must be below 2^63.
 __device__ __forceinline__ BinTotals SumBins(Block& block, const Bins& bins, int shift, uint64_t one_more = 0,
-                                             uint64_t and_another = 0) {
+                                             uint64_t and_another = 0, bool flag = false) {
+  constexpr uint64_t kFlag = 1ull << 63;
   SharedHead& head = *block.head;
   const uint32_t size = block.cluster.size, rank = block.cluster.rank;
   one_more = ReduceWarp(one_more, SumOf());
   and_another = ReduceWarp(and_another, SumOf());
+  if (flag && threadIdx.x == 0) and_another |= kFlag;
   if (LaneInWarp() == 0) {
     head.by_warp[threadIdx.x / 32][0] = one_more;
     head.by_warp[threadIdx.x / 32][1] = and_another;
@@ -308,10 +339,11 @@ __device__ __forceinline__ BinTotals SumBins(Block& block, const Bins& bins, int
   }
   if (size > 1) WaitMail(block);
   __syncthreads();  // lists may be written
-  BinTotals result = {totals, 0, 0};
+  BinTotals result = {totals, 0, 0, false};
   for (uint32_t r = 0; r < size; ++r) {
     result.one_more += pairs[2 * r];
-    result.and_another += pairs[2 * r + 1];
+    result.and_another += pairs[2 * r + 1] & ~kFlag;
+    result.flag |= (pairs[2 * r + 1] & kFlag) != 0;
   }
   return result;
 }
@@ -410,6 +442,8 @@ __device__ __forceinline__ void ClearList(const Block& block) {
 
 struct ListTotals {
   uint32_t count;  // of the row; above kMaxCandidates: the lists are of no use
+  uint64_t mass;
+  uint32_t of_lane;  // count of the block whose rank is the lane
 };
 
 // Sends this block's list, which must be complete and seen by all threads, and waits for the others'.
@@ -429,14 +463,17 @@ __device__ __forceinline__ ListTotals ExchangeLists(Block& block) {
     WaitPhase(arrival, block.num_lists & 1);
     ++block.num_lists;
   }
-  uint32_t total = 0;
-  bool is_cut = false;
-  for (uint32_t r = 0; r < size; ++r) {
-    const uint32_t count = HeaderOf(block, r).count;
-    total += count;
-    is_cut |= count > static_cast<uint32_t>(block.list_capacity);
+  const uint32_t lane = static_cast<uint32_t>(LaneInWarp());
+  ListTotals totals = {0, 0, 0};
+  if (lane < size) {
+    totals.of_lane = HeaderOf(block, lane).count;
+    totals.mass = HeaderOf(block, lane).mass;
   }
-  return {is_cut ? kMaxCandidates + 1u : total};
+  totals.count = __reduce_add_sync(~0u, totals.of_lane);
+  totals.mass = ReduceWarp(totals.mass, SumOf());
+  if (__any_sync(~0u, totals.of_lane > static_cast<uint32_t>(block.list_capacity)))
+    totals.count = kMaxCandidates + 1u;
+  return totals;
 }
 
 }  // namespace twinjet::sampler::cuda

@@ -34,11 +34,13 @@ __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args,
     const DeviceRow& input = WaitRow(block, args, row);
     const RowConstants& constants = input.constants;
     double own_exponential = 0.0;
-    const RowState state = PrepareSlice<kNarrow, kStored>(block, args, input, row, true, [&] {
-      if (kFamily == Family::kGreedy) return;
-      own_exponential = GroupExponential(block, constants);
-      FinishRace(block, args, race);
-    });
+    const float sum_scale = SumScale<kFamily>(constants);
+    const RowState state = PrepareSlice<kNarrow, kStored, kFamily == Family::kAny>(
+        block, args, input, row, true, sum_scale, [&] {
+          if (kFamily == Family::kGreedy) return;
+          own_exponential = GroupExponential(block, constants);
+          FinishRace(block, args, race);
+        });
     if (claims) {
       next = ClaimedRow(block);
       if (copies) PrefetchRow(block, args, next);
@@ -51,12 +53,16 @@ __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args,
         WriteFirstMaximum<kStored>(block, args, row, state.max);
         if (constants.scale != 0.0f) threshold = state.max;  // top_k = 1
       } else {
-        threshold = KeepThreshold<kFamily, kStored>(block, constants, state.max, args.vocab_size);
+        const bool has_sums = sum_scale != 0.0f;
+        const Threshold kept =
+            KeepThreshold<kFamily, kStored>(block, constants, state, args.vocab_size, has_sums);
+        threshold = FloatFromKey(kept.key);
         race.row = row;
         race.constants = &constants;
         race.max = state.max;
         race.threshold = threshold;
-        RaceGroups<kStored>(block, race, own_exponential);
+        RaceGroups<kStored>(block, race, own_exponential, kFamily == Family::kAny && kept.is_listed,
+                            has_sums);
       }
     }
     if (block.cluster.rank == 0 && threadIdx.x == 0) {
@@ -64,6 +70,7 @@ __device__ __forceinline__ void SampleRows(Block& block, const SampleArgs& args,
       args.status[row] = state.status;
       if (args.info != nullptr) args.info[row].threshold = threshold;
     }
+    if (kFamily == Family::kAny && threadIdx.x < kNumBins) MaximaBins(block)[threadIdx.x] = 0;
     if (block.copies) FenceForCopies();
     __syncthreads();  // the slice is free
     row = next;

@@ -1,5 +1,5 @@
-// Reading a slice of logits: widening, NaN, masks, edits, and each group's maximum. The only code that
-// knows the dtype; from here on a row is float32 in the block's slice.
+// Reading a slice of logits: widening, NaN, masks, edits, each group's maximum and about its mass. The only
+// code that knows the dtype of rows; from here on there is the block's slice.
 #pragma once
 
 #include "sampler/cuda/slice.cuh"
@@ -29,10 +29,59 @@ __device__ __forceinline__ uint32_t MaskWord(const LoadArgs& args, int32_t token
   return word;
 }
 
+// A group as its first reader sees it, or a lane's part of one: the largest logit, and, where the row has a
+// sum_scale, the sum of 2^((x - max) * sum_scale). The sum needs no other group's logits, so the row's
+// maximum need not be known yet; see BoundsOfScans for its error.
+struct GroupScan {
+  float max;
+  float sum;  // 0 without sum_scale
+};
+
+// What a scan subtracts: the maximum, or a finite number where all are -inf.
+__device__ __forceinline__ float ReferenceOf(float max) { return fmaxf(max, -0x1.fffffep+127f); }
+
+__device__ __forceinline__ float ScannedWeight(float x, float reference, float scale) {
+  return ApproximateExp2(MulRn(SubRn(x, reference), scale));
+}
+
+// The lane's scan of the tokens that it has. max: of these.
+template <Dtype kStored>
+__device__ __forceinline__ GroupScan ScanTokens(const StoredFour<kStored> (&fours)[kTokensPerLane / 4],
+                                                float max, float sum_scale) {
+  if (sum_scale == 0.0f) return {max, 0.0f};
+  const float reference = ReferenceOf(max);
+  float sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < kTokensPerLane / 4; ++i) {
+    const float4 x = fours[i].Widened();
+    sum[0] += ScannedWeight(x.x, reference, sum_scale);
+    sum[1] += ScannedWeight(x.y, reference, sum_scale);
+    sum[2] += ScannedWeight(x.z, reference, sum_scale);
+    sum[3] += ScannedWeight(x.w, reference, sum_scale);
+  }
+  return {max, (sum[0] + sum[1]) + (sum[2] + sum[3])};
+}
+
+// Joins the lanes' scans of a group and keeps them. In all lanes of a warp, those without a group too.
+__device__ __forceinline__ void KeepScan(const Block& block, int32_t group, const GroupScan& lane,
+                                         float sum_scale) {
+  float max = lane.max;
+#pragma unroll
+  for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2)
+    max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
+  const bool keeps = group < block.num_local && LaneInGroup() == 0;
+  if (keeps) block.group_max[group] = max;
+  if (sum_scale == 0.0f) return;
+  float sum = lane.sum * ScannedWeight(ReferenceOf(lane.max), ReferenceOf(max), sum_scale);
+#pragma unroll
+  for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  if (keeps) block.group_sum[group] = sum;
+}
+
 // A lane's 32 tokens of a group that lies wholly inside the row. first: the group's first token.
 template <Dtype kDtype>
-__device__ __forceinline__ float LoadGroup(const LoadArgs& args, int32_t first, float4* out, bool masked,
-                                           bool& has_nan) {
+__device__ __forceinline__ GroupScan LoadGroup(const LoadArgs& args, int32_t first, float4* out, bool masked,
+                                               float sum_scale, bool& has_nan) {
   constexpr int kBytes = kDtype == Dtype::kFloat32 ? 4 : 2;
   constexpr int kPerLoad = 16 / kBytes;
   constexpr int kLoads = kTokensPerLane / kPerLoad;
@@ -41,6 +90,7 @@ __device__ __forceinline__ float LoadGroup(const LoadArgs& args, int32_t first, 
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) raw[i] = LoadOnce(source + (i * kLanesPerGroup + LaneInGroup()) * 16);
   float max = NegativeInfinity();
+  StoredFour<Dtype::kFloat32> fours[kTokensPerLane / 4];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const uint32_t words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
@@ -66,16 +116,19 @@ __device__ __forceinline__ float LoadGroup(const LoadArgs& args, int32_t first, 
       max = fmaxf(max, x[q]);
     }
 #pragma unroll
-    for (int q = 0; q < kPerLoad; q += 4)
-      out[(offset + q) / 4] = make_float4(x[q], x[q + 1], x[q + 2], x[q + 3]);
+    for (int q = 0; q < kPerLoad; q += 4) {
+      const float4 four = make_float4(x[q], x[q + 1], x[q + 2], x[q + 3]);
+      out[(offset + q) / 4] = four;
+      fours[(i * kPerLoad + q) / 4].bits = four;
+    }
   }
-  return max;
+  return ScanTokens(fours, max, sum_scale);
 }
 
 // The same for a group that ends past the row, or a row at an odd address.
 template <Dtype kDtype, Dtype kStored = Dtype::kFloat32>
-__device__ __forceinline__ float LoadRaggedGroup(const Block& block, const LoadArgs& args, int32_t group,
-                                                 bool& has_nan) {
+__device__ __forceinline__ GroupScan LoadRaggedGroup(const Block& block, const LoadArgs& args, int32_t group,
+                                                     float sum_scale, bool& has_nan) {
   const int32_t first = (block.first_group + group) * kGroupSize;
   float max = NegativeInfinity();
   for (int32_t i = LaneInGroup(); i < kGroupSize; i += kLanesPerGroup) {
@@ -90,7 +143,12 @@ __device__ __forceinline__ float LoadRaggedGroup(const Block& block, const LoadA
     SetToken<kStored>(block, group * kGroupSize + i, x);
     max = fmaxf(max, x);
   }
-  return max;
+  float sum = 0.0f;
+  if (sum_scale != 0.0f) {
+    for (int32_t i = LaneInGroup(); i < kGroupSize; i += kLanesPerGroup)
+      sum += ScannedWeight(TokenOf<kStored>(block, group * kGroupSize + i), ReferenceOf(max), sum_scale);
+  }
+  return {max, sum};
 }
 
 // Whether the row's logits lie so that bulk copies can fetch them as they are.
@@ -180,60 +238,85 @@ __device__ __forceinline__ const DeviceRow& WaitRow(Block& block, const SampleAr
   return input;
 }
 
-// A group that a bulk copy brought: NaN and masked tokens become -inf in place.
+// The lane's tokens of a group that lies in the slice.
 template <Dtype kStored>
-__device__ __forceinline__ float ScanGroup(const LoadArgs& args, int32_t first, StoredFour<kStored>* group,
-                                           bool masked, bool& has_nan) {
+__device__ __forceinline__ void ReadLane(const Block& block, int32_t group,
+                                         StoredFour<kStored> (&fours)[kTokensPerLane / 4]) {
+  const auto* slice = FoursOf<kStored>(block);
+#pragma unroll
+  for (int i = 0; i < kTokensPerLane / 4; ++i) fours[i] = slice[FloatFourOfLane(group, i)];
+}
+
+template <Dtype kStored>
+__device__ __forceinline__ float MaxOrNanOf(const StoredFour<kStored> (&fours)[kTokensPerLane / 4]) {
   float max = NegativeInfinity();
 #pragma unroll
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
-    const float4 x = group[i * kLanesPerGroup + LaneInGroup()].Widened();
+    const float4 x = fours[i].Widened();
     max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
   }
-  if (!masked && max == max) return max;
-  max = NegativeInfinity();
+  return max;
+}
+
+// NaN and masked tokens of the lane become -inf in place. Returns the lane's maximum.
+template <Dtype kStored>
+__device__ __forceinline__ float CleanGroup(const Block& block, const LoadArgs& args, int32_t group,
+                                            bool masked, bool& has_nan) {
+  const int32_t first = (block.first_group + group) * kGroupSize;
+  StoredFour<kStored>* fours = FoursOf<kStored>(block) + group * (kGroupSize / 4);
+  float max = NegativeInfinity();
 #pragma unroll 1
   for (int i = 0; i < kTokensPerLane / 4; ++i) {
     const int32_t offset = (i * kLanesPerGroup + LaneInGroup()) * 4;
-    float4 x = group[offset / 4].Widened();
+    float4 x = fours[offset / 4].Widened();
     has_nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
     const uint32_t allowed = masked ? MaskWord(args, first + offset) >> (offset % 32) : ~0u;
     x.x = (allowed & 1u) != 0 ? fmaxf(x.x, NegativeInfinity()) : NegativeInfinity();
     x.y = (allowed & 2u) != 0 ? fmaxf(x.y, NegativeInfinity()) : NegativeInfinity();
     x.z = (allowed & 4u) != 0 ? fmaxf(x.z, NegativeInfinity()) : NegativeInfinity();
     x.w = (allowed & 8u) != 0 ? fmaxf(x.w, NegativeInfinity()) : NegativeInfinity();
-    group[offset / 4] = StoredFour<kStored>::Of(x);
+    fours[offset / 4] = StoredFour<kStored>::Of(x);
     max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
   }
   return max;
 }
 
-// Fills the slice and the maxima of its groups; true where this lane saw a NaN. No barrier at the end.
+// A group that a bulk copy brought.
+template <Dtype kStored>
+__device__ __forceinline__ GroupScan ScanGroup(const Block& block, const LoadArgs& args, int32_t group,
+                                               bool masked, float sum_scale, bool& has_nan) {
+  StoredFour<kStored> fours[kTokensPerLane / 4];
+  ReadLane(block, group, fours);
+  float max = MaxOrNanOf(fours);
+  if (masked || max != max) {
+    max = CleanGroup<kStored>(block, args, group, masked, has_nan);
+    ReadLane(block, group, fours);
+  }
+  return ScanTokens(fours, max, sum_scale);
+}
+
+// Fills the slice, with what its groups' scans say; true where this lane saw a NaN. No barrier at the end.
 template <Dtype kDtype>
-__device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, bool has_arrived) {
+__device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, bool has_arrived,
+                                          float sum_scale) {
   bool has_nan = false;
   const bool masked = args.mask != nullptr || args.allowed != nullptr;
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
-    float max = NegativeInfinity();
+    GroupScan scan = {NegativeInfinity(), 0.0f};
     if (group < block.num_local) {
       const int32_t first = (block.first_group + group) * kGroupSize;
-      float* out = block.slice + group * kGroupSize;
       if (!args.aligned || first + kGroupSize > args.vocab_size) {
-        max = LoadRaggedGroup<kDtype>(block, args, group, has_nan);
+        scan = LoadRaggedGroup<kDtype>(block, args, group, sum_scale, has_nan);
       } else if (kDtype == Dtype::kFloat32 && has_arrived) {
-        max = ScanGroup(args, first, FoursOf<Dtype::kFloat32>(block) + group * (kGroupSize / 4), masked,
-                        has_nan);
+        scan = ScanGroup<Dtype::kFloat32>(block, args, group, masked, sum_scale, has_nan);
       } else {
-        max = LoadGroup<kDtype>(args, first, reinterpret_cast<float4*>(out), masked, has_nan);
+        scan = LoadGroup<kDtype>(args, first, reinterpret_cast<float4*>(block.slice + group * kGroupSize),
+                                 masked, sum_scale, has_nan);
       }
     }
-#pragma unroll
-    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
-      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
-    }
-    if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
+    KeepScan(block, group, scan, sum_scale);
   }
   return has_nan;
 }
@@ -241,16 +324,16 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
 // LoadSlice for a 16-bit row that a copy brought. A pass is read before any thread writes it: its widened
 // groups take the places of 16-bit ones of this pass and of passes before.
 template <Dtype kDtype>
-__device__ __forceinline__ bool WidenSlice(const Block& block, const LoadArgs& args) {
+__device__ __forceinline__ bool WidenSlice(const Block& block, const LoadArgs& args, float sum_scale) {
   bool has_nan = false;
   const bool masked = args.mask != nullptr || args.allowed != nullptr;
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
 #pragma unroll 1
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
-    const int32_t first = (block.first_group + group) * kGroupSize;
     const bool is_inside = group < block.num_local;
-    const bool is_whole = is_inside && first + kGroupSize <= args.vocab_size;
+    const bool is_whole =
+        is_inside && (block.first_group + group) * kGroupSize + kGroupSize <= args.vocab_size;
     uint2 pairs[kTokensPerLane / 4];
     if (is_whole) {
       const auto* narrow = reinterpret_cast<const uint2*>(NarrowSlice(block)) + group * (kGroupSize / 4);
@@ -258,97 +341,80 @@ __device__ __forceinline__ bool WidenSlice(const Block& block, const LoadArgs& a
       for (int i = 0; i < kTokensPerLane / 4; ++i) pairs[i] = narrow[i * kLanesPerGroup + LaneInGroup()];
     }
     __syncthreads();
-    float max = NegativeInfinity();
+    GroupScan scan = {NegativeInfinity(), 0.0f};
     if (is_whole) {
-      auto* fours = FoursOf<Dtype::kFloat32>(block) + group * (kGroupSize / 4);
+      auto* slice = FoursOf<Dtype::kFloat32>(block);
 #pragma unroll
-      for (int i = 0; i < kTokensPerLane / 4; ++i) {
-        const float4 x = Widen<kDtype>(pairs[i]);
-        fours[i * kLanesPerGroup + LaneInGroup()].bits = x;
-        max = MaxOrNan(max, MaxOrNan(MaxOrNan(x.x, x.y), MaxOrNan(x.z, x.w)));
-      }
-      if (masked || max != max) max = ScanGroup(args, first, fours, masked, has_nan);
+      for (int i = 0; i < kTokensPerLane / 4; ++i)
+        slice[FloatFourOfLane(group, i)].bits = Widen<kDtype>(pairs[i]);
+      scan = ScanGroup<Dtype::kFloat32>(block, args, group, masked, sum_scale, has_nan);
     } else if (is_inside) {
-      max = LoadRaggedGroup<kDtype>(block, args, group, has_nan);
+      scan = LoadRaggedGroup<kDtype>(block, args, group, sum_scale, has_nan);
     }
-#pragma unroll
-    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
-      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
-    }
-    if (is_inside && LaneInGroup() == 0) block.group_max[group] = max;
+    KeepScan(block, group, scan, sum_scale);
   }
   return has_nan;
 }
 
 // LoadSlice for a 16-bit row that stays as it is.
 template <Dtype kStored>
-__device__ __forceinline__ bool ScanSlice(const Block& block, const LoadArgs& args, bool has_arrived) {
+__device__ __forceinline__ bool ScanSlice(const Block& block, const LoadArgs& args, bool has_arrived,
+                                          float sum_scale) {
   bool has_nan = false;
   const bool masked = args.mask != nullptr || args.allowed != nullptr;
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
-    const int32_t first = (block.first_group + group) * kGroupSize;
-    float max = NegativeInfinity();
+    GroupScan scan = {NegativeInfinity(), 0.0f};
     if (group < block.num_local) {
-      if (has_arrived && first + kGroupSize <= args.vocab_size) {
-        max = ScanGroup(args, first, FoursOf<kStored>(block) + group * (kGroupSize / 4), masked, has_nan);
+      if (has_arrived && (block.first_group + group) * kGroupSize + kGroupSize <= args.vocab_size) {
+        scan = ScanGroup<kStored>(block, args, group, masked, sum_scale, has_nan);
       } else {
-        max = LoadRaggedGroup<kStored, kStored>(block, args, group, has_nan);
+        scan = LoadRaggedGroup<kStored, kStored>(block, args, group, sum_scale, has_nan);
       }
     }
-#pragma unroll
-    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
-      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
-    }
-    if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
+    KeepScan(block, group, scan, sum_scale);
   }
   return has_nan;
 }
 
 // What few rows need is not inlined: the kernel's usual path is to stay in the instruction cache.
-static __device__ __noinline__ bool LoadNarrowSlice(Block block, LoadArgs args, Dtype dtype) {
-  if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false);
-  return LoadSlice<Dtype::kBfloat16>(block, args, false);
+static __device__ __noinline__ bool LoadNarrowSlice(Block block, LoadArgs args, Dtype dtype,
+                                                    float sum_scale) {
+  if (dtype == Dtype::kFloat16) return LoadSlice<Dtype::kFloat16>(block, args, false, sum_scale);
+  return LoadSlice<Dtype::kBfloat16>(block, args, false, sum_scale);
 }
-static __device__ __noinline__ bool LoadSliceFromMemory(Block block, LoadArgs args) {
-  return LoadSlice<Dtype::kFloat32>(block, args, false);
+static __device__ __noinline__ bool LoadSliceFromMemory(Block block, LoadArgs args, float sum_scale) {
+  return LoadSlice<Dtype::kFloat32>(block, args, false, sum_scale);
 }
 
 // kNarrow: the row has a 16-bit type. kStored: the slice's; if that is a 16-bit one, the row's.
 template <bool kNarrow, Dtype kStored>
 __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& args, Dtype dtype,
-                                          bool has_arrived) {
-  if (kStored != Dtype::kFloat32) return ScanSlice<kStored>(block, args, has_arrived);
+                                          bool has_arrived, float sum_scale) {
+  if (kStored != Dtype::kFloat32) return ScanSlice<kStored>(block, args, has_arrived, sum_scale);
   if (kNarrow) {
-    if (!has_arrived) return LoadNarrowSlice(block, args, dtype);
-    if (dtype == Dtype::kFloat16) return WidenSlice<Dtype::kFloat16>(block, args);
-    return WidenSlice<Dtype::kBfloat16>(block, args);
+    if (!has_arrived) return LoadNarrowSlice(block, args, dtype, sum_scale);
+    if (dtype == Dtype::kFloat16) return WidenSlice<Dtype::kFloat16>(block, args, sum_scale);
+    return WidenSlice<Dtype::kBfloat16>(block, args, sum_scale);
   }
-  if (!has_arrived) return LoadSliceFromMemory(block, args);
-  return LoadSlice<Dtype::kFloat32>(block, args, true);
+  if (!has_arrived) return LoadSliceFromMemory(block, args, sum_scale);
+  return LoadSlice<Dtype::kFloat32>(block, args, true, sum_scale);
 }
 
-// Maxima of the groups as the slice now is. Whole block; the slice must be in place.
+// Scans of the groups as the slice now is. Whole block; the slice must be in place.
 template <Dtype kStored>
-static __device__ __noinline__ void RefreshGroupMaxima(Block block) {
-  const auto* slice = FoursOf<kStored>(block);
+static __device__ __noinline__ void RescanSlice(Block block, float sum_scale) {
   const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
-    float max = NegativeInfinity();
+    GroupScan scan = {NegativeInfinity(), 0.0f};
     if (group < block.num_local) {
-#pragma unroll
-      for (int i = 0; i < kTokensPerLane / 4; ++i) {
-        const float4 x = slice[FloatFourOfLane(group, i)].Widened();
-        max = fmaxf(fmaxf(max, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
-      }
+      StoredFour<kStored> fours[kTokensPerLane / 4];
+      ReadLane(block, group, fours);
+      scan = ScanTokens(fours, MaxOrNanOf(fours), sum_scale);
     }
-#pragma unroll
-    for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2) {
-      max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
-    }
-    if (group < block.num_local && LaneInGroup() == 0) block.group_max[group] = max;
+    KeepScan(block, group, scan, sum_scale);
   }
 }
 

@@ -85,8 +85,8 @@ __device__ __forceinline__ void LogprobsOfRow(Block& block, const LogprobsArgs& 
   const bool processed = args.processed != 0;
   const RowState state =
       sample.dtype == Dtype::kFloat32
-          ? PrepareSlice<false, Dtype::kFloat32>(block, sample, input, row, processed, [] {})
-          : PrepareSlice<true, Dtype::kFloat32>(block, sample, input, row, processed, [] {});
+          ? PrepareSlice<false, Dtype::kFloat32, false>(block, sample, input, row, processed, 0.0f, [] {})
+          : PrepareSlice<true, Dtype::kFloat32, false>(block, sample, input, row, processed, 0.0f, [] {});
   const int64_t base = static_cast<int64_t>(row) * (1 + args.num_top);
   if (token < 0) {
     if (block.cluster.rank != 0) return;

@@ -94,6 +94,20 @@ __device__ __forceinline__ void SumGroups(const Block& block, float max, float s
   }
 }
 
+// About the mass of group i of the block by its scan, in units of the largest weight.
+__device__ __forceinline__ float ApproximateMass(const Block& block, int32_t i, float max, float scale) {
+  return block.group_sum[i] * ApproximateExp2(MulRn(SubRn(block.group_max[i], max), scale));
+}
+
+// A time that a group does not arrive before, whichever of its tokens are kept; endless if it has no weight.
+// mass: its ApproximateMass. Sums and this division are off by far less than the 2^-10 added.
+__device__ __forceinline__ float LeastTime(double exponential, float mass) {
+  constexpr float kLargest = static_cast<float>(1ull << kMassBits);
+  const float most = mass * (1.0f + 0x1p-10f);
+  if (!(most * kLargest >= 1.0f)) return PositiveInfinity();
+  return ApproximateQuotient(static_cast<float>(exponential), most) * (1.0f / kLargest);
+}
+
 template <Dtype kStored>
 __device__ __forceinline__ void SumGroups(const Block& block, float max, float scale, float threshold) {
   if (threshold == NegativeInfinity()) {
@@ -189,20 +203,27 @@ __device__ __forceinline__ void CountSample(const Block& block, const BinGrid& g
   }
 }
 
-// Keeps this block's tokens lo <= x < hi in `kept`, as far as there is room, and returns the weight of those
-// from lo up. *count, in shared memory and 0 before, becomes the number of the former, room or not. No
-// barrier at the end.
+// Of this block's tokens: the weight of those from a logit up, and of those below it.
+struct PartedMass {
+  uint64_t from;
+  uint64_t below;
+};
+
+// Keeps this block's tokens lo <= x < hi in `kept`, as far as there is room, and parts all weight at lo.
+// *count, in shared memory and 0 before, becomes the number of tokens to keep, room or not. weighs_below:
+// false where nobody asks for what lies below. No barrier at the end.
 template <Dtype kStored>
-__device__ __forceinline__ uint64_t SumAndKeep(const Block& block, float max, float scale, float lo,
-                                               uint32_t hi_key, float* kept, uint32_t* count) {
+__device__ __forceinline__ PartedMass SumAndKeep(const Block& block, float max, float scale, float lo,
+                                                 uint32_t hi_key, bool weighs_below, float* kept,
+                                                 uint32_t* count) {
   const auto* slice = FoursOf<kStored>(block);
   const float last = LastBelow(hi_key);
   const int32_t passes = NumPasses(block);
-  uint64_t mass = 0;
+  PartedMass mass = {0, 0};
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
-    if (group >= block.num_local || !(block.group_max[group] >= lo)) continue;
-    double sum[2] = {kSumBase, kSumBase};
+    if (group >= block.num_local || !(weighs_below || block.group_max[group] >= lo)) continue;
+    double all[2] = {kSumBase, kSumBase}, from[2] = {kSumBase, kSumBase};
     uint32_t found = 0;  // bit of each of the lane's 32 tokens
 #pragma unroll 2
     for (int i = 0; i < kTokensPerLane / 4; ++i) {
@@ -211,12 +232,20 @@ __device__ __forceinline__ uint64_t SumAndKeep(const Block& block, float max, fl
       uint32_t bits = 0;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        sum[q % 2] = __dadd_rz(sum[q % 2], KeptWeightAsDouble<true>(x[q], max, scale, lo));
+        const uint64_t w = WeightAsDoubleBits(MulRn(SubRn(x[q], max), scale));
+        all[q % 2] = __dadd_rz(all[q % 2], __longlong_as_double(static_cast<long long>(w)));
+        // Without its upper half a weight is less than 1.
+        const uint64_t kept_w = static_cast<uint64_t>(x[q] >= lo ? static_cast<uint32_t>(w >> 32) : 0u)
+                                    << 32 |
+                                static_cast<uint32_t>(w);
+        from[q % 2] = __dadd_rz(from[q % 2], __longlong_as_double(static_cast<long long>(kept_w)));
         if (x[q] >= lo && x[q] <= last) bits |= 1u << q;
       }
       found |= bits << (4 * i);
     }
-    mass += IntegerOfSum(sum[0]) + IntegerOfSum(sum[1]);
+    const uint64_t of_group = IntegerOfSum(from[0]) + IntegerOfSum(from[1]);
+    mass.from += of_group;
+    mass.below += IntegerOfSum(all[0]) + IntegerOfSum(all[1]) - of_group;
     if (found == 0) continue;
     uint32_t place = atomicAdd(count, static_cast<uint32_t>(__popc(found)));
     while (found != 0 && place < kMaxKept) {

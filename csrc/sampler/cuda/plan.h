@@ -24,6 +24,7 @@ constexpr int kReducedWords = 8;              // words that a block sends to eac
 constexpr int kMaxCandidates = 240;           // tokens that a threshold search settles by comparing all pairs
 constexpr int kMaxKept = 3 * kMaxCandidates;  // tokens of a block that a search keeps in their place
 constexpr int kSampleStep = kTokensPerLane / 4;  // one token of so many is in a search's sample
+constexpr int kMaxSamples = 3;                   // of a search, before it goes on by pivots
 constexpr int kMaxTopLogprobs = 128;
 
 // What a batch's rows are, for which a kernel of less code is faster.
@@ -134,7 +135,6 @@ struct SharedHead {
   DeviceRow input[2];  // of this row and of the row before, whose race may still be on
   uint64_t by_warp[kWarps][kReducedWords];
   uint64_t totals[kReducedWords];
-  alignas(16) int32_t at_marks[2][8];  // counts of BoundOfMaxima
   // Barriers that count arriving bytes.
   uint64_t copy_arrival;
   uint64_t maxima_arrival[2];
@@ -156,14 +156,18 @@ struct ListHeader {
 // Byte offsets of the arrays behind the head. Those with a slot for each block of the cluster are where the
 // other blocks send.
 struct SharedLayout {
-  size_t maxima;      // float [2][cluster][maxima_stride], filled up with -inf
-  size_t flags;       // uint32 [2][cluster]
-  size_t mail;        // uint64 [2][MailWords]
-  size_t runners;     // uint64 [2][cluster][2]
-  size_t lists;       // [cluster] of a ListHeader and float [list_capacity]
-  size_t gathered;    // double weights and float logits of all candidates
-  size_t group_mass;  // uint64 [groups_per_block]
-  size_t slice;       // [groups_per_block * kGroupSize], on chip only
+  size_t maxima;   // float [2][cluster][maxima_stride], filled up with -inf
+  size_t flags;    // uint32 [2][cluster]
+  size_t mail;     // uint64 [2][MailWords]
+  size_t runners;  // uint64 [2][cluster][2]
+  size_t lists;    // [cluster] of a ListHeader and float [list_capacity]
+  // Float weights and logits of all candidates, before them counts of maxima or the tokens that a search
+  // keeps.
+  size_t gathered;
+  // Either uint64 group_mass [groups_per_block], or float group_sum [groups_per_block] and uint16
+  // listed_groups [list_capacity], of the tokens in this block's own list.
+  size_t group_mass;
+  size_t slice;  // [groups_per_block * kGroupSize], on chip only
   size_t total;
   int32_t maxima_stride;
   int32_t list_capacity;
@@ -190,7 +194,7 @@ TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, 
   layout.maxima_stride = (groups_per_block + 3) / 4 * 4;
   layout.list_capacity = ListCapacity(cluster);
   const size_t list_bytes = sizeof(ListHeader) + static_cast<size_t>(layout.list_capacity) * sizeof(float);
-  const size_t candidate_bytes = kMaxCandidates * (sizeof(double) + sizeof(float));
+  const size_t candidate_bytes = kMaxKept * sizeof(float);
   layout.maxima = RoundUp16(sizeof(SharedHead));
   layout.flags = layout.maxima + 2 * blocks * static_cast<size_t>(layout.maxima_stride) * sizeof(float);
   layout.mail = layout.flags + RoundUp16(2 * blocks * sizeof(uint32_t));
@@ -198,8 +202,12 @@ TWINJET_HD SharedLayout LayOutShared(int32_t groups_per_block, int32_t cluster, 
   layout.lists = layout.runners + 2 * blocks * 2 * sizeof(uint64_t);
   layout.gathered = layout.lists + blocks * list_bytes;
   layout.group_mass = layout.gathered + candidate_bytes;
+  const size_t mass_bytes = groups * sizeof(uint64_t);
+  const size_t listed_bytes =
+      groups * sizeof(float) + static_cast<size_t>(layout.list_capacity) * sizeof(uint16_t);
   // Bulk copies to places that are no multiples of 128 bytes take a sixth longer.
-  layout.slice = (layout.group_mass + groups * sizeof(uint64_t) + 127) / 128 * 128;
+  layout.slice =
+      (layout.group_mass + (mass_bytes > listed_bytes ? mass_bytes : listed_bytes) + 127) / 128 * 128;
   layout.total = layout.slice + (on_chip ? groups * kGroupSize * item_bytes : 0);
   return layout;
 }

@@ -47,9 +47,29 @@ TWINJET_HD uint32_t ClampKey(uint32_t key, const Bracket& bracket) {
   return key >= bracket.hi ? bracket.hi - 1 : key;
 }
 
-// Above this a search by mass first lists tokens: most thresholds lie within 7 log2 units of the maximum.
+// A search by mass first lists about so many tokens: most nuclei are smaller, and so many are quickly
+// settled. A group's maximum counts for one, though in small vocabularies a group has several of them.
+TWINJET_HD int32_t NumListed(int32_t num_groups) { return num_groups / 2 < 80 ? num_groups / 2 : 80; }
+
+// From here up it lists tokens where no bound of their number is at hand.
 TWINJET_HD uint32_t FirstMassPivot(float max, float scale) {
   return OrderedKey(SubRn(max, MulRn(7.0f, 1.0f / scale)));
+}
+
+// What a row's mass may be: between two numbers, or exactly.
+struct MassBounds {
+  uint64_t least;
+  uint64_t most;
+};
+
+// Of a mass that scans of the row's groups add up to, with u = 2^-24: a token's exponent and its weight's
+// differ by less than 4.1 u |z|, so all of them together by less than 4.1 u ln 2 of the mean |z| by weight,
+// which log2 V bounds (docs/sampler.md, "Error bounds"): 3.3e-6. Three powers of two differ by 4 u each, sums
+// and products by at most 36 roundings, weights by 2 u and what is cut off them by 2^-25 in all: less
+// than 6.5e-6 together.
+TWINJET_HD MassBounds BoundsOfScans(uint64_t about) {
+  const uint64_t slack = about >> 17;
+  return {about - slack, about + slack};
 }
 
 // A key that the threshold cannot lie below: num_tokens tokens lighter than it weigh no more than may be
@@ -65,42 +85,6 @@ TWINJET_HD uint32_t LeastMassKey(float max, float scale, uint64_t total, uint64_
   // Far from 0 a float is too coarse to hold the place: no guarantee then.
   if (!(x < max) || ZOf(x, max, scale) > AddRn(z, 0.9f)) return kKeyOfNegativeInfinity;
   return OrderedKey(x);
-}
-
-// Where BoundFromBelow counts next: kNumMarks logits that part (lo, hi) evenly.
-constexpr int kNumMarks = 8;
-TWINJET_HD float MarkOf(float lo, float hi, int i) {
-  return AddRn(lo, MulRn(SubRn(hi, lo), static_cast<float>(i + 1) * (1.0f / (kNumMarks + 1))));
-}
-
-// A key that at least k of a set of values reach, and few more than k where four rounds find it. least, most:
-// of the set, k at most its size. count_at_marks(lo, hi, counts): how many values reach each mark between lo
-// and hi.
-template <class CountAtMarks>
-TWINJET_HD uint32_t BoundFromBelow(float least, float most, int32_t k, CountAtMarks count_at_marks) {
-  float lo = least, hi = most;
-  for (int round = 0; round < 4; ++round) {
-    int32_t counts[kNumMarks];
-    count_at_marks(lo, hi, counts);
-    float next_lo = lo, next_hi = hi;
-    int32_t count = 0;
-    TWINJET_UNROLL
-    for (int i = kNumMarks - 1; i >= 0; --i) {
-      const float mark = MarkOf(lo, hi, i);
-      if (!(mark > lo && mark < hi) || count != 0) continue;
-      if (counts[i] >= k) {
-        next_lo = mark;
-        count = counts[i];
-      } else {
-        next_hi = mark;
-      }
-    }
-    if (next_lo == lo && next_hi == hi) break;
-    lo = next_lo;
-    hi = next_hi;
-    if (count != 0 && count <= k + k / 4) break;
-  }
-  return OrderedKey(lo);
 }
 
 // First pivots of a search by count below `top`, given a length typical of the row.
@@ -172,10 +156,12 @@ struct BinGrid {
   float per_bin;  // kNumBins / width
   bool is_fit;    // the bracket is neither too narrow nor endless
 };
-TWINJET_HD BinGrid GridOf(const Bracket& bracket) {
-  const float lo = FloatFromKey(bracket.lo);
-  const float width = SubRn(LastBelow(bracket.hi), lo);
+TWINJET_HD BinGrid GridBetween(float lo, float hi) {
+  const float width = SubRn(hi, lo);
   return {lo, width, static_cast<float>(kNumBins) / width, width > 0x1p-60f && IsFinite(width)};
+}
+TWINJET_HD BinGrid GridOf(const Bracket& bracket) {
+  return GridBetween(FloatFromKey(bracket.lo), LastBelow(bracket.hi));
 }
 TWINJET_HD float EdgeOf(const BinGrid& grid, int32_t bin) {
   return AddRn(grid.lo, MulRn(grid.width, static_cast<float>(bin) * (1.0f / kNumBins)));
@@ -194,6 +180,33 @@ TWINJET_HD int32_t BinOf(const BinGrid& grid, float x) {
   while (bin < kNumBins - 1 && x >= EdgeOf(grid, bin + 1)) ++bin;
   return bin;
 }
+
+// A search from above for a logit that at least k of a set of values reach, and few more than k: the values
+// from lo up are counted in bins, the bin where their number reaches k becomes the next stretch.
+struct CountedBin {
+  int32_t bin;
+  int32_t count;  // values in it and above
+};
+struct Stretch {
+  float lo;  // at least k values reach it
+  float hi;
+};
+// The bin of a value from lo up; what lies above hi is in the last one.
+TWINJET_HD int32_t BinAbove(const BinGrid& grid, float x) {
+  const float place = MulRn(SubRn(x, grid.lo), grid.per_bin);
+  return place < static_cast<float>(kNumBins - 1) ? static_cast<int32_t>(place) : kNumBins - 1;
+}
+// All values of the bin and above reach the new lo: a hundredth of a bin outweighs the roundings of the place
+// and of the product, and a sum that is no larger than a float is not rounded to anything larger.
+TWINJET_HD Stretch NarrowTo(const Stretch& stretch, const BinGrid& grid, int32_t bin) {
+  constexpr float kPerBin = 1.0f / kNumBins;
+  Stretch next = stretch;
+  if (bin > 0) next.lo = AddRn(grid.lo, MulRn(grid.width, (static_cast<float>(bin) - 0.01f) * kPerBin));
+  if (bin < kNumBins - 1) next.hi = EdgeOf(grid, bin + 1);
+  return next;
+}
+constexpr int kMaxStretches = 4;
+TWINJET_HD bool IsCloseCount(int32_t count, int32_t k) { return count <= k + k / 4; }
 
 // What a bin of a sample weighs, about: all its tokens as if they lay in its middle.
 TWINJET_HD uint64_t MassOfSampledBin(const BinGrid& grid, int32_t bin, uint64_t count, float max,

@@ -25,6 +25,13 @@ inline uint4 LoadOnce(const void* address) {
   std::memcpy(&value, address, 16);
   return value;
 }
+// The card's may be wrong by so much; here they are, one way and the other.
+inline float ApproximateExp2(float x) {
+  const double y = std::exp2(static_cast<double>(x));
+  const uint32_t bits = static_cast<uint32_t>(machine::BitsOf(x)) * 2654435761u;
+  return y < 0x1p-126 ? 0.0f : static_cast<float>(y * (1.0 + (bits >> 31 != 0 ? 0x1p-22 : -0x1p-22)));
+}
+inline float ApproximateQuotient(float a, float b) { return a / b; }
 inline float MaxOrNan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 
 }  // namespace twinjet::sampler::cuda
