@@ -42,6 +42,9 @@ struct Block {
 __device__ __forceinline__ int32_t GroupOfLane(int32_t pass) {
   return pass * kGroupsPerPass + static_cast<int32_t>(threadIdx.x) / kLanesPerGroup;
 }
+__device__ __forceinline__ int32_t NumPasses(const Block& block) {
+  return (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+}
 __device__ __forceinline__ int32_t LaneInGroup() {
   return static_cast<int32_t>(threadIdx.x) % kLanesPerGroup;
 }
@@ -64,6 +67,17 @@ template <class Op>
 __device__ __forceinline__ uint64_t ReduceWarp(uint64_t value, Op op) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value = op(value, __shfl_xor_sync(~0u, value, offset));
+  return value;
+}
+
+// The sum over this lane and those before it, of the first kLanes lanes.
+template <int kLanes, class T>
+__device__ __forceinline__ T SumUpToLane(T value) {
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) {
+    const T other = __shfl_up_sync(~0u, value, offset);
+    if (LaneInWarp() >= offset) value += other;
+  }
   return value;
 }
 

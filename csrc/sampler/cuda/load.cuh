@@ -301,7 +301,7 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
                                           float sum_scale) {
   bool has_nan = false;
   const bool masked = args.mask != nullptr || args.allowed != nullptr;
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  const int32_t passes = NumPasses(block);
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     GroupScan scan = {NegativeInfinity(), 0.0f};
@@ -327,7 +327,7 @@ template <Dtype kDtype>
 __device__ __forceinline__ bool WidenSlice(const Block& block, const LoadArgs& args, float sum_scale) {
   bool has_nan = false;
   const bool masked = args.mask != nullptr || args.allowed != nullptr;
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  const int32_t passes = NumPasses(block);
 #pragma unroll 1
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
@@ -362,7 +362,7 @@ __device__ __forceinline__ bool ScanSlice(const Block& block, const LoadArgs& ar
                                           float sum_scale) {
   bool has_nan = false;
   const bool masked = args.mask != nullptr || args.allowed != nullptr;
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  const int32_t passes = NumPasses(block);
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     GroupScan scan = {NegativeInfinity(), 0.0f};
@@ -405,7 +405,7 @@ __device__ __forceinline__ bool LoadSlice(const Block& block, const LoadArgs& ar
 // Scans of the groups as the slice now is. Whole block; the slice must be in place.
 template <Dtype kStored>
 static __device__ __noinline__ void RescanSlice(Block block, float sum_scale) {
-  const int32_t passes = (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
+  const int32_t passes = NumPasses(block);
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t group = GroupOfLane(pass);
     GroupScan scan = {NegativeInfinity(), 0.0f};

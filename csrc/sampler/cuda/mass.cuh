@@ -52,10 +52,6 @@ __device__ __forceinline__ uint64_t MassOfLane(const StoredFour<kStored>* begin,
   return IntegerOfSum(even) + IntegerOfSum(odd);
 }
 
-__device__ __forceinline__ int32_t NumPasses(const Block& block) {
-  return (block.num_local + kGroupsPerPass - 1) / kGroupsPerPass;
-}
-
 // group_mass[g] = sum of the weights of group g's tokens with x >= threshold, for the groups of passes
 // [begin, end); where few of a warp's groups have any, all its lanes share each of them. No barrier at the
 // end.

@@ -196,15 +196,13 @@ __device__ __forceinline__ double ExponentialOfGroup(const Block& block, const R
   return ExponentialOf(race.constants->race, static_cast<uint32_t>(block.first_group + i) | kGroupLevel);
 }
 
-// The earliest group of those that this thread enters.
-template <Dtype kStored>
-__device__ __forceinline__ Runner EarliestByMass(const Block& block, const RaceUnderWay& race,
-                                                 double own_exponential) {
-  SumGroups<kStored>(block, race.max, race.constants->scale, race.threshold);
-  __syncthreads();
+// The earliest group of those that this thread enters. mass_of(i): of group i of the block.
+template <class MassOf>
+__device__ __forceinline__ Runner EarliestOfThread(const Block& block, const RaceUnderWay& race,
+                                                   double own_exponential, MassOf mass_of) {
   Runner runner = {kNeverArrives, 0};
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
-    const uint64_t mass = block.group_mass[i];
+    const uint64_t mass = mass_of(i);
     if (mass == 0) continue;
     const double exponential = ExponentialOfGroup(block, race, i, own_exponential);
     runner = Earlier(runner,
@@ -213,14 +211,21 @@ __device__ __forceinline__ Runner EarliestByMass(const Block& block, const RaceU
   return runner;
 }
 
+template <Dtype kStored>
+__device__ __forceinline__ Runner EarliestByMass(const Block& block, const RaceUnderWay& race,
+                                                 double own_exponential) {
+  SumGroups<kStored>(block, race.max, race.constants->scale, race.threshold);
+  __syncthreads();
+  return EarliestOfThread(block, race, own_exponential, [&](int32_t i) { return block.group_mass[i]; });
+}
+
 // The same where this block's list holds all its kept tokens.
 __device__ __forceinline__ Runner EarliestByList(const Block& block, const RaceUnderWay& race,
                                                  double own_exponential) {
   const ListHeader& header = HeaderOf(block, block.cluster.rank);
   const float* list = ListOf(block, block.cluster.rank);
   const auto number = static_cast<int32_t>(header.count);
-  Runner runner = {kNeverArrives, 0};
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.num_local; i += kThreads) {
+  return EarliestOfThread(block, race, own_exponential, [&](int32_t i) {
     uint64_t mass = 0;
 #pragma unroll 4
     for (int32_t j = 0; j < number; ++j) {
@@ -228,12 +233,8 @@ __device__ __forceinline__ Runner EarliestByList(const Block& block, const RaceU
       if (block.listed_groups[j] == i && x >= race.threshold)
         mass += WeightOf(x, race.max, race.constants->scale);
     }
-    if (mass == 0) continue;
-    const double exponential = ExponentialOfGroup(block, race, i, own_exponential);
-    runner = Earlier(runner,
-                     {DoubleBits(RaceTime(exponential, mass)), static_cast<uint32_t>(block.first_group + i)});
-  }
-  return runner;
+    return mass;
+  });
 }
 
 // The earliest group of those that this warp's threads enter, in all of them. A scan's sum says before which

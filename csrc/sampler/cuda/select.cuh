@@ -120,12 +120,7 @@ __device__ __forceinline__ uint32_t FindThreshold(Block& block, float max, float
 __device__ __forceinline__ BinPlace FindBin(const uint64_t (&&mass)[2], uint64_t amount) {
   static_assert(kNumBins == 64);
   const uint64_t both = mass[0] + mass[1];
-  uint64_t upto = both;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const uint64_t other = __shfl_up_sync(~0u, upto, offset);
-    if (LaneInWarp() >= offset) upto += other;
-  }
+  const uint64_t upto = SumUpToLane<32>(both);
   BinPlace place;
   place.total = __shfl_sync(~0u, upto, 31);
   const uint32_t above = __ballot_sync(~0u, upto > amount);
@@ -239,12 +234,7 @@ __device__ __forceinline__ uint32_t BoundOfMaxima(const Block& block, float max,
     // Lane l has bins 63 - 2 l and 62 - 2 l.
     const uint2 pair = reinterpret_cast<const uint2*>(bins)[31 - lane];
     const int32_t both = static_cast<int32_t>(pair.x + pair.y);
-    int32_t upto = both;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, upto, offset);
-      if (lane >= offset) upto += other;
-    }
+    const int32_t upto = SumUpToLane<32>(both);
     const int32_t upper = upto - static_cast<int32_t>(pair.x);
     const int32_t where = __ffs(static_cast<int>(__ballot_sync(~0u, upto >= k))) - 1;
     const CountedBin found = {__shfl_sync(~0u, upper >= k ? 63 - 2 * lane : 62 - 2 * lane, where),

@@ -27,13 +27,7 @@ __device__ __forceinline__ Candidates Gather(const Block& block, const ListTotal
   float* weight = GatheredWeights(block);
   float* logit = GatheredLogits(block);
   const uint32_t size = block.cluster.size;
-  const int lane = LaneInWarp();
-  uint32_t upto = totals.of_lane;
-#pragma unroll
-  for (int offset = 1; offset < kMaxCluster; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(~0u, upto, offset);
-    if (lane >= offset) upto += other;
-  }
+  const uint32_t upto = SumUpToLane<kMaxCluster>(totals.of_lane);
   // As many threads to each list.
   const uint32_t share = kThreads / size;
   const uint32_t rank = threadIdx.x / share;

@@ -119,9 +119,8 @@ class PlainCalls:
         self._gate = sharing.gate
         self._samplings = sharing.samplings
         self._move = sharing.move
-        # Where there is no choice, by model as clients name it; those in _looked_at are as the batch's others found them.
+        # Where there is no choice, by model as clients name it.
         self._only: dict[str, _Place] = {}
-        self._looked_at: set[str] = set()
         self._revision = -1
         self._places: dict[tuple[str, str], _Place] = {}  # of the batch, by model and deployment
         self._load_reports = load_reports
@@ -160,7 +159,6 @@ class PlainCalls:
         for place in self._places.values():
             place.engine.flush()
         self._places.clear()
-        self._looked_at.clear()
         taken, self._taken = self._taken, []
         for run, request in taken:
             try:
@@ -192,9 +190,9 @@ class PlainCalls:
     def _place(self, model: str, tenant: str, session: str) -> _Place | None:
         """Where a request goes; None if that is for others to say. Looked at once a batch where there is no choice."""
         if (kept := self._only.get(model)) is not None:
-            if model in self._looked_at or self._is_as_before(kept):
-                self._looked_at.add(model)
-                self._places[kept.model, kept.deployment.name] = kept
+            key = kept.model, kept.deployment.name
+            if self._places.get(key) is kept or self._is_as_before(kept):
+                self._places[key] = kept
                 return kept
             del self._only[model]
         deployments = self._deployments
@@ -211,7 +209,6 @@ class PlainCalls:
             self._places[name, deployment.name] = place
             if len(route.targets()) == 1:
                 self._only[model] = place
-                self._looked_at.add(model)
         return place
 
     def _is_as_before(self, place: _Place) -> bool:
