@@ -8,6 +8,7 @@ smg-grpc-servicer, which is what `vllm serve --grpc` runs. peers.sh installs all
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -97,6 +98,13 @@ class FrontEnd:
         if self.has_tls:
             options["tls"] = 1
         return options
+
+
+def _imported_from() -> Path:
+    found = importlib.util.find_spec("twinjet")
+    if found is None or found.origin is None:
+        raise RuntimeError("twinjet is neither installed nor on PYTHONPATH")
+    return Path(found.origin).resolve().parents[1]
 
 
 def free_port() -> int:
@@ -193,8 +201,8 @@ class Bench:
 
     def _twinjet(self, name: str, kinds: set[str]) -> FrontEnd:
         tree = Path(name.partition("@")[2] or ROOT)
-        sys.path.insert(0, str(ROOT / "python"))
-
+        # Its own row runs what this process would import: in a checkout that is not built, what is installed.
+        package = tree / "python" if "@" in name else _imported_from()
         label = name.replace("/", "_")
         control, path = self._control(label)
         port = free_port()
@@ -219,7 +227,7 @@ class Bench:
             )
         )
         env = environment(path, self.model / "tokenizer.json")
-        env["PYTHONPATH"] = os.pathsep.join([str(tree / "python"), str(HERE)])
+        env["PYTHONPATH"] = os.pathsep.join([str(package), str(HERE)])
         command = [sys.executable, str(tree / "bench/frontend/twinjet_server.py"), "--config", str(config)]
         process = self._spawn(label, command, env)
 

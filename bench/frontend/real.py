@@ -72,7 +72,6 @@ def main() -> None:
     parser.add_argument("--keep-logs", type=Path, default=None)
     parser.add_argument("--load", type=Path, default=ROOT / "build/bench/load")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "python"))
     from twinjet.models.demo import demo_model
 
     runs: dict[str, list[dict[str, Any]]] = {}

@@ -226,7 +226,6 @@ def main() -> None:
     )
     model = options.model
     if model is None:
-        sys.path.insert(0, str(ROOT / "python"))
         from twinjet.models.demo import demo_model
 
         model = demo_model()
