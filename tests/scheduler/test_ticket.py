@@ -188,11 +188,11 @@ async def test_what_would_be_refused_anyway_is_refused_before_the_prompt_is_know
     )
     tickets = [begin(dispatcher, request("a", tenant="small", max_tokens=4000))]
     with pytest.raises(Overloaded, match="1 concurrent streams"):
-        dispatcher.check("new", "small")
-    dispatcher.check("new", "other")
+        dispatcher.check("new", "small", "")
+    dispatcher.check("new", "other", "")
     tickets.append(begin(dispatcher, request("b")))
     with pytest.raises(Overloaded, match="queue is full"):
-        dispatcher.check("new", "other")
+        dispatcher.check("new", "other", "")
     assert dispatcher.load().refused == 2
     for ticket in tickets:
         ticket.close()

@@ -225,12 +225,12 @@ class Dispatcher:
             if not self._streams:
                 self._idle.set()
 
-    def check(self, request_id: str, tenant: str) -> None:
+    def check(self, request_id: str, tenant: str, client_address: str) -> None:
         """Refuse at once what open() would refuse whatever the prompt, so that nobody tokenizes in vain.
 
         Raises Unavailable, AlreadyExists, Overloaded.
         """
-        self._core.check_before(request_id, tenant, self._clock())
+        self._core.check_before(request_id, tenant, client_address, self._clock())
 
     # Tickets: a request whose outputs go through the pump. Below, what its ticket calls.
 
@@ -283,7 +283,11 @@ class Dispatcher:
         ticket.is_granted = True
         ticket.stream.set_dispatched(entry.position_at_arrival, entry.dispatched_at)
         ticket.key = self.pump.add(
-            ticket.stream, ticket, tenant=entry.tenant.index, holding=entry.holding, leaves_at=entry.leaves_at
+            ticket.stream,
+            ticket,
+            tenant=entry.account.index,
+            holding=entry.holding,
+            leaves_at=entry.leaves_at,
         )
         ticket.engine = engine
         try:
@@ -301,9 +305,9 @@ class Dispatcher:
     def collect(self) -> None:
         """Account for what steps have brought since the last call, and wake who waits for it."""
         now = self.last_step_at = self._clock()
-        num_tokens, tenants, requests, ended_early = self.pump.collect(self._core.ledger)
+        num_tokens, accounts, requests, ended_early = self.pump.collect(self._core.ledger)
         if num_tokens:
-            self._core.add_step(num_tokens, tenants, now)
+            self._core.add_step(num_tokens, accounts, now)
         may_go = False
         for ticket, happened in requests:
             if happened & ~Pump.AWAITED:
