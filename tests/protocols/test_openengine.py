@@ -334,6 +334,17 @@ async def test_a_failure_that_is_told_counts_in_the_load_reports(serve: Serve) -
     assert [type(error).__name__ for error in counted] == ["RequestFailed", "NoneType"]
 
 
+async def test_a_priority_above_the_deployments_bound_is_named_in_the_words_of_the_protocol(
+    serve: Serve,
+) -> None:
+    deployments = {"fake": {"engine": "fake", "scheduler": {"max_priority": 5}}}
+    h = await serve(protocols=ON, deployments=deployments)
+    error = await refused(Client(h).generate(request(), metadata=(("openengine-priority", "6"),)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = details(error)["BadRequest"].field_violations
+    assert violation.field == "openengine-priority" and "-100 to 5" in violation.description
+
+
 @pytest.mark.parametrize("tenant", ["dynamo", ""])
 async def test_requests_are_accounted_to_the_configured_tenant_or_to_addresses(
     serve: Serve, tenant: str

@@ -164,6 +164,11 @@ class Dispatcher:
         """Sequences that may run at once; of the last engine, 0 before there was one."""
         return self._core.max_running
 
+    @property
+    def max_priority(self) -> int:
+        """The highest priority that clients may ask for."""
+        return self._settings.max_priority
+
     def load(self) -> SchedulerLoad:
         return self._core.load(self._clock())
 

@@ -78,6 +78,9 @@ class SchedulerSettings(BaseModel):
     """How many requests may go before the one whose turn it is while that one does not fit the KV cache."""
     priority_patience: Count = 64
     """After so many dispatches from higher classes a waiting lower class gets one; 0 is never."""
+    max_priority: Annotated[int, Field(ge=0, le=100)] = 100
+    """Highest priority that clients may ask for; whoever may ask for more than others goes before them."""
+
     output_reserve: Literal["estimate", "max"] = "estimate"
     """KV blocks kept for outputs to come: by the learnt distribution of output lengths, or max_tokens of
     every request, which rules out preemption and costs concurrency."""

@@ -342,6 +342,7 @@ class InferenceServicer:
         engine, info = deployment.ready()
         _need(info, call.capability)
         options = call.options
+        _check_priority(options.priority, deployment.dispatcher.max_priority)
         deployment.dispatcher.check(options.request_id, options.tenant, call.arrival.client_address)
         request = _accept(await call.encode(engine, info), call, info)
         request = await self._with_grammar(request, engine)
@@ -446,6 +447,13 @@ def _check_length(num_tokens: int, field: str, info: EngineInfo) -> None:
         raise InvalidRequest.of(
             field,
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
+        )
+
+
+def _check_priority(priority: int, most: int) -> None:
+    if priority > most:
+        raise InvalidRequest.of(
+            "options.priority", f"{priority} is out of range; allowed here: -100 to {most}"
         )
 
 
