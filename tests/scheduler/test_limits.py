@@ -153,6 +153,10 @@ def test_one_address_without_a_tenant_leaves_a_ninth_of_the_queue_to_others(
         core.offer(make_request("one too many", prompt=10, client="fourth"), 0.0)
     core.release(core.find("flood0"), 0.0)
     core.offer(make_request("named", prompt=10, tenant="acme", client="flooder"), 0.0)
+    for entry in core.entries():
+        core.release(entry, 0.0)
+    for i in range(16):
+        core.offer(make_request(f"again{i}", prompt=10, client="flooder"), 0.0)
 
 
 def test_a_named_tenant_may_fill_the_queue_and_one_large_request_all_of_it() -> None:

@@ -234,6 +234,13 @@ def test_who_names_no_tenant_does_not_wait_behind_all_that_another_sent() -> Non
     assert core.position(core.find("flood50")) == 50
     second = core.offer(make_request("second", client="neighbour"), 0.0)
     assert core.position(second) == 2
+    for i in range(40, 50):
+        core.release(core.find(f"flood{i}"), 0.0)
+    assert core.position(core.find("flood50")) == 39 + 2
+    third = core.offer(make_request("third", client="third"), 0.0)
+    assert core.position(third) == 0
+    core.release(third, 0.0)
+    assert core.position(core.find("flood3")) == 2 + 2
     core.release(core.find("flood0"), 0.0, finished=True)
     # They are on a par when the neighbour comes, and the older goes first.
     flood = core.take(0.0)
@@ -355,6 +362,32 @@ def test_who_was_idle_has_saved_up_no_credit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tenant", "client"])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_who_is_new_begins_where_those_are_who_were_last(at_once: int, kind: str) -> None:
+    core = start(make_info(max_num_seqs=1))
+    waiting: list[Entry] = []
+    for i in range(2):
+        waiting.append(core.offer(make_request(f"old{i}", prompt=100, **{kind: "old"}), 0.0))
+        if len(waiting) < at_once:
+            continue
+        for last in waiting:
+            assert core.take(0.0) is last
+            if last.request_id != "old1":
+                core.release(last, 0.0)
+        waiting.clear()
+    for i in range(50):
+        core.offer(make_request(f"new{i}", prompt=10, **{kind: "new"}), 0.0)
+    core.offer(make_request("again", prompt=100, **{kind: "old"}), 0.0)
+    core.release(last, 0.0)
+    went = 0
+    while (entry := core.take(0.0)) is not None and entry.account.name == "new":
+        went += 1
+        core.release(entry, 0.0)
+    # What the last one of the old took when nobody else waited, and one more at par.
+    assert went == 11
+
+
+@pytest.mark.parametrize("kind", ["tenant", "client"])
 def test_who_leaves_and_comes_back_has_gained_nothing(kind: str) -> None:
     core = start(make_info(max_num_seqs=1))
     blocker = core.offer(make_request("blocker", **{kind: "blocker"}), 0.0)
@@ -378,13 +411,15 @@ def test_who_leaves_and_comes_back_has_gained_nothing(kind: str) -> None:
 def test_accounts_of_the_idle_are_bounded(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr("twinjet.scheduler.core.MAX_ACCOUNTS", 10)
     core = start(make_info(max_num_seqs=1))
+    busy = core.offer(make_request("busy", **{kind: "busy"}), 0.0)
     for i in range(50):
         entry = core.offer(make_request(f"r{i}", **{kind: f"t{i}"}), 0.0)
         core.release(entry, 0.0)
         assert entry.state is State.ENDED
+    assert core.offer(make_request("more", **{kind: "busy"}), 0.0).account is busy.account
     kept = core._tenants if kind == "tenant" else core._clients
     assert len(kept) == 10
-    assert len(core._account_at) == 1
+    assert len(core._account_at) == 2
 
 
 def test_requests_that_come_and_go_leave_the_structures_small() -> None:

@@ -89,6 +89,19 @@ async def test_tokens_are_booked_into_ledger_shares_and_rates(engine: FakeEngine
     await assert_no_trace(dispatcher, engine)
 
 
+async def test_tokens_are_booked_to_the_address_of_who_names_no_tenant(engine: FakeEngine) -> None:
+    dispatcher = make_dispatcher(engine)
+    asked = {"x": 40, "y": 20}
+    tickets = [begin(dispatcher, request(name, max_tokens=n, client=name)) for name, n in asked.items()]
+    named = request("z", max_tokens=10, tenant="z", client="x")
+    await asyncio.gather(*map(read_all, [*tickets, begin(dispatcher, named)]))
+    core = dispatcher._core
+    assert {name: core._clients[name].counter for name in asked} == {n: 3 + 2 * asked[n] for n in asked}
+    assert core._anonymous.served == sum(3 + 2 * n for n in asked.values())
+    assert core._tenants["z"].served == 3 + 2 * 10
+    await assert_no_trace(dispatcher, engine)
+
+
 async def test_the_slot_is_free_with_the_last_token_though_nobody_reads(engine: FakeEngine) -> None:
     dispatcher = make_dispatcher(engine, max_running=1)
     slow = begin(dispatcher, request("slow", max_tokens=3))

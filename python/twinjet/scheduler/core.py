@@ -660,7 +660,9 @@ def _many(limit: int) -> float:
 
 def _forget_some(accounts: OrderedDict[str, _Kept]) -> None:
     """Of too many, forget some of those that were longest idle."""
-    for _ in range(min(_NUM_LOOKED_AT, len(accounts) - MAX_ACCOUNTS)):
+    for _ in range(_NUM_LOOKED_AT):
+        if len(accounts) <= MAX_ACCOUNTS:
+            return
         first = next(iter(accounts.values()))
         if first.index >= 0:  # it has requests
             accounts.move_to_end(first.name)
