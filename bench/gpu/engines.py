@@ -279,9 +279,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(
-        dict.fromkeys((cell["shape"], name) for cell in report["summary"] for name in cell["ratios"])
-    )
+    panels = sorted({(cell["shape"], name) for cell in report["summary"] for name in cell["ratios"]})
     if not panels:
         return
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
