@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::string_view kDead = "ENGINE_CORE_DEAD";
 constexpr int kMessagesATurn = 16;  // of Read()
+constexpr double kQuietS = 0.005;   // that sums may wait for steps without events: a step of a large model
 
 // Of the clock of Python's time.monotonic().
 double Now() {
@@ -137,11 +138,12 @@ bool CoreReader::Fill() {
 
 CoreReader::Taken CoreReader::TakeSome() {
   if (has_ended_) return Taken::kNothing;
+  const double now = Now();
+  bool is_urgent = false;
   try {
-    const double now = Now();
     if (const std::lock_guard lock(mutex_); router_.has_rest()) {
       router_.TakeRest(now);
-      Publish(false);
+      is_urgent = Publish(false);
     } else {
       const std::span<const Frame> frames = zmtp_.Next();
       if (const std::string reply = zmtp_.TakeReply(); !reply.empty()) {
@@ -150,7 +152,7 @@ CoreReader::Taken CoreReader::TakeSome() {
             send(socket_fd_, reply.data(), reply.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
       }
       if (frames.empty()) return Taken::kNothing;
-      TakeMessage(frames, now);
+      is_urgent = TakeMessage(frames, now);
     }
   } catch (const ZmtpError& error) {
     End(error.what());
@@ -163,11 +165,14 @@ CoreReader::Taken CoreReader::TakeSome() {
     End(std::string("its message was not delivered: ") + error.what());
     return Taken::kNothing;
   }
-  Tell();
+  if (is_urgent || now - told_at_ >= kQuietS) {
+    told_at_ = now;
+    Tell();
+  }
   return router_.has_rest() ? Taken::kPart : Taken::kMessage;
 }
 
-void CoreReader::TakeMessage(std::span<const Frame> frames, double now) {
+bool CoreReader::TakeMessage(std::span<const Frame> frames, double now) {
   if (IsDead(frames)) throw ZmtpError("its engine core failed (EngineDeadError); its log says why");
   OpenWaiting();
   router_.Take(frames, now);
@@ -175,7 +180,7 @@ void CoreReader::TakeMessage(std::span<const Frame> frames, double now) {
     const std::lock_guard lock(exchange_mutex_);
     news_.utilities.emplace_back(reinterpret_cast<const char*>(frames[0].data()), frames[0].size());
   }
-  Publish(true);
+  return Publish(true);
 }
 
 // An answer to a request comes after the request was opened.
@@ -185,7 +190,7 @@ void CoreReader::OpenWaiting() {
   opening_.clear();
 }
 
-void CoreReader::Publish(bool is_new) {
+bool CoreReader::Publish(bool is_new) {
   const std::lock_guard lock(exchange_mutex_);
   for (stream::Pump* pump : router_.stepped()) {
     if (std::find(news_.stepped.begin(), news_.stepped.end(), pump) == news_.stepped.end()) {
@@ -194,10 +199,15 @@ void CoreReader::Publish(bool is_new) {
   }
   news_.irregular.insert(news_.irregular.end(), router_.irregular().begin(), router_.irregular().end());
   news_.ended.insert(news_.ended.end(), router_.ended().begin(), router_.ended().end());
-  if (!is_new) return;
-  const CoreMessage& message = router_.message();
-  if (message.has_stats) news_.stats = message;
-  news_.num_preemptions += message.num_preemptions;
+  bool is_urgent = router_.is_eventful() || !router_.irregular().empty() || !router_.ended().empty();
+  if (is_new) {
+    const CoreMessage& message = router_.message();
+    if (message.has_stats) news_.stats = message;
+    news_.num_preemptions += message.num_preemptions;
+    // What is no step of ours may be the last for long.
+    is_urgent |= message.has_utility || message.num_preemptions > 0 || router_.stepped().empty();
+  }
+  return is_urgent;
 }
 
 void CoreReader::End(std::string why) {

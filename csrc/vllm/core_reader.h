@@ -49,7 +49,8 @@ class CoreReader {
   // Whether it was still open.
   bool Close(stream::SequenceKey key);
 
-  // An event of POLLIN is there while there is news.
+  // An event of POLLIN is there while there is news, or milliseconds later where a step brought only tokens
+  // that are on their way.
   int fd() const { return event_fd_; }
   // Swaps the news into *news.
   void Take(CoreNews* news);
@@ -70,9 +71,10 @@ class CoreReader {
   void Run();
   bool Fill();
   Taken TakeSome();
-  void TakeMessage(std::span<const Frame> frames, double now);
+  bool TakeMessage(std::span<const Frame> frames, double now);
   void OpenWaiting();
-  void Publish(bool is_new);
+  // Whether it should be told of at once.
+  bool Publish(bool is_new);
   void End(std::string why);
   void Tell();
 
@@ -80,6 +82,7 @@ class CoreReader {
   const int event_fd_;
   ZmtpReader zmtp_;
   bool has_ended_ = false;
+  double told_at_ = 0;
   std::atomic<bool> is_stopped_ = false;
   std::thread thread_;
 

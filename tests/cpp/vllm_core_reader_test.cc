@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <set>
 #include <string>
@@ -22,6 +23,7 @@ using twinjet::vllm::CoreNews;
 using twinjet::vllm::CoreReader;
 using twinjet::vllm::ZmtpReader;
 using vllm_messages::kFinished;
+using vllm_messages::kRunning;
 using vllm_messages::kStats;
 using vllm_messages::Message;
 using vllm_messages::Output;
@@ -160,6 +162,30 @@ TEST(a_pump_in_its_owners_thread_reads_in_parts) {
   char answer[64];
   const ssize_t size = read(ends.fds[1], answer, sizeof answer);
   CHECK(std::string(answer, size < 0 ? 0 : static_cast<size_t>(size)) == pong);
+}
+
+TEST(steps_that_bring_only_tokens_are_told_of_together) {
+  constexpr int kSteps = 3000;
+  Ends ends;
+  Pump pump;
+  ends.reader->Open(1, {&pump, 1, 1, 1, 0});
+  ends.reader->Start();
+  const auto began = std::chrono::steady_clock::now();
+  std::thread core([&] {
+    const std::string step = Frame(Message({Output(IdOf(1), kRunning)}, kStats));
+    for (int i = 0; i < kSteps; ++i) ends.Write(step);
+    ends.Write(Frame(Message({Output(IdOf(1), kFinished)}, kStats)));
+  });
+  CoreNews news;
+  int num_told = 0;
+  do {
+    ends.TakeNews(&news);
+    ++num_told;
+    CHECK(news.ended.empty() || news.stats);
+  } while (news.ended.empty());
+  core.join();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+  CHECK(num_told <= took.count() / 0.005 + 2);
 }
 
 TEST(what_was_read_before_comes_first) {

@@ -31,6 +31,8 @@ inline std::string Message(const std::vector<std::string>& outputs, const std::s
 
 inline const std::string kStats = "\x82" + Text("num_running_reqs") + "\x05" + Text("kv_cache_usage") +
                                   std::string("\xcb\x3f\xe0\0\0\0\0\0\0", 9);
+// A step of one that goes on.
+inline const std::string kRunning = Nils(11) + std::string(1, 0) + Nils(4);
 // finish_reason 1, then nil up to prefill_stats with five cached tokens.
 inline const std::string kFinished = Nils(3) + "\x01" + Nils(5) + "\x81" + Text("num_cached_tokens") +
                                      "\x05" + Nils(1) + std::string(1, 0) + Nils(4);
