@@ -262,6 +262,24 @@ async def test_irregular_ends_fail_their_request_alone(core: Core) -> None:
 
 
 @ANYWHERE
+async def test_an_engine_core_that_is_told_to_end_is_dead_at_once(core: Core) -> None:
+    """It ends its requests as if somebody had asked for it, refuses calls, and its process is at its end only later."""
+    readers = [Reader(core, name) for name in ("first", "second")]
+    ids = [(await sent(core))[0] for _ in readers]
+    call = asyncio.create_task(core.link.call("anything"))
+    _, (_, number, _, _) = await core.receive()
+    core.send([], utility=[number, "Server shutting down", None])
+    with pytest.raises(EngineDied):
+        await call
+    assert not core.deaths
+    core.send([output(request_id, [], finish=2) for request_id in ids])
+    for reader in readers:
+        with pytest.raises(EngineDied):
+            await asyncio.wait_for(reader.task, 2)
+    assert core.deaths == ["it was told to end"]
+
+
+@ANYWHERE
 async def test_log_probabilities_have_as_many_rivals_as_were_asked_for(core: Core) -> None:
     """A batch's arrays are as wide as its widest request, and a long prompt's come in parts."""
     reader = Reader(core, logprobs=1, prompt_logprobs=1)

@@ -26,7 +26,7 @@ from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front import wire
 from twinjet.engines.vllm.front.core_params import CoreParams
 from twinjet.engines.vllm.front.link import Adapter
-from twinjet.engines.vllm.front.outputs import failure
+from twinjet.engines.vllm.front.outputs import TOLD_TO_END, failure
 from twinjet.engines.vllm.front.zmtp import Connection, Listener
 from twinjet.errors import EngineDied, Unsupported
 from twinjet.sampling.bad_text import BadTextSettings
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _FINISHES: dict[int, Literal["no_token", "error", "abort"]] = {1: "no_token", 3: "abort", 4: "error"}
 """What an irregular end was; numbers as in csrc/stream/step_outputs.h: EngineFinish."""
+_REFUSED_AT_THE_END = "Server shutting down"
+"""What an engine core that was told to end answers to calls."""
 
 
 class Endpoints:
@@ -345,6 +347,9 @@ class CoreLink:
         if self._loop is None:
             return
         outlets, irregular, stats, num_preemptions, utilities, end = self._reader.take()
+        # Nobody asked for these: all of its requests end so, and new ones do.
+        if any(_FINISHES[finish] == "abort" for _, finish, _, _ in irregular):
+            self._tell_death(TOLD_TO_END)
         try:
             self._deliver(outlets, irregular)
             if stats is not None:
@@ -388,7 +393,9 @@ class CoreLink:
         future = self._calls.get(number)
         if future is None or future.done():
             return
-        if failure is not None:
+        if failure == _REFUSED_AT_THE_END:
+            future.set_exception(EngineDied(f"the engine died: {TOLD_TO_END}"))
+        elif failure is not None:
             future.set_exception(Exception(failure))
         else:
             # Beside the value stand the names of its types, which plain values do not need.
