@@ -230,6 +230,9 @@ class Worker:
         self.clock.watch(self.core.scheduler, "update_from_output", "update")
         self.clock.watch(self.worker, "execute_model", "execute")
         self.clock.watch(self.worker, "sample_tokens", "sample_tokens")
+        if hasattr(self.runner, "add_requests"):
+            # Of execute_model: here Twinjet's seats are filled.
+            self.clock.watch(self.runner, "add_requests", "add_requests")
         if isinstance(self.runner.sampler, torch.nn.Module):
             self.clock.watch(self.runner.sampler, "forward", "sampler")
         else:

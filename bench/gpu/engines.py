@@ -28,6 +28,7 @@ from shapes import make_shape
 
 TIMED = ("greedy", "temperature", "top-k + top-p", "top-p", "penalties", "logprobs")
 KV_BYTES = {"1b": 6_000_000_000, "8b": 13_200_000_000}
+NO_SEEDS = ", no seeds, FlashInfer"
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 
 
@@ -126,24 +127,10 @@ class Bench:
         for streams in options.streams:
             for number in range(-1, options.rounds):
                 for mode in options.modes:
-                    for variant in _variants(mode, number, engines):
-                        engine = engines.get(variant["draws"], engines["stock"])
-                        if engine.error or self.elapsed() > options.limit:
-                            continue
-                        run = engine.ask(
-                            mode=mode,
-                            streams=streams,
-                            tokens=_tokens(options, streams, number),
-                            prompt=32,
-                            round=number,
-                            **variant,
-                        )
-                        if run.get("error"):
-                            print("error:", engine.name, mode, streams, run, flush=True)
-                        if number >= 0:
-                            self.report["runs"].append(
-                                {"shape": shape, "streams": streams, "mode": mode, **variant, **run}
-                            )
+                    tokens = _tokens(options, streams, number)
+                    for engine, variant in _variants(mode, number, engines):
+                        if not engine.error and self.elapsed() < options.limit:
+                            self.time(shape, engine, variant, mode, streams, tokens, number)
         self.serve(shape, engines)
         for drawn, engine in engines.items():
             for streams in options.profile:
@@ -153,6 +140,24 @@ class Bench:
                         {"shape": shape, "streams": streams, "draws": drawn, **found}
                     )
         self.finish(engines)
+
+    def time(
+        self,
+        shape: str,
+        engine: Engine,
+        variant: dict[str, Any],
+        mode: str,
+        streams: int,
+        tokens: int,
+        number: int,
+    ) -> None:
+        """Take one run; that of a round below 0 is not kept."""
+        run = engine.ask(mode=mode, streams=streams, tokens=tokens, prompt=32, round=number, **variant)
+        if run.get("error"):
+            print("error:", engine.name, mode, streams, run, flush=True)
+        if number >= 0:
+            about = {"shape": shape, "streams": streams, "mode": mode, "tokens": tokens}
+            self.report["runs"].append({**about, **variant, **run})
 
     def serve(self, shape: str, engines: dict[str, Engine]) -> None:
         """Time streams of one token in turns, then tell how long the GPU is busy in a step of them."""
@@ -197,39 +202,51 @@ def _tokens(options: argparse.Namespace, streams: int, number: int) -> int:
     return int(options.tokens * (options.few if streams <= 32 else 1))
 
 
-def _variants(mode: str, number: int, engines: dict[str, Engine]) -> list[dict[str, Any]]:
+def _variants(mode: str, number: int, engines: dict[str, Engine]) -> list[tuple[Engine, dict[str, Any]]]:
     """The draws that a mode is timed with, in an order that turns from round to round."""
-    variants: list[dict[str, Any]] = [{"draws": drawn, "seeded": True} for drawn in engines]
+    variants = [(engine, {"draws": drawn, "seeded": True}) for drawn, engine in engines.items()]
     if "top-" in mode:
-        variants.append({"draws": "stock, no seeds, FlashInfer", "seeded": False, "flashinfer": True})
+        unseeded = {"seeded": False, "flashinfer": True}
+        variants += [
+            (engine, {"draws": drawn + NO_SEEDS, **unseeded})
+            for drawn, engine in engines.items()
+            if drawn.split(", ")[0] == "stock"
+        ]
     return variants[::-1] if number % 2 else variants
 
 
 def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Medians of each cell, with Twinjet's ratio to the fastest of stock's."""
+    """Medians of each cell, with Twinjet's ratio to the fastest of stock's with the same settings, and with any."""
     cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for run in report["runs"]:
         if not run.get("error"):
-            key = (run["shape"], run["streams"], run["mode"])
+            key = (run["shape"], run["streams"], run["mode"], run.get("tokens"))
             cells.setdefault(key, {}).setdefault(run["draws"], []).append(run)
     summary = []
-    for (shape, streams, mode), draws in cells.items():
+    for (shape, streams, mode, tokens), draws in cells.items():
         speed = {name: statistics.median(r["tokens_per_s"] for r in runs) for name, runs in draws.items()}
         spread = {
             name: [min(r["tokens_per_s"] for r in runs), max(r["tokens_per_s"] for r in runs)]
             for name, runs in draws.items()
         }
-        own = ("stock", "stock, no seeds, FlashInfer")
-        stock = max((value for name, value in speed.items() if name in own), default=None)
+        ratios: dict[str, dict[str, float]] = {}
+        fastest = max((value for name, value in speed.items() if name.startswith("stock")), default=None)
+        for behind in ("", *(f", {name}" for name in report.get("settings", {}))):
+            own = [speed[name] for name in (f"stock{behind}", f"stock{behind}{NO_SEEDS}") if name in speed]
+            if own and fastest and f"twinjet{behind}" in speed:
+                twinjet = speed[f"twinjet{behind}"]
+                ratios[behind[2:]] = {
+                    "same": round(twinjet / max(own), 3),
+                    "any": round(twinjet / fastest, 3),
+                }
         host = {}
-        for name in ("twinjet", "stock"):
-            parts = [r["host_us"] for r in draws.get(name, [])]
-            host[name] = {p: statistics.median(x[p] for x in parts) for p in parts[0]} if parts else {}
+        for name, runs in draws.items():
+            parts = [r["host_us"] for r in runs]
+            host[name] = {p: statistics.median(x[p] for x in parts) for p in parts[0]}
         summary.append(
             {
-                "shape": shape, "streams": streams, "mode": mode, "tokens_per_s": speed, "spread": spread,
-                "ratio": round(speed["twinjet"] / stock, 3) if stock and "twinjet" in speed else None,
-                "host_us": host,
+                "shape": shape, "streams": streams, "mode": mode, "tokens": tokens, "tokens_per_s": speed,
+                "spread": spread, "ratio": ratios.get("", {}).get("same"), "ratios": ratios, "host_us": host,
             }
         )  # fmt: skip
     return summary
@@ -262,21 +279,22 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = list(dict.fromkeys(cell["shape"] for cell in report["summary"]))
-    if not shapes:
+    panels = sorted({(cell["shape"], name) for cell in report["summary"] for name in cell["ratios"]})
+    if not panels:
         return
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, (shape, settings) in zip(axes[0], panels, strict=True):
         for mode in TIMED:
             points = [
-                (cell["streams"], cell["ratio"])
+                (cell["streams"], cell["ratios"][settings]["same"])
                 for cell in report["summary"]
-                if cell["shape"] == shape and cell["mode"] == mode and cell["ratio"] is not None
+                if cell["shape"] == shape and cell["mode"] == mode and settings in cell["ratios"]
             ]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=mode)
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(xscale="log", xlabel="streams", ylabel="tokens/s, Twinjet / stock", title=shape.upper())
+        axis.set(xscale="log", xlabel="streams", ylabel="tokens/s, Twinjet / stock")
+        axis.set_title(shape.upper() + (f", {settings}" if settings else ""))
         axis.grid(visible=True, alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(f"{report['device']}, vLLM {report['vllm']}")
@@ -326,7 +344,7 @@ def main() -> int:
     draw_plot(bench.report, options.out / "engines.png")
     for cell in bench.report["summary"]:
         print(
-            f"{cell['shape']:3} {cell['streams']:5} {cell['mode']:14} {cell['ratio']} {cell['tokens_per_s']} "
+            f"{cell['shape']:3} {cell['streams']:5} {cell['mode']:14} {cell['ratios']} {cell['tokens_per_s']} "
             f"host {cell['host_us']}",
             flush=True,
         )

@@ -73,17 +73,19 @@ int64_t Pump::Remove(SequenceKey first) {
   return num_left;
 }
 
-void Pump::Step(const StepOutputs& outputs, double now) {
+bool Pump::Step(const StepOutputs& outputs, double now) {
   std::unique_lock lock(mutex_);
+  bool is_eventful = false;
   ++num_steps_;
   for (const SequenceStep& row : outputs.sequences) {
     Slot* slot = Find(row.key);
     if (!slot) continue;
     const uint32_t output_index = OutputOf(row.key);
-    Note(row.key, *slot, slot->stream->Put(outputs, row, output_index, now), now);
+    is_eventful |= Note(row.key, *slot, slot->stream->Put(outputs, row, output_index, now), now);
   }
   CarryParcels();
   Wake(&lock);
+  return is_eventful;
 }
 
 void Pump::PutMade(SequenceKey first, Delta delta, double now) {
@@ -116,7 +118,7 @@ void Pump::CarryParcels() {
   parcels_.clear();
 }
 
-void Pump::Note(SequenceKey key, Slot& slot, Effect effect, double now) {
+bool Pump::Note(SequenceKey key, Slot& slot, Effect effect, double now) {
   if (effect.is_awaited) {
     Stream& stream = *slot.stream;
     Stream::Carried carried = stream.TakeParcels(now, carrier_.get(), &parcels_);
@@ -148,6 +150,7 @@ void Pump::Note(SequenceKey key, Slot& slot, Effect effect, double now) {
     slot.is_dirty = true;
     dirty_.push_back(SlotOf(key));
   }
+  return happenings || effect.has_ended_early;
 }
 
 void Pump::Wake(std::unique_lock<std::mutex>* lock) {

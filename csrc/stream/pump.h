@@ -74,7 +74,8 @@ class Pump {
   // Whether a key is of a request that was added and not removed.
   bool Has(SequenceKey key);
 
-  void Step(const StepOutputs& outputs, double now);
+  // Whether it brought what Collect() should soon tell of: more than tokens for streams that are carried.
+  bool Step(const StepOutputs& outputs, double now);
   // For engines that make text and ends themselves.
   void PutMade(SequenceKey first, Delta delta, double now);
   void PutPrompt(SequenceKey first, std::optional<uint32_t> num_cached_tokens, const LogprobList* logprobs,
@@ -97,7 +98,7 @@ class Pump {
   };
 
   Slot* Find(SequenceKey key);
-  void Note(SequenceKey key, Slot& slot, Effect effect, double now);
+  bool Note(SequenceKey key, Slot& slot, Effect effect, double now);
   void CarryParcels();
   void Wake(std::unique_lock<std::mutex>* lock);
 

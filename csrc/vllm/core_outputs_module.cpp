@@ -9,7 +9,7 @@
 #include "bindings/bindings.h"
 #include "bindings/stream_internal.h"
 #include "vllm/core_outputs.h"
-#include "vllm/step_router.h"
+#include "vllm/core_reader.h"
 
 namespace py = pybind11;
 
@@ -100,84 +100,72 @@ struct Outlet {
   size_t num_sequences = 0;
 };
 
-class PyStepRouter {
+py::object StatsOf(const vllm::CoreMessage& message) {
+  if (!message.has_stats) return py::none();
+  return py::make_tuple(message.num_running, message.num_waiting, message.kv_usage);
+}
+
+class PyCoreReader {
  public:
+  PyCoreReader(int fd, const py::bytes& unread) : reader_(fd, std::string_view(unread)) {}
+
   void Open(SequenceKey key, py::object outlet, SequenceKey pump_key, uint32_t num_logprobs,
-            uint32_t num_prompt_logprobs, bool is_native, SequenceKey first) {
+            uint32_t num_prompt_logprobs, SequenceKey first) {
     py::object pump = outlet.attr("pump");
     stream::Pump* native = &py::cast<PyPump&>(pump).native;
-    router_.Open(key, {native, pump_key, num_logprobs + 1, num_prompt_logprobs + 1, first});
+    reader_.Open(key, {native, pump_key, num_logprobs + 1, num_prompt_logprobs + 1, first});
     Outlet& known = outlets_[native];
     if (known.num_sequences++ == 0) known = {std::move(pump), std::move(outlet), 1};
-    sequences_[key] = {native, is_native};
-    if (!is_native) ++num_functions_;
+    pumps_[key] = native;
   }
 
   bool Close(SequenceKey key) {
-    const bool was_open = router_.Close(key);
-    if (was_open) Forget(key);
-    return was_open;
+    // What has ended needs no lock, behind which the reader may be busy.
+    if (!pumps_.contains(key) || !reader_.Close(key)) return false;
+    Forget(key);
+    return true;
   }
 
-  py::list Take(const py::sequence& sequence, double now) {
-    const HeldFrames held(sequence);
-    return Step([&] { router_.Take(held.frames(), now); });
-  }
-
-  py::list TakeRest(double now) {
-    return Step([&] { router_.TakeRest(now); });
-  }
-
-  py::list Irregular() const {
-    py::list found;
-    for (const vllm::IrregularEnd& end : router_.irregular()) {
-      found.append(py::make_tuple(end.key, static_cast<int>(end.finish), end.num_tokens, end.had_tokens));
+  py::tuple Take() {
+    reader_.Take(&news_);
+    py::list stepped;
+    for (stream::Pump* pump : news_.stepped) {
+      const auto found = outlets_.find(pump);
+      if (found != outlets_.end()) stepped.append(found->second.outlet);
     }
-    return found;
+    py::list irregular;
+    for (const vllm::IrregularEnd& end : news_.irregular) {
+      irregular.append(py::make_tuple(end.key, static_cast<int>(end.finish), end.num_tokens, end.had_tokens));
+    }
+    py::list utilities;
+    for (const std::string& utility : news_.utilities) utilities.append(py::bytes(utility));
+    py::object end = py::none();
+    if (news_.end) end = py::str(*news_.end);
+    for (const SequenceKey key : news_.ended) Forget(key);
+    return py::make_tuple(std::move(stepped), std::move(irregular),
+                          news_.stats ? StatsOf(*news_.stats) : py::none(), news_.num_preemptions,
+                          std::move(utilities), std::move(end));
   }
 
-  const vllm::CoreMessage& message() const { return router_.message(); }
-  bool has_rest() const { return router_.has_rest(); }
-  size_t num_open() const { return router_.num_open(); }
+  vllm::CoreReader& reader() { return reader_; }
 
  private:
-  template <typename Function>
-  py::list Step(Function step) {
-    // A vocabulary that is a function takes the lock of the interpreter while the pump's is held.
-    if (num_functions_ == 0) {
-      const py::gil_scoped_release release;
-      step();
-    } else {
-      step();
-    }
-    py::list stepped;
-    for (stream::Pump* pump : router_.stepped()) stepped.append(outlets_.at(pump).outlet);
-    for (const SequenceKey key : router_.ended()) Forget(key);
-    return stepped;
-  }
-
   void Forget(SequenceKey key) {
-    const auto found = sequences_.find(key);
-    const auto [pump, is_native] = found->second;
-    sequences_.erase(found);
-    if (!is_native) --num_functions_;
-    const auto outlet = outlets_.find(pump);
+    const auto found = pumps_.find(key);
+    if (found == pumps_.end()) return;
+    const auto outlet = outlets_.find(found->second);
+    pumps_.erase(found);
     if (--outlet->second.num_sequences > 0) return;
     // The object may do anything when it goes, so it goes last.
     const Outlet gone = std::move(outlet->second);
     outlets_.erase(outlet);
   }
 
-  vllm::StepRouter router_;
   std::unordered_map<stream::Pump*, Outlet> outlets_;
-  std::unordered_map<SequenceKey, std::pair<stream::Pump*, bool>> sequences_;
-  size_t num_functions_ = 0;
+  std::unordered_map<SequenceKey, stream::Pump*> pumps_;
+  vllm::CoreNews news_;
+  vllm::CoreReader reader_;  // last, so that its thread ends before the pumps go
 };
-
-py::object StatsOf(const vllm::CoreMessage& message) {
-  if (!message.has_stats) return py::none();
-  return py::make_tuple(message.num_running, message.num_waiting, message.kv_usage);
-}
 
 struct CoreOutputs {
   StepOutputs outputs;
@@ -205,21 +193,18 @@ void BindVllmWire(py::module_& module) {
                              [](const CoreOutputs& self) { return self.message.num_preemptions; })
       .def_property_readonly("has_utility", [](const CoreOutputs& self) { return self.message.has_utility; })
       .def_property_readonly("has_pooling", [](const CoreOutputs& self) { return self.message.has_pooling; });
-  py::class_<PyStepRouter>(module, "StepRouter")
-      .def(py::init<>())
-      .def("open", &PyStepRouter::Open, py::arg("key"), py::arg("outlet"), py::arg("pump_key"), py::kw_only(),
-           py::arg("num_logprobs"), py::arg("num_prompt_logprobs"), py::arg("is_native"), py::arg("first"))
-      .def("close", &PyStepRouter::Close, py::arg("key"))
-      .def("take", &PyStepRouter::Take, py::arg("frames"), py::arg("now"))
-      .def("take_rest", &PyStepRouter::TakeRest, py::arg("now"))
-      .def_property_readonly("has_rest", &PyStepRouter::has_rest)
-      .def_property_readonly("irregular", &PyStepRouter::Irregular)
-      .def_property_readonly("stats", [](const PyStepRouter& self) { return StatsOf(self.message()); })
-      .def_property_readonly("num_preemptions",
-                             [](const PyStepRouter& self) { return self.message().num_preemptions; })
-      .def_property_readonly("has_utility",
-                             [](const PyStepRouter& self) { return self.message().has_utility; })
-      .def_property_readonly("num_open", &PyStepRouter::num_open);
+  py::class_<PyCoreReader>(module, "CoreReader")
+      .def(py::init<int, const py::bytes&>(), py::arg("fd"), py::arg("unread"))
+      .def("fileno", [](PyCoreReader& self) { return self.reader().fd(); })
+      .def("open", &PyCoreReader::Open, py::arg("key"), py::arg("outlet"), py::arg("pump_key"), py::kw_only(),
+           py::arg("num_logprobs"), py::arg("num_prompt_logprobs"), py::arg("first"))
+      .def("close", &PyCoreReader::Close, py::arg("key"))
+      .def("start", [](PyCoreReader& self) { self.reader().Start(); })
+      .def(
+          "stop", [](PyCoreReader& self) { self.reader().Stop(); }, py::call_guard<py::gil_scoped_release>())
+      .def("read", [](PyCoreReader& self) { return self.reader().Read(); })
+      .def("take", &PyCoreReader::Take)
+      .def_property_readonly("num_open", [](PyCoreReader& self) { return self.reader().num_open(); });
 }
 
 }  // namespace twinjet::bindings

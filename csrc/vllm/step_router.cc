@@ -122,6 +122,7 @@ void StepRouter::TakeRest(double now) {
   irregular_.clear();
   ended_.clear();
   stepped_.clear();
+  is_eventful_ = false;
   const size_t end = std::min(step_.sequences.size(), next_row_ + kRowsAtOnce);
   for (; next_row_ < end; ++next_row_) {
     const SequenceStep& row = step_.sequences[next_row_];
@@ -138,7 +139,7 @@ void StepRouter::TakeRest(double now) {
     sequences_.erase(found);
   }
   for (size_t i = 0; i < num_groups_; ++i) {
-    groups_[i].pump->Step(groups_[i].outputs, now);
+    is_eventful_ |= groups_[i].pump->Step(groups_[i].outputs, now);
     stepped_.push_back(groups_[i].pump);
   }
 }

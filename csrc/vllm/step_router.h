@@ -62,6 +62,9 @@ class StepRouter {
   // Pumps that got rows.
   const std::vector<stream::Pump*>& stepped() const { return stepped_; }
 
+  // Whether the rows put last brought what their pumps should soon tell of; see Pump::Step.
+  bool is_eventful() const { return is_eventful_; }
+
   size_t num_open() const { return sequences_.size(); }
 
  private:
@@ -93,6 +96,7 @@ class StepRouter {
   std::vector<IrregularEnd> irregular_;
   std::vector<stream::SequenceKey> ended_;
   std::vector<stream::Pump*> stepped_;
+  bool is_eventful_ = false;
 };
 
 }  // namespace twinjet::vllm

@@ -1215,10 +1215,22 @@ class Door:
     def totals(self) -> dict[str, int]: ...
     def connections(self) -> list[dict[str, Any]]: ...
 
-class StepRouter:
-    """Puts messages of a vLLM engine core into the pumps of the requests that they concern. For one thread."""
+class CoreReader:
+    """Puts what a vLLM engine core sends into the pumps of the requests that it concerns.
 
-    def __init__(self) -> None: ...
+    In a thread of its own, without the GIL, after start(); otherwise where read() is called. All methods are for one
+    thread.
+    """
+
+    def __init__(self, fd: int, unread: bytes) -> None:
+        """fd: a connected non-blocking stream socket whose peer has introduced itself, which stays the caller's.
+
+        unread: what was read from it already. Raises RuntimeError where no descriptor is left.
+        """
+
+    def fileno(self) -> int:
+        """What is readable while there is something for take()."""
+
     def open(
         self,
         key: int,
@@ -1227,47 +1239,44 @@ class StepRouter:
         *,
         num_logprobs: int,
         num_prompt_logprobs: int,
-        is_native: bool,
         first: int,
     ) -> None:
         """Expect an output whose request id in the engine core ends in "-" and `key`, in hexadecimal.
 
-        key: at least 1, never used twice. pump_key: the output's in outlet.pump. is_native: its vocabulary is.
-        first: the key of the request's output 0, 0 for that output itself, which is opened first.
+        key: at least 1, never used twice. pump_key: the output's in outlet.pump. first: the key of the request's
+        output 0, 0 for that output itself, which is opened first.
         """
 
     def close(self, key: int) -> bool:
         """Forget an output; whether the engine had not ended it."""
 
-    def take(self, frames: Sequence[bytes | memoryview], now: float) -> list[Outlet]:
-        """Decode a message and put its first 256 rows into pumps, without the GIL; gives their outlets.
+    def start(self) -> None:
+        """Read from now on, which makes the socket one that blocks. Not with vocabularies that are functions."""
 
-        There must be no rest. now: seconds of time.monotonic(). Raises WireError, and then has put nothing.
+    def stop(self) -> None:
+        """Read no more and break the connection; idempotent."""
+
+    def read(self) -> bool:
+        """Read once and take at most 16 messages, or a part of a large one; whether there is more to take."""
+
+    def take(
+        self,
+    ) -> tuple[
+        list[Outlet],
+        list[tuple[int, int, int, bool]],
+        tuple[int, int, float] | None,
+        int,
+        list[bytes],
+        str | None,
+    ]:
+        """Give what has come since the last call.
+
+        Outlets whose pumps got rows; outputs that ended with an error, which are not put into their pumps: (key,
+        finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before), finish 1: no token was
+        admissible; the last CoreOutputs.stats; preemptions; messages that answer utility calls, to be decoded;
+        and, once nothing more comes, why, "" if the peer has only gone.
         """
 
-    @property
-    def has_rest(self) -> bool:
-        """Whether the message has rows that are not in their pumps yet."""
-
-    def take_rest(self, now: float) -> list[Outlet]:
-        """Do the same with the next 256 rows; outputs closed meanwhile get none."""
-
-    @property
-    def irregular(self) -> list[tuple[int, int, int, bool]]:
-        """Outputs among the rows taken last that ended with an error, not put into their pumps.
-
-        (key, finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before); finish 1: no
-        token was admissible.
-        """
-
-    @property
-    def stats(self) -> tuple[int, int, float] | None:
-        """As CoreOutputs.stats, of the last message; so are the next two."""
-
-    @property
-    def num_preemptions(self) -> int: ...
-    @property
-    def has_utility(self) -> bool: ...
     @property
     def num_open(self) -> int: ...
 

@@ -42,6 +42,7 @@ def server(
         stdout=log,
         stderr=log,
         text=True,
+        start_new_session=True,
         env=os.environ | (environment or {}),
     )
     try:

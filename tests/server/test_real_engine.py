@@ -56,7 +56,13 @@ def service(
         yield service
         below = descendants(process.pid)
         num_logged = log.stat().st_size
-        process.send_signal(signal.SIGTERM)
+        last = service.inference.Generate(
+            Request(text="x", sampling=Sampling(max_tokens=30, ignore_eos=True))
+        )
+        assert next(last).HasField("started")
+        # What a terminal's Ctrl-C does.
+        os.killpg(process.pid, signal.SIGINT)
+        assert list(last)[-1].HasField("summary")
         assert process.wait(30) == 0
         deadline = time.monotonic() + 10
         while any(map(is_alive, below)) and time.monotonic() < deadline:
@@ -305,7 +311,12 @@ async def forwarder(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
         await asyncio.gather(*copying)
 
 
-def test_kill_9_of_the_engine_ends_every_stream_at_once_and_it_comes_back(service: Service) -> None:
+@pytest.mark.parametrize(
+    ("service", "how"), [("grpc", signal.SIGKILL), ("native", signal.SIGTERM)], indirect=["service"]
+)
+def test_a_kill_of_the_engine_ends_every_stream_at_once_and_it_comes_back(
+    service: Service, how: signal.Signals
+) -> None:
     calls = [
         service.inference.Generate(Request(text=f"{i}", sampling=Sampling(max_tokens=2000, ignore_eos=True)))
         for i in range(8)
@@ -323,7 +334,7 @@ def test_kill_9_of_the_engine_ends_every_stream_at_once_and_it_comes_back(servic
     for thread in threads:
         thread.start()
     killed_at = time.monotonic()
-    os.kill(_engine_process(service), signal.SIGKILL)
+    os.kill(_engine_process(service), how)
     for thread in threads:
         thread.join(30)
     assert [code for _, code in ended] == [grpc.StatusCode.UNAVAILABLE] * 8

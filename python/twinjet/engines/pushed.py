@@ -82,13 +82,19 @@ async def read(engine: PushEngine, request: EngineRequest) -> AsyncGenerator[Eng
         run.pump.remove(run.key)
         raise
     try:
+        is_empty = False
         while num_open:
-            await run.changed.wait()
+            # Only after a take that came back empty is the next put told of at once.
+            if is_empty:
+                await run.changed.wait()
             run.changed.clear()
+            is_empty = True
             if (prompt := stream.take_prompt()) is not None:
+                is_empty = False
                 num_cached, rows = prompt
                 yield PromptEvent(num_cached, None if rows is None else tuple(_logprobs(rows, vocabulary)))
             for index, text, token_ids, rows, ending in stream.take_deltas():
+                is_empty = False
                 finish = None if ending is None else Finish(ending[0], ending[1], is_eos=ending[2])
                 num_open -= finish is not None
                 yield OutputEvent(index, text, token_ids, _logprobs(rows, vocabulary), finish)

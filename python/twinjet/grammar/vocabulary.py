@@ -106,7 +106,7 @@ async def write_vocabulary_apart(
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "twinjet.grammar.vocabulary", json.dumps(wanted),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, start_new_session=True,
     )  # fmt: skip
     try:
         output, _ = await process.communicate()

@@ -92,6 +92,7 @@ class Workers:
                 [sys.executable, "-m", "twinjet.grammar.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,
                 env=os.environ
                 | {
                     "OPENBLAS_NUM_THREADS": "1",

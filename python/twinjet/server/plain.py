@@ -157,17 +157,21 @@ class PlainCalls:
             except Exception:  # one call's fault must not lose the others
                 logger.exception("%s failed", METHOD)
                 self._fail(item[1], _INTERNAL, None)
-        for place in self._places.values():
-            place.engine.flush()
-        self._places.clear()
         taken, self._taken = self._taken, []
         for run, request in taken:
             try:
-                self._settle(run, request)
+                self._accept(run, request)
             except Exception:
                 logger.exception("%s failed", METHOD)
                 self._fail(run.call, _INTERNAL, None)
                 self._let_go(run)
+        for place in self._places.values():
+            place.engine.flush()
+        self._places.clear()
+        for run, _ in taken:
+            if run.call_id in self._runs:
+                self._live.hold(run)
+                self._watch.add(run)
         return left
 
     def cancel(self, call_id: int) -> None:
@@ -285,12 +289,10 @@ class PlainCalls:
         self._taken.append((run, request))
         return True
 
-    def _settle(self, run: _Run, request: EngineRequest) -> None:
-        """Do for a request that was taken what the engine need not wait for."""
+    def _accept(self, run: _Run, request: EngineRequest) -> None:
+        """Begin the answer, before the engine has the request: what it answers may go to the client at once."""
         self._runs[run.call_id] = run
         self._is_idle.clear()
-        self._live.hold(run)
-        self._watch.add(run)
         run.call.accept(request.request_id, prefix_key(request.prompt_token_ids, request.cache_salt))
 
     def _is_short(self, text: str, max_context_tokens: int) -> bool:

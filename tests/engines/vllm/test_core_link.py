@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 import zmq
+from tokenizers import Tokenizer, decoders, models
 
 from tests.engines.vllm.support import GREEDY, request
 from twinjet.engines import pushed
@@ -79,8 +81,25 @@ def running() -> Iterator[Any]:
         os.close(other)
 
 
+IN_LOOP = pytest.mark.parametrize("core", ["python"], indirect=True)
+"""With a vocabulary that is a function of Python, and so is read from in the event loop."""
+ANYWHERE = pytest.mark.parametrize("core", ["native", "python"], indirect=True)
+
+
+def wordpiece(folder: Path) -> HfTokenizer:
+    words = ["[UNK]", *"abcdefghijk"]
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return HfTokenizer(folder)
+
+
 @pytest_asyncio.fixture
-async def core(demo_model_path: Path) -> AsyncIterator[Core]:
+async def core(request: pytest.FixtureRequest, demo_model_path: Path, tmp_path: Path) -> AsyncIterator[Core]:
+    """param: whether the vocabulary is "native" or one of "python"."""
+    is_native = getattr(request, "param", "native") == "native"
+    tokenizer = HfTokenizer(demo_model_path) if is_native else wordpiece(tmp_path)
+    assert tokenizer.vocabulary.is_native == is_native
     endpoints = Endpoints()
     context = zmq.Context()
     handshake, dealer, push = map(context.socket, (zmq.DEALER, zmq.DEALER, zmq.PUSH))
@@ -95,7 +114,7 @@ async def core(demo_model_path: Path) -> AsyncIterator[Core]:
         ready = await asyncio.to_thread(endpoints.shake_hands, process)
     assert ready == {"max_model_len": 100}
     assert set(msgspec.msgpack.decode(handshake.recv())) == {"addresses", "parallel_config"}
-    stats, tokenizer = LoadReader(64), HfTokenizer(demo_model_path)
+    stats = LoadReader(64)
     link = CoreLink(endpoints, FACTS, tokenizer, stats)
     played = Core(dealer, push, link, stats, tokenizer)
     link.watch(asyncio.get_running_loop(), played.deaths.append)
@@ -163,9 +182,24 @@ async def test_a_request_goes_out_and_its_tokens_come_back(core: Core) -> None:
     assert reader.text() == core.tokenizer.decode(words, skip_special_tokens=True)
     assert reader.outputs()[-1].finish == Finish("length")
     assert core.deaths == []
-    assert core.link._router.num_open == 0
+    assert core.link._reader.num_open == 0
 
 
+async def test_tokens_come_while_the_loop_stands(core: Core) -> None:
+    reader = Reader(core)
+    message = await sent(core)
+    stream = core.link._requests["r"].run._stream
+    core.send([output(message[0], [5], cached=3)])
+    core.send([output(message[0], [6, 7], finish=1)])
+    deadline = time.monotonic() + 30
+    while not stream.is_over and time.monotonic() < deadline:
+        pass  # without a turn of the loop
+    assert stream.num_output_tokens == 3
+    await asyncio.wait_for(reader.task, 2)
+    assert reader.token_ids() == [5, 6, 7]
+
+
+@ANYWHERE
 async def test_outputs_are_requests_of_their_own(core: Core) -> None:
     reader = Reader(core, n=2, temperature=1.0)
     first, second = await sent(core), await sent(core)
@@ -207,6 +241,7 @@ async def test_a_stop_string_aborts_in_the_engine_and_cuts_the_tokens(core: Core
     await until(lambda: core.stats.read().running == 4)
 
 
+@ANYWHERE
 async def test_irregular_ends_fail_their_request_alone(core: Core) -> None:
     masked, broken, fine = (Reader(core, name) for name in ("masked", "broken", "fine"))
     ids = [(await sent(core))[0] for _ in range(3)]
@@ -226,6 +261,25 @@ async def test_irregular_ends_fail_their_request_alone(core: Core) -> None:
     assert fine.token_ids() == [8]
 
 
+@ANYWHERE
+async def test_an_engine_core_that_is_told_to_end_is_dead_at_once(core: Core) -> None:
+    """It ends its requests as if somebody had asked for it, refuses calls, and its process is at its end only later."""
+    readers = [Reader(core, name) for name in ("first", "second")]
+    ids = [(await sent(core))[0] for _ in readers]
+    call = asyncio.create_task(core.link.call("anything"))
+    _, (_, number, _, _) = await core.receive()
+    core.send([], utility=[number, "Server shutting down", None])
+    with pytest.raises(EngineDied):
+        await call
+    assert not core.deaths
+    core.send([output(request_id, [], finish=2) for request_id in ids])
+    for reader in readers:
+        with pytest.raises(EngineDied):
+            await asyncio.wait_for(reader.task, 2)
+    assert core.deaths == ["it was told to end"]
+
+
+@ANYWHERE
 async def test_log_probabilities_have_as_many_rivals_as_were_asked_for(core: Core) -> None:
     """A batch's arrays are as wide as its widest request, and a long prompt's come in parts."""
     reader = Reader(core, logprobs=1, prompt_logprobs=1)
@@ -268,6 +322,7 @@ async def test_a_preempted_request_tells_of_its_prompt_once(core: Core) -> None:
     assert [event for event in reader.events if isinstance(event, PromptEvent)] == [PromptEvent(1)]
 
 
+@ANYWHERE
 async def test_a_reader_that_leaves_aborts(core: Core) -> None:
     reader = Reader(core)
     message = await sent(core)
@@ -277,7 +332,7 @@ async def test_a_reader_that_leaves_aborts(core: Core) -> None:
     with pytest.raises(asyncio.CancelledError):
         await reader.task
     assert await core.receive() == (b"\x01", [message[0]])
-    assert core.link._router.num_open == 0
+    assert core.link._reader.num_open == 0
     core.send([output(message[0], [7])], stats={"num_running_reqs": 4})
     await until(lambda: core.stats.read().running == 4)
 
@@ -311,6 +366,7 @@ async def test_statistics_and_preemptions(core: Core) -> None:
     assert (load.waiting, load.kv_blocks_used, load.preemptions) == (4, 32, 1)
 
 
+@ANYWHERE
 async def test_calls_give_results_and_failures(core: Core) -> None:
     good = asyncio.create_task(core.link.call("get_supported_tasks", 1, "x"))
     bad = asyncio.create_task(core.link.call("add_lora"))
@@ -326,6 +382,7 @@ async def test_calls_give_results_and_failures(core: Core) -> None:
         await bad
 
 
+@ANYWHERE
 @pytest.mark.parametrize("message", [b"ENGINE_CORE_DEAD", b"\x99\x00", b""])
 async def test_a_death_or_an_unreadable_message_ends_it(core: Core, message: bytes) -> None:
     waiting = asyncio.create_task(core.link.call("anything"))
@@ -336,6 +393,7 @@ async def test_a_death_or_an_unreadable_message_ends_it(core: Core, message: byt
     assert len(core.deaths) == 1
 
 
+@IN_LOOP
 async def test_many_messages_leave_the_loop_its_turns(core: Core) -> None:
     reader = Reader(core, ignore_eos=True)
     message = await sent(core)
@@ -429,6 +487,7 @@ async def test_a_core_that_takes_no_messages_is_dead(core: Core) -> None:
     await asyncio.gather(*(r.task for r in readers), return_exceptions=True)
 
 
+@IN_LOOP
 async def test_a_large_step_comes_in_parts_and_other_things_in_between(core: Core) -> None:
     count, cancelled = 600, 599
     readers = [Reader(core, f"r{i}") for i in range(count)]

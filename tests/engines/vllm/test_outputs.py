@@ -7,7 +7,7 @@ import pytest
 from twinjet._core import Output, Vocabulary
 from twinjet.engines.base import Finish
 from twinjet.engines.vllm.front.outputs import failure_of, output_event, prompt_event, token_logprobs
-from twinjet.errors import NoAdmissibleToken, RequestFailed
+from twinjet.errors import EngineDied, NoAdmissibleToken, RequestFailed
 
 VOCABULARY = Vocabulary(
     "byte_level", ["a", "b", "</s>", "c", "d", "e", "f", "<end>", "g", "h"], special=[2, 7]
@@ -53,7 +53,7 @@ def test_failures() -> None:
     lost = failure_of(completion("error", ids=()), is_constrained=True)
     assert isinstance(lost, RequestFailed)
     assert lost.reason == "ENGINE_ERROR"
-    assert isinstance(failure_of(completion("abort"), is_constrained=False), RequestFailed)
+    assert isinstance(failure_of(completion("abort"), is_constrained=False), EngineDied)
 
 
 def entry(logprob: float, rank: int) -> Made:

@@ -1,9 +1,9 @@
 """Our client of vLLM's engine core: its ZeroMQ sockets and msgpack messages, without vLLM in this process.
 
-Requests are encoded here (wire.py). The sockets that the engine core connects to speak ZeroMQ's protocol in the
-event loop's thread (zmtp.py); only the handshake goes through libzmq. Each message that comes is one native call,
-which decodes it and puts it into the pumps of the requests that it concerns. Messages are taken on the event loop
-that watch() names, a bounded number a turn.
+Requests are encoded here (wire.py). The two sockets that the engine core connects to speak ZeroMQ's protocol without
+libzmq, which has the handshake alone. The event loop that watch() names asks (zmtp.py). A native thread reads what is
+answered and puts it into the pumps of the requests that it concerns (csrc/vllm/core_reader.h), and tells the loop of
+what has happened. Where the vocabulary is a function of Python, the loop reads too, a bounded number of messages a turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,8 +26,8 @@ from twinjet.engines.vllm.facts import Facts
 from twinjet.engines.vllm.front import wire
 from twinjet.engines.vllm.front.core_params import CoreParams
 from twinjet.engines.vllm.front.link import Adapter
-from twinjet.engines.vllm.front.outputs import failure
-from twinjet.engines.vllm.front.zmtp import Connection, Listener, ZmtpError
+from twinjet.engines.vllm.front.outputs import TOLD_TO_END, failure
+from twinjet.engines.vllm.front.zmtp import Connection, Listener
 from twinjet.errors import EngineDied, Unsupported
 from twinjet.sampling.bad_text import BadTextSettings
 
@@ -42,11 +41,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DEAD = b"ENGINE_CORE_DEAD"
-_MESSAGES_A_TURN = 16
-
 _FINISHES: dict[int, Literal["no_token", "error", "abort"]] = {1: "no_token", 3: "abort", 4: "error"}
 """What an irregular end was; numbers as in csrc/stream/step_outputs.h: EngineFinish."""
+_REFUSED_AT_THE_END = "Server shutting down"
+"""What an engine core that was told to end answers to calls."""
 
 
 class Endpoints:
@@ -175,7 +173,7 @@ class CoreLink:
         self._params = CoreParams(facts)
         self._tokenizer = tokenizer
         self._stats = stats
-        self._router = _core.StepRouter()
+        self._reader = _core.CoreReader(endpoints.output.fileno(), endpoints.output.detach())
         self._requests: dict[str, _Request] = {}
         self._by_key: dict[int, _Request] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -187,13 +185,16 @@ class CoreLink:
         self._is_broken = False
         self._outbox: list[tuple[bytes, bytes]] = []
         self._is_behind = False
-        self._is_catching_up = False
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
         self._loop, self._on_death = loop, on_death
-        loop.add_reader(self._endpoints.output.fileno(), self._on_readable)
-        # What was read already is not announced again.
-        self._catch_up_soon()
+        loop.add_reader(self._reader.fileno(), self._on_news)
+        if self._tokenizer.vocabulary.is_native:
+            self._reader.start()
+        else:
+            loop.add_reader(self._endpoints.output.fileno(), self._on_readable)
+            # What was read already is not announced again.
+            loop.call_soon(self._on_readable)
 
     def submit(
         self,
@@ -224,11 +225,9 @@ class CoreLink:
                 adapter=adapter, cache_salt=request.cache_salt, priority=-request.priority,
             )  # fmt: skip
             self._send(wire.ADD, message)
-            self._router.open(
+            self._reader.open(
                 key, run.outlet, run.key + index, num_logprobs=sampling.logprobs or 0,
-                num_prompt_logprobs=sampling.prompt_logprobs or 0,
-                is_native=self._tokenizer.vocabulary.is_native,
-                first=entry.keys.start if index else 0,
+                num_prompt_logprobs=sampling.prompt_logprobs or 0, first=entry.keys.start if index else 0,
             )  # fmt: skip
             self._by_key[key] = entry
 
@@ -243,7 +242,7 @@ class CoreLink:
                 self._by_key.pop(key, None)
         else:
             keys = (entry.keys[output_index],)
-        running = [entry.engine_id(key) for key in keys if self._router.close(key)]
+        running = [entry.engine_id(key) for key in keys if self._reader.close(key)]
         if running and self._loop is not None and not self._is_dead:
             # If it is gone, its death is noticed elsewhere, and there is nothing to stop.
             with contextlib.suppress(EngineDied):
@@ -275,17 +274,20 @@ class CoreLink:
             closed = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
             closed.result()
         else:
+            self._reader.stop()
             self._endpoints.close()
 
     async def _close(self) -> None:
         """Close the sockets where they are read."""
         assert self._loop is not None
+        self._loop.remove_reader(self._reader.fileno())
         self._loop.remove_reader(self._endpoints.output.fileno())
         self._loop.remove_writer(self._endpoints.input.fileno())
         self._loop = None
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDied("the engine was stopped"))
+        self._reader.stop()
         self._endpoints.close()
 
     def _send(self, kind: bytes, payload: bytes) -> None:
@@ -333,72 +335,38 @@ class CoreLink:
         self._tell_death(f"it does not take messages: {error}")
 
     def _on_readable(self) -> None:
+        """Read where the loop runs."""
+        if self._loop is None or self._is_dead:
+            return
+        if self._reader.read():
+            self._loop.call_soon(self._on_readable)
+        self._on_news()
+
+    def _on_news(self) -> None:
+        """Act on what was read."""
         if self._loop is None:
             return
+        outlets, irregular, stats, num_preemptions, utilities, end = self._reader.take()
+        # Nobody asked for these: all of its requests end so, and new ones do.
+        if any(_FINISHES[finish] == "abort" for _, finish, _, _ in irregular):
+            self._tell_death(TOLD_TO_END)
         try:
-            self._endpoints.output.fill()
-        except ZmtpError as error:
-            self._stop_reading(str(error))
+            self._deliver(outlets, irregular)
+            if stats is not None:
+                self._stats.update(*stats)
+            self._stats.add_preemptions(num_preemptions)
+            for message in utilities:
+                self._answer(msgspec.msgpack.decode(message)[4])
+        except Exception as error:
+            # Whatever it is, streams and callers would wait for ever for what was in it.
+            logger.exception("a message of the engine was not delivered")
+            end = f"its message was not delivered: {error!r}"
+        if end is None:
             return
-        except ConnectionError:
-            # Its process is at its end, which whoever watches that tells; what it said last is still taken.
-            self._loop.remove_reader(self._endpoints.output.fileno())
-        self._take_some()
-
-    def _catch_up_soon(self) -> None:
-        assert self._loop is not None
-        if not self._is_catching_up:
-            self._is_catching_up = True
-            self._loop.call_soon(self._catch_up)
-
-    def _catch_up(self) -> None:
-        self._is_catching_up = False
-        self._take_some()
-
-    def _take_some(self) -> None:
-        """Take messages that have come, and leave the rest for after others had their turn."""
-        if self._loop is None:
-            return
-        for _ in range(_MESSAGES_A_TURN):
-            try:
-                if not self._take_next():
-                    return
-            except (ZmtpError, _core.WireError) as error:
-                self._stop_reading(f"it sent a message that cannot be read: {error}")
-                return
-            except Exception as error:
-                # Whatever it is, streams would wait for ever for what was in the message.
-                logger.exception("a message of the engine was not delivered")
-                self._stop_reading(f"its message was not delivered: {error!r}")
-                return
-            if self._router.has_rest:
-                break
-        self._catch_up_soon()
-
-    def _take_next(self) -> bool:
-        """Take the rest of a message or a new one; whether there may be more."""
-        router = self._router
-        if router.has_rest:
-            self._deliver(router.take_rest(time.monotonic()))
-            return True
-        frames = self._endpoints.output.take()
-        if frames is None:
-            return False
-        if frames == [_DEAD]:
-            self._stop_reading("its engine core failed (EngineDeadError); its log says why")
-            return False
-        self._deliver(router.take(frames, time.monotonic()))
-        if (stats := router.stats) is not None:
-            self._stats.update(*stats)
-        self._stats.add_preemptions(router.num_preemptions)
-        if router.has_utility:
-            self._answer(msgspec.msgpack.decode(frames[0])[4])
-        return True
-
-    def _stop_reading(self, reason: str) -> None:
-        assert self._loop is not None
         self._loop.remove_reader(self._endpoints.output.fileno())
-        self._tell_death(reason)
+        # A process that has only gone is told of by whoever watches it.
+        if end:
+            self._tell_death(end)
 
     def _tell_death(self, reason: str) -> None:
         assert self._on_death is not None
@@ -408,9 +376,9 @@ class CoreLink:
                 future.set_exception(EngineDied(f"the engine died: {reason}"))
         self._on_death(reason)
 
-    def _deliver(self, outlets: Sequence[Outlet]) -> None:
-        """Tell of the rows that the router took."""
-        for key, finish, num_tokens, _ in self._router.irregular:
+    def _deliver(self, outlets: Sequence[Outlet], irregular: Sequence[tuple[int, int, int, bool]]) -> None:
+        """Tell of the rows that were put into pumps, and of those that were not."""
+        for key, finish, num_tokens, _ in irregular:
             entry = self._by_key.get(key)
             if entry is not None:
                 is_constrained = entry.request.sampling.constraint is not None
@@ -425,7 +393,9 @@ class CoreLink:
         future = self._calls.get(number)
         if future is None or future.done():
             return
-        if failure is not None:
+        if failure == _REFUSED_AT_THE_END:
+            future.set_exception(EngineDied(f"the engine died: {TOLD_TO_END}"))
+        elif failure is not None:
             future.set_exception(Exception(failure))
         else:
             # Beside the value stand the names of its types, which plain values do not need.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from twinjet.engines.base import Logprob, OutputEvent, PromptEvent, TokenLogprobs
 from twinjet.engines.text import finish_of
 from twinjet.engines.vllm.fields import NO_TOKEN
-from twinjet.errors import NoAdmissibleToken, RequestFailed
+from twinjet.errors import EngineDied, NoAdmissibleToken, RequestFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from twinjet._core import Output
 
     TokenText = Callable[[int], str]
+
+TOLD_TO_END = "it was told to end"
 
 
 def token_logprobs(
@@ -74,6 +76,9 @@ def failure(
     reason: no_token is NO_TOKEN as the stop reason, the others are vLLM's own. has_new_tokens: its last delta
     has some.
     """
+    if reason == "abort":
+        # Where we did not ask for it, the engine core got a signal to end.
+        return EngineDied(f"the engine died: {TOLD_TO_END}")
     # A grammar never rejects what was drawn under its own mask, unless nothing could be drawn.
     if reason == "no_token" or (reason == "error" and is_constrained and has_new_tokens):
         return NoAdmissibleToken()

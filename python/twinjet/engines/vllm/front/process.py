@@ -92,6 +92,8 @@ class _EngineProcess(BaseProcess):
         kept = {name: os.environ[name] for name in _LOADER_VARIABLES if name in os.environ}
         os.environ.clear()
         os.environ.update(self.environment | kept)
+        # A terminal's Ctrl-C is the server's to act on, which lets running requests finish.
+        os.setsid()
         _die_with_parent()
         phases = self.phases
         kwargs: dict[str, Any] = self._kwargs  # type: ignore[attr-defined]

@@ -2,7 +2,8 @@
 
 libzmq reads and writes in a thread of its own, and a message that comes alone wakes it on its way in and on its
 way out; here both happen where the message is wanted. Only what an engine core needs is spoken: one peer, the
-NULL mechanism (https://rfc.zeromq.org/spec/23/).
+NULL mechanism (https://rfc.zeromq.org/spec/23/). What it answers is read by csrc/vllm/zmtp_reader.h, once both have
+introduced themselves here.
 """
 
 from __future__ import annotations
@@ -101,6 +102,12 @@ class Connection:
         self._end += count
         if not self.is_ready:
             self._introduce()
+
+    def detach(self) -> bytes:
+        """Give what was read and not taken, and read no more: somebody else does."""
+        unread = bytes(self._view[self._begin : self._end])
+        self._begin = self._end = 0
+        return unread
 
     def take(self) -> list[bytes] | None:
         """Give the frames of the next message; None if it has not come whole. Raises ZmtpError."""
