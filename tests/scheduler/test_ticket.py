@@ -102,6 +102,22 @@ async def test_tokens_are_booked_to_the_address_of_who_names_no_tenant(engine: F
     await assert_no_trace(dispatcher, engine)
 
 
+async def test_tokens_that_nobody_has_collected_are_booked_when_their_request_leaves(
+    engine: FakeEngine,
+) -> None:
+    dispatcher = make_dispatcher(engine)
+    stalled = tuple(b"!stall")
+    leaves = begin(dispatcher, make_request("leaves", prompt=stalled, max_tokens=100, client="leaves"))
+    stays = begin(dispatcher, make_request("stays", prompt=stalled, max_tokens=100, client="stays"))
+    dispatcher.pump.step([(leaves.key, (97,) * 5, None, None, (0, None), None)], 0.0)
+    leaves.close()
+    clients = dispatcher._core._clients
+    assert clients["leaves"].counter == len(stalled) + 2 * 5
+    assert clients["stays"].counter == len(stalled)
+    stays.close()
+    await assert_no_trace(dispatcher, engine)
+
+
 async def test_the_slot_is_free_with_the_last_token_though_nobody_reads(engine: FakeEngine) -> None:
     dispatcher = make_dispatcher(engine, max_running=1)
     slow = begin(dispatcher, request("slow", max_tokens=3))

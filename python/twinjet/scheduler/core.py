@@ -277,6 +277,7 @@ class Scheduler:
         """Account for the tokens of a step: in all, and by Account.index."""
         self._output_rate.add(now, num_tokens)
         for index, count in accounts:
+            assert index >= 0, "what has no requests has no tokens"
             account = self._account_at[index]
             if account is not None:
                 self._charge(account, count * self._output_weight, count)

@@ -383,7 +383,7 @@ class Dispatcher:
         if ticket.key:
             num_left = self.pump.remove(ticket.key)
             if num_left:
-                self._core.add_step(num_left, [(entry.tenant.index, num_left)], self._clock())
+                self._core.add_step(num_left, [(entry.account.index, num_left)], self._clock())
             entry.num_output_tokens = ticket.stream.num_output_tokens
             entry.first_token_at = ticket.stream.first_token_at
             entry.last_token_at = ticket.stream.last_token_at
