@@ -30,11 +30,15 @@ if __name__ == "__main__":
 
 @contextmanager
 def server(
-    folder: Path, settings: str, port: int = 0, environment: Mapping[str, str] | None = None
+    folder: Path,
+    settings: str,
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
+    grace_s: float = 3,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run a server until its first model is ready or has failed; gives the process and its address."""
     path, main = folder / "twinjet.toml", folder / "main.py"
-    path.write_text(f"[server]\nport = {port}\ngrace_s = 3\n{settings}")
+    path.write_text(f"[server]\nport = {port}\ngrace_s = {grace_s}\n{settings}")
     main.write_text(MAIN)
     log = (folder / "server.log").open("w+")
     process = subprocess.Popen(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
-from tests.server.processes import server
+from tests.server.processes import Service, server
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 FAKE = '[deployments.fake]\nengine = "fake"\noptions = { step_s = 0.01 }\n'
@@ -35,6 +36,22 @@ def test_sigterm_ends_what_outlasts_the_grace(tmp_path: Path) -> None:
             list(events)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
         assert process.wait(10) == 0
+
+
+def test_a_second_signal_ends_what_still_runs(tmp_path: Path) -> None:
+    with server(tmp_path, FAKE, grace_s=600) as (process, address):
+        service = Service(process, address)
+        events = service.inference.Generate(generation_pb2.GenerateRequest(text="x"))
+        assert next(events).HasField("started")
+        process.send_signal(signal.SIGINT)
+        service.until(lambda: service.status("fake") != health_pb2.HealthCheckResponse.SERVING, 30)
+        assert next(events)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(events)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+        assert process.wait(60) == 0
+        service.channel.close()
 
 
 def test_exit_1_when_every_engine_was_given_up(tmp_path: Path) -> None:

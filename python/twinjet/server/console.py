@@ -48,7 +48,7 @@ class _Console:
 
     def changed(self, server: Server) -> None:
         if server.deployments.is_draining:
-            self._progress.update("stopping: running requests finish first")
+            self._progress.update("stopping: running requests finish first, unless Ctrl-C comes again")
             return
         supervisors = [d.supervisor for d in server.deployments.by_name.values()]
         waiting = [s for s in supervisors if s.state in (State.LOADING, State.RESTARTING)]

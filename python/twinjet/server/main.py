@@ -77,6 +77,8 @@ class Server:
         self.grammars = Grammars(GrammarRoom(limits), verify=config.grammar.verify)
         self._on_change = on_change
         self._stop_asked = asyncio.Event()
+        self._is_signalled = False
+        self._hurry_asked = asyncio.Event()
         self.load_reports = LoadReports(self.deployments)
         self._health = Health()
         self._health_updates: asyncio.Queue[str] = asyncio.Queue()
@@ -135,6 +137,13 @@ class Server:
         """Make run() drain and return."""
         self._stop_asked.set()
 
+    def take_signal(self) -> None:
+        """Ask to stop; the second time, have what still runs ended at once."""
+        if self._is_signalled:
+            self._hurry_asked.set()
+        self._is_signalled = True
+        self.ask_to_stop()
+
     async def run(self) -> int:
         """Serve until asked to stop or until nothing is left to serve; return the exit code."""
         await self._stop_asked.wait()
@@ -168,7 +177,7 @@ class Server:
         for model in self.deployments.models:
             self._model_changed(model)
         num_live = len(self.live)
-        await self.live.wait(self.config.server.grace_s if grace_s is None else grace_s)
+        await self._wait_for_live(self.config.server.grace_s if grace_s is None else grace_s)
         num_ended = len(self.live)
         if num_ended:
             error = Unavailable("the server is shutting down", reason="DRAINING", retry_after_s=1)
@@ -176,6 +185,15 @@ class Server:
                 deployment.dispatcher.detach(error)
             await self.live.wait(CLEANUP_S)
         return num_live - num_ended, num_ended
+
+    async def _wait_for_live(self, limit_s: float) -> None:
+        waits = [asyncio.create_task(self.live.wait(limit_s)), asyncio.create_task(self._hurry_asked.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
 
     def _register(self) -> None:
         inference = InferenceServicer(
@@ -315,7 +333,7 @@ async def _serve(
     try:
         server = Server(config, on_change=changed)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.ask_to_stop)
+            loop.add_signal_handler(number, server.take_signal)
         if read is not None:
             loop.add_signal_handler(signal.SIGHUP, ask_to_reload)
         await server.start()
