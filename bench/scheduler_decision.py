@@ -28,14 +28,16 @@ BLOCK_SIZE = 16
 SHARED_PREFIX = 256
 
 
-def make_request(number: int, *, tenants: int, prompt: int, rng: random.Random) -> EngineRequest:
+def make_request(number: int, *, tenants: int, named: bool, prompt: int, rng: random.Random) -> EngineRequest:
+    """One of `tenants` tenants' or, unless named, of as many addresses that name none."""
     group = number % 8
     shared = range(group * SHARED_PREFIX, (group + 1) * SHARED_PREFIX)
     own = (rng.randrange(100_000) for _ in range(prompt - SHARED_PREFIX))
     return EngineRequest(
         request_id=f"r{number}",
         prompt_token_ids=(*shared, *own),
-        tenant=f"t{number % tenants}",
+        tenant=f"t{number % tenants}" if named else "",
+        client_address=f"ipv4:10.0.0.{number % tenants}",
         sampling=Sampling(
             temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, frequency_penalty=0.0,
             presence_penalty=0.0, logit_bias=MappingProxyType({}), seed=0, n=1, max_tokens=1024, min_tokens=0,
@@ -65,9 +67,12 @@ def make_info(num_blocks: int) -> EngineInfo:
 class Run:
     """A scheduler kept at 1,000 queued and 256 running (or as many as the cache holds)."""
 
-    def __init__(self, *, tenants: int, prompt: int, num_blocks: int, settings: dict[str, object]) -> None:
+    def __init__(
+        self, *, tenants: int, prompt: int, num_blocks: int, settings: dict[str, object], named: bool = True
+    ) -> None:
         self.rng = random.Random(1)
         self.tenants = tenants
+        self.named = named
         self.prompt = prompt
         self.now = 0.0
         self.number = 0
@@ -82,7 +87,9 @@ class Run:
 
     def requests(self, count: int) -> list[EngineRequest]:
         made = [
-            make_request(self.number + i, tenants=self.tenants, prompt=self.prompt, rng=self.rng)
+            make_request(
+                self.number + i, tenants=self.tenants, named=self.named, prompt=self.prompt, rng=self.rng
+            )
             for i in range(count)
         ]
         self.number += count
@@ -139,6 +146,9 @@ class Run:
 SCENARIOS: dict[str, dict[str, object]] = {
     "slots bind, 20 tenants": {"tenants": 20, "prompt": 512, "num_blocks": 40_000, "settings": {}},
     "slots bind, 1,000 tenants": {"tenants": 1000, "prompt": 512, "num_blocks": 40_000, "settings": {}},
+    "slots bind, 20 addresses": {
+        "tenants": 20, "named": False, "prompt": 512, "num_blocks": 40_000, "settings": {},
+    },
     "slots bind, shortest first": {
         "tenants": 20, "prompt": 512, "num_blocks": 40_000, "settings": {"tenant_order": "shortest"},
     },

@@ -188,11 +188,12 @@ class KvRetention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """One request as an engine gets it.
+    """One request as an engine gets it, with what the scheduler has to know.
 
     prompt_token_ids: at least one, each in 0 .. vocab_size - 1; with sampling.max_tokens within the context.
     grammar: sampling.constraint compiled for this engine's vocabulary; None only where there is no constraint or the
-    engine has none. priority: -100 to 100, higher first. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
+    engine has none. priority: -100 to 100, higher first. client_address: where the caller is,
+    without the port; tells those apart who name no tenant, "" is unknown. cache_salt, adapter: "" is none. deadline: time.monotonic() seconds,
     None is none; engines may use it, the server enforces it. data_parallel_rank: a hint, at least 0, None is any.
     trace_headers: the caller's W3C trace context, empty is none. prefill_only: end with a handoff. handoff: a sealed one
     to go on from, as it came; b"" is none.
@@ -204,6 +205,7 @@ class EngineRequest:
     grammar: CompiledGrammar | None = None
     priority: int = 0
     tenant: str = ""
+    client_address: str = ""
     cache_salt: str = ""
     adapter: str = ""
     deadline: float | None = None

@@ -334,12 +334,29 @@ async def test_a_failure_that_is_told_counts_in_the_load_reports(serve: Serve) -
     assert [type(error).__name__ for error in counted] == ["RequestFailed", "NoneType"]
 
 
-async def test_requests_are_accounted_to_the_configured_tenant(serve: Serve) -> None:
-    h = await serve(protocols={"openengine": {"enabled": True, "tenant": "dynamo"}})
+async def test_a_priority_above_the_deployments_bound_is_named_in_the_words_of_the_protocol(
+    serve: Serve,
+) -> None:
+    deployments = {"fake": {"engine": "fake", "scheduler": {"max_priority": 5}}}
+    h = await serve(protocols=ON, deployments=deployments)
+    error = await refused(Client(h).generate(request(), metadata=(("openengine-priority", "6"),)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = details(error)["BadRequest"].field_violations
+    assert violation.field == "openengine-priority" and "-100 to 5" in violation.description
+
+
+@pytest.mark.parametrize("tenant", ["dynamo", ""])
+async def test_requests_are_accounted_to_the_configured_tenant_or_to_addresses(
+    serve: Serve, tenant: str
+) -> None:
+    h = await serve(protocols={"openengine": {"enabled": True, "tenant": tenant}})
+    dispatcher = h.server.deployments.by_name["fake"].dispatcher
     call: Any = Client(h).inference.Generate(request("!stall"))
-    await h.until(lambda: bool(h.server.deployments.by_name["fake"].dispatcher.load().running))
+    await h.until(lambda: bool(dispatcher.load().running))
     load = await h.admin.GetLoad(admin_pb2.GetLoadRequest())
-    assert [t.tenant for t in load.models[0].tenants] == ["dynamo"]
+    assert [t.tenant for t in load.models[0].tenants] == [tenant]
+    (entry,) = dispatcher._core.entries()
+    assert entry.account.name == (tenant or "ipv4:127.0.0.1")
     call.cancel()
     await h.until_idle()
 

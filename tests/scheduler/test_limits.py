@@ -123,6 +123,51 @@ def test_retry_delays_follow_the_drain_rate() -> None:
 
 
 @pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_waiting": 18},
+        {"max_waiting_tokens": 180},
+        {"max_waiting_bytes": 18 * 2408},
+        {"default_tenant": {"max_waiting": 18}},
+        {"default_tenant": {"max_waiting_tokens": 180}},
+        {"default_tenant": {"max_waiting_bytes": 18 * 2408}},
+    ],
+)
+def test_one_address_without_a_tenant_leaves_a_ninth_of_the_queue_to_others(
+    limits: dict[str, object],
+) -> None:
+    core = start(**limits)
+    for i in range(16):
+        core.offer(make_request(f"flood{i}", prompt=10, client="flooder"), 0.0)
+    with pytest.raises(Overloaded, match="from this address") as refused:
+        core.offer(make_request("more", prompt=10, client="flooder"), 0.0)
+    assert refused.value.retry_after_s is not None
+    if "max_waiting" in limits:
+        with pytest.raises(Overloaded, match="from this address"):
+            core.check_before("more", "", "flooder", 0.0)
+        core.check_before("neighbour", "", "neighbour", 0.0)
+        core.check_before("named", "acme", "flooder", 0.0)
+    core.offer(make_request("neighbour", prompt=10, client="neighbour"), 0.0)
+    core.offer(make_request("last", prompt=10, client="third"), 0.0)
+    with pytest.raises(Overloaded, match="are allowed"):
+        core.offer(make_request("one too many", prompt=10, client="fourth"), 0.0)
+    core.release(core.find("flood0"), 0.0)
+    core.offer(make_request("named", prompt=10, tenant="acme", client="flooder"), 0.0)
+    for entry in core.entries():
+        core.release(entry, 0.0)
+    for i in range(16):
+        core.offer(make_request(f"again{i}", prompt=10, client="flooder"), 0.0)
+
+
+def test_a_named_tenant_may_fill_the_queue_and_one_large_request_all_of_it() -> None:
+    core = start(max_waiting=18, max_waiting_tokens=180)
+    for i in range(18):
+        core.offer(make_request(f"r{i}", prompt=10, tenant="acme"), 0.0)
+    core = start(max_waiting_tokens=180)
+    core.offer(make_request("large", prompt=180), 0.0)
+
+
+@pytest.mark.parametrize(
     ("limits", "fits"),
     [
         ({"max_waiting": 3}, 3),

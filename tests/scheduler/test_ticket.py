@@ -89,6 +89,35 @@ async def test_tokens_are_booked_into_ledger_shares_and_rates(engine: FakeEngine
     await assert_no_trace(dispatcher, engine)
 
 
+async def test_tokens_are_booked_to_the_address_of_who_names_no_tenant(engine: FakeEngine) -> None:
+    dispatcher = make_dispatcher(engine)
+    asked = {"x": 40, "y": 20}
+    tickets = [begin(dispatcher, request(name, max_tokens=n, client=name)) for name, n in asked.items()]
+    named = request("z", max_tokens=10, tenant="z", client="x")
+    await asyncio.gather(*map(read_all, [*tickets, begin(dispatcher, named)]))
+    core = dispatcher._core
+    assert {name: core._clients[name].counter for name in asked} == {n: 3 + 2 * asked[n] for n in asked}
+    assert core._anonymous.served == sum(3 + 2 * n for n in asked.values())
+    assert core._tenants["z"].served == 3 + 2 * 10
+    await assert_no_trace(dispatcher, engine)
+
+
+async def test_tokens_that_nobody_has_collected_are_booked_when_their_request_leaves(
+    engine: FakeEngine,
+) -> None:
+    dispatcher = make_dispatcher(engine)
+    stalled = tuple(b"!stall")
+    leaves = begin(dispatcher, make_request("leaves", prompt=stalled, max_tokens=100, client="leaves"))
+    stays = begin(dispatcher, make_request("stays", prompt=stalled, max_tokens=100, client="stays"))
+    dispatcher.pump.step([(leaves.key, (97,) * 5, None, None, (0, None), None)], 0.0)
+    leaves.close()
+    clients = dispatcher._core._clients
+    assert clients["leaves"].counter == len(stalled) + 2 * 5
+    assert clients["stays"].counter == len(stalled)
+    stays.close()
+    await assert_no_trace(dispatcher, engine)
+
+
 async def test_the_slot_is_free_with_the_last_token_though_nobody_reads(engine: FakeEngine) -> None:
     dispatcher = make_dispatcher(engine, max_running=1)
     slow = begin(dispatcher, request("slow", max_tokens=3))
@@ -188,11 +217,11 @@ async def test_what_would_be_refused_anyway_is_refused_before_the_prompt_is_know
     )
     tickets = [begin(dispatcher, request("a", tenant="small", max_tokens=4000))]
     with pytest.raises(Overloaded, match="1 concurrent streams"):
-        dispatcher.check("new", "small")
-    dispatcher.check("new", "other")
+        dispatcher.check("new", "small", "")
+    dispatcher.check("new", "other", "")
     tickets.append(begin(dispatcher, request("b")))
     with pytest.raises(Overloaded, match="queue is full"):
-        dispatcher.check("new", "other")
+        dispatcher.check("new", "other", "")
     assert dispatcher.load().refused == 2
     for ticket in tickets:
         ticket.close()

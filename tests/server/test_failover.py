@@ -108,7 +108,7 @@ async def test_requests_that_wait_or_run_without_a_token_go_on_elsewhere(serve: 
     await h.until(lambda: len(h.server.live) == 0)
 
 
-async def test_seed_and_deadline_are_those_of_the_first_attempt(serve: Serve) -> None:
+async def test_seed_deadline_and_address_are_those_of_the_first_attempt(serve: Serve) -> None:
     h = await serve(deployments={"a": FAKE, "b": FAKE}, routes=TO_B)
     a, b = _engine(h, "a"), _engine(h, "b")
     _hold(a)
@@ -119,6 +119,7 @@ async def test_seed_and_deadline_are_those_of_the_first_attempt(serve: Serve) ->
     messages = await call
     (first,), (second,) = at_a, at_b
     assert second.sampling == first.sampling and second.deadline == first.deadline is not None
+    assert second.client_address == first.client_address == "ipv4:127.0.0.1"
     assert messages[-1].summary.seed == first.sampling.seed
     again = _request()
     again.sampling.seed = first.sampling.seed

@@ -166,8 +166,8 @@ class _Both:
             assert 0 <= sampling.seed < 2**53
             sampling = sampling.fitted(seed=0, max_tokens=sampling.max_tokens)
         return (
-            given.prompt_token_ids, sampling, given.tenant, given.cache_salt, given.adapter, given.priority,
-            given.deadline is None, given.data_parallel_rank, given.kv_retention, dict(given.trace_headers),
+            given.prompt_token_ids, sampling, given.tenant, given.client_address, given.cache_salt, given.adapter,
+            given.priority, given.deadline is None, given.data_parallel_rank, given.kv_retention, dict(given.trace_headers),
             given.prefill_only, given.handoff, given.grammar,
         )  # fmt: skip
 

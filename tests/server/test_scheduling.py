@@ -83,3 +83,27 @@ async def test_queued_events_tell_the_place_and_get_load_the_tenants(serve: Serv
         assert kinds(messages)[-1] == "summary"
     started = next(m.started for m in messages if m.HasField("started"))
     assert started.queue_position == 1
+
+
+async def test_a_priority_above_the_deployments_bound_is_refused_and_the_bound_told(serve: Serve) -> None:
+    h = await serve(deployments=deployments(max_priority=5))
+    message = generation_pb2.ChatMessage(role="user", content="x")
+
+    def asked(priority: int) -> tuple[Any, Any]:
+        options = generation_pb2.RequestOptions(priority=priority)
+        sampling = sampling_pb2.SamplingParams(max_tokens=2)
+        chat = generation_pb2.ChatRequest(messages=[message], sampling=sampling, options=options)
+        return h.inference.Generate(Request(text="x", sampling=sampling, options=options)), h.inference.Chat(
+            chat
+        )
+
+    for call in asked(6):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(call)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        (violation,) = details(caught.value)["BadRequest"].field_violations
+        assert violation.field == "options.priority"
+        assert "-100 to 5" in violation.description
+    for priority in (5, 0, -100):
+        for call in asked(priority):
+            assert kinds(await collect(call))[-1] == "summary"

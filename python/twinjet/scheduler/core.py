@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Final, NoReturn, get_args
+from typing import Final, NoReturn, TypeVar, get_args
 
 from twinjet._core import LengthEstimator
 from twinjet.engines.base import EngineInfo
@@ -25,7 +25,7 @@ from twinjet.errors import (
     Unavailable,
 )
 from twinjet.request import EngineRequest
-from twinjet.scheduler.entry import ENDED, RUNNING, WAITING, Entry, Tenant, request_bytes
+from twinjet.scheduler.entry import ENDED, RUNNING, WAITING, Account, Client, Entry, Tenant, request_bytes
 from twinjet.scheduler.events import Refusal, SchedulerLoad, TenantReading
 from twinjet.scheduler.ledger import KvLedger
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
@@ -33,23 +33,35 @@ from twinjet.scheduler.queue import FairQueue
 from twinjet.scheduler.quota import RetryPacer, TokenBucket
 from twinjet.scheduler.settings import SchedulerSettings
 
-MAX_IDLE_TENANTS: Final = 10_000
-"""Accounts kept of tenants that have nothing waiting or running; the longest idle are forgotten first."""
+MAX_ACCOUNTS: Final = 10_000
+"""Accounts kept of tenants, and of the anonymous one's clients; beyond, those are forgotten that were longest idle.
+
+More are kept only while they have requests.
+"""
+
+_NUM_LOOKED_AT: Final = 4
+"""How many accounts may be forgotten when one comes to rest: more than come, so that too many are not kept for long."""
+
+MAX_TIMES_LEFT: Final = 8
+"""A client of the anonymous tenant may have so many times what it leaves free of a limit of the queue in it."""
 
 MIN_OBSERVED: Final = 32
 """Finished requests of a tenant after which its own output lengths count, not those of all."""
+
+
+_Kept = TypeVar("_Kept", Tenant, Client)
 
 
 class Scheduler:
     """Admission, order and accounts of one deployment. Times are seconds of one monotonic clock."""
 
     __slots__ = (
-        "_attached", "_cached_weight", "_deadlines", "_draining", "_early_tokens", "_entries", "_fair",
-        "_first_token_s", "_free_indexes", "_idle_tenants", "_input_weight", "_is_blocked", "_ledger", "_lengths",
-        "_max_running", "_max_waiting", "_max_waiting_bytes", "_max_waiting_tokens", "_num_arrivals",
-        "_num_expired", "_num_leaving", "_num_running", "_num_running_sequences", "_output_rate",
+        "_account_at", "_anonymous", "_attached", "_cached_weight", "_clients", "_deadlines", "_draining",
+        "_early_tokens", "_entries", "_fair", "_first_token_s", "_free_indexes", "_input_weight", "_is_blocked",
+        "_ledger", "_lengths", "_many_waiting", "_many_waiting_bytes", "_many_waiting_tokens", "_max_running",
+        "_num_arrivals", "_num_expired", "_num_leaving", "_num_running", "_num_running_sequences", "_output_rate",
         "_output_weight", "_pacer", "_per_token_s", "_prompt_rate", "_queue", "_refused", "_served_work",
-        "_tenant_at", "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
+        "_tenants", "_waiting_bytes", "_waiting_tokens", "_waiting_work", "_work_rate", "settings",
     )  # fmt: skip
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -60,9 +72,9 @@ class Scheduler:
         self._input_weight = settings.input_token_weight
         self._cached_weight = settings.cached_token_weight
         self._output_weight = settings.output_token_weight
-        self._max_waiting = settings.max_waiting or math.inf
-        self._max_waiting_tokens = settings.max_waiting_tokens or math.inf
-        self._max_waiting_bytes = settings.max_waiting_bytes or math.inf
+        self._many_waiting = _many(settings.max_waiting)
+        self._many_waiting_tokens = _many(settings.max_waiting_tokens)
+        self._many_waiting_bytes = _many(settings.max_waiting_bytes)
         self._queue = FairQueue(
             shortest=settings.tenant_order == "shortest",
             prefix_window=settings.prefix_window,
@@ -71,10 +83,10 @@ class Scheduler:
             patience=settings.priority_patience,
         )
         self._entries: dict[str, Entry] = {}
-        self._tenants: dict[str, Tenant] = {}
-        self._tenant_at: list[Tenant | None] = []
+        self._tenants: OrderedDict[str, Tenant] = OrderedDict()
+        self._clients: OrderedDict[str, Client] = OrderedDict()
+        self._account_at: list[Account | None] = []
         self._free_indexes: list[int] = []
-        self._idle_tenants: OrderedDict[str, Tenant] = OrderedDict()
         self._deadlines: list[tuple[float, int, Entry]] = []
         self._num_arrivals = 0
         self._attached = False
@@ -90,6 +102,7 @@ class Scheduler:
         self._waiting_work = 0.0
         self._served_work = 0.0
         self._lengths = LengthEstimator(settings.default_output_tokens)
+        self._anonymous = self._new_tenant("", 0.0)
         self._prompt_rate = WindowRate()
         self._output_rate = WindowRate()
         self._work_rate = BackloggedRate()
@@ -171,17 +184,21 @@ class Scheduler:
             self._check_deadline(entry, now)
         return entry
 
-    def check_before(self, request_id: str, tenant_name: str, now: float) -> None:
+    def check_before(self, request_id: str, tenant_name: str, client_address: str, now: float) -> None:
         """Raise what offer() would, whatever the prompt: Unavailable, AlreadyExists, Overloaded."""
         self._check_open(request_id)
         if not self._fair:
             return
         try:
-            tenant = self._tenants.get(tenant_name)
+            tenant = self._tenants.get(tenant_name) if tenant_name else self._anonymous
             if tenant is not None and tenant.has_quota:
                 self._check_streams(tenant, now)
-            if self._queue.num_waiting >= self._max_waiting:
-                self._refuse_full(f"{self.settings.max_waiting} requests", now)
+            if self._queue.num_waiting >= self._many_waiting:
+                client = None if tenant_name else self._clients.get(client_address)
+                num_waiting = 0 if client is None else client.num_waiting
+                self._check_limit(
+                    self.settings.max_waiting, "requests", self._queue.num_waiting, 1, num_waiting, now
+                )
         except Overloaded as error:
             self._refused["quota" if error.quotas else "queue_full"] += 1
             raise
@@ -209,20 +226,20 @@ class Scheduler:
         if entry is None:
             return None
         self._leave_queue(entry)
-        tenant, num_prompt_tokens = entry.tenant, entry.num_prompt_tokens
+        account, num_prompt_tokens = entry.account, entry.num_prompt_tokens
         entry.state = RUNNING
         entry.dispatched_at = now
         self._num_running += 1
         self._num_running_sequences += entry.num_sequences
-        tenant.num_running += 1
+        entry.tenant.num_running += 1
+        if account is not entry.tenant:
+            account.num_running += 1
         self._prompt_rate.add(now, num_prompt_tokens)
         cached = 0
         if ledger is not None and entry.holding is not None:
             cached = ledger.num_cached_tokens(entry.holding)
         work = (num_prompt_tokens - cached) * self._input_weight + cached * self._cached_weight
-        self._charge(tenant, work)
-        if tenant.bucket is not None:
-            tenant.bucket.take(num_prompt_tokens)
+        self._charge(account, work, num_prompt_tokens)
         return entry
 
     def prompt_done(self, entry: Entry) -> None:
@@ -243,9 +260,7 @@ class Scheduler:
         if entry.holding is not None and self._ledger is not None:
             self._ledger.append(entry.holding, output_index, count)
         self._output_rate.add(now, count)
-        self._charge(entry.tenant, count * self._output_weight)
-        if entry.tenant.bucket is not None:
-            entry.tenant.bucket.take(count)
+        self._charge(entry.account, count * self._output_weight, count)
         if entry.num_output_tokens < entry.leaves_at or entry.is_leaving:
             return False
         entry.is_leaving = True
@@ -258,16 +273,14 @@ class Scheduler:
     def ledger(self) -> KvLedger | None:
         return self._ledger
 
-    def add_step(self, num_tokens: int, tenants: Iterable[tuple[int, int]], now: float) -> None:
-        """Account for the tokens of a step: in all, and by Tenant.index."""
+    def add_step(self, num_tokens: int, accounts: Iterable[tuple[int, int]], now: float) -> None:
+        """Account for the tokens of a step: in all, and by Account.index."""
         self._output_rate.add(now, num_tokens)
-        for index, count in tenants:
-            tenant = self._tenant_at[index]
-            if tenant is None:
-                continue
-            self._charge(tenant, count * self._output_weight)
-            if tenant.bucket is not None:
-                tenant.bucket.take(count)
+        for index, count in accounts:
+            assert index >= 0, "what has no requests has no tokens"
+            account = self._account_at[index]
+            if account is not None:
+                self._charge(account, count * self._output_weight, count)
 
     def first_token(self, entry: Entry, now: float) -> None:
         """The request's first tokens have come."""
@@ -284,7 +297,7 @@ class Scheduler:
         """Forget a request, in whatever state. finished: it ran to its end. Idempotent."""
         if entry.state is ENDED:
             return
-        tenant = entry.tenant
+        account = entry.account
         backlogged = self._queue.num_waiting > 0
         if entry.state is WAITING:
             self._queue.remove(entry)
@@ -292,7 +305,9 @@ class Scheduler:
         else:
             self._num_running -= 1
             self._num_running_sequences -= entry.num_sequences
-            tenant.num_running -= 1
+            entry.tenant.num_running -= 1
+            if account is not entry.tenant:
+                account.num_running -= 1
             self._num_leaving -= entry.is_leaving
             if entry.holding is not None and self._ledger is not None:
                 self._ledger.release(entry.holding)
@@ -304,8 +319,8 @@ class Scheduler:
         self._work_rate.observe(now, self._served_work, backlogged=backlogged)
         entry.state = ENDED
         del self._entries[entry.request_id]
-        if tenant.num_running == 0 and tenant.num_waiting == 0:
-            self._retire(tenant)
+        if account.num_running == 0 and account.num_waiting == 0:
+            self._rest(account)
         if len(self._deadlines) > 2 * len(self._entries) + 64:
             self._deadlines = [item for item in self._deadlines if item[2].state is not ENDED]
             heapq.heapify(self._deadlines)
@@ -370,33 +385,41 @@ class Scheduler:
 
     def load(self, now: float) -> SchedulerLoad:
         """All of the load; takes as long as there are tenants and requests."""
+        busy = [account for account in self._account_at if account is not None]
+        tenants = [account for account in busy if isinstance(account, Tenant)]
+        if len(tenants) < len(busy):
+            tenants.append(self._anonymous)
         return replace(
             self.totals(now),
-            tenants={
-                t.name: TenantReading(t.num_waiting, t.num_running, t.served) for t in self._tenants.values()
-            },
+            tenants={t.name: TenantReading(t.num_waiting, t.num_running, t.served) for t in tenants},
             request_ids=tuple(self._entries),
         )
 
     # Admission to the queue.
 
     def _new_entry(self, request: EngineRequest, now: float) -> Entry:
-        tenant = self._tenants.get(request.tenant) or self._idle_tenants.get(request.tenant)
-        if tenant is None:
-            settings = self.settings.tenant(request.tenant)
-            quota = settings.tokens_per_minute
-            bucket = TokenBucket(quota, now) if quota and self._fair else None
-            tenant = Tenant(request.tenant, settings, bucket, self._lengths)
+        account: Account
+        if name := request.tenant:
+            account = self._tenants.get(name) or self._new_tenant(name, now)
+        else:
+            address = request.client_address
+            account = self._clients.get(address) or Client(address, self._anonymous)
         self._num_arrivals += 1
-        entry = Entry(request, tenant, self._num_arrivals, now, request_bytes(request))
+        entry = Entry(request, account, self._num_arrivals, now, request_bytes(request))
         max_tokens = entry.max_tokens
         if self._early_tokens and entry.num_sequences == 1:
             entry.leaves_at = max(1, max_tokens - self._early_tokens)
-        expected = float(max_tokens) if entry.is_fixed else tenant.lengths.mean(max_tokens)
+        expected = float(max_tokens) if entry.is_fixed else entry.tenant.lengths.mean(max_tokens)
         entry.expected_output = expected
         output_work = expected * entry.num_sequences * self._output_weight
         entry.work = entry.num_prompt_tokens * self._input_weight + output_work
         return entry
+
+    def _new_tenant(self, name: str, now: float) -> Tenant:
+        settings = self.settings.tenant(name)
+        quota = settings.tokens_per_minute
+        bucket = TokenBucket(quota, now) if quota and self._fair else None
+        return Tenant(name, settings, bucket, self._lengths)
 
     def _check(self, entry: Entry, now: float) -> None:
         if entry.deadline <= now:
@@ -415,9 +438,9 @@ class Scheduler:
             self._check_quota(entry, now)
         if (
             entry.tenant.has_limits
-            or self._queue.num_waiting >= self._max_waiting
-            or self._waiting_tokens + entry.num_prompt_tokens > self._max_waiting_tokens
-            or self._waiting_bytes + entry.num_bytes > self._max_waiting_bytes
+            or self._queue.num_waiting >= self._many_waiting
+            or self._waiting_tokens + entry.num_prompt_tokens > self._many_waiting_tokens
+            or self._waiting_bytes + entry.num_bytes > self._many_waiting_bytes
         ):
             self._check_room(entry, now)
 
@@ -447,23 +470,45 @@ class Scheduler:
 
     def _check_room(self, entry: Entry, now: float) -> None:
         """Refuse what a limit leaves no room for, and name the limit."""
-        s, t, tenant = self.settings, entry.tenant.settings, entry.tenant
-        tokens, size = entry.num_prompt_tokens, entry.num_bytes
-        if 0 < s.max_waiting <= self._queue.num_waiting:
-            self._refuse_full(f"{s.max_waiting} requests", now)
-        if 0 < s.max_waiting_tokens < self._waiting_tokens + tokens:
-            self._refuse_full(f"{s.max_waiting_tokens} prompt tokens", now)
-        if 0 < s.max_waiting_bytes < self._waiting_bytes + size:
-            self._refuse_full(f"{s.max_waiting_bytes} bytes", now)
-        if 0 < t.max_waiting <= tenant.num_waiting:
-            self._refuse_full(f"{t.max_waiting} requests of one tenant", now)
-        if 0 < t.max_waiting_tokens < tenant.waiting_tokens + tokens:
-            self._refuse_full(f"{t.max_waiting_tokens} prompt tokens of one tenant", now)
-        if 0 < t.max_waiting_bytes < tenant.waiting_bytes + size:
-            self._refuse_full(f"{t.max_waiting_bytes} bytes of one tenant", now)
+        s, t, tenant, account = self.settings, entry.tenant.settings, entry.tenant, entry.account
+        requests, tokens, size = 0, 0, 0
+        if isinstance(account, Client):
+            requests, tokens, size = account.num_waiting, account.waiting_tokens, account.waiting_bytes
+        for limits, of, waiting in (
+            (s, "", (self._queue.num_waiting, self._waiting_tokens, self._waiting_bytes)),
+            (t, " of one tenant", (tenant.num_waiting, tenant.waiting_tokens, tenant.waiting_bytes)),
+        ):
+            self._check_limit(limits.max_waiting, f"requests{of}", waiting[0], 1, requests, now)
+            self._check_limit(
+                limits.max_waiting_tokens,
+                f"prompt tokens{of}",
+                waiting[1],
+                entry.num_prompt_tokens,
+                tokens,
+                now,
+            )
+            self._check_limit(limits.max_waiting_bytes, f"bytes{of}", waiting[2], entry.num_bytes, size, now)
 
-    def _refuse_full(self, limit: str, now: float) -> NoReturn:
-        raise Overloaded(f"the queue is full: {limit} are allowed", retry_after_s=self._retry_s(now))
+    def _check_limit(
+        self, limit: int, unit: str, held: int, wanted: int, held_by_client: int, now: float
+    ) -> None:
+        """Refuse `wanted` more if a limit, 0 for none, has no room or the client would leave too little to others.
+
+        held_by_client: 0 if it is a named tenant's request.
+        """
+        if limit == 0:
+            return
+        if held + wanted > limit:
+            self._refuse_full(f"{limit} {unit} are allowed", now)
+        if held_by_client and held_by_client + wanted > MAX_TIMES_LEFT * (limit - held):
+            self._refuse_full(
+                f"of {limit} {unit} {held_by_client} are from this address, which names no tenant, and the rest is "
+                "kept for others",
+                now,
+            )
+
+    def _refuse_full(self, why: str, now: float) -> NoReturn:
+        raise Overloaded(f"the queue is full: {why}", retry_after_s=self._retry_s(now))
 
     def _check_deadline(self, entry: Entry, now: float) -> None:
         """Refuse a queued request that would miss its deadline at the measured speeds."""
@@ -483,15 +528,10 @@ class Scheduler:
             )
 
     def _enter(self, entry: Entry, now: float) -> None:
-        tenant, num_tokens, num_bytes = entry.tenant, entry.num_prompt_tokens, entry.num_bytes
-        if tenant.num_waiting == 0 and tenant.num_running == 0:
-            self._idle_tenants.pop(tenant.name, None)
-            self._tenants[tenant.name] = tenant
-            if not self._free_indexes:
-                self._free_indexes.append(len(self._tenant_at))
-                self._tenant_at.append(None)
-            tenant.index = self._free_indexes.pop()
-            self._tenant_at[tenant.index] = tenant
+        tenant, account = entry.tenant, entry.account
+        num_tokens, num_bytes = entry.num_prompt_tokens, entry.num_bytes
+        if account.num_waiting == 0 and account.num_running == 0:
+            self._wake(account)
         self._entries[entry.request_id] = entry
         if self._ledger is not None:
             entry.prefix_hashes = self._ledger.hash(entry.request)
@@ -501,6 +541,9 @@ class Scheduler:
         entry.position_at_arrival = self._queue.push(entry)
         tenant.waiting_tokens += num_tokens
         tenant.waiting_bytes += num_bytes
+        if account is not tenant:
+            account.waiting_tokens += num_tokens
+            account.waiting_bytes += num_bytes
         self._waiting_tokens += num_tokens
         self._waiting_bytes += num_bytes
         self._waiting_work += entry.work
@@ -508,9 +551,13 @@ class Scheduler:
             heapq.heappush(self._deadlines, (entry.deadline, entry.order, entry))
 
     def _leave_queue(self, entry: Entry) -> None:
-        tenant, num_tokens, num_bytes = entry.tenant, entry.num_prompt_tokens, entry.num_bytes
+        tenant, account = entry.tenant, entry.account
+        num_tokens, num_bytes = entry.num_prompt_tokens, entry.num_bytes
         tenant.waiting_tokens -= num_tokens
         tenant.waiting_bytes -= num_bytes
+        if account is not tenant:
+            account.waiting_tokens -= num_tokens
+            account.waiting_bytes -= num_bytes
         self._waiting_tokens -= num_tokens
         self._waiting_bytes -= num_bytes
         self._waiting_work = self._waiting_work - entry.work if self._queue.num_waiting else 0.0
@@ -533,9 +580,40 @@ class Scheduler:
 
     # Accounts.
 
-    def _charge(self, tenant: Tenant, work: float) -> None:
-        tenant.counter += work / tenant.weight
-        tenant.served += work
+    def _wake(self, account: Account) -> None:
+        """The account, which may be new, gets its first request."""
+        if isinstance(account, Client):
+            self._clients[account.name] = account
+        else:
+            self._tenants[account.name] = account
+        if not self._free_indexes:
+            self._free_indexes.append(len(self._account_at))
+            self._account_at.append(None)
+        index = account.index = self._free_indexes.pop()
+        self._account_at[index] = account
+
+    def _rest(self, account: Account) -> None:
+        """The account's last request has ended."""
+        self._account_at[account.index] = None
+        self._free_indexes.append(account.index)
+        account.index = -1
+        if isinstance(account, Client):
+            self._clients.move_to_end(account.name)
+            if len(self._clients) > MAX_ACCOUNTS:
+                _forget_some(self._clients)
+        else:
+            self._tenants.move_to_end(account.name)
+            if len(self._tenants) > MAX_ACCOUNTS:
+                _forget_some(self._tenants)
+
+    def _charge(self, account: Account, work: float, num_tokens: int) -> None:
+        if isinstance(account, Client):
+            account.counter += work
+            account = account.tenant
+        account.counter += work / account.weight
+        account.served += work
+        if account.bucket is not None:
+            account.bucket.take(num_tokens)
         self._served_work += work
 
     def _learn(self, entry: Entry, *, finished: bool) -> None:
@@ -575,10 +653,19 @@ class Scheduler:
         interval = self._interval_s(now)
         return self._pacer.delay_s(now, self.settings.min_retry_s if interval is None else interval)
 
-    def _retire(self, tenant: Tenant) -> None:
-        del self._tenants[tenant.name]
-        self._tenant_at[tenant.index] = None
-        self._free_indexes.append(tenant.index)
-        self._idle_tenants[tenant.name] = tenant
-        if len(self._idle_tenants) > MAX_IDLE_TENANTS:
-            self._idle_tenants.popitem(last=False)
+
+def _many(limit: int) -> float:
+    """How much may wait, of a limit or 0 for none, before anybody has to be asked how much of it is theirs."""
+    return limit * MAX_TIMES_LEFT // (MAX_TIMES_LEFT + 1) if limit else math.inf
+
+
+def _forget_some(accounts: OrderedDict[str, _Kept]) -> None:
+    """Of too many, forget some of those that were longest idle."""
+    for _ in range(_NUM_LOOKED_AT):
+        if len(accounts) <= MAX_ACCOUNTS:
+            return
+        first = next(iter(accounts.values()))
+        if first.index >= 0:  # it has requests
+            accounts.move_to_end(first.name)
+        else:
+            del accounts[first.name]

@@ -164,6 +164,11 @@ class Dispatcher:
         """Sequences that may run at once; of the last engine, 0 before there was one."""
         return self._core.max_running
 
+    @property
+    def max_priority(self) -> int:
+        """The highest priority that clients may ask for."""
+        return self._settings.max_priority
+
     def load(self) -> SchedulerLoad:
         return self._core.load(self._clock())
 
@@ -225,12 +230,12 @@ class Dispatcher:
             if not self._streams:
                 self._idle.set()
 
-    def check(self, request_id: str, tenant: str) -> None:
+    def check(self, request_id: str, tenant: str, client_address: str) -> None:
         """Refuse at once what open() would refuse whatever the prompt, so that nobody tokenizes in vain.
 
         Raises Unavailable, AlreadyExists, Overloaded.
         """
-        self._core.check_before(request_id, tenant, self._clock())
+        self._core.check_before(request_id, tenant, client_address, self._clock())
 
     # Tickets: a request whose outputs go through the pump. Below, what its ticket calls.
 
@@ -283,7 +288,11 @@ class Dispatcher:
         ticket.is_granted = True
         ticket.stream.set_dispatched(entry.position_at_arrival, entry.dispatched_at)
         ticket.key = self.pump.add(
-            ticket.stream, ticket, tenant=entry.tenant.index, holding=entry.holding, leaves_at=entry.leaves_at
+            ticket.stream,
+            ticket,
+            tenant=entry.account.index,
+            holding=entry.holding,
+            leaves_at=entry.leaves_at,
         )
         ticket.engine = engine
         try:
@@ -301,9 +310,9 @@ class Dispatcher:
     def collect(self) -> None:
         """Account for what steps have brought since the last call, and wake who waits for it."""
         now = self.last_step_at = self._clock()
-        num_tokens, tenants, requests, ended_early = self.pump.collect(self._core.ledger)
+        num_tokens, accounts, requests, ended_early = self.pump.collect(self._core.ledger)
         if num_tokens:
-            self._core.add_step(num_tokens, tenants, now)
+            self._core.add_step(num_tokens, accounts, now)
         may_go = False
         for ticket, happened in requests:
             if happened & ~Pump.AWAITED:
@@ -374,7 +383,7 @@ class Dispatcher:
         if ticket.key:
             num_left = self.pump.remove(ticket.key)
             if num_left:
-                self._core.add_step(num_left, [(entry.tenant.index, num_left)], self._clock())
+                self._core.add_step(num_left, [(entry.account.index, num_left)], self._clock())
             entry.num_output_tokens = ticket.stream.num_output_tokens
             entry.first_token_at = ticket.stream.first_token_at
             entry.last_token_at = ticket.stream.last_token_at

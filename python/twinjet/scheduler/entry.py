@@ -1,4 +1,4 @@
-"""One request inside the scheduler, and the tenant it is accounted to."""
+"""One request inside the scheduler, and whom it is accounted to: a tenant, and a client of the anonymous one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tenant:
 
     own_lengths: of the tenant's outputs; lengths: what to go by, of all tenants' until the own tell enough.
     first_lengths: length and whether complete of its outputs, until there are enough for own_lengths.
-    index: a small number of its own while it has requests. has_quota, has_limits: whether any quota, any limit of its waiting requests is set.
+    index: a small number of its own while it has requests, but for the anonymous tenant, whose clients have theirs. has_quota, has_limits: whether any quota, any limit of its waiting requests is set.
     """
 
     __slots__ = (
@@ -60,25 +60,50 @@ class Tenant:
         self.waiting_bytes = 0
 
 
+class Client:
+    """One address from which requests come that name no tenant. counter, index: as a Tenant's, by weight 1.
+
+    name: the address, "" where it is unknown. tenant: the anonymous one, which has all of this in its own account too.
+    """
+
+    __slots__ = (
+        "counter", "index", "name", "num_running", "num_waiting", "tenant", "waiting_bytes", "waiting_tokens",
+    )  # fmt: skip
+
+    def __init__(self, name: str, tenant: Tenant) -> None:
+        self.name = name
+        self.tenant = tenant
+        self.counter = 0.0
+        self.index = -1
+        self.num_waiting = 0
+        self.num_running = 0
+        self.waiting_tokens = 0
+        self.waiting_bytes = 0
+
+
+Account = Tenant | Client
+
+
 class Entry:
     """One request from offer to release. Times are seconds of the scheduler's clock.
 
-    order: arrival. key: place among the tenant's requests, least first. is_fixed: outputs will have max_tokens.
+    account: the client, if the tenant is the anonymous one; else the tenant. order: arrival. key: place among the tenant's requests, least first. is_fixed: outputs will have max_tokens.
     What decisions need of the request is kept here: by then the request itself has left the CPU's caches.
     """
 
     __slots__ = (
-        "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
+        "account", "arrival", "deadline", "dispatched_at", "expected_output", "expired", "first_token_at", "holding",
         "is_fixed", "is_leaving", "key", "last_token_at", "leaves_at", "max_tokens", "num_bytes", "num_finished",
         "num_output_tokens", "num_prompt_tokens", "num_sequences", "order", "position_at_arrival",
         "prefix_hashes", "priority", "request", "request_id", "state", "tenant", "work",
     )  # fmt: skip
 
     def __init__(
-        self, request: EngineRequest, tenant: Tenant, order: int, arrival: float, num_bytes: int
+        self, request: EngineRequest, account: Account, order: int, arrival: float, num_bytes: int
     ) -> None:
         self.request = request
-        self.tenant = tenant
+        self.account = account
+        self.tenant = account.tenant if isinstance(account, Client) else account
         self.order = order
         self.key = order
         self.arrival = arrival

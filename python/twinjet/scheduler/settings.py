@@ -49,7 +49,8 @@ class SchedulerSettings(BaseModel):
     that its slot is not empty for a step; the engine's own queue holds it until then. 0 waits for the end."""
 
     max_waiting: Count = 4096
-    """Most requests in the queue; 0 is no limit, here and in the next two."""
+    """Most requests in the queue; 0 is no limit, here and in the next two. Of each one address without a tenant
+    leaves a ninth free."""
     max_waiting_tokens: Count = 16_000_000
     """Most prompt tokens in the queue."""
     max_waiting_bytes: Count = 1 << 30
@@ -77,6 +78,8 @@ class SchedulerSettings(BaseModel):
     """How many requests may go before the one whose turn it is while that one does not fit the KV cache."""
     priority_patience: Count = 64
     """After so many dispatches from higher classes a waiting lower class gets one; 0 is never."""
+    max_priority: Annotated[int, Field(ge=0, le=100)] = 100
+    """Highest priority that clients may ask for; whoever may ask for more than others goes before them."""
 
     output_reserve: Literal["estimate", "max"] = "estimate"
     """KV blocks kept for outputs to come: by the learnt distribution of output lengths, or max_tokens of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from twinjet.errors import Overloaded, QuotaExcess
@@ -86,6 +87,7 @@ def _full(subject: str, where: str, limit: int) -> Overloaded:
     )
 
 
+@lru_cache(maxsize=4096)
 def address_of(peer: str) -> str:
     """Give a connection's name without its port."""
     return peer.rpartition(":")[0] or peer

@@ -44,7 +44,7 @@ MAX_DETOKENIZED_IDS = 1 << 16
 
 
 class _Arrival(NamedTuple):
-    """When a call came in and when it must have ended, in time.monotonic() seconds; deadline None is none.
+    """When a call came in and when it must have ended, in time.monotonic() seconds; deadline None is none. And whence.
 
     Read once, before any work: the time that gRPC still gives shrinks while the request is looked at.
     """
@@ -52,13 +52,14 @@ class _Arrival(NamedTuple):
     at: float
     deadline: float | None
     trace_headers: Mapping[str, str]
+    client_address: str
 
     @classmethod
     def of(cls, context: Context) -> _Arrival:
         now = time.monotonic()
         left_s = context.time_remaining()
         trace = convert.trace_headers(context.invocation_metadata())
-        return cls(now, None if left_s is None else now + left_s, trace)
+        return cls(now, None if left_s is None else now + left_s, trace, address_of(context.peer()))
 
 
 class _Prompt(NamedTuple):
@@ -275,7 +276,7 @@ class InferenceServicer:
         if copy_to is not None and request.grammar is None and is_whole:
             self._mirror.copy(request, model, copy_to.name, copy_to.dispatcher)
 
-    async def _with_grammar(self, request: EngineRequest, engine: Engine, context: Context) -> EngineRequest:
+    async def _with_grammar(self, request: EngineRequest, engine: Engine) -> EngineRequest:
         """Have the request's constraint compiled, if it has one. Raises InvalidRequest, DeadlinePassed, Overloaded."""
         constraint = request.sampling.constraint
         if constraint is None:
@@ -284,7 +285,7 @@ class InferenceServicer:
             engine,
             constraint,
             # Those who name no tenant are told apart by where they call from.
-            tenant=request.tenant or f"address {address_of(context.peer())}",
+            tenant=request.tenant or f"address {request.client_address}",
             deadline=request.deadline,
         )
         return replace(request, grammar=grammar)
@@ -314,7 +315,7 @@ class InferenceServicer:
         options = convert.Options(
             request.request_id, tenant=request.tenant, cache_salt=request.cache_salt, session=session
         )
-        arrival = _Arrival(lost.arrived_at, request.deadline, request.trace_headers)
+        arrival = _Arrival(lost.arrived_at, request.deadline, request.trace_headers, request.client_address)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             return _Prompt(request.prompt_token_ids, "token_ids")
@@ -340,9 +341,11 @@ class InferenceServicer:
         """Answer from one deployment. held: what the call holds over all attempts."""
         engine, info = deployment.ready()
         _need(info, call.capability)
-        deployment.dispatcher.check(call.options.request_id, call.options.tenant)
+        options = call.options
+        _check_priority(options.priority, deployment.dispatcher.max_priority)
+        deployment.dispatcher.check(options.request_id, options.tenant, call.arrival.client_address)
         request = _accept(await call.encode(engine, info), call, info)
-        request = await self._with_grammar(request, engine, context)
+        request = await self._with_grammar(request, engine)
         if call.stream is None:
             self._copy(request, call.model)
             held.enter_context(self._live.hold(call))
@@ -426,6 +429,7 @@ def _accept(prompt: _Prompt, call: _Call, info: EngineInfo) -> EngineRequest:
         sampling=sampling,
         priority=options.priority,
         tenant=options.tenant,
+        client_address=arrival.client_address,
         cache_salt=options.cache_salt,
         adapter=options.adapter,
         deadline=arrival.deadline,
@@ -443,6 +447,13 @@ def _check_length(num_tokens: int, field: str, info: EngineInfo) -> None:
         raise InvalidRequest.of(
             field,
             f"the prompt has {num_tokens} tokens; the model's context is {limit}, allowed: 1 to {limit - 1}",
+        )
+
+
+def _check_priority(priority: int, most: int) -> None:
+    if priority > most:
+        raise InvalidRequest.of(
+            "options.priority", f"{priority} is out of range; allowed here: -100 to {most}"
         )
 
 

@@ -22,6 +22,7 @@ from twinjet.errors import InvalidRequest, SlowReader, TwinjetError, Unavailable
 from twinjet.request import EngineRequest, Sampling
 from twinjet.routing.prefix import prefix_key
 from twinjet.server.encoding import INLINE_CHARS
+from twinjet.server.gate import address_of
 from twinjet.server.handlers import guarded
 from twinjet.server.inference import Lost, Sharing
 from twinjet.server.status import Failure, internal_failure, to_failure
@@ -259,7 +260,7 @@ class PlainCalls:
         is_taken = False
         try:
             try:
-                dispatcher.check(request_id, tenant)
+                dispatcher.check(request_id, tenant, address := address_of(peer))
             except Unavailable:  # perhaps another deployment takes it
                 return False
             if text:
@@ -272,7 +273,7 @@ class PlainCalls:
                 return False
             request = EngineRequest(
                 request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, tenant=tenant,
-                cache_salt=salt, deadline=None if timeout_s is None else now + timeout_s,
+                client_address=address, cache_salt=salt, deadline=None if timeout_s is None else now + timeout_s,
                 trace_headers=_NO_TRACE,
             )  # fmt: skip
             stream = call.make_carried(
