@@ -56,7 +56,7 @@ class Door {
   // Messages of many calls, each handed to its connection's thread at once.
   void WriteAll(std::span<const Outgoing> messages);
 
-  // From Hold to LetGo messages and commands wait, to be taken all at once; see Mailbox.
+  // From Hold to LetGo what this thread posts waits, to be taken all at once; see Mailbox.
   void Hold();
   void LetGo();
 

@@ -40,28 +40,28 @@ void Mailbox::Wake() {
 
 void Mailbox::Hold() {
   const std::lock_guard lock(mutex_);
-  is_held_ = true;
+  holder_ = std::this_thread::get_id();
 }
 
 void Mailbox::LetGo() {
-  bool has_mail = false;
   {
     const std::lock_guard lock(mutex_);
-    is_held_ = false;
-    has_mail = !mail_.commands.empty();
+    holder_ = {};
+    if (mail_.commands.empty() || std::exchange(is_told_, true)) return;
   }
-  if (has_mail) Wake();
+  Wake();
 }
 
+bool Mailbox::MustWake() { return holder_ != std::this_thread::get_id() && !std::exchange(is_told_, true); }
+
 void Mailbox::Post(Command command) {
-  bool was_empty = false;
   {
     const std::lock_guard lock(mutex_);
     if (is_closed_) return;
-    was_empty = !is_held_ && mail_.commands.empty();
     mail_.commands.push_back(std::move(command));
+    if (!MustWake()) return;
   }
-  if (was_empty) Wake();
+  Wake();
 }
 
 void Mailbox::Add(const CallRef& call, std::string_view bytes) {
@@ -71,28 +71,26 @@ void Mailbox::Add(const CallRef& call, std::string_view bytes) {
 }
 
 void Mailbox::PostMessage(const CallRef& call, std::string_view bytes) {
-  bool was_empty = false;
   {
     const std::lock_guard lock(mutex_);
     if (is_closed_) return;
-    was_empty = !is_held_ && mail_.commands.empty();
     Add(call, bytes);
+    if (!MustWake()) return;
   }
-  if (was_empty) Wake();
+  Wake();
 }
 
 void Mailbox::PostMessages(std::span<const Outgoing> messages) {
-  bool is_first = false;
   {
     const std::lock_guard lock(mutex_);
     if (is_closed_) return;
-    const bool was_empty = !is_held_ && mail_.commands.empty();
+    const size_t num_before = mail_.commands.size();
     for (const Outgoing& message : messages) {
       if (message.call->mailbox() == this) Add(message.call, message.bytes);
     }
-    is_first = was_empty && !mail_.commands.empty();
+    if (mail_.commands.size() == num_before || !MustWake()) return;
   }
-  if (is_first) Wake();
+  Wake();
 }
 
 void Mailbox::Close() {
@@ -105,6 +103,7 @@ void Mailbox::Close() {
 void Mailbox::Take(Mail* mail) {
   const std::lock_guard lock(mutex_);
   std::swap(mail_, *mail);
+  is_told_ = false;
 }
 
 }  // namespace twinjet::door

@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "door/call.h"
@@ -55,7 +56,8 @@ class Mailbox {
   // Posts those messages whose calls belong to this mailbox.
   void PostMessages(std::span<const Outgoing> messages);
   void Wake();
-  // From Hold to LetGo what comes wakes nobody, so that it is taken at once; LetGo wakes for it.
+  // From Hold to LetGo what the calling thread posts wakes nobody, so that it is taken at once; LetGo wakes
+  // for it. One thread holds at a time.
   void Hold();
   void LetGo();
   // Drops what lies here and whatever comes later.
@@ -66,13 +68,16 @@ class Mailbox {
 
  private:
   void Add(const CallRef& call, std::string_view bytes);
+  // After something was added, with the lock: whether to wake for it.
+  bool MustWake();
 
   const int fd_;
   std::mutex mutex_;
   // Guarded by mutex_.
   Mail mail_;
   bool is_closed_ = false;
-  bool is_held_ = false;
+  std::thread::id holder_;  // of no thread if nobody holds
+  bool is_told_ = false;    // there was a wake-up for the mail
 };
 
 }  // namespace twinjet::door

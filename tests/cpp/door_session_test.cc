@@ -128,6 +128,16 @@ TEST(held_mail_wakes_nobody_until_it_is_let_go) {
   mailbox->Hold();
   mailbox->LetGo();
   CHECK(!is_awake());
+  mailbox->Hold();
+  mailbox->PostMessage(call, "held");
+  CHECK(!is_awake());
+  std::thread([&] { mailbox->PostMessage(call, "another thread's"); }).join();
+  CHECK(is_awake());
+  mailbox->LetGo();
+  CHECK(!is_awake());
+  mail.Clear();
+  mailbox->Take(&mail);
+  CHECK_EQ(mail.commands.size(), 2u);
   mailbox->PostMessage(call, "two");
   CHECK(is_awake());
   mail.Clear();
