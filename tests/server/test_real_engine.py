@@ -51,7 +51,7 @@ def service(
         pytest.skip("this build has no native door")
     folder = tmp_path_factory.mktemp("server")
     log = folder / "server.log"
-    with server(folder, f'door = "{request.param}"\n{SETTINGS}') as (process, address):
+    with server(folder, f'door = "{request.param}"\n{SETTINGS}', grace_s=60) as (process, address):
         service = Service(process, address)
         yield service
         below = descendants(process.pid)
