@@ -2,8 +2,6 @@
 
 #include <fcntl.h>
 #include <netinet/in.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
@@ -13,6 +11,8 @@
 #include <chrono>
 #include <system_error>
 #include <utility>
+
+#include "stream/quiet_thread.h"
 
 namespace twinjet::door {
 namespace {
@@ -147,13 +147,8 @@ void Loop::Accept(const std::vector<Listener>& listeners, std::function<void(Acc
 }
 
 void Loop::Start() {
-  // The process's signals are for its other threads; without SIGPIPE a write to a closed socket just fails.
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, &before);
-  thread_ = std::thread([this] { Run(); });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  // Without SIGPIPE a write to a closed socket just fails.
+  thread_ = stream::StartQuietThread([this] { Run(); });
 }
 
 void Loop::Adopt(Accepted accepted) {

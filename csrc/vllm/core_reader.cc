@@ -1,8 +1,6 @@
 #include "vllm/core_reader.h"
 
 #include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -12,6 +10,8 @@
 #include <chrono>
 #include <cstring>
 #include <system_error>
+
+#include "stream/quiet_thread.h"
 
 namespace twinjet::vllm {
 namespace {
@@ -88,13 +88,7 @@ void CoreReader::Take(CoreNews* news) {
 
 void CoreReader::Start() {
   fcntl(socket_fd_, F_SETFL, fcntl(socket_fd_, F_GETFL) & ~O_NONBLOCK);
-  // The process's signals are for its other threads.
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, &before);
-  thread_ = std::thread([this] { Run(); });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  thread_ = stream::StartQuietThread([this] { Run(); });
 }
 
 void CoreReader::Stop() {

@@ -1,6 +1,5 @@
 // Messages of vLLM's engine core, made by hand: what is read, and that no cut or damaged one reads beyond it.
 #include <algorithm>
-#include <cstdio>
 #include <memory>
 #include <random>
 #include <string>
@@ -18,6 +17,7 @@ using twinjet::vllm::CoreMessage;
 using twinjet::vllm::DecodeCoreOutputs;
 using twinjet::vllm::Frame;
 using twinjet::vllm::WireError;
+using vllm_messages::IdOf;
 using vllm_messages::kFinished;
 using vllm_messages::kStats;
 using vllm_messages::Message;
@@ -99,9 +99,7 @@ TEST(a_large_message_is_taken_in_parts) {
   twinjet::stream::Pump pump;
   std::vector<std::string> outputs;
   for (uint64_t key = 1; key <= 2 * kAtOnce + 1; ++key) {
-    char id[32];
-    std::snprintf(id, sizeof id, "r-%llx", static_cast<unsigned long long>(key));
-    outputs.push_back(Output(id, kFinished));
+    outputs.push_back(Output(IdOf(key), kFinished));
     router.Open(key, {&pump, key, 1, 1, 0});
   }
   const std::string text = Message(outputs, kStats);

@@ -22,6 +22,7 @@ using twinjet::stream::Pump;
 using twinjet::vllm::CoreNews;
 using twinjet::vllm::CoreReader;
 using twinjet::vllm::ZmtpReader;
+using vllm_messages::IdOf;
 using vllm_messages::kFinished;
 using vllm_messages::kRunning;
 using vllm_messages::kStats;
@@ -45,12 +46,6 @@ std::string Frame(const std::string& body, char flags = 0) {
 
 std::string Ping(const std::string& context) {
   return Frame(std::string("\x04PING\0\0", 7) + context, kCommand);
-}
-
-std::string IdOf(uint64_t key) {
-  char id[32];
-  std::snprintf(id, sizeof id, "r-%llx", static_cast<unsigned long long>(key));
-  return id;
 }
 
 // Both ends of a connection, and a reader at one of them.

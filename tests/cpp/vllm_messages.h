@@ -1,10 +1,19 @@
 // Messages of vLLM's engine core, made by hand.
 #pragma once
 
+#include <cstdint>
+#include <cstdio>
 #include <string>
 #include <vector>
 
 namespace vllm_messages {
+
+// The id of the request with a key.
+inline std::string IdOf(uint64_t key) {
+  char id[32];
+  std::snprintf(id, sizeof id, "r-%llx", static_cast<unsigned long long>(key));
+  return id;
+}
 
 inline std::string Text(const std::string& text) {
   return std::string(1, static_cast<char>(0xa0 | text.size())) + text;
