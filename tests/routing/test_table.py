@@ -26,6 +26,7 @@ def _all_ready(name: str) -> bool:
         (Route({"a": float("inf")}), "weights[a]", "out of range"),
         (Route({"a": 0.0, "b": 0.0}), "weights", "at least one"),
         (Route({}), "weights", "at least one"),
+        (Route({"a": 1.7e308, "b": 1.7e308}), "weights", "together are above"),
         (Route({"d": 1.0}), "weights", "'d', which does not exist; known: a, b, c"),
         (Route({"a": 1.0}, ("d",)), "fallback", "'d', which does not exist"),
         (Route({"a": 1.0}, ("b", "b")), "fallback", "must not lead back"),
