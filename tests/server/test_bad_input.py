@@ -98,6 +98,12 @@ CASES: list[tuple[str, Any, str, str]] = [
     ("10 MB prompt", Request(text="x" * 10_000_000), "text", "10000000 bytes; at most 4194304"),
     ("constraint without kind", _text(constraint=Constraint()), "sampling.constraint", "json_schema"),
     ("empty regex", _text(constraint=Constraint(regex="")), "sampling.constraint.regex", "empty"),
+    (
+        "choices of 257 KiB together",
+        _text(constraint=Constraint(choice={"values": ["x" * 1024] * 257})),
+        "sampling.constraint.choice.values",
+        "263168 bytes together; at most 262144",
+    ),
     ("empty choice", _text(constraint=Constraint(choice={})), "sampling.constraint.choice", "at least one"),
     (
         "priority out of range",
@@ -164,6 +170,19 @@ async def test_an_unknown_model_is_not_found_and_the_models_are_named(serve: Ser
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert "fake" in (caught.value.details() or "")
     assert details(caught.value)["ErrorInfo"].reason == "MODEL_NOT_FOUND"
+
+
+async def test_the_log_holds_no_more_of_a_bad_name_than_the_answer(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = await serve()
+    caplog.set_level("INFO", "twinjet.server")
+    for request in (Request(text="x", model="m" * (1 << 20)), Chat(model="m" * (1 << 20))):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await collect(_call(h, request))
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("NotFound" in message for message in told) == 2
+    assert max(map(len, told)) < 600
 
 
 async def test_a_running_request_id_exists_already(serve: Serve) -> None:

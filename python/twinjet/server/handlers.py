@@ -102,8 +102,10 @@ async def _run(
             raise InvalidRequest(request.violations)
         return await behaviour(request, context), None, None
     except TwinjetError as error:
-        logger.info("%s: %s: %s", name, type(error).__name__, error)
-        return None, to_failure(error), error
+        failure = to_failure(error)
+        # As short as the client hears of it: names of a request's own may be megabytes.
+        logger.info("%s: %s: %s", name, type(error).__name__, failure.message)
+        return None, failure, error
     except ErrorTold as told:
         logger.info("%s: %s: %s", name, type(told.error).__name__, told)
         return None, None, told.error

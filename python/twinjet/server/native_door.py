@@ -145,8 +145,8 @@ class CallContext(_Base):
             return data
         try:
             return deserialize(data)
-        except Exception:
-            logger.info("a request could not be parsed", exc_info=True)
+        except Exception as error:  # noqa: BLE001 - parsers raise what they like
+            logger.info("a request could not be parsed: %s", error)
             raise _BadRequest from None
 
     async def write(self, message: Any) -> None:
