@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -170,6 +171,39 @@ async def test_an_unknown_model_is_not_found_and_the_models_are_named(serve: Ser
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert "fake" in (caught.value.details() or "")
     assert details(caught.value)["ErrorInfo"].reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_refused_request_leaves_nothing_for_the_garbage_collector(serve: Serve) -> None:
+    h = await serve()
+    too_long, endless = "x" * 200_000, "!stall" + "x" * 3000
+
+    def num_left() -> int:
+        kept = (Request, Chat)
+        return sum(isinstance(thing, kept) and thing.ByteSize() > 3000 for thing in gc.get_objects())
+
+    cancelled = [Request(text=endless), Request(text=endless, options={"priority": 1})]
+    ours = [
+        Request(text=too_long),
+        Request(text=too_long, options={"priority": 1}),
+        Chat(messages=[{"role": "user", "content": too_long}]),
+    ]
+    gc.collect()
+    before = num_left()
+    gc.disable()
+    try:
+        for request in ours:
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await collect(_call(h, request))
+        await h.until(lambda: num_left() <= before)
+        calls = [_call(h, request) for request in cancelled for _ in range(3)]
+        for call in calls:
+            await call.initial_metadata()
+            call.cancel()
+        await h.until_idle()
+        await h.until(lambda: num_left() <= before)
+    finally:
+        gc.enable()
 
 
 async def test_the_log_holds_no_more_of_a_bad_name_than_the_answer(

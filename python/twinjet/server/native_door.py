@@ -555,6 +555,8 @@ class NativeDoor:
         def forget(done: asyncio.Task[None]) -> None:
             self._tasks.discard(done)
             self._calls.pop(call_id, None)
+            # A cancelled task keeps the frames that it left, and with them the request: no cycle for the garbage collector.
+            context.task = None
 
         task.add_done_callback(forget)
         return task
