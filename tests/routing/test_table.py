@@ -42,6 +42,13 @@ def test_a_route_that_cannot_be_is_refused_by_field(route: Route, field: str, wh
     assert any(v.field == f"route.{field}" and what in v.message for v in refused.value.violations)
 
 
+def test_a_fallback_of_very_many_names_is_refused_by_the_name() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check_route(Route({"a": 1.0}, ("b",) * 200_000), KNOWN)
+    (violation,) = refused.value.violations
+    assert violation.field == "route.fallback" and "'b' twice" in violation.message
+
+
 def test_every_fault_is_told_at_once() -> None:
     with pytest.raises(InvalidRequest) as refused:
         check_route(Route({"a": -1.0, "d": 1.0}, ("b", "b"), mirror="e", mirror_share=2), KNOWN)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.harness import Harness, Serve, collect, details
 from twinjet.engines.fake import FakeTokenizer
-from twinjet.v1 import generation_pb2, sampling_pb2, service_pb2_grpc
+from twinjet.v1 import generation_pb2, routing_pb2, sampling_pb2, service_pb2_grpc
 
 Request = generation_pb2.GenerateRequest
 Chat = generation_pb2.ChatRequest
@@ -204,6 +204,16 @@ async def test_a_refused_request_leaves_nothing_for_the_garbage_collector(serve:
         await h.until(lambda: num_left() <= before)
     finally:
         gc.enable()
+
+
+async def test_a_field_whose_name_holds_a_name_of_the_requests_is_told_in_short(serve: Serve) -> None:
+    h = await serve()
+    route = routing_pb2.Route(model="m", weights={"d" * (1 << 20): -1.0})
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await h.admin.SetRoute(routing_pb2.SetRouteRequest(route=route))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    fields = [violation.field for violation in details(caught.value)["BadRequest"].field_violations]
+    assert fields[0].startswith("route.weights[ddd") and max(map(len, fields)) <= 200
 
 
 async def test_the_log_holds_no_more_of_a_bad_name_than_the_answer(
