@@ -120,6 +120,8 @@ async def _run(
             for error in (group, *group.exceptions):
                 _forget_frames(error)
             return None, to_failure(first), first
+        if isinstance(first, grpc.aio.BaseError):
+            raise asyncio.CancelledError from None  # as below
         logger.exception("%s failed", name)
         return None, internal_failure(), group
     except asyncio.CancelledError:
