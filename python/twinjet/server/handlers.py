@@ -117,8 +117,8 @@ async def _run(
     except BaseExceptionGroup as group:
         first = group.exceptions[0]
         if isinstance(first, TwinjetError):
-            for error in (group, *group.exceptions):
-                _forget_frames(error)
+            for one in (group, *group.exceptions):
+                _forget_frames(one)
             return None, to_failure(first), first
         if isinstance(first, grpc.aio.BaseError):
             raise asyncio.CancelledError from None  # as below
