@@ -37,11 +37,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def options_for(kv_bytes: int) -> dict[str, Any]:
+def options_for(kv_bytes: int, more: dict[str, Any]) -> dict[str, Any]:
     return {
         "load_format": "dummy", "max_num_seqs": 1024, "max_model_len": 2048, "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": kv_bytes,
-        "compilation_config": {"cudagraph_capture_sizes": SIZES},
+        "compilation_config": {"cudagraph_capture_sizes": SIZES}, **more,
     }  # fmt: skip
 
 
@@ -69,10 +69,10 @@ class Server:
         self.process.wait()
 
 
-def twinjet(door: str, model: Path, kv_bytes: int, out: Path) -> Server:
+def twinjet(door: str, model: Path, options: dict[str, Any], out: Path) -> Server:
     port = free_port()
     config = out / f"{door}.toml"
-    lines = [f"{name} = {_toml(value)}" for name, value in options_for(kv_bytes).items()]
+    lines = [f"{name} = {_toml(value)}" for name, value in options.items()]
     config.write_text(
         f'[server]\nport = {port}\ndoor = "{door}"\n[deployments.demo]\nmodel = "{model}"\n'
         "[deployments.demo.options]\n"
@@ -90,11 +90,11 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def rust(binary: Path, model: Path, kv_bytes: int, out: Path) -> Server:
+def rust(binary: Path, model: Path, options: dict[str, Any], out: Path) -> Server:
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "demo", "--no-enable-prefix-caching"]
-    for name, value in options_for(kv_bytes).items():
+    for name, value in options.items():
         if name != "enable_prefix_caching":
             text = value if isinstance(value, str) else json.dumps(value)
             command += [f"--{name.replace('_', '-')}", text]
@@ -124,7 +124,12 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.begin = time.monotonic()
-        self.report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "shape": options.shape, "runs": []}
+        self.report: dict[str, Any] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "shape": options.shape,
+            "options": options.options,
+            "runs": [],
+        }
 
     def elapsed(self) -> float:
         return time.monotonic() - self.begin
@@ -177,7 +182,9 @@ class Bench:
                         if self.elapsed() > options.limit:
                             return
                         if isinstance(row, Engine):
-                            found = row.ask(mode=mode, streams=streams, tokens=128, prompt=32, round=number)
+                            found = row.ask(
+                                mode=mode, streams=streams, tokens=options.tokens, prompt=32, round=number
+                            )
                         else:
                             found = self.load(row, mode, streams, options.tokens)
                         self._keep(number, row.name, mode, streams, found)
@@ -238,6 +245,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--load", type=Path, default=Path("build/bench/load"))
     parser.add_argument("--vllm-rs", type=Path)
+    parser.add_argument("--options", type=json.loads, default={}, help="more of vLLM's, for all rows: JSON")
     parser.add_argument("--shape", default="1b")
     parser.add_argument("--doors", nargs="+", default=["native", "grpc"], choices=["native", "grpc"])
     parser.add_argument("--streams", nargs="+", type=int, default=[256, 1024])
@@ -254,11 +262,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = make_served_shape(options.shape, Path(folder))
         spec = {"model": str(model), "native": "all", "flashinfer": False, "environment": {}, "as_is": True}
-        core = Engine("core", spec | {"options": options_for(6_000_000_000)}, options.out)
+        core = Engine("core", spec | {"options": options_for(6_000_000_000, options.options)}, options.out)
         try:
-            servers = [twinjet(door, model, 8_500_000_000, options.out) for door in options.doors]
+            behind = options_for(8_500_000_000, options.options)
+            servers = [twinjet(door, model, behind, options.out) for door in options.doors]
             if options.vllm_rs is not None:
-                servers.append(rust(options.vllm_rs, model, 8_500_000_000, options.out))
+                servers.append(rust(options.vllm_rs, model, behind, options.out))
             bench.report["core"] = core.read()
             print(f"[{bench.elapsed():4.0f} s] core: {bench.report['core']}", flush=True)
             ready = [server for server in servers if bench.wait(server)]

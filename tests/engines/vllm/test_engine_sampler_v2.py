@@ -31,12 +31,18 @@ class Stock:
         self.token = 7
         self.req_states = Made(index_to_req_id={index: f"r{index}" for index in range(4)})
         self.num_logprobs: int | None = None
+        self.logits_processors: list[Any] = []
+        self.num_applied = self.num_asked = 0
 
     def add_request(self, index: int, params: Any) -> None:
         if len(params.allowed_token_ids or ()) > 8 or len(params.logit_bias or ()) > 8:
             raise ValueError("too many")
 
+    def apply_staged_writes(self) -> None:
+        self.num_applied += 1
+
     def get_logprobs_dims(self, indices: Any) -> Any:
+        self.num_asked += 1
         return None if self.num_logprobs is None else (self.num_logprobs, 0)
 
     def __call__(self, logits: Any, batch: Any) -> Any:
@@ -108,7 +114,7 @@ def test_it_draws_what_the_native_sampler_draws(wrapped: Any) -> None:
 def test_logprobs_come_in_the_runners_form(wrapped: Any) -> None:
     wrapped.stock.num_logprobs = 2
     add(wrapped, 0)
-    add(wrapped, 1)
+    add(wrapped, 1, logprobs=2)
     made = wrapped(logits(2), batch([1, 0], [3, 3]))
     alone = [Request(VOCAB, temperature=1.0, seed=5, prompt_token_ids=PROMPT) for _ in range(2)]
     expected = Sampler(1).sample(logits(2), alone, num_logprobs=2)
@@ -211,23 +217,198 @@ def test_the_hook_leaves_models_with_their_own_sampler_alone(monkeypatch: pytest
     monkeypatch.setattr(sampler_v2, "DeviceDrawing", lambda *args, max_in_flight: (*args, max_in_flight))
     monkeypatch.setattr(sampler_v2, "can_draw_on", lambda device: device.type == "cuda")
 
-    def made(theirs: Any, speculative: Any, device: str = "cuda:1") -> Any:
+    def made(theirs: Any, speculative: Any, device: str = "cuda:1", processors: Any = ()) -> Any:
+        stock = Stock()
+        stock.logits_processors.extend(processors)
         runner = Made(init_model_state=lambda config, *rest: Made(custom_sampler=lambda sampler: theirs))
-        sampler_v2.hook_custom_sampler(runner, VOCAB, torch.device(device))
+        sampler_v2.hook_custom_sampler(runner, VOCAB, torch.device(device), is_tested=True)
         config = Made(
             speculative_config=speculative,
             scheduler_config=Made(max_num_seqs=4),
             max_concurrent_batches=2,
         )
-        return runner.init_model_state(config, 1, 2).custom_sampler(Stock())
+        return runner.init_model_state(config, 1, 2).custom_sampler(stock)
 
     ours = made(None, None)
     assert isinstance(ours[0], sampler_v2.NativeSamplerV2)
     assert ours[0].drawing == (VOCAB, 4, "raw_logprobs", 1, 2)
     assert ours[1] is None
+    assert ours[0]._draws_none == ""
+    assert made(None, None, processors=[object()])[0]._draws_none == "custom_logits_processor"
     assert made(("s", "r"), None) == ("s", "r")
     assert made(None, object()) is None
     assert made(None, None, "cpu") is None
+
+
+def test_vllms_sampler_is_brought_up_to_date_when_a_request_has_entered(wrapped: Any) -> None:
+    from twinjet.engines.vllm.core.sampler_v2 import NativeSamplerV2
+
+    always = NativeSamplerV2(Stock(), drawing())
+    lazy = NativeSamplerV2(Stock(), drawing(), is_lazy=True)
+    for sampler, expected in ((always, [1, 2, 3, 4, 5]), (lazy, [1, 2, 2, 3, 3])):
+        applied = []
+        for index, allowed in ((None, None), (0, None), (None, None), (1, range(20, 40)), (None, None)):
+            if index is not None:
+                add(sampler, index, allowed_token_ids=allowed)
+            sampler.apply_staged_writes()
+            applied.append(sampler.stock.num_applied)
+        assert applied == expected
+
+
+def test_vllms_sampler_is_asked_for_logprobs_only_while_a_request_wants_them(wrapped: Any) -> None:
+    running = wrapped.stock.req_states.index_to_req_id
+    add(wrapped, 0)
+    wrapped(logits(1), batch([0], [3]))
+    assert wrapped.stock.num_asked == 0
+    wrapped.stock.num_logprobs = 2
+    add(wrapped, 1, logprobs=2)
+    add(wrapped, 2, logprob_token_ids=[3])
+    assert wrapped(logits(1), batch([1], [3])).logprobs_tensors is not None
+    wrapped.stock.num_logprobs = None
+    del running[1]
+    for position in (4, 5):
+        wrapped(logits(1), batch([0], [position]))
+    assert wrapped.stock.num_asked == 3, "2 may be in a later batch"
+    del running[2]
+    for position in (6, 7):
+        wrapped(logits(1), batch([0], [position]))
+    assert wrapped.stock.num_asked == 4
+    running[1] = "r1"
+    add(wrapped, 1, logprobs=2)
+    add(wrapped, 1)
+    wrapped(logits(1), batch([1], [3]))
+    assert wrapped.stock.num_asked == 4
+
+
+class Kernels:
+    """Stands for a Triton kernel or its launcher: counts calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls += 1
+
+
+def vllms_sampler(patch: pytest.MonkeyPatch, processors: tuple[Any, ...] = ()) -> Any:
+    """vLLM's own V2 sampler with a request of everything in place 2."""
+    import torch
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu import buffer_utils
+    from vllm.v1.worker.gpu.sample.sampler import Sampler as StockSampler
+    from vllm.v1.worker.gpu.states import RequestState
+
+    patch.setattr(buffer_utils, "is_uva_available", lambda: False)
+    config = Made(reasoning_config=None)
+    states = RequestState(4, 64, 64, 0, VOCAB, torch.device("cpu"))
+    made = StockSampler(
+        config,
+        4,
+        VOCAB,
+        torch.device("cpu"),
+        states,
+        enable_trace_replay=True,
+        custom_logits_processors=processors,
+    )
+    params = SamplingParams(
+        temperature=0.7, top_k=9, top_p=0.5, min_p=0.1, seed=7, frequency_penalty=0.5, repetition_penalty=1.5,
+        presence_penalty=0.5, logit_bias={3: 1.0}, allowed_token_ids=[3, 4], min_tokens=2, stop_token_ids=[5],
+        logprobs=2, trace_decode_token_ids=[6, 7],
+    )  # fmt: skip
+    params._bad_words_token_ids = [[8, 9]]
+    params.logprob_token_ids = [10, 11]
+    made.add_request(2, params)
+    return made
+
+
+def on_device(found: Any, depth: int = 3) -> list[list[Any]]:
+    """What a sampler of vLLM's, or a part of it, has shown the device."""
+    from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+
+    if isinstance(found, UvaBackedTensor):
+        assert found.gpu.tolist() == found.np.tolist()
+        return [found.gpu.tolist()]
+    parts = found if isinstance(found, list) else list(getattr(found, "__dict__", {}).values())
+    return [shown for part in parts if depth for shown in on_device(part, depth - 1)]
+
+
+def test_applied_again_vllms_own_sampler_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a step without a new request can leave it out."""
+    from vllm.v1.worker.gpu import buffer_utils
+    from vllm.v1.worker.gpu.sample import penalties
+
+    from twinjet.engines.vllm.core.sampler_v2 import changes_with_requests_alone
+
+    kernels = Kernels()
+    monkeypatch.setattr(buffer_utils, "_apply_write_kernel", kernels)
+    monkeypatch.setattr(penalties, "bincount", kernels)
+    monkeypatch.setattr(penalties, "async_tensor_h2d", lambda *args, **kwargs: None)
+    monkeypatch.setattr(buffer_utils, "async_tensor_h2d", lambda *args, **kwargs: None)
+    stock = vllms_sampler(monkeypatch)
+    stock.apply_staged_writes()
+    shown, written = on_device(stock), kernels.calls
+    assert len(shown) >= 15
+    assert written >= 7
+    for _ in range(3):
+        stock.apply_staged_writes()
+        assert on_device(stock) == shown
+    assert kernels.calls == written
+    assert changes_with_requests_alone(stock)
+
+
+def test_a_deployments_own_logits_processors_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinjet.engines.vllm.core.sampler_v2 import (
+        NativeSamplerV2,
+        changes_with_requests_alone,
+        has_custom_processors,
+    )
+
+    assert not has_custom_processors(vllms_sampler(monkeypatch))
+    custom = vllms_sampler(monkeypatch, (Made(add_request=lambda *args: True),))
+    assert has_custom_processors(custom)
+    assert not changes_with_requests_alone(custom)
+    assert not changes_with_requests_alone(Stock())
+    wrapped = NativeSamplerV2(Stock(), drawing(), draws_none="custom_logits_processor")
+    add(wrapped, 0)
+    assert wrapped(logits(1), batch([0], [3])).by == "stock"
+    assert wrapped.drawing.counters["stock_steps.custom_logits_processor"] == 1
+
+
+def test_the_shortened_steps_are_for_the_runner_that_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinjet.engines.vllm import compat
+
+    compat.check_runner()
+    monkeypatch.setattr(compat, "RUNNER_FINGERPRINT", "another")
+    with pytest.raises(compat.UntestedVllmError, match="V2 model runner"):
+        compat.check_runner()
+
+
+def test_batches_come_in_vllms_order() -> None:
+    from vllm.v1.worker.gpu import model_runner
+
+    from twinjet.engines.vllm.core.runner_v2 import hook_order
+
+    asked = []
+
+    def original(*args: Any) -> list[str]:
+        asked.append(args)
+        return model_runner.sort_batch_req_ids(*args)
+
+    hooked = Made(sort_batch_req_ids=original)
+    hook_order(hooked)
+    rng = np.random.default_rng(1)
+    for most in (1, 2, 40):
+        for size in (1, 7, 300):
+            tokens = {f"r{i}": int(n) for i, n in enumerate(rng.integers(1, most + 1, size))}
+            assert hooked.sort_batch_req_ids(tokens, {}, 1) == model_runner.sort_batch_req_ids(tokens, {}, 1)
+    assert asked == []
+    tokens, drafts = {"a": 1, "b": 3, "c": 3}, {"c": [4, 5]}
+    assert hooked.sort_batch_req_ids(tokens, drafts, 3) == ["c", "b", "a"]
+    assert hooked.sort_batch_req_ids(tokens, {}, 3) == ["b", "c", "a"]
+    assert len(asked) == 2
 
 
 def favours(token: int) -> Any:
@@ -325,7 +506,7 @@ def test_logprobs_under_a_grammar_are_those_before_its_mask(wrapped: Any) -> Non
 
     wrapped.stock.num_logprobs = 2
     add(wrapped, 0)
-    add(wrapped, 1)
+    add(wrapped, 1, logprobs=2)
     masked: list[Any] = []
     worker = Made(apply_grammar_bitmask=lambda logits, *rest: masked.append(logits))
     with wrapped.with_grammar(grammar_of([5, 6], "r1"), Made(structured_outputs_worker=worker)):

@@ -77,11 +77,26 @@ _CLIENT_MODULES = (
     "vllm.v1.serial_utils",
 )
 
+# What a step of the V2 model runner leaves out of vLLM's sampler and does otherwise.
+_RUNNER_MODULES = (
+    "vllm.v1.worker.gpu.buffer_utils",
+    "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.worker.gpu.sample.bad_words",
+    "vllm.v1.worker.gpu.sample.logit_bias",
+    "vllm.v1.worker.gpu.sample.logprob",
+    "vllm.v1.worker.gpu.sample.penalties",
+    "vllm.v1.worker.gpu.sample.sampler",
+    "vllm.v1.worker.gpu.sample.states",
+    "vllm.v1.worker.gpu.sample.thinking_budget",
+    "vllm.v1.worker.gpu.sample.trace_replay",
+)
+
 # Made by `python -m twinjet.engines.vllm.compat`; to be renewed only with the differential tests.
 MANAGER_FINGERPRINT = "3478fe4ce7b88b73be2fa52ed4fbd665"
 DECODE_FINGERPRINT = "08c973f2a0f594cd431f281655d17079"
 HASHER_FINGERPRINT = "e4c2750c45b4137118bfcafd6fc01753"
 CLIENT_FINGERPRINT = "41e7e2019e48290d20f3c2c01082dfb6"
+RUNNER_FINGERPRINT = "06e96c7a9b7e3ce005be01e1cc6cab49"
 
 
 class UntestedVllmError(Exception):
@@ -128,8 +143,18 @@ def hasher_fingerprint() -> str:
 @cache
 def client_fingerprint() -> str:
     """Fingerprint of what our client relies on. Raises UntestedVllmError where it cannot be read."""
+    return _files_fingerprint(_CLIENT_MODULES)
+
+
+@cache
+def runner_fingerprint() -> str:
+    """Fingerprint of the V2 runner's and its sampler's files. Raises UntestedVllmError where they cannot be read."""
+    return _files_fingerprint(_RUNNER_MODULES)
+
+
+def _files_fingerprint(modules: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for name in _CLIENT_MODULES:
+    for name in modules:
         try:
             spec = find_spec(name)
             assert spec is not None
@@ -180,6 +205,12 @@ def check_hasher() -> None:
     _check("prompt hasher", hasher_fingerprint, HASHER_FINGERPRINT)
 
 
+def check_runner() -> None:
+    """Raise UntestedVllmError unless the V2 runner's steps may be shortened."""
+    _check_version()
+    _check("V2 model runner", runner_fingerprint, RUNNER_FINGERPRINT)
+
+
 def _check(what: str, fingerprint: Callable[[], str], expected: str) -> None:
     found = fingerprint()
     if found != expected:
@@ -191,3 +222,4 @@ if __name__ == "__main__":
     print(f'DECODE_FINGERPRINT = "{decode_fingerprint()}"')
     print(f'HASHER_FINGERPRINT = "{hasher_fingerprint()}"')
     print(f'CLIENT_FINGERPRINT = "{client_fingerprint()}"')
+    print(f'RUNNER_FINGERPRINT = "{runner_fingerprint()}"')

@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from twinjet.engines.vllm import compat
 from twinjet.engines.vllm.core.device_drawing import MarkedOutput, mark
 from twinjet.engines.vllm.core.sampler import NativeSampler
 from twinjet.engines.vllm.fields import COUNTERS_METHOD, NO_TOKEN
@@ -18,6 +20,17 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _StockWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as _StockWorker
+
+logger = init_logger(__name__)
+
+
+def _is_tested_runner() -> bool:
+    try:
+        compat.check_runner()
+    except compat.UntestedVllmError as error:
+        logger.warning("steps stay as vllm has them: %s", error)
+        return False
+    return True
 
 
 class Worker(_StockWorker):  # type: ignore[misc]
@@ -37,9 +50,15 @@ class Worker(_StockWorker):  # type: ignore[misc]
         if self.use_v2_model_runner:
             from vllm.v1.worker.gpu import model_runner
 
+            from twinjet.engines.vllm.core.runner_v2 import hook_order
             from twinjet.engines.vllm.core.sampler_v2 import hook_custom_sampler
 
-            hook_custom_sampler(model_runner, self.model_config.get_vocab_size(), self.device)
+            is_tested = _is_tested_runner()
+            hook_custom_sampler(
+                model_runner, self.model_config.get_vocab_size(), self.device, is_tested=is_tested
+            )
+            if is_tested:
+                hook_order(model_runner)
         super().load_model(*args, **kwargs)
 
     def determine_available_memory(self) -> int:
