@@ -1,4 +1,4 @@
-"""Services that are not ours, whose parsers raise: gRPC's library would answer that with INTERNAL and a traceback in the log."""
+"""Services that are not ours, whose parsers raise: gRPC's library would take that for a fault of ours and log a traceback."""
 
 from __future__ import annotations
 
