@@ -276,6 +276,8 @@ class _Checker:
                 self.fail(
                     f"{path}.values", f"{len(constraint.choices)} entries; at most {MAX_CHOICES} are allowed"
                 )
+            elif (size := sum(len(choice.encode()) for choice in constraint.choices)) > MAX_GRAMMAR_BYTES:
+                self.fail(f"{path}.values", f"{size} bytes together; at most {MAX_GRAMMAR_BYTES} are allowed")
             else:
                 self.strings(f"{path}.values", constraint.choices, MAX_GRAMMAR_BYTES)
         elif constraint.kind != "json_object" and not constraint.value:

@@ -88,7 +88,9 @@ async def _until(condition: Any, timeout_s: float = 10.0) -> None:
         # A random walk ends early here; long tokens soon take seconds each.
         (Constraint("regex", "((((a{1,1000}){1,1000}){1,1000}){1,1000})"), "too ambiguous"),
         (Constraint("structural_tag", "{}"), "structural_tag: Invalid"),
-        (Constraint("json_schema", '{"const": "\\ud800"}'), "json_schema: Failed to parse JSON"),
+        (Constraint("json_schema", '{"const": "\\ud800"}'), "half of a surrogate pair"),
+        (Constraint("json_schema", '{"properties": {"\\udfff": {}}}'), "half of a surrogate pair"),
+        (Constraint("ebnf", "root ::= \ufffd"), "is not a valid grammar"),
         (_schema({"$ref": "#"}), "leads back to itself"),
         (Constraint("json_schema", '{"type": "array", "items":' * 100 + "{}" + "}" * 100), "deep"),
         (_schema({"type": "array", "items": {"type": "integer"}, "minItems": 10**18}), "minItems"),

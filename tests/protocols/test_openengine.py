@@ -29,7 +29,7 @@ from twinjet.protocols.openengine.v1 import (
     openengine_pb2_grpc,
     server_pb2,
 )
-from twinjet.v1 import admin_pb2
+from twinjet.v1 import admin_pb2, routing_pb2
 from twinjet.v1 import generation_pb2 as ours
 
 Request = generation_pb2.GenerateRequest
@@ -238,6 +238,7 @@ async def test_what_ended_an_output_is_told(serve: Serve) -> None:
     [
         ({"sampling": {"temperature": -1}}, "sampling.temperature"),
         ({"sampling": {"num_sequences": 1000}}, "sampling.num_sequences"),
+        ({"sampling": {"num_sequences": 2**31 - 1}}, "sampling.num_sequences"),
         ({"sampling": {"num_sequences": 2**32 - 1}}, "sampling.num_sequences"),
         ({"stopping": {"max_tokens": 0}}, "stopping.max_tokens"),
         ({"stopping": {"max_tokens": 2**32 - 1}}, "stopping.max_tokens"),
@@ -604,6 +605,40 @@ async def test_adapters_are_loaded_listed_and_removed(serve_full: Harness) -> No
     bad = lora_pb2.LoadLoraRequest(adapter={"lora_name": "x", "source_path": "relative"})
     error = await refused(client.control.LoadLora(bad))
     assert details(error)["BadRequest"].field_violations[0].field == "adapter.source_path"
+
+
+async def test_what_names_no_model_is_refused_where_there_are_several(serve: Serve) -> None:
+    h = await serve(protocols=ON, deployments={"a": {"engine": "fake"}, "b": {"engine": "fake"}})
+    control = Client(h).control
+    watch: Any = control.SubscribeKvEvents(kv_pb2.SubscribeKvEventsRequest())
+    load = lora_pb2.LoadLoraRequest(adapter={"lora_name": "x", "source_path": "/x"})
+    for call in (
+        control.ListLoras(lora_pb2.ListLorasRequest()),
+        control.LoadLora(load),
+        control.UnloadLora(lora_pb2.UnloadLoraRequest(lora_name="x")),
+        watch.read(),
+    ):
+        error = await refused(call)
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert details(error)["ErrorInfo"].reason == "SEVERAL_MODELS"
+
+
+async def test_a_stream_goes_on_when_its_model_loses_its_route_and_its_deployment(serve: Serve) -> None:
+    options = {"step_s": 0.002}
+    h = await serve(
+        protocols=ON,
+        deployments={"a": {"engine": "fake", "options": options}, "b": {"engine": "fake"}},
+    )
+    call: Any = Client(h).inference.Generate(request(model="a", stopping={"max_tokens": 200}))
+    first = await call.read()
+    route = routing_pb2.SetRouteRequest(route=routing_pb2.Route(model="a"), remove=True)
+    await h.admin.SetRoute(route)
+    removal = h.admin.RemoveDeployment(routing_pb2.RemoveDeploymentRequest(name="a"))
+    messages = [first]
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    assert set(events(messages)) == {"token", "finished"}
+    assert (await removal).finished == 1
 
 
 async def test_adapters_are_unimplemented_where_there_are_none(serve: Serve) -> None:

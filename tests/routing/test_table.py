@@ -26,6 +26,7 @@ def _all_ready(name: str) -> bool:
         (Route({"a": float("inf")}), "weights[a]", "out of range"),
         (Route({"a": 0.0, "b": 0.0}), "weights", "at least one"),
         (Route({}), "weights", "at least one"),
+        (Route({"a": 1.7e308, "b": 1.7e308}), "weights", "together are above"),
         (Route({"d": 1.0}), "weights", "'d', which does not exist; known: a, b, c"),
         (Route({"a": 1.0}, ("d",)), "fallback", "'d', which does not exist"),
         (Route({"a": 1.0}, ("b", "b")), "fallback", "must not lead back"),
@@ -39,6 +40,13 @@ def test_a_route_that_cannot_be_is_refused_by_field(route: Route, field: str, wh
     with pytest.raises(InvalidRequest) as refused:
         check_route(route, KNOWN)
     assert any(v.field == f"route.{field}" and what in v.message for v in refused.value.violations)
+
+
+def test_a_fallback_of_very_many_names_is_refused_by_the_name() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check_route(Route({"a": 1.0}, ("b",) * 200_000), KNOWN)
+    (violation,) = refused.value.violations
+    assert violation.field == "route.fallback" and "'b' twice" in violation.message
 
 
 def test_every_fault_is_told_at_once() -> None:

@@ -526,11 +526,45 @@ def big_at_once(address: str, number: int = 24) -> Counter[str]:
         return Counter(str(a) for a in pool.map(lambda _: ask(channel, GENERATE, data), range(number)))
 
 
+def long_texts_at_once(address: str, number: int = 400) -> Counter[str]:
+    """Texts of nearly 4 MiB, many at once, over several connections."""
+    data = field(TEXT, b"ab " * (1_390_000))
+    channels, answers = [], []
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(number) as pool:
+        channels = [stack.enter_context(_channel(address)) for _ in range(16)]
+        answers = list(
+            pool.map(lambda i: ask(channels[i % 16], (GENERATE, TOKENIZE)[i % 2], data, 300.0), range(number))
+        )
+    return Counter(f"{a.code} {a.reason}" for a in answers)
+
+
+def load_watchers(address: str, number: int = 2000) -> Counter[str]:
+    """Streams of load reports, each as often as they come."""
+    raw = Raw(address)
+    request = grpc_message(field(1, number_field(2, 1)))
+    for i in range(number):
+        raw.call(2 * i + 1, "/xds.service.orca.v3.OpenRcaService/StreamCoreMetrics", request)
+    deadline = time.monotonic() + 5
+    frames = 0
+    while time.monotonic() < deadline and raw.read() is not None:
+        frames += 1
+    raw.close()
+    return Counter({"reports": frames})
+
+
+def any_calls(address: str, number: int = 1500) -> Counter[str]:
+    """Every method, with messages made to hurt; see any_call."""
+    from tests.server.any_call import campaign
+
+    with _channel(address) as channel:
+        return campaign(channel, "fake", "fake", number, int(os.environ.get("SEED", "0")))
+
+
 ATTACKS: dict[str, Attack] = {case.name: _case_attack(case) for case in CASES} | {
     attack.__name__: attack
     for attack in (
         gzip_bomb, metadata_bombs, deadlines, control_plane, seeds, same_id, many_tenants, big_at_once, half_open,
-        slow_connections, stopped_readers, cancel_storm, watchers,
+        slow_connections, stopped_readers, cancel_storm, watchers, long_texts_at_once, load_watchers, any_calls,
     )
 }  # fmt: skip
 
@@ -612,7 +646,7 @@ def main() -> int:
     from tests.server.processes import server
 
     options = "[deployments.fake.options]\nstep_s = 0.01\n" if arguments.engine == "fake" else ""
-    settings = f'door = "{arguments.door}"\n[deployments.fake]\nengine = "{arguments.engine}"\n{options}'
+    settings = f'door = "{arguments.door}"\n[protocols.openengine]\nenabled = true\n[deployments.fake]\nengine = "{arguments.engine}"\n{options}'
     num_wrong = 0
     with tempfile.TemporaryDirectory() as folder, server(Path(folder), settings) as (process, address):
         ours, theirs = multiprocessing.get_context("spawn").Pipe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from tests.server.harness import Harness, Serve, collect, details
 from twinjet.engines.fake import FakeTokenizer
-from twinjet.v1 import generation_pb2, sampling_pb2, service_pb2_grpc
+from twinjet.v1 import generation_pb2, routing_pb2, sampling_pb2, service_pb2_grpc
 
 Request = generation_pb2.GenerateRequest
 Chat = generation_pb2.ChatRequest
@@ -98,6 +99,12 @@ CASES: list[tuple[str, Any, str, str]] = [
     ("10 MB prompt", Request(text="x" * 10_000_000), "text", "10000000 bytes; at most 4194304"),
     ("constraint without kind", _text(constraint=Constraint()), "sampling.constraint", "json_schema"),
     ("empty regex", _text(constraint=Constraint(regex="")), "sampling.constraint.regex", "empty"),
+    (
+        "choices of 257 KiB together",
+        _text(constraint=Constraint(choice={"values": ["x" * 1024] * 257})),
+        "sampling.constraint.choice.values",
+        "263168 bytes together; at most 262144",
+    ),
     ("empty choice", _text(constraint=Constraint(choice={})), "sampling.constraint.choice", "at least one"),
     (
         "priority out of range",
@@ -164,6 +171,62 @@ async def test_an_unknown_model_is_not_found_and_the_models_are_named(serve: Ser
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert "fake" in (caught.value.details() or "")
     assert details(caught.value)["ErrorInfo"].reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_refused_request_leaves_nothing_for_the_garbage_collector(serve: Serve) -> None:
+    h = await serve()
+    too_long, endless = "x" * 200_000, "!stall" + "x" * 3000
+
+    def num_left() -> int:
+        kept = (Request, Chat)
+        return sum(isinstance(thing, kept) and thing.ByteSize() > 3000 for thing in gc.get_objects())
+
+    cancelled = [Request(text=endless), Request(text=endless, options={"priority": 1})]
+    ours = [
+        Request(text=too_long),
+        Request(text=too_long, options={"priority": 1}),
+        Chat(messages=[{"role": "user", "content": too_long}]),
+    ]
+    gc.collect()
+    before = num_left()
+    gc.disable()
+    try:
+        for request in ours:
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await collect(_call(h, request))
+        await h.until(lambda: num_left() <= before)
+        calls = [_call(h, request) for request in cancelled for _ in range(3)]
+        for call in calls:
+            await call.initial_metadata()
+            call.cancel()
+        await h.until_idle()
+        await h.until(lambda: num_left() <= before)
+    finally:
+        gc.enable()
+
+
+async def test_a_field_whose_name_holds_a_name_of_the_requests_is_told_in_short(serve: Serve) -> None:
+    h = await serve()
+    route = routing_pb2.Route(model="m", weights={"d" * (1 << 20): -1.0})
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await h.admin.SetRoute(routing_pb2.SetRouteRequest(route=route))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    fields = [violation.field for violation in details(caught.value)["BadRequest"].field_violations]
+    assert fields[0].startswith("route.weights[ddd") and max(map(len, fields)) <= 200
+
+
+async def test_the_log_holds_no_more_of_a_bad_name_than_the_answer(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = await serve()
+    caplog.set_level("INFO", "twinjet.server")
+    for request in (Request(text="x", model="m" * (1 << 20)), Chat(model="m" * (1 << 20))):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await collect(_call(h, request))
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("NotFound" in message for message in told) == 2
+    assert max(map(len, told)) < 600
 
 
 async def test_a_running_request_id_exists_already(serve: Serve) -> None:

@@ -114,6 +114,20 @@ async def test_a_client_that_leaves_stops_it_and_the_next_one_can_come(serve: Se
         assert (await again())[-1].WhichOneof("event") == "report"
 
 
+async def test_a_listed_prompt_that_is_too_long_is_named(serve: Serve) -> None:
+    h = await _serve(serve)
+    for text, told in (
+        ("x" * 4092, "has 4093 tokens or more; the context leaves 1 to 4092"),
+        ("x" * 10**6, "or more"),
+    ):
+        listed = pb.ListedPrompts(texts=["x", text], output_tokens=4)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await _events(h.admin.Compare(_request(synthetic=None, listed=listed)))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        (violation,) = details(refused.value)["BadRequest"].field_violations
+        assert violation.field == "listed.texts[1]" and told in violation.description
+
+
 async def test_listed_prompts_are_told_apart_from_others_by_their_digest(serve: Serve) -> None:
     h = await _serve(serve)
     digests = []

@@ -13,8 +13,8 @@ import pytest
 
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.engines.fake import FakeTokenizer
-from twinjet.errors import InvalidRequest, NotFound, Violation
-from twinjet.server.encoding import LONG_CHARS, Encoder
+from twinjet.errors import InvalidRequest, NotFound, Overloaded, Violation
+from twinjet.server.encoding import LONG_CHARS, MAX_HELD_CHARS, Encoder
 from twinjet.server.status import to_failure
 
 
@@ -68,6 +68,27 @@ async def test_of_long_texts_one_is_tokenized_at_a_time_and_shorter_ones_meanwhi
         slow.go.set()
         assert await asyncio.gather(*long) == [(LONG_CHARS + i,) for i in (1, 2, 3)]
     assert slow.num_most == 1
+
+
+async def test_no_more_long_text_is_kept_than_there_is_room_for_and_shorter_ones_still_pass() -> None:
+    encoder, slow = Encoder(), Slow()
+    first = asyncio.create_task(encoder.encode(_tokenizer(slow), "x" * (MAX_HELD_CHARS - LONG_CHARS)))
+    async with asyncio.timeout(30):
+        while slow.num_now < 1:
+            await asyncio.sleep(0.001)
+        long = "x" * (LONG_CHARS + 1)
+        for ask in (
+            encoder.encode(_tokenizer(slow), long),
+            encoder.prompt(_tokenizer(slow), long, 100, "text"),
+            encoder.chat(_tokenizer(slow), [ChatTurn("user", long)], parse=False),
+        ):
+            with pytest.raises(Overloaded) as refused:
+                await ask
+            assert refused.value.retry_after_s > 0
+        assert len(await encoder.encode(_tokenizer(FakeTokenizer()), "x" * LONG_CHARS)) == LONG_CHARS + 1
+        slow.go.set()
+        await first
+        assert await encoder.encode(_tokenizer(slow), long) == (len(long),)
 
 
 class Where(FakeTokenizer):

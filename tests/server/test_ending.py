@@ -14,6 +14,8 @@ from twinjet.engines.base import Run
 from twinjet.engines.fake import FakeEngine, FakeTokenizer
 from twinjet.errors import DeadlinePassed, DeadlineUnreachable
 from twinjet.request import EngineRequest
+from twinjet.server.handlers import _run
+from twinjet.server.native_door import CallIsOver
 from twinjet.server.status import to_failure
 from twinjet.v1 import admin_pb2, generation_pb2, sampling_pb2
 
@@ -35,6 +37,19 @@ async def test_cancelling_before_the_first_token_leaves_the_engine(serve: Serve)
     await call.initial_metadata()
     call.cancel()
     await h.until_idle()
+
+
+async def test_a_client_that_leaves_a_group_of_tasks_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    async def write() -> None:
+        raise CallIsOver("the client has ended the call")
+
+    async def behaviour(request: object, context: object) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(write())
+
+    with pytest.raises(asyncio.CancelledError):
+        await _run("Compare", behaviour, object(), object())
+    assert not caplog.records
 
 
 async def test_a_deadline_ends_the_engines_work(serve: Serve) -> None:

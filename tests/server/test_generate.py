@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.server.harness import Serve, collect, kinds, text_of
+from tests.server.harness import Serve, collect, details, kinds, text_of
 from twinjet.engines.base import ChatTurn
 from twinjet.models.tokenizer import HfTokenizer
 from twinjet.request import EngineRequest
@@ -224,6 +224,14 @@ async def test_embed_gives_a_vector_for_each_input(serve: Serve) -> None:
     assert [len(e.values) for e in response.embeddings] == [4, 4]
     assert response.embeddings[0] != response.embeddings[1]
     assert response.usage.prompt_tokens == 5
+    for dimensions in (0, 9, 2**32 - 1):
+        request.dimensions = dimensions
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await h.inference.Embed(request)
+        (violation,) = details(caught.value)["BadRequest"].field_violations
+        assert (violation.field, violation.description) == (
+            "dimensions", f"{dimensions} is out of range; allowed: 1 to 8"
+        )  # fmt: skip
 
 
 async def test_a_typed_control_token_is_text_unless_the_request_says_otherwise(

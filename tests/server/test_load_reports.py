@@ -18,6 +18,7 @@ from tests.server.harness import Harness, Serve, collect
 from twinjet.client import AsyncClient, Sampling
 from twinjet.client._channel import SERVICE_CONFIG
 from twinjet.scheduler.orca import OrcaReport
+from twinjet.server import load_reports
 from twinjet.server.load_reports import LoadReports, report_interval_s
 from twinjet.v1 import admin_pb2, generation_pb2, sampling_pb2, service_pb2_grpc
 
@@ -105,6 +106,23 @@ async def test_an_interval_is_kept_within_bounds_and_rubbish_refused(serve: Serv
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await ask(rubbish).read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_many_streams_get_their_reports_seldomer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = await serve()
+    monkeypatch.setattr(load_reports, "MAX_REPORTS_PER_S", 1 / 3600)
+    first, second = reports(h), reports(h)
+    assert (await first.read()) is not grpc.aio.EOF and (await second.read()) is not grpc.aio.EOF
+    assert h.server.load_reports._num_streams == 2
+    late = asyncio.create_task(first.read())
+    # Two streams get a report in two hours, where one in a tenth of a second was asked for.
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await asyncio.shield(late)
+    for stream in (first, second):
+        stream.cancel()
+    await asyncio.gather(late, return_exceptions=True)
+    await h.until(lambda: h.server.load_reports._num_streams == 0)
 
 
 @pytest.fixture(params=["out of band", "trailers"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,16 @@ async def test_a_deployment_that_cannot_start_leaves_nothing(
     assert len(await _only(h)) > 0
 
 
+@pytest.mark.parametrize("number", [math.inf, math.nan])
+async def test_settings_with_a_number_that_json_lacks_are_refused(serve: Serve, number: float) -> None:
+    h = await serve(deployments={"a": FAKE})
+    request = _add("new")
+    request.settings.update({"options": {"step_s": number}})
+    code, found = await _fails(h.admin.AddDeployment(request))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert found["BadRequest"].field_violations[0].field == "settings"
+
+
 async def _only(h: Harness) -> list[generation_pb2.GenerateResponse]:
     return await collect(h.inference.Generate(_request_without_model()))
 
@@ -276,6 +287,22 @@ async def test_an_operator_who_hangs_up_leaves_nothing(serve: Serve) -> None:
     await h.until(lambda: "slow" in h.server.deployments.by_name)
     call.cancel()
     await h.until(lambda: "slow" not in h.server.deployments.by_name)
+
+
+async def test_a_deployment_that_is_being_added_has_no_routes_and_is_not_removed(serve: Serve) -> None:
+    h = await serve(deployments={"a": FAKE})
+    adding = h.admin.AddDeployment(_add("slow", options={"load_s": 60}))
+    await h.until(lambda: "slow" in h.server.deployments.by_name)
+    route = routing_pb2.Route(model="m", weights={"a": 1.0}, fallback=["slow"])
+    code, found = await _fails(h.admin.SetRoute(routing_pb2.SetRouteRequest(route=route)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert found["BadRequest"].field_violations[0].field == "route.fallback"
+    code, found = await _fails(h.admin.RemoveDeployment(routing_pb2.RemoveDeploymentRequest(name="slow")))
+    assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.FAILED_PRECONDITION, "DEPLOYMENT_STARTING")
+    adding.cancel()
+    await h.until(lambda: "slow" not in h.server.deployments.by_name)
+    await h.admin.AddDeployment(_add("slow", public=True))
+    await h.admin.SetRoute(routing_pb2.SetRouteRequest(route=route))
 
 
 async def test_a_killed_deployment_hands_over_to_the_other(serve: Serve) -> None:

@@ -12,6 +12,7 @@ from urllib.request import urlopen
 import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -72,11 +73,47 @@ async def test_channelz_answers(serve: Serve, door: str) -> None:
     if door == "grpc":
         # gRPC's core tells more of a socket than the stubs of its own channelz package know.
         return
+    for most in (-1, 2**62):
+        request = channelz_pb2.GetServerSocketsRequest(server_id=servers[0].ref.server_id, max_results=most)
+        answer = await stub.GetServerSockets(request)
+        assert len(answer.socket_ref) == len(sockets) and answer.end
     found = await stub.GetSocket(channelz_pb2.GetSocketRequest(socket_id=sockets[-1].socket_id))
     assert found.socket.data.streams_started > 0
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.GetSocket(channelz_pb2.GetSocketRequest(socket_id=1 << 40))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "/grpc.channelz.v1.Channelz/GetServers",
+    ],
+)
+async def test_bytes_that_are_no_message_are_the_clients_fault(
+    serve: Serve, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = await serve()
+    ask = h.channel.stream_stream(path)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ask(iter([b"\xff"])).read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(caught.value)["BadRequest"].field_violations[0].field == "request"
+    assert not any(record.exc_info for record in caplog.records)
+
+
+async def test_health_of_a_very_long_name_is_not_found(serve: Serve) -> None:
+    h = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await health_pb2_grpc.HealthStub(h.channel).Check(
+            health_pb2.HealthCheckRequest(service="x" * (1 << 20))
+        )
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert details(caught.value)["ErrorInfo"].reason == "SERVICE_NOT_FOUND"
 
 
 async def test_an_admin_token_is_asked_for_once_set(serve: Serve) -> None:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 EOS = 256
 BOS = 257
 VOCAB_SIZE = 258
+EMBEDDING_SIZE = 8
 
 _CAPABILITIES: frozenset[Capability] = frozenset(
     {
@@ -326,7 +327,9 @@ class FakeEngine:
         self, request_id: str, prompt_token_ids: Sequence[int], dimensions: int | None
     ) -> Sequence[float]:
         self._check_alive()
-        size = dimensions or 8
+        size = EMBEDDING_SIZE if dimensions is None else dimensions
+        if not 1 <= size <= EMBEDDING_SIZE:
+            raise InvalidRequest.of("dimensions", f"{size} is out of range; allowed: 1 to {EMBEDDING_SIZE}")
         return [mix(i, *prompt_token_ids) / 2**63 - 1.0 for i in range(size)]
 
     async def reset_prefix_cache(self) -> bool:

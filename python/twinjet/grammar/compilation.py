@@ -114,6 +114,9 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """The compiler's own message without its clock, source file and repetition of the grammar."""
+    if isinstance(error, UnicodeDecodeError):
+        # Its message, cut in the middle of a character.
+        return "is not a valid grammar"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else "not a valid grammar"
     if first.startswith("[") and "] " in first:

@@ -250,9 +250,14 @@ def parse(text: str) -> Json:
         return value
 
     try:
-        return json.loads(text, parse_constant=constant, parse_float=number)
+        schema = json.loads(text, parse_constant=constant, parse_float=number)
     except (ValueError, RecursionError) as error:
         raise SchemaRefused("schema", f"is not JSON: {error}") from None
+    try:
+        json.dumps(schema, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise SchemaRefused("schema", "has half of a surrogate pair, which is no character") from None
+    return schema
 
 
 def _depth(text: str) -> int:

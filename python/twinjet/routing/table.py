@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -62,12 +64,14 @@ def check_route(route: Route, deployments: Collection[str], prefix: str = "route
             fail(f"weights[{name}]", f"{weight:g} is out of range; allowed: 0 and above, finite")
     if not any(weight > 0 for weight in route.weights.values()):
         fail("weights", "at least one deployment needs a weight above 0")
+    if not violations and math.isinf(sum(route.weights.values())):
+        fail("weights", f"together are above {sys.float_info.max:g}; make them smaller in proportion")
     known = ", ".join(sorted(deployments))
     for where, names in (("weights", list(route.weights)), ("fallback", list(route.fallback))):
         for name in names:
             if name not in deployments:
                 fail(where, f"names deployment {name!r}, which does not exist; known: {known}")
-    for name in {name for name in route.fallback if route.fallback.count(name) > 1}:
+    for name in [name for name, count in Counter(route.fallback).items() if count > 1]:
         fail("fallback", f"names deployment {name!r} twice; a fallback must not lead back")
     if not 0 <= route.mirror_share <= MAX_SHARE:
         fail("mirror.share", f"{route.mirror_share:g} is out of range; allowed: 0 to 1")

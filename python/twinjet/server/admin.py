@@ -52,9 +52,10 @@ class AdminServicer(RouteServicer):
         self._authorise(context)
         names = [self._deployments.resolve(request.model)] if request.model else self._deployments.models
         response = pb.GetLoadResponse(door=self._door)
-        for name in names:
-            for deployment in self._deployments.of_model(name):
-                response.models.append(await _load(name, deployment))
+        # Listed before engines are asked, meanwhile routes may change.
+        asked = [(name, deployment) for name in names for deployment in self._deployments.of_model(name)]
+        for name, deployment in asked:
+            response.models.append(await _load(name, deployment))
         return response
 
     async def Compare(self, request: compare_pb2.CompareRequest, context: Context) -> None:

@@ -8,6 +8,7 @@ import math
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from twinjet.client import Model
@@ -19,7 +20,7 @@ from twinjet.compare.records import Journal, Phase, RunData, TokenChances
 from twinjet.compare.report import Report, as_html, make_report
 from twinjet.compare.statistics import Interval, Precision
 from twinjet.compare.workload import Load, WorkItem, Workload, synthetic
-from twinjet.engines.base import EngineInfo, OutputEvent
+from twinjet.engines.base import Engine, EngineInfo, OutputEvent, Tokenizer
 from twinjet.errors import (
     ConfigError,
     InvalidRequest,
@@ -31,6 +32,7 @@ from twinjet.errors import (
 )
 from twinjet.request import EngineRequest, SamplingOverrides, resolve_sampling
 from twinjet.server import convert
+from twinjet.server.encoding import INLINE_CHARS, tokens_at_least
 from twinjet.v1 import compare_pb2 as pb
 from twinjet.v1 import model_pb2, sampling_pb2
 
@@ -67,6 +69,9 @@ _OUTCOMES = {
 }
 
 
+Ready = tuple[Engine, EngineInfo]
+
+
 class DeploymentTarget:
     """A deployment as a side of a comparison: requests go into its queue as any other tenant's do."""
 
@@ -81,10 +86,7 @@ class DeploymentTarget:
     ) -> AsyncGenerator[Arrived, None]:
         """See driver.Target."""
         engine, info = self._deployment.ready()
-        if isinstance(item.prompt, str):
-            ids = tuple(engine.tokenizer.encode(item.prompt, add_special_tokens=True))
-        else:
-            ids = item.prompt
+        ids = item.prompt if isinstance(item.prompt, tuple) else await _encode(engine.tokenizer, item.prompt)
         request = EngineRequest(
             request_id=f"{self._prefix}-{next(self._numbers)}",
             prompt_token_ids=ids,
@@ -104,6 +106,12 @@ class DeploymentTarget:
                     yield Arrived(event.token_ids, reason, text=event.text, chances=chances)
 
 
+async def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Tokenize, a long text on a thread: other streams go on meanwhile."""
+    encode = partial(tokenizer.encode, text, add_special_tokens=True)
+    return tuple(encode() if len(text) <= INLINE_CHARS else await asyncio.to_thread(encode))
+
+
 class Comparisons:
     """The comparisons of one server; see proto AdminService."""
 
@@ -117,12 +125,13 @@ class Comparisons:
         Raises InvalidRequest, NotFound, PreconditionFailed.
         """
         sides = self._side("deployment_a", request), self._side("deployment_b", request)
-        infos = [side.ready()[1] for side in sides]
-        plan, slo = _plan(request, infos)
+        ready = [side.ready() for side in sides]
         if self._is_comparing:
             raise PreconditionFailed("a comparison is running; one at a time", reason="COMPARISON_RUNNING")
         self._is_comparing = True
         try:
+            # Some million random tokens, or megabytes of text to be tokenized, take seconds.
+            plan, slo = await asyncio.to_thread(_plan, request, ready)
             await self._compare(request, plan, slo, sides, context)
         finally:
             self._is_comparing = False
@@ -154,7 +163,8 @@ class Comparisons:
         if names[0] == names[1]:
             names[1] += " (again)"
         # The client is this very process, whose time goes into everything it serves.
-        data = RunData(plan.header(names, settings) | {"in_process": True})
+        header = await asyncio.to_thread(plan.header, names, settings)
+        data = RunData(header | {"in_process": True})
         has_logprobs = all("logprobs" in side.ready()[1].capabilities for side in sides)
         targets = [DeploymentTarget(arm, side) for arm, side in zip("ab", sides, strict=True)]
         running = plan.driver(targets[0], targets[1], data, Journal(None), has_logprobs=has_logprobs)
@@ -170,9 +180,7 @@ class Comparisons:
             events.put_nowait(None)
 
         running.report = report
-        started = pb.CompareStarted(
-            digest=plan.workload.digest, settings_a=settings[0], settings_b=settings[1]
-        )
+        started = pb.CompareStarted(digest=header["digest"], settings_a=settings[0], settings_b=settings[1])
         await context.write(pb.CompareResponse(started=started))
         async with asyncio.TaskGroup() as group:
             group.create_task(run(), name="compare")
@@ -197,8 +205,11 @@ def _model(deployment: Deployment, info: EngineInfo) -> Model:
     return Model.of(model)
 
 
-def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> tuple[Plan, analysis.Slo]:
-    """Check a request and make the plan, and the limits that its goodput counts by. Raises InvalidRequest, Unsupported."""
+def _plan(request: pb.CompareRequest, ready: Sequence[Ready]) -> tuple[Plan, analysis.Slo]:
+    """Check a request and make the plan, and the limits that its goodput counts by. Blocks for up to seconds.
+
+    ready: both deployments' engines. Raises InvalidRequest, Unsupported.
+    """
     wrong: list[Violation] = []
 
     def number(field: str, default: int, low: int, high: int) -> int:
@@ -223,7 +234,7 @@ def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> tuple[Plan
     )
     sampling = _sampling(request, wrong)
     slo = _slo(request, wrong)
-    items = _items(request, infos, wrong)
+    items = _items(request, ready, wrong)
     if not wrong:
         num_blocks = max_blocks + min(SELF_TEST_BLOCKS, max_blocks) + LADDER_BLOCKS * len(request.ladder)
         total = 4 * (num_blocks * requests_per_leg + num_answers) * items[0].max_tokens
@@ -244,7 +255,7 @@ def _plan(request: pb.CompareRequest, infos: Sequence[EngineInfo]) -> tuple[Plan
         ladder=tuple(request.ladder),
         allowed=tuple(request.allow),
     )
-    for info in infos:
+    for _, info in ready:
         # What an engine cannot do is refused here, once, instead of failing every request.
         if "generate" not in info.capabilities:
             raise Unsupported("generate")
@@ -285,9 +296,9 @@ def _sampling(request: pb.CompareRequest, wrong: list[Violation]) -> SamplingOve
 
 
 def _items(
-    request: pb.CompareRequest, infos: Sequence[EngineInfo], wrong: list[Violation]
+    request: pb.CompareRequest, ready: Sequence[Ready], wrong: list[Violation]
 ) -> tuple[WorkItem, ...]:
-    longest = min(info.limits.max_context_tokens for info in infos)
+    longest = min(info.limits.max_context_tokens for _, info in ready)
     kind = request.WhichOneof("prompts")
     if kind is None:
         wrong.append(Violation("prompts", "none are given; set synthetic or listed"))
@@ -305,7 +316,7 @@ def _items(
             wrong.append(Violation("synthetic.prompt_tokens", told))
             return ()
         count = max(1, min(MAX_REQUESTS, MAX_PROMPT_TOKENS // num_prompt))
-        vocab_size = min(info.limits.vocab_size for info in infos)
+        vocab_size = min(info.limits.vocab_size for _, info in ready)
         return synthetic(num_prompt, num_output, count, vocab_size=vocab_size, seed=request.seed)
     texts = request.listed.texts
     if not 1 <= len(texts) <= MAX_REQUESTS or not all(texts):
@@ -315,7 +326,21 @@ def _items(
             )
         )
         return ()
+    if not wrong:
+        _check_texts(texts, ready, longest - num_output)
     return tuple(WorkItem(i, text, num_output, i) for i, text in enumerate(texts))
+
+
+def _check_texts(texts: Sequence[str], ready: Sequence[Ready], most: int) -> None:
+    """Raises InvalidRequest for the first text of more than `most` tokens."""
+    for tokenizer in {id(engine): engine.tokenizer for engine, _ in ready}.values():
+        for i, text in enumerate(texts):
+            num_tokens = tokens_at_least(tokenizer, text, most)
+            if num_tokens <= most:
+                num_tokens = len(tokenizer.encode(text, add_special_tokens=True))
+            if num_tokens > most:
+                told = f"has {num_tokens} tokens or more; the context leaves 1 to {most} beside output_tokens"
+                raise InvalidRequest.of(f"listed.texts[{i}]", told)
 
 
 def _slo(request: pb.CompareRequest, wrong: list[Violation]) -> analysis.Slo:

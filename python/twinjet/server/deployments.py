@@ -67,6 +67,7 @@ class Deployments:
         self._random = random.Random()
         self._is_draining = False
         self._state_changed = asyncio.Event()
+        self._starting: set[str] = set()
         self.table = RoutingTable({name: route.route() for name, route in config.public_routes().items()})
         self.by_name: dict[str, Deployment] = {
             name: self._make(name, settings) for name, settings in config.deployments.items()
@@ -182,7 +183,8 @@ class Deployments:
         Raises RevisionChanged, InvalidRequest; nothing is changed then.
         """
         self.table.expect(revision)
-        check_route(route, self.by_name)
+        # One that is only being added may be gone in a moment.
+        check_route(route, self.by_name.keys() - self._starting)
         self.table.replace({**self.table.routes, model: route})
         self._on_change(model)
         return self.table.revision
@@ -213,6 +215,7 @@ class Deployments:
         if public and name in self.table.routes:
             raise AlreadyExists("route", name)
         deployment = self.by_name[name] = self._make(name, settings)
+        self._starting.add(name)
         try:
             try:
                 deployment.open()
@@ -220,6 +223,7 @@ class Deployments:
                 raise _failed(name, str(error)) from None
             deployment.supervisor.start()
             await self._until_settled(deployment)
+            self._starting.discard(name)
             if public:
                 self.set_route(name, Route({name: 1.0}))
         except BaseException:
@@ -227,6 +231,8 @@ class Deployments:
             await asyncio.shield(deployment.supervisor.stop())
             deployment.close()
             raise
+        finally:
+            self._starting.discard(name)
         return self.table.revision
 
     async def _until_settled(self, deployment: Deployment) -> None:
@@ -242,7 +248,7 @@ class Deployments:
     async def remove(self, name: str, grace_s: float) -> tuple[int, int]:
         """Drain a deployment and end its engine; gives how many requests finished and how many were ended.
 
-        Raises NotFound, PreconditionFailed while a route names it.
+        Raises NotFound, PreconditionFailed while a route names it or it is still being added.
         """
         deployment = self.by_name.get(name)
         if deployment is None:
@@ -251,6 +257,11 @@ class Deployments:
             raise PreconditionFailed(
                 f"deployment {name!r} is named by the routes {', '.join(users)}; change them first",
                 reason="DEPLOYMENT_IN_USE",
+            )
+        if name in self._starting:
+            raise PreconditionFailed(
+                f"deployment {name!r} is being added; end that call to be rid of it",
+                reason="DEPLOYMENT_STARTING",
             )
         del self.by_name[name]
         dispatcher = deployment.dispatcher
@@ -286,6 +297,11 @@ class Deployments:
                 f"the settings of {', '.join(sorted(changed))} changed; a running deployment keeps its settings: give the new "
                 "ones another name and route to it"
             )
+        if starting := sorted(self._starting & config.deployments.keys()):
+            raise PreconditionFailed(
+                f"{', '.join(starting)} is being added by another call; try again when it has ended",
+                reason="DEPLOYMENT_STARTING",
+            )
         routes = {model: route.route() for model, route in config.public_routes().items()}
         added: list[str] = []
         try:
@@ -299,7 +315,7 @@ class Deployments:
             raise
         done = [f"deployment {name} added" for name in added]
         done += self._replace_routes(routes)
-        for name in [name for name in self.by_name if name not in config.deployments]:
+        for name in [n for n in self.by_name if n not in config.deployments and n not in self._starting]:
             finished, ended = await self.remove(name, grace_s)
             done.append(f"deployment {name} removed: {finished} requests finished, {ended} ended")
         return done

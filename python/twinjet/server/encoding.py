@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
-from twinjet.errors import InvalidRequest
+from twinjet.errors import InvalidRequest, Overloaded
 from twinjet.shortest_first import ShortestFirst
 
 INLINE_CHARS = 2048
@@ -17,6 +18,9 @@ LONG_CHARS = 64 << 10
 """Texts longer than this, which take hundredths of seconds, leave half of the threads to others."""
 _HEAD_CHARS_A_TOKEN = 8
 """A text longer than the context times this is looked at from its beginning: most are refused without the rest."""
+MAX_HELD_CHARS = 128 << 20
+"""Characters of texts that wait to be tokenized, of long ones and of shorter ones: they take some bytes of memory each."""
+_RETRY_AFTER_S = 1.0
 _SLACK = 64
 """Tokens by which the beginning of a text may have more of them than it has as a part of the text."""
 
@@ -26,6 +30,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self._threads = ShortestFirst(LONG_CHARS)
+        self._num_held = [0, 0]  # characters of short texts, of long ones
 
     async def encode(
         self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True
@@ -34,13 +39,15 @@ class Encoder:
         if len(text) <= INLINE_CHARS:
             return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
         work = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return tuple(await self._threads.run(len(text), work))
+        with self.hold(len(text)):
+            return tuple(await self._threads.run(len(text), work))
 
     async def prompt(self, tokenizer: Tokenizer, text: str, most: int, field: str) -> tuple[int, ...]:
         """Give a prompt's token ids. Raises InvalidRequest if its beginning alone has more than `most` tokens."""
         num_chars = most * _HEAD_CHARS_A_TOKEN
         if len(text) > num_chars:
-            await self._threads.run(num_chars, partial(_check_head, tokenizer, text, most, field))
+            with self.hold(len(text)):
+                await self._threads.run(num_chars, partial(_check_head, tokenizer, text, most, field))
         return await self.encode(tokenizer, text)
 
     async def chat(
@@ -63,7 +70,7 @@ class Encoder:
                 rendered = RenderedChat(tokenizer.render_chat(turns, continue_final=continue_final))
             else:
                 rendered = tokenizer.render_as_data(turns, continue_final=continue_final)
-            if most is not None and len(rendered.text) > most * _HEAD_CHARS_A_TOKEN:
+            if most is not None:
                 _check_head(tokenizer, rendered.text, most, "messages")
             return rendered.text, tuple(
                 tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
@@ -72,7 +79,23 @@ class Encoder:
         num_chars = sum(_TURN_CHARS + len(turn.content) for turn in turns)
         if num_chars <= INLINE_CHARS:
             return encode()
-        return await self._threads.run(num_chars, encode)
+        with self.hold(num_chars):
+            return await self._threads.run(num_chars, encode)
+
+    @contextmanager
+    def hold(self, num_chars: int) -> Iterator[None]:
+        """Count text that is kept until it has been tokenized. Raises Overloaded where that is too much.
+
+        Long texts have a bound of their own: who sends many of them keeps nobody's shorter ones out.
+        """
+        is_long = num_chars > LONG_CHARS
+        if self._num_held[is_long] + num_chars > MAX_HELD_CHARS:
+            raise Overloaded("too much text waits to be tokenized", retry_after_s=_RETRY_AFTER_S)
+        self._num_held[is_long] += num_chars
+        try:
+            yield
+        finally:
+            self._num_held[is_long] -= num_chars
 
     async def decode(self, tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Give the text of token ids."""
@@ -82,11 +105,19 @@ class Encoder:
         return await self._threads.run(len(ids), work)
 
 
+def tokens_at_least(tokenizer: Tokenizer, text: str, most: int) -> int:
+    """Give how many tokens a text has at least, by its beginning; 0 for one that is not long enough to be looked at so."""
+    num_chars = most * _HEAD_CHARS_A_TOKEN
+    if len(text) <= num_chars:
+        return 0
+    return max(len(tokenizer.encode(text[:num_chars], add_special_tokens=False)) - _SLACK, 0)
+
+
 def _check_head(tokenizer: Tokenizer, text: str, most: int, field: str) -> None:
-    num_tokens = len(tokenizer.encode(text[: most * _HEAD_CHARS_A_TOKEN], add_special_tokens=False))
-    if num_tokens > most + _SLACK:
+    num_tokens = tokens_at_least(tokenizer, text, most)
+    if num_tokens > most:
         raise InvalidRequest.of(
             field,
-            f"the prompt has more than {num_tokens - _SLACK} tokens; the model's context is {most}, "
+            f"the prompt has more than {num_tokens} tokens; the model's context is {most}, "
             f"allowed: 1 to {most - 1}",
         )

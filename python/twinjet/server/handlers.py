@@ -86,6 +86,8 @@ def guarded(name: str, behaviour: Behaviour, metrics: Metrics, load_reports: Loa
             load_reports.count(error)
         trailer = load_reports.trailer()
         if failure is not None:
+            # grpc.aio keeps what abort raises, and with it this frame, until the garbage collector comes.
+            del request
             # Outside of any try: abort raises, and must not be caught again.
             await context.abort(failure.code, failure.message, (*failure.trailing_metadata, *trailer))
         context.set_trailing_metadata(trailer)
@@ -102,15 +104,24 @@ async def _run(
             raise InvalidRequest(request.violations)
         return await behaviour(request, context), None, None
     except TwinjetError as error:
-        logger.info("%s: %s: %s", name, type(error).__name__, error)
-        return None, to_failure(error), error
+        failure = to_failure(error)
+        # As short as the client hears of it: names of a request's own may be megabytes.
+        logger.info("%s: %s: %s", name, type(error).__name__, failure.message)
+        _forget_frames(error)
+        return None, failure, error
     except ErrorTold as told:
         logger.info("%s: %s: %s", name, type(told.error).__name__, told)
+        _forget_frames(told)
+        _forget_frames(told.error)
         return None, None, told.error
     except BaseExceptionGroup as group:
         first = group.exceptions[0]
         if isinstance(first, TwinjetError):
+            for one in (group, *group.exceptions):
+                _forget_frames(one)
             return None, to_failure(first), first
+        if isinstance(first, grpc.aio.BaseError):
+            raise asyncio.CancelledError from None  # as below
         logger.exception("%s failed", name)
         return None, internal_failure(), group
     except asyncio.CancelledError:
@@ -121,3 +132,13 @@ async def _run(
     except Exception as error:
         logger.exception("%s failed", name)
         return None, internal_failure(), error
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames that an error came through: with those that raised it they are cycles, in which requests of
+    megabytes would wait for the garbage collector."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))  # an error may be its own cause
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
+from twinjet.errors import NotFound
 from twinjet.protobuf_bytes import field
+from twinjet.server.status import to_failure
 
 if TYPE_CHECKING:
     from twinjet.server.doors import HandlerRegistry
@@ -56,7 +58,8 @@ class Health:
 
     async def _check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:
         if request.service not in self._is_serving:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service or model named {request.service!r}")
+            failure = to_failure(NotFound("service", request.service))
+            await context.abort(failure.code, failure.message, failure.trailing_metadata)
         return _Response(status=self._status(request.service))
 
     async def _watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:

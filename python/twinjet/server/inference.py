@@ -208,10 +208,11 @@ class InferenceServicer:
         options = _options(request, context)
         engine, info = self._deployments.pick(model).ready()
         _need(info, "embed")
-        prompts = [
-            await self._embed_prompt(item, f"inputs[{i}].", engine, info)
-            for i, item in enumerate(request.inputs)
-        ]
+        with self._encoder.hold(sum(len(item.text) for item in request.inputs)):
+            prompts = [
+                await self._embed_prompt(item, f"inputs[{i}].", engine, info)
+                for i, item in enumerate(request.inputs)
+            ]
         dimensions = request.dimensions if request.HasField("dimensions") else None
         request_id = options.request_id
         embed = cast("EmbeddingEngine", engine).embed

@@ -26,6 +26,8 @@ SAMPLE_S: Final = 0.1
 MIN_INTERVAL_S: Final = 0.1
 DEFAULT_INTERVAL_S: Final = 1.0
 MAX_INTERVAL_S: Final = 3600.0
+MAX_REPORTS_PER_S: Final = 1000
+"""Of all streams together; the more there are the seldomer each gets one, since anybody may open thousands."""
 
 
 class LoadReports:
@@ -36,6 +38,7 @@ class LoadReports:
         self._served = ServedLoad()
         self._trailer: tuple[tuple[str, bytes], ...] = ()
         self._made_at = 0.0
+        self._num_streams = 0
 
     async def run(self) -> None:
         """Take readings until cancelled."""
@@ -69,9 +72,13 @@ class LoadReports:
             interval_s = report_interval_s(request)
         except DecodeError:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not an OrcaLoadReportRequest")
-        while True:
-            await context.write(self._report(details=True))
-            await asyncio.sleep(interval_s)
+        self._num_streams += 1
+        try:
+            while True:
+                await context.write(self._report(details=True))
+                await asyncio.sleep(max(interval_s, self._num_streams / MAX_REPORTS_PER_S))
+        finally:
+            self._num_streams -= 1
 
     def _report(self, *, details: bool) -> bytes:
         return self._served.report(self._readings(), details=details).encode()

@@ -28,6 +28,7 @@ from twinjet.server.handlers import add_service
 from twinjet.server.health import SERVICE_NAME as HEALTH_SERVICE
 from twinjet.server.health import Health
 from twinjet.server.inference import InferenceServicer
+from twinjet.server.lenient import LenientRegistry
 from twinjet.server.live import LiveRequests
 from twinjet.server.load_reports import LoadReports
 from twinjet.server.metrics import Metrics
@@ -218,15 +219,16 @@ class Server:
         self._door.watch_refusals(
             lambda method, num_calls: self.metrics.count_call(method, "RESOURCE_EXHAUSTED", num_calls)
         )
-        self._health.add_to(self._door)
-        self.load_reports.add_to(self._door)
-        channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), self._door)
+        lenient = LenientRegistry(self._door)
+        self._health.add_to(lenient)
+        self.load_reports.add_to(lenient)
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(self._door.channelz_servicer(), lenient)
         names = [s.full_name for s in self._services]
         names += [
             HEALTH_SERVICE,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
         ]
-        add_reflection(self._door, names)
+        add_reflection(lenient, names)
 
     def _other_protocols(
         self, inference: InferenceServicer, models: ModelServicer

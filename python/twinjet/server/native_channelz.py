@@ -40,7 +40,7 @@ class NativeChannelz(channelz.aio.ChannelzServicer):  # type: ignore[misc]
     async def GetServerSockets(self, request: Any, context: Any) -> Any:
         if request.server_id != _SERVER_ID:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no server {request.server_id}")
-        limit = request.max_results or _MAX_RESULTS
+        limit = min(max(request.max_results, 0) or _MAX_RESULTS, _MAX_RESULTS)
         found = sorted((c for c in self._connections() if c["id"] >= request.start_socket_id), key=_id)
         refs = [channelz_pb2.SocketRef(socket_id=c["id"], name=c["peer"]) for c in found[:limit]]
         return channelz_pb2.GetServerSocketsResponse(socket_ref=refs, end=len(found) <= limit)

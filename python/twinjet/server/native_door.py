@@ -145,8 +145,8 @@ class CallContext(_Base):
             return data
         try:
             return deserialize(data)
-        except Exception:
-            logger.info("a request could not be parsed", exc_info=True)
+        except Exception as error:  # noqa: BLE001 - parsers raise what they like
+            logger.info("a request could not be parsed: %s", error)
             raise _BadRequest from None
 
     async def write(self, message: Any) -> None:
@@ -555,6 +555,8 @@ class NativeDoor:
         def forget(done: asyncio.Task[None]) -> None:
             self._tasks.discard(done)
             self._calls.pop(call_id, None)
+            # A cancelled task keeps the frames that it left, and with them the request: no cycle for the garbage collector.
+            context.task = None
 
         task.add_done_callback(forget)
         return task

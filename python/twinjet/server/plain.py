@@ -418,8 +418,9 @@ class PlainCalls:
 
     def _refuse(self, call: _core.PlainCall, error: Exception) -> None:
         if isinstance(error, TwinjetError):
-            logger.info("%s: %s: %s", METHOD, type(error).__name__, error)
-            self._fail(call, to_failure(error), error)
+            failure = to_failure(error)
+            logger.info("%s: %s: %s", METHOD, type(error).__name__, failure.message)
+            self._fail(call, failure, error)
         else:
             logger.error("%s failed", METHOD, exc_info=error)
             self._fail(call, _INTERNAL, error)

@@ -112,7 +112,10 @@ def _route(message: pb.Route) -> Route:
 
 
 def _settings(request: pb.AddDeploymentRequest) -> DeploymentSettings:
-    tree: dict[str, Any] = _whole_numbers(MessageToDict(request.settings))
+    try:
+        tree: dict[str, Any] = _whole_numbers(MessageToDict(request.settings))
+    except ValueError:
+        raise InvalidRequest.of("settings", "has a number that is not finite") from None
     try:
         return deployment_settings(tree)
     except ConfigError as error:

@@ -116,7 +116,7 @@ def _retry(seconds: float) -> error_details_pb2.RetryInfo:
 def _bad_request(error: errors.InvalidRequest) -> error_details_pb2.BadRequest:
     violations = [
         error_details_pb2.BadRequest.FieldViolation(
-            field=v.field, description=_short(v.message, MAX_DETAIL_BYTES)
+            field=_short(v.field, MAX_DETAIL_BYTES), description=_short(v.message, MAX_DETAIL_BYTES)
         )
         for v in error.violations[:MAX_VIOLATIONS]
     ]

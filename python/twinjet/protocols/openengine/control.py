@@ -10,7 +10,15 @@ import time
 from typing import TYPE_CHECKING
 
 from twinjet.engines.supervisor import State
-from twinjet.errors import InvalidRequest, NotFound, TwinjetError, Unavailable, Unsupported, Violation
+from twinjet.errors import (
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    TwinjetError,
+    Unavailable,
+    Unsupported,
+    Violation,
+)
 from twinjet.protocols.openengine import kv
 from twinjet.protocols.openengine.inference import public_name, sources
 from twinjet.protocols.openengine.v1 import (
@@ -200,7 +208,9 @@ class ControlServicer:
         self, request: lora_pb2.LoadLoraRequest, context: Context
     ) -> lora_pb2.LoadLoraResponse:
         adapter = request.adapter
-        ours = our_model_pb2.LoadAdapterRequest(name=adapter.lora_name, path=adapter.source_path)
+        ours = our_model_pb2.LoadAdapterRequest(
+            model=self._only_model(), name=adapter.lora_name, path=adapter.source_path
+        )
         try:
             answer = await self._models.LoadAdapter(ours, context)
         except InvalidRequest as error:
@@ -217,9 +227,10 @@ class ControlServicer:
         self, request: lora_pb2.UnloadLoraRequest, context: Context
     ) -> lora_pb2.UnloadLoraResponse:
         authorise(self._token, context)
-        listed = await self._models.ListAdapters(our_model_pb2.ListAdaptersRequest(), context)
+        model = self._only_model()
+        listed = await self._models.ListAdapters(our_model_pb2.ListAdaptersRequest(model=model), context)
         paths = {adapter.name: adapter.path for adapter in listed.adapters}
-        ours = our_model_pb2.UnloadAdapterRequest(name=request.lora_name)
+        ours = our_model_pb2.UnloadAdapterRequest(model=model, name=request.lora_name)
         await self._models.UnloadAdapter(ours, context)
         gone = self._adapter(request.lora_name, paths.get(request.lora_name, ""))
         return lora_pb2.UnloadLoraResponse(adapter=gone)
@@ -227,7 +238,8 @@ class ControlServicer:
     async def ListLoras(
         self, request: lora_pb2.ListLorasRequest, context: Context
     ) -> lora_pb2.ListLorasResponse:
-        listed = await self._models.ListAdapters(our_model_pb2.ListAdaptersRequest(), context)
+        ours = our_model_pb2.ListAdaptersRequest(model=self._only_model())
+        listed = await self._models.ListAdapters(ours, context)
         return lora_pb2.ListLorasResponse(adapters=[self._adapter(a.name, a.path) for a in listed.adapters])
 
     async def GetKvEventSources(
@@ -243,6 +255,16 @@ class ControlServicer:
     def adapter_id(self, name: str) -> int:
         """This server's number for an adapter's name, from 1 on."""
         return self._adapter_ids.setdefault(name, len(self._adapter_ids) + 1)
+
+    def _only_model(self) -> str:
+        """The model whose adapters are meant: these requests name none. Raises PreconditionFailed if there are several."""
+        models = self._deployments.models
+        if len(models) > 1:
+            raise PreconditionFailed(
+                f"this server has {', '.join(models)}; name one to twinjet.v1.ModelService",
+                reason="SEVERAL_MODELS",
+            )
+        return models[0]
 
     def _adapter(self, name: str, path: str) -> lora_pb2.LoraAdapter:
         return lora_pb2.LoraAdapter(lora_id=self.adapter_id(name), lora_name=name, source_path=path)

@@ -18,18 +18,25 @@ _REASONS = {
 class Translator:
     """Gives the OpenEngine events for each of ours, in order.
 
-    wants_text: send texts, not only token ids. token_text: a token alone as text. prompt_start: first prompt token
-    whose log probability is told.
+    wants_text: send texts, not only token ids. token_texts: gives, for the deployment that a stream begins at, a token
+    alone as text. prompt_start: first prompt token whose log probability is told.
     """
 
     def __init__(
-        self, num_outputs: int, *, wants_text: bool, token_text: Callable[[int], str], prompt_start: int = 0
+        self,
+        num_outputs: int,
+        *,
+        wants_text: bool,
+        token_texts: Callable[[str], Callable[[int], str]],
+        prompt_start: int = 0,
     ) -> None:
         self._wants_text = wants_text
-        self._token_text = token_text
+        self._token_texts = token_texts
+        self._token_text: Callable[[int], str] = str
         self._prompt_start = prompt_start
         self._request_id = ""
-        self._open = set(range(num_outputs))
+        self._num_outputs = num_outputs
+        self._open: set[int] = set()
         self._last: pb.GenerateResponse | None = None
         self.has_started = False
 
@@ -38,7 +45,10 @@ class Translator:
         match event.WhichOneof("event"):
             case "started":
                 self.has_started = True
+                # Not before: only now is the number known to be one that may be asked for.
+                self._open = set(range(self._num_outputs))
                 self._request_id = event.started.request_id
+                self._token_text = self._token_texts(event.started.deployment)
             case "prompt_logprobs":
                 # Entry i belongs to prompt token i + 1.
                 rows = event.prompt_logprobs.tokens[max(self._prompt_start - 1, 0) :]

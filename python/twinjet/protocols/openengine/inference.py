@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -92,7 +92,7 @@ class InferenceServicer:
         translator = Translator(
             max(translated.sampling.n, 1),
             wants_text=requests.wants_text(request),
-            token_text=self._token_text(translated.model),
+            token_texts=self._token_texts(),
             prompt_start=request.response.prompt_logprob_start,
         )
         async with self._call(context, translator) as call:
@@ -120,12 +120,15 @@ class InferenceServicer:
         finally:
             call.close()
 
-    def _token_text(self, model: str) -> Any:
-        def text(token_id: int) -> str:
-            engine, _ = next(d for d in self._deployments.of_model(model) if d.is_ready).ready()
-            return str(engine.tokenizer.vocabulary.token_text(token_id))
+    def _token_texts(self) -> Callable[[str], Callable[[int], str]]:
+        # One that is being removed still serves what it has, and is not listed any more.
+        known = dict(self._deployments.by_name)
 
-        return text
+        def of(deployment: str) -> Callable[[int], str]:
+            engine, _ = (self._deployments.by_name.get(deployment) or known[deployment]).ready()
+            return engine.tokenizer.vocabulary.token_text
+
+        return of
 
 
 class _Call:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
 
 from twinjet.engines.base import KvCleared, KvEvent, KvEventEngine, KvRemoved, KvStored
-from twinjet.errors import EngineDied, InvalidRequest, NotFound, Unsupported
+from twinjet.errors import EngineDied, NotFound, PreconditionFailed, Unsupported
 from twinjet.protocols.openengine.events import engine_error
 from twinjet.protocols.openengine.v1 import kv_pb2 as pb
 from twinjet.server.handlers import ErrorTold
@@ -65,7 +65,10 @@ async def subscribe(
     """Write the events of the server's only deployment until its engine ends, which is told by an error event."""
     check_ranks(request.data_parallel_ranks)
     if len(deployments.by_name) != 1:
-        raise InvalidRequest.of("data_parallel_ranks", "this server has several engines; use WatchKvEvents")
+        raise PreconditionFailed(
+            "this server has several engines; name one to twinjet.v1.AdminService/WatchKvEvents",
+            reason="SEVERAL_MODELS",
+        )
     (deployment,) = deployments.by_name.values()
     engine, info = deployment.ready()
     if "kv_events" not in info.capabilities:
