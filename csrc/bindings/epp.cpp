@@ -63,7 +63,7 @@ py::object ReadMessage(const py::bytes& data) {
   }
   return py::make_tuple(static_cast<int>(request.kind), request.is_end_of_stream, headers,
                         py::bytes(request.body.data(), request.body.size()), request.request_body_mode,
-                        request.response_body_mode, allowed);
+                        request.response_body_mode, allowed, Text(request.source_address));
 }
 
 std::unique_ptr<epp::Prompt> ReadPrompt(const py::bytes& message, const std::string& method) {

@@ -1282,11 +1282,12 @@ class CoreReader:
 
 def read_processing_request(
     data: bytes,
-) -> tuple[int, bool, dict[str, str], bytes, int, int, list[str] | None]:
+) -> tuple[int, bool, dict[str, str], bytes, int, int, list[str] | None, str]:
     """Read an envoy.service.ext_proc.v3.ProcessingRequest.
 
     Gives the kind (its field number), end_of_stream, headers or trailers, body, the body modes of request and
-    response, -1 where the message does not tell them, and the addresses of envoy.lb.subset_hint or None.
+    response, -1 where the message does not tell them, the addresses of envoy.lb.subset_hint or None, and the attribute
+    source.address, "" without.
     Raises ValueError if it is none.
     """
 
