@@ -1280,6 +1280,12 @@ class CoreReader:
     @property
     def num_open(self) -> int: ...
 
+def ask_for_sessions(is_wanted: bool) -> None:
+    """Have processes that fork() makes of this one begin sessions, until False was given as often as True.
+
+    vfork() and posix_spawn(), which Python's subprocess uses, are not concerned.
+    """
+
 def read_processing_request(
     data: bytes,
 ) -> tuple[int, bool, dict[str, str], bytes, int, int, list[str] | None, str]:
