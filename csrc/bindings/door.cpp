@@ -267,7 +267,6 @@ const std::shared_ptr<door::StreamCarrier>& CarrierFor(size_t write_ahead_bytes)
 void BindDoor(py::module_& module) {
   py::class_<PyCall>(module, "DoorCall", "A handle to a client's call; without effect once the call is over.")
       .def_property_readonly("is_over", [](const PyCall& self) { return self.call->is_over(); })
-      .def_property_readonly("unsent_bytes", [](const PyCall& self) { return self.call->unsent_bytes(); })
       .def("send_headers",
            [](const PyCall& self, const py::iterable& metadata) {
              Metadata headers = ReadMetadata(metadata);

@@ -166,12 +166,6 @@ void BindIndex(py::module_& module) {
             return found;
           },
           py::arg("hashes"))
-      .def(
-          "num_blocks_of",
-          [](const PrefixIndex& index, int64_t replica) {
-            return index.num_blocks_of(CheckedReplica(replica));
-          },
-          py::arg("replica"))
       .def_property_readonly("num_blocks", &PrefixIndex::num_blocks)
       .def_property_readonly("num_links", &PrefixIndex::num_links)
       .def("memory_bytes", &PrefixIndex::MemoryBytes)

@@ -1081,18 +1081,12 @@ class CoreOutputs:
     def has_utility(self) -> bool:
         """The message answers a utility call."""
 
-    @property
-    def has_pooling(self) -> bool:
-        """At least one output is a vector."""
-
 # Only where the door is built.
 class DoorCall:
     """A handle to a client's call; without effect once the call is over."""
 
     @property
     def is_over(self) -> bool: ...
-    @property
-    def unsent_bytes(self) -> int: ...
     def send_headers(self, metadata: Iterable[tuple[str, str | bytes]], /) -> None:
         """Raises ValueError for metadata that gRPC does not allow."""
     def write(self, message: bytes, /) -> bool:
@@ -1263,7 +1257,7 @@ class CoreReader:
         self,
     ) -> tuple[
         list[Outlet],
-        list[tuple[int, int, int, bool]],
+        list[tuple[int, int, int]],
         tuple[int, int, float] | None,
         int,
         list[bytes],
@@ -1272,9 +1266,9 @@ class CoreReader:
         """Give what has come since the last call.
 
         Outlets whose pumps got rows; outputs that ended with an error, which are not put into their pumps: (key,
-        finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before), finish 1: no token was
-        admissible; the last CoreOutputs.stats; preemptions; messages that answer utility calls, to be decoded;
-        and, once nothing more comes, why, "" if the peer has only gone.
+        finish as in CoreOutputs.rows, tokens in the last row), finish 1: no token was admissible; the last
+        CoreOutputs.stats; preemptions; messages that answer utility calls, to be decoded; and, once nothing more comes,
+        why, "" if the peer has only gone.
         """
 
     @property
@@ -1354,7 +1348,6 @@ class PrefixIndex:
     def find(self, hashes: bytes) -> dict[int, int]:
         """Return, by replica, how many of a prompt's first blocks it holds; those with none are left out."""
 
-    def num_blocks_of(self, replica: int) -> int: ...
     @property
     def num_blocks(self) -> int: ...
     @property

@@ -346,7 +346,7 @@ class CoreLink:
             return
         outlets, irregular, stats, num_preemptions, utilities, end = self._reader.take()
         # Nobody asked for these: all of its requests end so, and new ones do.
-        if any(_FINISHES[finish] == "abort" for _, finish, _, _ in irregular):
+        if any(_FINISHES[finish] == "abort" for _, finish, _ in irregular):
             self._tell_death(TOLD_TO_END)
         try:
             self._deliver(outlets, irregular)
@@ -374,9 +374,9 @@ class CoreLink:
                 future.set_exception(EngineDied(f"the engine died: {reason}"))
         self._on_death(reason)
 
-    def _deliver(self, outlets: Sequence[Outlet], irregular: Sequence[tuple[int, int, int, bool]]) -> None:
+    def _deliver(self, outlets: Sequence[Outlet], irregular: Sequence[tuple[int, int, int]]) -> None:
         """Tell of the rows that were put into pumps, and of those that were not."""
-        for key, finish, num_tokens, _ in irregular:
+        for key, finish, num_tokens in irregular:
             entry = self._by_key.get(key)
             if entry is not None:
                 is_constrained = entry.request.sampling.constraint is not None
