@@ -8,6 +8,7 @@ namespace twinjet::bindings {
 void BindDoor(pybind11::module_& module);  // only where the door is built
 void BindEpp(pybind11::module_& module);
 void BindKv(pybind11::module_& module);
+void BindProcess(pybind11::module_& module);
 void BindRequests(pybind11::module_& module);
 void BindSampler(pybind11::module_& module);
 void BindSamplerCuda(pybind11::module_& module);

@@ -175,7 +175,8 @@ Options ReadOptions(const py::kwargs& given) {
       Set(given, "max_metadata_bytes", &o.max_metadata_bytes) + Set(given, "max_streams", &o.max_streams) +
       Set(given, "max_connections", &o.max_connections) +
       Set(given, "max_address_connections", &o.max_address_connections) +
-      Set(given, "max_calls", &o.max_calls) + Set(given, "max_received_bytes", &o.max_received_bytes) +
+      Set(given, "client_ipv6_prefix", &o.client_ipv6_prefix) + Set(given, "max_calls", &o.max_calls) +
+      Set(given, "max_received_bytes", &o.max_received_bytes) +
       Set(given, "max_unsent_bytes", &o.max_unsent_bytes) +
       Set(given, "write_ahead_bytes", &o.write_ahead_bytes) + Set(given, "handshake_s", &o.handshake_s) +
       Set(given, "header_s", &o.header_s) + Set(given, "message_stall_s", &o.message_stall_s) +
@@ -266,7 +267,6 @@ const std::shared_ptr<door::StreamCarrier>& CarrierFor(size_t write_ahead_bytes)
 void BindDoor(py::module_& module) {
   py::class_<PyCall>(module, "DoorCall", "A handle to a client's call; without effect once the call is over.")
       .def_property_readonly("is_over", [](const PyCall& self) { return self.call->is_over(); })
-      .def_property_readonly("unsent_bytes", [](const PyCall& self) { return self.call->unsent_bytes(); })
       .def("send_headers",
            [](const PyCall& self, const py::iterable& metadata) {
              Metadata headers = ReadMetadata(metadata);

@@ -63,7 +63,7 @@ py::object ReadMessage(const py::bytes& data) {
   }
   return py::make_tuple(static_cast<int>(request.kind), request.is_end_of_stream, headers,
                         py::bytes(request.body.data(), request.body.size()), request.request_body_mode,
-                        request.response_body_mode, allowed);
+                        request.response_body_mode, allowed, Text(request.source_address));
 }
 
 std::unique_ptr<epp::Prompt> ReadPrompt(const py::bytes& message, const std::string& method) {
@@ -166,12 +166,6 @@ void BindIndex(py::module_& module) {
             return found;
           },
           py::arg("hashes"))
-      .def(
-          "num_blocks_of",
-          [](const PrefixIndex& index, int64_t replica) {
-            return index.num_blocks_of(CheckedReplica(replica));
-          },
-          py::arg("replica"))
       .def_property_readonly("num_blocks", &PrefixIndex::num_blocks)
       .def_property_readonly("num_links", &PrefixIndex::num_links)
       .def("memory_bytes", &PrefixIndex::MemoryBytes)

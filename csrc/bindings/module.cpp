@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = TWINJET_VERSION;
   twinjet::bindings::BindKv(module);
   twinjet::bindings::BindEpp(module);
+  twinjet::bindings::BindProcess(module);
   twinjet::bindings::BindRequests(module);
   twinjet::bindings::BindSampler(module);
   twinjet::bindings::BindSamplerCuda(module);

@@ -74,8 +74,7 @@ class Place {
 
 // How a call began.
 struct CallInfo {
-  std::string path;  // "/package.Service/Method"
-  std::string authority;
+  std::string path;         // "/package.Service/Method"
   std::string peer;         // "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234" or "unix:"
   Metadata metadata;        // without what belongs to HTTP/2 and to gRPC itself
   int64_t timeout_ns = -1;  // what was left when the call arrived; -1: no deadline

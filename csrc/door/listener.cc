@@ -186,9 +186,27 @@ std::string PeerName(const sockaddr_storage& address) {
       return "ipv4:" + std::string(text) + ":" + std::to_string(ntohs(v6.sin6_port));
     }
     inet_ntop(AF_INET6, &v6.sin6_addr, text, sizeof text);
-    return "ipv6:%5B" + std::string(text) + "%5D:" + std::to_string(ntohs(v6.sin6_port));
+    const std::string zone = v6.sin6_scope_id == 0 ? "" : "%25" + std::to_string(v6.sin6_scope_id);
+    return "ipv6:%5B" + std::string(text) + zone + "%5D:" + std::to_string(ntohs(v6.sin6_port));
   }
   return "unix:";
+}
+
+std::string ClientKey(const sockaddr_storage& address, int ipv6_prefix) {
+  if (address.ss_family == AF_INET) {
+    const auto& v4 = reinterpret_cast<const sockaddr_in&>(address);
+    return {reinterpret_cast<const char*>(&v4.sin_addr), sizeof v4.sin_addr};
+  }
+  if (address.ss_family != AF_INET6) return {};
+  const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
+  const std::string whole(reinterpret_cast<const char*>(v6.sin6_addr.s6_addr), sizeof v6.sin6_addr.s6_addr);
+  if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) return whole.substr(12);
+  const auto num_whole_bytes = static_cast<size_t>(ipv6_prefix / 8);
+  std::string key = whole.substr(0, num_whole_bytes);
+  if (ipv6_prefix % 8 != 0) {
+    key += static_cast<char>(whole[num_whole_bytes] & (0xff00 >> (ipv6_prefix % 8)));
+  }
+  return key.append("%").append(std::to_string(v6.sin6_scope_id));
 }
 
 }  // namespace twinjet::door

@@ -46,17 +46,16 @@ int64_t TickNs(const Options& options) {
 
 }  // namespace
 
-AddressCounts::Seat AddressCounts::Take(const std::string& peer, size_t max_open) {
-  std::string address = peer.substr(0, peer.rfind(':'));
+AddressCounts::Seat AddressCounts::Take(std::string client, size_t max_open) {
   {
     const std::lock_guard lock(table_->mutex);
-    size_t& num_open = table_->num_open[address];
+    size_t& num_open = table_->num_open[client];
     if (num_open >= max_open) return nullptr;
     ++num_open;
   }
-  const auto leave = [table = table_, address = std::move(address)](void*) {
+  const auto leave = [table = table_, client = std::move(client)](void*) {
     const std::lock_guard lock(table->mutex);
-    const auto found = table->num_open.find(address);
+    const auto found = table->num_open.find(client);
     if (--found->second == 0) table->num_open.erase(found);
   };
   return Seat(table_.get(), leave);
@@ -373,7 +372,8 @@ void Loop::AcceptFrom(int listener_fd) {
     Accepted accepted{fd, PeerName(address), nullptr, nullptr};
     bool is_full = state_.totals->connections >= static_cast<int64_t>(options_->max_connections);
     if (!is_full && options_->max_address_connections > 0 && address.ss_family != AF_UNIX) {
-      accepted.seat = address_counts_.Take(accepted.peer, options_->max_address_connections);
+      accepted.seat = address_counts_.Take(ClientKey(address, options_->client_ipv6_prefix),
+                                           options_->max_address_connections);
       is_full = !accepted.seat;
     }
     if (is_full) {

@@ -27,8 +27,8 @@ class AddressCounts {
  public:
   // A connection's, until it is dropped.
   using Seat = std::shared_ptr<void>;
-  // peer: as PeerName gives it. Null if max_open are open already.
-  Seat Take(const std::string& peer, size_t max_open);
+  // client: as ClientKey gives it. Null if max_open are open already.
+  Seat Take(std::string client, size_t max_open);
 
  private:
   struct Table {

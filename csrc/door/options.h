@@ -21,6 +21,7 @@ struct Options {
   uint32_t max_streams = 4096;           // open at once on one connection
   size_t max_connections = 16384;
   size_t max_address_connections = 0;             // open from one IP address; 0: no limit
+  int client_ipv6_prefix = 64;                    // bits, 1 to 128, of what is one address of IPv6
   size_t max_calls = 65536;                       // that handlers have not let go of, over all connections
   size_t max_received_bytes = size_t{512} << 20;  // request bytes that no handler has taken yet
   size_t max_unsent_bytes = size_t{64} << 20;     // of one stream; more ends it

@@ -20,8 +20,6 @@ bool IsGrpcContentType(std::string_view type) {
 void RequestHead::Add(std::string_view name, std::string_view value) {
   if (name == ":path") {
     info_->path = value;
-  } else if (name == ":authority") {
-    info_->authority = value;
   } else if (name == ":method") {
     method_ = value;
   } else if (name == "content-type") {

@@ -7,6 +7,7 @@ namespace {
 
 constexpr std::string_view kSubsetNamespace = "envoy.lb.subset_hint";
 constexpr std::string_view kSubsetKey = "x-gateway-destination-endpoint-subset";
+constexpr std::string_view kSourceAddress = "source.address";
 
 bool IsWhole(const WireReader& reader) { return !reader.is_cut() && !reader.is_broken(); }
 
@@ -105,6 +106,24 @@ bool ReadMetadata(std::string_view data, ProcessingRequest* request) {
   });
 }
 
+// map<string, Struct> attributes, by the name of Envoy's filter; Value { string_value = 3 }
+bool ReadAttributes(std::string_view entry_bytes, ProcessingRequest* request) {
+  WireReader entry(entry_bytes);
+  while (entry.Next()) {
+    if (!entry.IsBytes(2)) continue;
+    const bool is_read = ForEachEntry(entry.bytes(), [&](std::string_view key, std::string_view data) {
+      if (key != kSourceAddress) return true;
+      WireReader value(data);
+      while (value.Next()) {
+        if (value.IsBytes(3)) request->source_address = value.bytes();
+      }
+      return IsWhole(value);
+    });
+    if (!is_read) return false;
+  }
+  return IsWhole(entry);
+}
+
 // ProtocolConfiguration { request_body_mode = 1, response_body_mode = 2 }; 0, NONE, is not on the wire.
 bool ReadProtocol(std::string_view data, ProcessingRequest* request) {
   request->request_body_mode = request->response_body_mode = 0;
@@ -124,6 +143,8 @@ bool ReadProcessingRequest(std::string_view data, ProcessingRequest* request) {
   while (reader.Next()) {
     if (reader.IsBytes(8)) {
       if (!ReadMetadata(reader.bytes(), request)) return false;
+    } else if (reader.IsBytes(9)) {
+      if (!ReadAttributes(reader.bytes(), request)) return false;
     } else if (reader.IsBytes(11)) {
       if (!ReadProtocol(reader.bytes(), request)) return false;
     } else if (reader.IsBytes(4) || reader.IsBytes(5)) {

@@ -27,6 +27,7 @@ struct ProcessingRequest {
   int32_t response_body_mode = -1;
   std::vector<std::string_view> allowed;  // x-gateway-destination-endpoint-subset of envoy.lb.subset_hint
   bool has_allowed = false;
+  std::string_view source_address;  // the attribute source.address: "192.0.2.1:1234"; "" if it was not sent
 };
 
 // Views point into `data`. False if it is no such message.

@@ -45,9 +45,6 @@ class PrefixIndex {
 
   size_t num_blocks() const { return num_entries_; }
   size_t num_links() const { return num_links_; }
-  size_t num_blocks_of(ReplicaId replica) const {
-    return replica < replicas_.size() ? replicas_[replica].num_links : 0;
-  }
   size_t MemoryBytes() const;
   // Whether all that must agree does; for tests.
   bool Check() const;

@@ -178,7 +178,6 @@ void ReadOutput(MsgpackReader& reader, std::span<const Frame> frames, StepOutput
   if (reader.ReadArray() != kOutputFields) throw WireError("an output has another number of fields");
   const stream::SequenceKey key = KeyOfRequestId(reader.ReadText());
   if (key == 0) {
-    ++message->num_foreign;
     reader.Skip(kOutputFields - 1);
     return;
   }
@@ -187,10 +186,7 @@ void ReadOutput(MsgpackReader& reader, std::span<const Frame> frames, StepOutput
   for (uint32_t i = 0; i < row.num_tokens; ++i) outputs->token_ids.push_back(TokenId(reader.ReadInt()));
   if (!reader.TakeNil()) row.logprobs = ReadLogprobs(reader, frames, outputs);
   if (!reader.TakeNil()) row.prompt_logprobs = ReadLogprobs(reader, frames, outputs);
-  if (!reader.TakeNil()) {
-    message->has_pooling = true;
-    reader.Skip();
-  }
+  reader.Skip();  // a vector
   row.finish = ReadFinish(reader);
   ReadStopReason(reader, &row, outputs);
   if (!reader.TakeNil()) message->num_preemptions += CountPreemptions(reader);

@@ -28,13 +28,12 @@ struct CoreMessage {
   double kv_usage = 0;       // share of the KV blocks in use
   uint32_t num_preemptions = 0;
   bool has_utility = false;  // the message answers a utility call
-  bool has_pooling = false;  // at least one output is a vector
-  uint32_t num_foreign = 0;  // outputs whose id carries no key; they are left out
 };
 
 using Frame = std::span<const uint8_t>;
 
-// frames: the message and its tensors' data. Clears `outputs` first. Throws WireError.
+// frames: the message and its tensors' data. Clears `outputs` first; outputs whose id carries no key are left
+// out. Throws WireError.
 CoreMessage DecodeCoreOutputs(std::span<const Frame> frames, stream::StepOutputs* outputs);
 
 // The key that a request id carries, 0 if none.

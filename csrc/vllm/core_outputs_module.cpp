@@ -135,7 +135,7 @@ class PyCoreReader {
     }
     py::list irregular;
     for (const vllm::IrregularEnd& end : news_.irregular) {
-      irregular.append(py::make_tuple(end.key, static_cast<int>(end.finish), end.num_tokens, end.had_tokens));
+      irregular.append(py::make_tuple(end.key, static_cast<int>(end.finish), end.num_tokens));
     }
     py::list utilities;
     for (const std::string& utility : news_.utilities) utilities.append(py::bytes(utility));
@@ -191,8 +191,7 @@ void BindVllmWire(py::module_& module) {
                              [](const CoreOutputs& self) { return self.outputs.sequences.size(); })
       .def_property_readonly("num_preemptions",
                              [](const CoreOutputs& self) { return self.message.num_preemptions; })
-      .def_property_readonly("has_utility", [](const CoreOutputs& self) { return self.message.has_utility; })
-      .def_property_readonly("has_pooling", [](const CoreOutputs& self) { return self.message.has_pooling; });
+      .def_property_readonly("has_utility", [](const CoreOutputs& self) { return self.message.has_utility; });
   py::class_<PyCoreReader>(module, "CoreReader")
       .def(py::init<int, const py::bytes&>(), py::arg("fd"), py::arg("unread"))
       .def("fileno", [](PyCoreReader& self) { return self.reader().fd(); })

@@ -84,7 +84,6 @@ void StepRouter::Put(const SequenceStep& row, Sequence* sequence) {
   }
   // Only a part of the prompt's log probabilities; more follow.
   if (row.num_tokens == 0 && row.finish == EngineFinish::kNone) return;
-  sequence->has_tokens |= row.num_tokens > 0;
   if (!is_first && !prompt.is_told) {
     CopyRow(step_, row, route.pump_key, route.width, &prompt.waiting);
     return;
@@ -130,7 +129,7 @@ void StepRouter::TakeRest(double now) {
     if (found == sequences_.end()) continue;
     Sequence& sequence = found->second;
     if (IsIrregular(row)) {
-      irregular_.push_back({row.key, row.finish, row.num_tokens, sequence.has_tokens});
+      irregular_.push_back({row.key, row.finish, row.num_tokens});
     } else {
       Put(row, &sequence);
     }

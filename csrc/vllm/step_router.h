@@ -36,7 +36,6 @@ struct IrregularEnd {
   stream::SequenceKey key = 0;
   stream::EngineFinish finish = stream::EngineFinish::kNone;  // kStop: no token was admissible
   uint32_t num_tokens = 0;                                    // in the last row
-  bool had_tokens = false;                                    // in rows before
 };
 
 class StepRouter {
@@ -76,7 +75,6 @@ class StepRouter {
   };
   struct Sequence {
     Route route;
-    bool has_tokens = false;
     std::shared_ptr<Prompt> prompt;
   };
   struct Group {

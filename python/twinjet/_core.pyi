@@ -1081,18 +1081,12 @@ class CoreOutputs:
     def has_utility(self) -> bool:
         """The message answers a utility call."""
 
-    @property
-    def has_pooling(self) -> bool:
-        """At least one output is a vector."""
-
 # Only where the door is built.
 class DoorCall:
     """A handle to a client's call; without effect once the call is over."""
 
     @property
     def is_over(self) -> bool: ...
-    @property
-    def unsent_bytes(self) -> int: ...
     def send_headers(self, metadata: Iterable[tuple[str, str | bytes]], /) -> None:
         """Raises ValueError for metadata that gRPC does not allow."""
     def write(self, message: bytes, /) -> bool:
@@ -1263,7 +1257,7 @@ class CoreReader:
         self,
     ) -> tuple[
         list[Outlet],
-        list[tuple[int, int, int, bool]],
+        list[tuple[int, int, int]],
         tuple[int, int, float] | None,
         int,
         list[bytes],
@@ -1272,21 +1266,28 @@ class CoreReader:
         """Give what has come since the last call.
 
         Outlets whose pumps got rows; outputs that ended with an error, which are not put into their pumps: (key,
-        finish as in CoreOutputs.rows, tokens in the last row, whether it had tokens before), finish 1: no token was
-        admissible; the last CoreOutputs.stats; preemptions; messages that answer utility calls, to be decoded;
-        and, once nothing more comes, why, "" if the peer has only gone.
+        finish as in CoreOutputs.rows, tokens in the last row), finish 1: no token was admissible; the last
+        CoreOutputs.stats; preemptions; messages that answer utility calls, to be decoded; and, once nothing more comes,
+        why, "" if the peer has only gone.
         """
 
     @property
     def num_open(self) -> int: ...
 
+def ask_for_sessions(is_wanted: bool) -> None:
+    """Have processes that fork() makes of this one begin sessions, until False was given as often as True.
+
+    vfork() and posix_spawn(), which Python's subprocess uses, are not concerned.
+    """
+
 def read_processing_request(
     data: bytes,
-) -> tuple[int, bool, dict[str, str], bytes, int, int, list[str] | None]:
+) -> tuple[int, bool, dict[str, str], bytes, int, int, list[str] | None, str]:
     """Read an envoy.service.ext_proc.v3.ProcessingRequest.
 
     Gives the kind (its field number), end_of_stream, headers or trailers, body, the body modes of request and
-    response, -1 where the message does not tell them, and the addresses of envoy.lb.subset_hint or None.
+    response, -1 where the message does not tell them, the addresses of envoy.lb.subset_hint or None, and the attribute
+    source.address, "" without.
     Raises ValueError if it is none.
     """
 
@@ -1347,7 +1348,6 @@ class PrefixIndex:
     def find(self, hashes: bytes) -> dict[int, int]:
         """Return, by replica, how many of a prompt's first blocks it holds; those with none are left out."""
 
-    def num_blocks_of(self, replica: int) -> int: ...
     @property
     def num_blocks(self) -> int: ...
     @property

@@ -140,6 +140,9 @@ class ServerSettings(_Section):
     max_streams_per_address: int = Field(
         0, ge=0, le=2**31 - 1, description="open streams from one address; 0 is no limit"
     )
+    client_ipv6_prefix: int = Field(
+        64, ge=1, le=128, description="bits of an IPv6 address that tell clients apart"
+    )
     keepalive_s: Duration = Field(60.0, description="time between our pings on a silent connection")
     keepalive_timeout_s: Duration = Field(20.0, description="no answer to a ping: the client is gone")
     client_ping_s: Duration = Field(10.0, description="clients may ping as often as this")

@@ -159,7 +159,6 @@ TEST(a_unary_call_comes_with_its_message_and_gets_its_answer) {
   CHECK_EQ(events.size(), 3u);
   CHECK(events[0].kind == EventKind::kCall);
   CHECK_EQ(events[0].info->path, "/pkg.Service/Method");
-  CHECK_EQ(events[0].info->authority, "test");
   CHECK_EQ(events[0].info->peer, "ipv4:10.0.0.1:1");
   CHECK_EQ(events[0].info->timeout_ns, 5 * kSecond);
   CHECK_EQ(events[0].info->metadata.size(), 1u);

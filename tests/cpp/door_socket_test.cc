@@ -625,6 +625,47 @@ TEST(one_address_cannot_take_all_connections) {
   CHECK_EQ(server.door.totals().connections_refused.load(), 2);
 }
 
+sockaddr_storage Address(int family, const char* text, uint32_t zone = 0) {
+  sockaddr_storage address{};
+  address.ss_family = static_cast<sa_family_t>(family);
+  if (family == AF_INET) {
+    CHECK_EQ(inet_pton(family, text, &reinterpret_cast<sockaddr_in&>(address).sin_addr), 1);
+  } else if (family == AF_INET6) {
+    auto& v6 = reinterpret_cast<sockaddr_in6&>(address);
+    CHECK_EQ(inet_pton(family, text, &v6.sin6_addr), 1);
+    v6.sin6_scope_id = zone;
+  }
+  return address;
+}
+
+TEST(an_ipv6_network_counts_as_one_address) {
+  const auto client = [](const char* text, int prefix = 64, uint32_t zone = 0) {
+    return ClientKey(Address(AF_INET6, text, zone), prefix);
+  };
+  CHECK(client("2001:db8:1:2::1") == client("2001:db8:1:2:ffff::9"));
+  CHECK(client("2001:db8:1:2::1") != client("2001:db8:1:3::1"));
+  CHECK(client("2001:db8::1", 128) != client("2001:db8::2", 128));
+  CHECK(client("2001:db8:1:12::", 60) == client("2001:db8:1:1f::", 60));
+  CHECK(client("2001:db8:1:12::", 60) != client("2001:db8:1:2f::", 60));
+  CHECK(client("2001:db8:1:12::", 57) == client("2001:db8:1:7f::", 57));
+  CHECK(client("2001:db8:1:12::", 57) != client("2001:db8:1:80::", 57));
+  CHECK(client("fe80::1", 64, 2) == client("fe80::2", 64, 2));
+  CHECK(client("fe80::1", 64, 2) != client("fe80::1", 64, 3));
+  // Whichever socket an IPv4 client came through.
+  const std::string v4 = ClientKey(Address(AF_INET, "192.0.2.1"), 64);
+  CHECK(client("::ffff:192.0.2.1") == v4);
+  CHECK(client("::ffff:192.0.2.2") != v4);
+  CHECK_EQ(ClientKey(Address(AF_UNIX, ""), 64), "");
+}
+
+TEST(peers_are_named_as_grpc_names_them) {
+  CHECK_EQ(PeerName(Address(AF_INET, "192.0.2.1")), "ipv4:192.0.2.1:0");
+  CHECK_EQ(PeerName(Address(AF_INET6, "::ffff:192.0.2.1")), "ipv4:192.0.2.1:0");
+  CHECK_EQ(PeerName(Address(AF_INET6, "2001:db8::1")), "ipv6:%5B2001:db8::1%5D:0");
+  CHECK_EQ(PeerName(Address(AF_INET6, "fe80::1", 2)), "ipv6:%5Bfe80::1%252%5D:0");
+  CHECK_EQ(PeerName(Address(AF_UNIX, "")), "unix:");
+}
+
 TEST(connections_that_end_while_they_wait_to_be_sent_to_harm_nobody) {
   constexpr int kNumClients = 60;
   std::mutex mutex;

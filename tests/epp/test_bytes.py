@@ -88,9 +88,9 @@ def test_messages_of_envoys_own_making_are_read() -> None:
     headers, body, trailers = (read_processing_request(bytes.fromhex(GIVEN[name])) for name in GIVEN)
     addresses = ["1.1.1.1:5", "2.2.2.2:5"]
     found = {":path": "/some.p/M", "te": "trailers"}
-    assert headers == (wire.REQUEST_HEADERS, False, found, b"", wire.FULL_DUPLEX_STREAMED, 0, addresses)
-    assert body == (wire.REQUEST_BODY, True, {}, b"abc", -1, -1, None)
-    assert trailers == (wire.RESPONSE_TRAILERS, False, {"grpc-status": "0"}, b"", -1, -1, None)
+    assert headers == (wire.REQUEST_HEADERS, False, found, b"", wire.FULL_DUPLEX_STREAMED, 0, addresses, "")
+    assert body == (wire.REQUEST_BODY, True, {}, b"abc", -1, -1, None, "")
+    assert trailers == (wire.RESPONSE_TRAILERS, False, {"grpc-status": "0"}, b"", -1, -1, None, "")
 
 
 def test_envoys_messages_are_read() -> None:
@@ -101,20 +101,28 @@ def test_envoys_messages_are_read() -> None:
     )
     struct_ = wire.field(1, wire.field(1, b"x-gateway-destination-endpoint-subset") + wire.field(2, subset))
     metadata = wire.field(1, wire.field(1, b"envoy.lb.subset_hint") + wire.field(2, struct_))
+    named = wire.field(1, b"source.port") + wire.field(2, wire.field(3, b"no address"))
+    fields = wire.field(1, named)
+    fields += wire.field(
+        1, wire.field(1, b"source.address") + wire.field(2, wire.field(3, b"[2001:db8::1]:5"))
+    )
+    attributes = wire.field(1, b"envoy.filters.http.ext_proc") + wire.field(2, fields)
     message = (
         wire.field(2, wire.field(1, headers) + wire.number_field(3, 1))
         + wire.field(8, metadata)
         + wire.field(
             11, wire.number_field(1, wire.FULL_DUPLEX_STREAMED) + wire.number_field(2, wire.STREAMED)
         )
+        + wire.field(9, attributes)
     )
-    kind, ends, found, body, mode, response_mode, allowed = read_processing_request(message)
+    kind, ends, found, body, mode, response_mode, allowed, source = read_processing_request(message)
     assert (kind, ends, body) == (wire.REQUEST_HEADERS, True, b"")
     assert (mode, response_mode) == (wire.FULL_DUPLEX_STREAMED, wire.STREAMED)
     assert found == {":path": "/p", "old": "value"}
     assert allowed == ["1.1.1.1:5", "2.2.2.2:5"]
+    assert source == "[2001:db8::1]:5"
     body_message = wire.field(4, wire.field(1, b"abc") + wire.number_field(2, 1))
-    assert read_processing_request(body_message) == (wire.REQUEST_BODY, True, {}, b"abc", -1, -1, None)
+    assert read_processing_request(body_message) == (wire.REQUEST_BODY, True, {}, b"abc", -1, -1, None, "")
 
 
 def test_no_bytes_bring_the_reader_down() -> None:

@@ -18,7 +18,7 @@ from tests.epp.envoy import envoy, find_envoy
 from tests.epp.replicas import EppProcess, epp_beside, replicas, until
 from tests.server.harness import details
 from twinjet.epp.main import Epp
-from twinjet.epp.picking import Ask
+from twinjet.epp.picking import Ask, Pick
 from twinjet.errors import Overloaded
 from twinjet.server.main import Server
 from twinjet.v1 import generation_pb2 as pb
@@ -105,6 +105,29 @@ async def test_a_conversation_stays_and_long_prompts_come_whole(duplex: bool) ->
             text = "".join(m.delta.text for m in messages)
             turns.append(pb.ChatMessage(role="assistant", content=text))
         assert cached[0] == 0 and min(cached[1:]) > 70_000
+
+
+async def test_who_calls_is_told_by_envoy_and_not_by_the_client(
+    duplex: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        replicas(1) as servers,
+        epp_beside(servers) as epp,
+        through_envoy(epp.address, servers, duplex=duplex) as stub,
+    ):
+        seen: list[str] = []
+        pick = epp.picker.pick
+
+        def see(ask: Ask) -> Pick:
+            seen.append(ask.client_address)
+            return pick(ask)
+
+        monkeypatch.setattr(epp.picker, "pick", see)
+        forged = (("x-forwarded-for", "192.0.2.1"), ("x-envoy-external-address", "192.0.2.1"))
+        for metadata in ((), forged):
+            call = stub.Generate(pb.GenerateRequest(text="x"), metadata=metadata, timeout=60)
+            assert [message async for message in call]
+        assert seen == ["ipv4:127.0.0.1"] * 2
 
 
 async def test_other_methods_and_compressed_requests_pass(duplex: bool) -> None:

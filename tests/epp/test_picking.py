@@ -250,6 +250,29 @@ def test_when_all_are_full_those_above_their_share_are_refused() -> None:
     assert all(bench.picker.num_in_flight(r) == 0 for r in bench.all)
 
 
+def test_when_all_are_full_addresses_without_a_tenant_share_its_share() -> None:
+    bench = Bench(2, max_waiting=10, hard_waiting=50)
+
+    def ask(client: str = "", tenant: str = "") -> Ask:
+        request = ids(0, options={"tenant": tenant})
+        return Ask(EppPrompt(request.SerializeToString(), "Generate"), client_address=client)
+
+    running = [bench.picker.pick(ask("greedy")) for _ in range(9)] + [bench.picker.pick(ask("modest"))]
+    fill(bench, 10)
+    with pytest.raises(Overloaded):
+        bench.picker.pick(ask("greedy"))
+    running += [bench.picker.pick(ask(client)) for client in ("modest", "new")]
+    # Twelve of them and one of a tenant: half of 13 is theirs, 2.2 for each address.
+    running.append(bench.picker.pick(ask("greedy", "acme")))
+    running.append(bench.picker.pick(ask("modest")))
+    with pytest.raises(Overloaded):
+        bench.picker.pick(ask("modest"))
+    running.append(bench.picker.pick(ask("greedy", "acme")))
+    for pick in running:
+        bench.picker.finish(pick)
+    assert not bench.picker._anonymous and not bench.picker._tenants
+
+
 def test_one_tenant_alone_may_fill_all() -> None:
     bench = Bench(1, max_waiting=10, hard_waiting=50)
     fill(bench, 49)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.scheduler.helpers import make_info, make_request
-from twinjet.errors import DeadlinePassed, DeadlineUnreachable, InvalidRequest, Overloaded
+from twinjet.errors import DeadlinePassed, DeadlineUnreachable, InvalidRequest, Overloaded, QuotaExcess
 from twinjet.scheduler import SchedulerSettings
 from twinjet.scheduler.core import Scheduler
 from twinjet.scheduler.meters import BackloggedRate, ForgetfulMean, WindowRate
@@ -207,6 +207,48 @@ def test_a_token_quota_counts_prompt_and_output() -> None:
     assert refused.value.quotas[0].description == "60 tokens a minute"
     assert refused.value.retry_after_s == pytest.approx(10.0)
     core.offer(make_request("c", tenant="t", prompt=10), 10.0)
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_one_address_leaves_a_ninth_of_the_anonymous_tenants_streams_to_others(is_running: bool) -> None:
+    core = start(slots=18 if is_running else 1, tenants={"": {"max_streams": 18}})
+    for i in range(16):
+        core.offer(make_request(f"flood{i}", client="flooder"), 0.0)
+        if is_running:
+            assert core.take(0.0) is not None
+    for check in (
+        lambda: core.offer(make_request("too many", client="flooder"), 0.0),
+        lambda: core.check_before("too many", "", "flooder", 0.0),
+    ):
+        with pytest.raises(Overloaded, match="16 of 18 concurrent streams") as refused:
+            check()
+        assert refused.value.quotas == (QuotaExcess("address:flooder", "18 concurrent streams"),)
+        assert refused.value.retry_after_s > 0
+    core.check_before("neighbour", "", "neighbour", 0.0)
+    core.offer(make_request("neighbour", client="neighbour"), 0.0)
+    core.offer(make_request("last", client="third"), 0.0)
+    with pytest.raises(Overloaded) as full:
+        core.offer(make_request("one too many", client="fourth"), 0.0)
+    assert full.value.quotas == (QuotaExcess("tenant:", "18 concurrent streams"),)
+    core.offer(make_request("named", tenant="acme", client="flooder"), 0.0)
+    assert core.totals(0.0).refused_by_reason["quota"] == 3
+
+
+def test_each_address_without_a_tenant_can_have_a_token_quota_of_its_own() -> None:
+    core = start(address_tokens_per_minute=60, tenants={"": {"tokens_per_minute": 100}})
+    entry = core.offer(make_request("a", prompt=20, max_tokens=40, client="eager"), 0.0)
+    assert core.take(0.0) is entry
+    core.add_step(40, [(entry.account.index, 40)], 0.0)
+    core.release(entry, 0.0, finished=True)
+    with pytest.raises(Overloaded) as refused:
+        core.offer(make_request("b", prompt=10, client="eager"), 0.0)
+    assert refused.value.quotas == (QuotaExcess("address:eager", "60 tokens a minute"),)
+    assert refused.value.retry_after_s == pytest.approx(10.0)
+    core.offer(make_request("c", prompt=30, client="other"), 0.0)
+    core.offer(make_request("d", prompt=1000, tenant="acme", client="eager"), 0.0)
+    with pytest.raises(Overloaded) as together:
+        core.offer(make_request("e", prompt=30, client="third"), 0.0)
+    assert together.value.quotas == (QuotaExcess("tenant:", "100 tokens a minute"),)
 
 
 @given(

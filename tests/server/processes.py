@@ -93,6 +93,14 @@ def descendants(pid: int) -> dict[int, int]:
     return below
 
 
+def command_of(pid: int) -> bytes:
+    """A process's command line, its words ended by null bytes; nothing if it has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:

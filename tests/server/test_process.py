@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from pathlib import Path
 
 import grpc
@@ -10,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from tests.server.processes import Service, server
+from twinjet.private_folder import PrivateFolder
 from twinjet.v1 import generation_pb2, model_pb2, sampling_pb2, service_pb2_grpc
 
 FAKE = '[deployments.fake]\nengine = "fake"\noptions = { step_s = 0.01 }\n'
@@ -52,6 +54,18 @@ def test_a_second_signal_ends_what_still_runs(tmp_path: Path) -> None:
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
         assert process.wait(60) == 0
         service.channel.close()
+
+
+def test_a_start_removes_what_killed_servers_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held = PrivateFolder("test")
+    left = tmp_path / "twinjet-test-0.held"
+    left.mkdir()
+    with server(tmp_path, FAKE, environment={"TMPDIR": str(tmp_path)}):
+        assert held.path.is_dir()
+        assert not left.exists()
+    held.remove()
+    assert "removed 1 folder" in (tmp_path / "server.log").read_text()
 
 
 def test_exit_1_when_every_engine_was_given_up(tmp_path: Path) -> None:

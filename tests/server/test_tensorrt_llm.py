@@ -14,9 +14,11 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
-from tests.engines.factories import MODEL, double_installed
+from tests.engines.factories import DOUBLES, MODEL, double_installed
 from tests.server.harness import Serve, details
+from tests.server.processes import Service, command_of, descendants, is_alive, server
 from tests.server.test_kv_zmq import Subscriber
 from twinjet.client import AsyncClient, BadRequest, Options, RetryPolicy, Sampling, Unavailable
 from twinjet.v1 import admin_pb2, generation_pb2, model_pb2, sampling_pb2
@@ -130,6 +132,47 @@ async def test_the_metadatas_trace_context_reaches_the_engine(
             request = Request(text="Hello", sampling=sampling_pb2.SamplingParams(max_tokens=1))
             assert [m async for m in h.inference.Generate(request, metadata=metadata)]
     assert [k.get("trace_headers") for k in seen] == [{"traceparent": trace, "tracestate": "a=1"}, None]
+
+
+@pytest.mark.parametrize(
+    ("version", "number", "is_repeated"),
+    [("1.3", signal.SIGINT, False), ("1.2", signal.SIGTERM, True)],
+    ids=["Ctrl-C", "SIGTERM twice"],
+)
+def test_a_signal_to_the_process_group_is_for_the_server_alone(
+    tmp_path: Path, version: str, number: signal.Signals, is_repeated: bool
+) -> None:
+    """Running requests finish, or end as the server says at a second one; MPI's processes go with the engine."""
+    settings = (
+        f'[deployments.trt]\nengine = "tensorrt_llm"\nmodel = "{MODEL}"\noptions = {{ max_seq_len = 2048 }}\n'
+    )
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(DOUBLES), *sys.path]),
+        "TENSORRT_LLM_DOUBLE": version,
+        "TENSORRT_LLM_DOUBLE_DAEMON": "1",
+    }
+    with server(tmp_path, settings, environment=environment, grace_s=600) as (process, address):
+        service = Service(process, address)
+        (daemon,) = [pid for pid in descendants(process.pid) if b"mpi4py" in command_of(pid)]
+        sampling = sampling_pb2.SamplingParams(max_tokens=1000, ignore_eos=True)
+        # One never gets a token, so that it does not end in between.
+        text = "!stall" if is_repeated else "Hello"
+        events = service.inference.Generate(Request(text=text, sampling=sampling))
+        service.until(lambda: service.load("trt").running == 1, 60)
+        os.killpg(process.pid, number)
+        service.until(lambda: service.status("trt") != health_pb2.HealthCheckResponse.SERVING, 60)
+        if is_repeated:
+            assert is_alive(daemon)
+            os.killpg(process.pid, number)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(events)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+            assert "shutting down" in caught.value.details()  # type: ignore[attr-defined]
+        else:
+            assert list(events)[-1].HasField("summary")
+        assert process.wait(120) == 0
+        assert not is_alive(daemon)
+        service.channel.close()
 
 
 CONFIG = """

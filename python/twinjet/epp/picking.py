@@ -81,11 +81,13 @@ class Replica:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request as the rules see it. prompt: None if it could not be read, or has none. allowed: addresses to choose
-    among; None: all. token_ids: of a text prompt, int32s, where a tokenizer is at hand."""
+    among; None: all. token_ids: of a text prompt, int32s, where a tokenizer is at hand. client_address: where it comes
+    from (twinjet.addresses), "" where the proxy does not tell."""
 
     prompt: EppPrompt | None = None
     allowed: Collection[str] | None = None
     token_ids: bytes | None = None
+    client_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Pick:
     num_tokens: int
     cached_tokens: int
     tenant: str
+    client_address: str
     ticket: int
 
 
@@ -140,6 +143,8 @@ class EndpointPicker:
         self._rings: dict[bytes, tuple[list[int], list[int]]] = {}
         self._candidates: dict[tuple[str, str], bytes] = {}
         self._tenants: Counter[str] = Counter()
+        # Of those that name no tenant, by address.
+        self._anonymous: Counter[str] = Counter()
 
     # What is known of replicas.
 
@@ -239,21 +244,23 @@ class EndpointPicker:
         number, _, cached_tokens, waiting = choices[0]
         best = self._by_number[number]
         tenant = prompt.tenant if prompt else ""
-        self._refuse_if_full(waiting, tenant, prompt.priority if prompt else 0, best)
+        self._refuse_if_full(waiting, tenant, ask.client_address, prompt.priority if prompt else 0, best)
         cached_tokens = min(cached_tokens, num_tokens)
         num_new = _num_new(num_tokens, cached_tokens)
         ticket = self._picker.begin(number, num_new, now)
         self._tenants[tenant] += 1
+        if not tenant:
+            self._anonymous[ask.client_address] += 1
         if hashes and not (is_exact and self._full_name(model) in best.event_sizes):
             self._sent.touch(number, hashes)
         destination = ",".join(self._by_number[choice[0]].address for choice in choices)
-        return Pick(destination, best, num_tokens, cached_tokens, tenant, ticket)
+        return Pick(destination, best, num_tokens, cached_tokens, tenant, ask.client_address, ticket)
 
     def finish(self, pick: Pick) -> None:
         """The request has ended, well or not."""
-        self._tenants[pick.tenant] -= 1
-        if not self._tenants[pick.tenant]:
-            del self._tenants[pick.tenant]
+        _subtract(self._tenants, pick.tenant)
+        if not pick.tenant:
+            _subtract(self._anonymous, pick.client_address)
         if not pick.replica.is_gone:
             self._picker.end(pick.replica.number, pick.ticket, _num_new(pick.num_tokens, pick.cached_tokens))
 
@@ -359,12 +366,18 @@ class EndpointPicker:
             (model,) = names
         return model
 
-    def _refuse_if_full(self, waiting: float, tenant: str, priority: int, best: Replica) -> None:
+    def _refuse_if_full(
+        self, waiting: float, tenant: str, client_address: str, priority: int, best: Replica
+    ) -> None:
         shedding = self._shedding
         if waiting < shedding.max_waiting:
             return
         mine = self._tenants.get(tenant, 0)
         share = self._tenants.total() / max(len(self._tenants), 1)
+        if not tenant:
+            # The anonymous tenant's share is its clients' to share.
+            mine = self._anonymous.get(client_address, 0)
+            share /= max(len(self._anonymous), 1)
         if waiting < shedding.hard_waiting and priority >= 0 and mine <= share:
             return
         raise Overloaded(
@@ -385,6 +398,12 @@ class EndpointPicker:
 
 def _number(number: int) -> bytes:
     return array("I", [number]).tobytes()
+
+
+def _subtract(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
 
 
 def _num_new(num_tokens: int, cached_tokens: int) -> int:

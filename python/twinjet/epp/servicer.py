@@ -7,11 +7,13 @@ import base64
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from twinjet._core import EppPrompt, read_processing_request
+from twinjet.addresses import address_of_source
 from twinjet.epp import wire
 from twinjet.epp.frames import FrameError, FrameReader
 from twinjet.epp.picking import Ask, EndpointPicker, Pick
@@ -75,6 +77,7 @@ class _Stream:
         self._mode = self._response_mode = wire.FULL_DUPLEX_STREAMED
         self._method = ""
         self._allowed: list[str] | None = None
+        self._client_address = ""
         self._frames: FrameReader | None = None
         self._held: list[tuple[bytes, bool]] = []
         self._pick: Pick | None = None
@@ -88,7 +91,7 @@ class _Stream:
 
     async def take(self, data: bytes) -> None:
         """Answer one message. Raises ValueError if it cannot be read."""
-        kind, ends, headers, body, mode, response_mode, allowed = read_processing_request(data)
+        kind, ends, headers, body, mode, response_mode, allowed, source = read_processing_request(data)
         async with self._writing:
             if self._is_refused:
                 return
@@ -97,6 +100,10 @@ class _Stream:
                     if mode >= 0:
                         self._mode, self._response_mode = mode, response_mode
                     self._allowed = allowed
+                    if source:
+                        self._client_address = address_of_source(
+                            source, self._parent.settings.client_ipv6_prefix
+                        )
                     await self._take_headers(headers, ends=ends)
                 case wire.REQUEST_BODY:
                     await self._take_body(body, ends=ends)
@@ -197,21 +204,22 @@ class _Stream:
         self._held.clear()
 
     async def _ask(self) -> Ask:
+        ask = Ask(allowed=self._allowed, client_address=self._client_address)
         if self._frames is None:
-            return Ask(allowed=self._allowed)
+            return ask
         try:
             message = self._frames.message()
             prompt = EppPrompt(message, self._method)
         except (FrameError, ValueError) as error:
             # The replica tells the client what is wrong.
             logger.debug("a request cannot be read and goes by load alone: %s", error)
-            return Ask(allowed=self._allowed)
+            return ask
         finally:
             self._frames = None
         token_ids = None
         if self._parent.tokenise is not None and not prompt.has_token_ids:
             token_ids = await self._parent.tokenise(prompt, message, self._method)
-        return Ask(prompt, self._allowed, token_ids)
+        return replace(ask, prompt=prompt, token_ids=token_ids)
 
     async def _refuse(self, error: TwinjetError) -> None:
         self._is_refused = True

@@ -149,6 +149,9 @@ class PickingSettings(_Section):
     fallbacks: int = Field(1, ge=0, le=16, description="addresses behind the best one, for retries")
     decide_s: Duration = Field(1.0, description="longest wait for a request's body; then by what has come")
     max_body_bytes: Bytes = Field(4 << 20, description="of a request's body that is looked at")
+    client_ipv6_prefix: int = Field(
+        64, ge=1, le=128, description="bits of an IPv6 address that tell clients without a tenant apart"
+    )
 
 
 class IndexSettings(_Section):

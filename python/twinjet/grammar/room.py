@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import time
 import weakref
 from collections import OrderedDict
@@ -28,6 +26,7 @@ from twinjet.grammar.limits import GrammarLimits
 from twinjet.grammar.turns import Turns, Waste
 from twinjet.grammar.vocabulary import Vocabulary
 from twinjet.grammar.workers import Workers
+from twinjet.private_folder import PrivateFolder
 from twinjet.request import Constraint
 
 logger = logging.getLogger("twinjet.grammar")
@@ -81,7 +80,7 @@ class GrammarRoom:
         self._owns_workers = workers is None
         self._turns = Turns(self.limits)
         self._waste = Waste(self.limits.refused_cpu_s)
-        self._folder: str | None = None
+        self._folder: PrivateFolder | None = None
         self._known: OrderedDict[str, CompiledGrammar | str] = OrderedDict()
         self._costly: dict[str, tuple[float, str]] = {}
         self._num_bytes = 0
@@ -92,8 +91,8 @@ class GrammarRoom:
     def folder(self) -> Path:
         """Where vocabularies and compiled grammars lie; gone after close()."""
         if self._folder is None:
-            self._folder = tempfile.mkdtemp(prefix="twinjet-grammar-")
-        return Path(self._folder)
+            self._folder = PrivateFolder("grammar")
+        return self._folder.path
 
     def warm(self, vocabulary: Vocabulary) -> None:
         """Have a vocabulary read ahead of the first request; returns at once."""
@@ -155,7 +154,7 @@ class GrammarRoom:
             await self.workers.close()
         self._known.clear()
         if self._folder is not None:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+            await asyncio.to_thread(self._folder.remove)
             self._folder = None
 
     async def _shared(

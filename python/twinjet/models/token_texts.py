@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 from concurrent.futures import Future
-from pathlib import Path
 
 from twinjet._core import TokenTexts, Vocabulary
+from twinjet.private_folder import PrivateFolder
 from twinjet.sampling.bad_text import BadTextSettings
 
 
@@ -17,6 +15,7 @@ class TokenTextsFile:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._path: Future[str] = Future()
+        self._folder: PrivateFolder | None = None
         self._thread = threading.Thread(target=self._make, args=(vocabulary,), name="token texts")
         self._thread.start()
 
@@ -27,18 +26,14 @@ class TokenTextsFile:
     def remove(self) -> None:
         """Remove the file; idempotent."""
         self._thread.join()
-        if self._path.exception() is None:
-            Path(self._path.result()).unlink(missing_ok=True)
+        if self._folder is not None:
+            self._folder.remove()
 
     def _make(self, vocabulary: Vocabulary) -> None:
         try:
-            self._path.set_result(_write(vocabulary))
+            self._folder = PrivateFolder("token-texts")
+            path = self._folder.path / "texts"
+            path.write_bytes(TokenTexts(vocabulary).save())
+            self._path.set_result(str(path))
         except OSError as error:
             self._path.set_exception(error)
-
-
-def _write(vocabulary: Vocabulary) -> str:
-    handle, path = tempfile.mkstemp(prefix="twinjet-token-texts-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(TokenTexts(vocabulary).save())
-    return path

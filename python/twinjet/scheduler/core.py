@@ -43,7 +43,7 @@ _NUM_LOOKED_AT: Final = 4
 """How many accounts may be forgotten when one comes to rest: more than come, so that too many are not kept for long."""
 
 MAX_TIMES_LEFT: Final = 8
-"""A client of the anonymous tenant may have so many times what it leaves free of a limit of the queue in it."""
+"""A client of the anonymous tenant may hold so many times what it leaves free of a limit of the queue or of streams."""
 
 MIN_OBSERVED: Final = 32
 """Finished requests of a tenant after which its own output lengths count, not those of all."""
@@ -191,10 +191,10 @@ class Scheduler:
             return
         try:
             tenant = self._tenants.get(tenant_name) if tenant_name else self._anonymous
+            client = None if tenant_name else self._clients.get(client_address)
             if tenant is not None and tenant.has_quota:
-                self._check_streams(tenant, now)
+                self._check_streams(tenant, client, now)
             if self._queue.num_waiting >= self._many_waiting:
-                client = None if tenant_name else self._clients.get(client_address)
                 num_waiting = 0 if client is None else client.num_waiting
                 self._check_limit(
                     self.settings.max_waiting, "requests", self._queue.num_waiting, 1, num_waiting, now
@@ -403,7 +403,7 @@ class Scheduler:
             account = self._tenants.get(name) or self._new_tenant(name, now)
         else:
             address = request.client_address
-            account = self._clients.get(address) or Client(address, self._anonymous)
+            account = self._clients.get(address) or self._new_client(address, now)
         self._num_arrivals += 1
         entry = Entry(request, account, self._num_arrivals, now, request_bytes(request))
         max_tokens = entry.max_tokens
@@ -417,9 +417,17 @@ class Scheduler:
 
     def _new_tenant(self, name: str, now: float) -> Tenant:
         settings = self.settings.tenant(name)
-        quota = settings.tokens_per_minute
-        bucket = TokenBucket(quota, now) if quota and self._fair else None
-        return Tenant(name, settings, bucket, self._lengths)
+        tenant = Tenant(name, settings, self._new_bucket(settings.tokens_per_minute, now), self._lengths)
+        if not name and self.settings.address_tokens_per_minute:
+            tenant.has_quota = True
+        return tenant
+
+    def _new_client(self, address: str, now: float) -> Client:
+        bucket = self._new_bucket(self.settings.address_tokens_per_minute, now)
+        return Client(address, self._anonymous, bucket)
+
+    def _new_bucket(self, tokens_per_minute: int, now: float) -> TokenBucket | None:
+        return TokenBucket(tokens_per_minute, now) if tokens_per_minute and self._fair else None
 
     def _check(self, entry: Entry, now: float) -> None:
         if entry.deadline <= now:
@@ -444,29 +452,47 @@ class Scheduler:
         ):
             self._check_room(entry, now)
 
-    def _check_streams(self, tenant: Tenant, now: float) -> None:
+    def _check_streams(self, tenant: Tenant, client: Client | None, now: float) -> None:
+        """client: of the anonymous tenant, None if it is not known or the tenant is another."""
         limit = tenant.settings.max_streams
-        if limit and tenant.num_waiting + tenant.num_running >= limit:
-            text = f"{limit} concurrent streams"
+        if limit == 0:
+            return
+        text = f"{limit} concurrent streams"
+        num_open = tenant.num_waiting + tenant.num_running
+        if num_open >= limit:
             raise Overloaded(
                 f"tenant {tenant.name!r} has reached its quota of {text}",
                 retry_after_s=self._retry_s(now),
                 quotas=(QuotaExcess(f"tenant:{tenant.name}", text),),
             )
+        num_own = 0 if client is None else client.num_waiting + client.num_running
+        if client is not None and _is_too_much(num_own, 1, limit - num_open):
+            raise Overloaded(
+                f"{num_own} of {text} of all who name no tenant are from this address, and the rest is kept for others",
+                retry_after_s=self._retry_s(now),
+                quotas=(QuotaExcess(f"address:{client.name}", text),),
+            )
 
     def _check_quota(self, entry: Entry, now: float) -> None:
-        tenant, limits = entry.tenant, entry.tenant.settings
-        subject = f"tenant:{tenant.name}"
-        self._check_streams(tenant, now)
-        if tenant.bucket is not None:
-            wait = tenant.bucket.wait_s(now, entry.num_prompt_tokens, tenant.waiting_tokens)
-            if wait > 0:
-                text = f"{limits.tokens_per_minute} tokens a minute"
-                raise Overloaded(
-                    f"tenant {tenant.name!r} has spent its quota of {text}",
-                    retry_after_s=min(max(wait, self.settings.min_retry_s), self.settings.max_retry_s),
-                    quotas=(QuotaExcess(subject, text),),
-                )
+        account, num_tokens = entry.account, entry.num_prompt_tokens
+        client = account if isinstance(account, Client) else None
+        self._check_streams(entry.tenant, client, now)
+        self._check_tokens(entry.tenant, "tenant", entry.tenant.settings.tokens_per_minute, num_tokens, now)
+        if client is not None:
+            self._check_tokens(client, "address", self.settings.address_tokens_per_minute, num_tokens, now)
+
+    def _check_tokens(self, account: Account, kind: str, quota: int, num_tokens: int, now: float) -> None:
+        """Refuse a prompt that an account's tokens a minute leave no room for yet."""
+        if account.bucket is None:
+            return
+        wait = account.bucket.wait_s(now, num_tokens, account.waiting_tokens)
+        if wait > 0:
+            text = f"{quota} tokens a minute"
+            raise Overloaded(
+                f"{kind} {account.name!r} has spent its quota of {text}",
+                retry_after_s=min(max(wait, self.settings.min_retry_s), self.settings.max_retry_s),
+                quotas=(QuotaExcess(f"{kind}:{account.name}", text),),
+            )
 
     def _check_room(self, entry: Entry, now: float) -> None:
         """Refuse what a limit leaves no room for, and name the limit."""
@@ -500,7 +526,7 @@ class Scheduler:
             return
         if held + wanted > limit:
             self._refuse_full(f"{limit} {unit} are allowed", now)
-        if held_by_client and held_by_client + wanted > MAX_TIMES_LEFT * (limit - held):
+        if _is_too_much(held_by_client, wanted, limit - held):
             self._refuse_full(
                 f"of {limit} {unit} {held_by_client} are from this address, which names no tenant, and the rest is "
                 "kept for others",
@@ -609,6 +635,8 @@ class Scheduler:
     def _charge(self, account: Account, work: float, num_tokens: int) -> None:
         if isinstance(account, Client):
             account.counter += work
+            if account.bucket is not None:
+                account.bucket.take(num_tokens)
             account = account.tenant
         account.counter += work / account.weight
         account.served += work
@@ -652,6 +680,11 @@ class Scheduler:
     def _retry_s(self, now: float) -> float:
         interval = self._interval_s(now)
         return self._pacer.delay_s(now, self.settings.min_retry_s if interval is None else interval)
+
+
+def _is_too_much(held: int, wanted: int, left: int) -> bool:
+    """Whether an address that holds some of a limit, of which so much is left, may not have more; 0 held: it may."""
+    return held > 0 and held + wanted > MAX_TIMES_LEFT * left
 
 
 def _many(limit: int) -> float:

@@ -61,18 +61,20 @@ class Tenant:
 
 
 class Client:
-    """One address from which requests come that name no tenant. counter, index: as a Tenant's, by weight 1.
+    """One address from which requests come that name no tenant. counter, index, bucket: as a Tenant's, by weight 1.
 
     name: the address, "" where it is unknown. tenant: the anonymous one, which has all of this in its own account too.
     """
 
     __slots__ = (
-        "counter", "index", "name", "num_running", "num_waiting", "tenant", "waiting_bytes", "waiting_tokens",
+        "bucket", "counter", "index", "name", "num_running", "num_waiting", "tenant", "waiting_bytes",
+        "waiting_tokens",
     )  # fmt: skip
 
-    def __init__(self, name: str, tenant: Tenant) -> None:
+    def __init__(self, name: str, tenant: Tenant, bucket: TokenBucket | None) -> None:
         self.name = name
         self.tenant = tenant
+        self.bucket = bucket
         self.counter = 0.0
         self.index = -1
         self.num_waiting = 0

@@ -27,7 +27,7 @@ class TenantSettings(BaseModel):
     max_waiting_bytes: Count = 0
     """Most bytes of memory held by its queued requests (an estimate, see queue.request_bytes)."""
     max_streams: Count = 0
-    """Quota: most requests waiting and running at once."""
+    """Quota: most requests waiting and running at once. Of the anonymous tenant's one address leaves a ninth free."""
     tokens_per_minute: Count = 0
     """Quota: prompt and output tokens a minute, as a token bucket that holds one minute's worth."""
 
@@ -60,6 +60,9 @@ class SchedulerSettings(BaseModel):
     """For each tenant not named in tenants, the anonymous one ("") included."""
     tenants: dict[str, TenantSettings] = Field(default_factory=dict)
     """By tenant name."""
+    address_tokens_per_minute: Count = 0
+    """Quota: tokens_per_minute for each address that requests without a tenant come from; 0 is no limit. That of all of
+    them together holds besides."""
 
     input_token_weight: Amount = 1.0
     """What one prompt token that the engine must compute counts in fair sharing."""

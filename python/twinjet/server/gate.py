@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from twinjet.addresses import address_of
 from twinjet.errors import Overloaded, QuotaExcess
 
 if TYPE_CHECKING:
@@ -23,28 +23,26 @@ class Gate:
         self._max_streams = settings.max_streams
         self._max_of_connection = settings.max_streams_per_connection
         self._max_of_address = settings.max_streams_per_address
+        self._ipv6_prefix = settings.client_ipv6_prefix
         self._num_streams = 0
         self._of_connection: Counter[str] = Counter()
         self._of_address: Counter[str] = Counter()
 
     def enter(self, peer: str) -> _Pass:
-        """Count a stream until the pass, a context manager, ends. peer: gRPC's name of the connection.
+        """Count a stream until the pass, a context manager that gives count()'s address, ends. Raises Overloaded."""
+        return _Pass(self, peer, self.count(peer))
 
-        Raises Overloaded.
-        """
-        self.count(peer)
-        return _Pass(self, peer)
-
-    def count(self, peer: str) -> None:
-        """Count a stream until leave(). Raises Overloaded."""
+    def count(self, peer: str) -> str:
+        """Count a stream until leave(). peer: gRPC's name of the connection. Gives its address_of(). Raises Overloaded."""
         if 0 < self._max_streams <= self._num_streams:
             raise full(self._max_streams)
+        address = address_of(peer, self._ipv6_prefix)
         if self._max_of_connection or self._max_of_address:
-            self._count_peer(peer)
+            self._count_peer(peer, address)
         self._num_streams += 1
+        return address
 
-    def _count_peer(self, peer: str) -> None:
-        address = address_of(peer)
+    def _count_peer(self, peer: str, address: str) -> None:
         if 0 < self._max_of_connection <= self._of_connection[peer]:
             raise _full(f"connection:{peer}", "on one connection", self._max_of_connection)
         if 0 < self._max_of_address <= self._of_address[address]:
@@ -52,25 +50,25 @@ class Gate:
         self._of_connection[peer] += 1
         self._of_address[address] += 1
 
-    def leave(self, peer: str) -> None:
-        """A stream of this connection has ended."""
+    def leave(self, peer: str, address: str) -> None:
+        """A stream of this connection has ended. address: as count() gave it."""
         self._num_streams -= 1
         if self._max_of_connection or self._max_of_address:
             _subtract(self._of_connection, peer)
-            _subtract(self._of_address, address_of(peer))
+            _subtract(self._of_address, address)
 
 
 class _Pass:
-    __slots__ = ("_gate", "_peer")
+    __slots__ = ("_address", "_gate", "_peer")
 
-    def __init__(self, gate: Gate, peer: str) -> None:
-        self._gate, self._peer = gate, peer
+    def __init__(self, gate: Gate, peer: str, address: str) -> None:
+        self._gate, self._peer, self._address = gate, peer, address
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> str:
+        return self._address
 
     def __exit__(self, *_: object) -> None:
-        self._gate.leave(self._peer)
+        self._gate.leave(self._peer, self._address)
 
 
 def full(max_streams: int) -> Overloaded:
@@ -85,12 +83,6 @@ def _full(subject: str, where: str, limit: int) -> Overloaded:
         retry_after_s=RETRY_S,
         quotas=(QuotaExcess(subject, text),),
     )
-
-
-@lru_cache(maxsize=4096)
-def address_of(peer: str) -> str:
-    """Give a connection's name without its port."""
-    return peer.rpartition(":")[0] or peer
 
 
 def _subtract(counts: Counter[str], key: str) -> None:

@@ -20,7 +20,7 @@ from twinjet.routing.prefix import PREFIX_KEY, prefix_key
 from twinjet.server import convert
 from twinjet.server.encoding import Encoder
 from twinjet.server.failover import Failover, Journey
-from twinjet.server.gate import Gate, address_of
+from twinjet.server.gate import Gate
 from twinjet.server.grammar import Grammars
 from twinjet.server.samplings import Samplings, Wish
 from twinjet.server.stream import StreamWriter, WriterWatch
@@ -55,11 +55,11 @@ class _Arrival(NamedTuple):
     client_address: str
 
     @classmethod
-    def of(cls, context: Context) -> _Arrival:
+    def of(cls, context: Context, client_address: str) -> _Arrival:
         now = time.monotonic()
         left_s = context.time_remaining()
         trace = convert.trace_headers(context.invocation_metadata())
-        return cls(now, None if left_s is None else now + left_s, trace, address_of(context.peer()))
+        return cls(now, None if left_s is None else now + left_s, trace, client_address)
 
 
 class _Prompt(NamedTuple):
@@ -148,9 +148,8 @@ class InferenceServicer:
         )  # fmt: skip
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
-        arrival = _Arrival.of(context)
-        with self._gate.enter(context.peer()):
-            await self._generate(request, context, arrival)
+        with self._gate.enter(context.peer()) as address:
+            await self._generate(request, context, _Arrival.of(context, address))
 
     async def _generate(
         self, request: generation_pb2.GenerateRequest, context: Context, arrival: _Arrival
@@ -171,9 +170,8 @@ class InferenceServicer:
         await self._serve(_Call(model, "generate", wish, options, arrival, encode), context)
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Context) -> None:
-        arrival = _Arrival.of(context)
-        with self._gate.enter(context.peer()):
-            await self._chat(request, context, arrival)
+        with self._gate.enter(context.peer()) as address:
+            await self._chat(request, context, _Arrival.of(context, address))
 
     async def _chat(self, request: generation_pb2.ChatRequest, context: Context, arrival: _Arrival) -> None:
         model = self._deployments.resolve(request.model)

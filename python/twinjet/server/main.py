@@ -19,6 +19,7 @@ from twinjet.engines.supervisor import State
 from twinjet.errors import ConfigError, TwinjetError, Unavailable
 from twinjet.grammar.limits import GrammarLimits
 from twinjet.grammar.room import GrammarRoom
+from twinjet.private_folder import remove_left
 from twinjet.routing.mirror import Mirror, RecordFiles
 from twinjet.server.admin import AdminServicer
 from twinjet.server.deployments import Deployments
@@ -106,6 +107,8 @@ class Server:
         # Of the process alone, for whoever starts it again: it may load, drain or have no model that runs.
         self._health.set(LIVENESS, True)
         await self._door.start()
+        if left := await asyncio.to_thread(remove_left):
+            logger.info("removed %d folders of servers that were killed", len(left))
         self._tasks.append(asyncio.create_task(self._publish_health(), name="health"))
         self._tasks.append(asyncio.create_task(self.load_reports.run(), name="load reports"))
         for deployment in list(self.deployments.by_name.values()):

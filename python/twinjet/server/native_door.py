@@ -346,6 +346,7 @@ class NativeDoor:
             max_streams=settings.max_connection_calls,
             max_connections=settings.max_connections,
             max_address_connections=settings.max_connections_per_address,
+            client_ipv6_prefix=settings.client_ipv6_prefix,
             keepalive_s=settings.keepalive_s,
             keepalive_timeout_s=settings.keepalive_timeout_s,
             client_ping_s=settings.client_ping_s,

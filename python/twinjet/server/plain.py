@@ -22,7 +22,6 @@ from twinjet.errors import InvalidRequest, SlowReader, TwinjetError, Unavailable
 from twinjet.request import EngineRequest, Sampling
 from twinjet.routing.prefix import prefix_key
 from twinjet.server.encoding import INLINE_CHARS
-from twinjet.server.gate import address_of
 from twinjet.server.handlers import guarded
 from twinjet.server.inference import Lost, Sharing
 from twinjet.server.status import Failure, internal_failure, to_failure
@@ -77,12 +76,15 @@ class _Place(NamedTuple):
 class _Run:
     """A request that was taken. is_late: a task sees to its end."""
 
-    __slots__ = ("call", "call_id", "is_late", "lost", "peer", "session", "stream", "ticket")
+    __slots__ = ("address", "call", "call_id", "is_late", "lost", "peer", "session", "stream", "ticket")
 
-    def __init__(self, call_id: int, call: _core.PlainCall, peer: str, session: str, lost: Lost) -> None:
+    def __init__(
+        self, call_id: int, call: _core.PlainCall, peer: str, address: str, session: str, lost: Lost
+    ) -> None:
         self.call_id = call_id
         self.call = call
         self.peer = peer
+        self.address = address
         self.session = session
         self.stream = lost.stream
         self.lost = lost
@@ -256,11 +258,11 @@ class PlainCalls:
             return False
         if text and not self._is_short(text, limits.max_context_tokens):
             return False
-        self._gate.count(peer)
+        address = self._gate.count(peer)
         is_taken = False
         try:
             try:
-                dispatcher.check(request_id, tenant, address := address_of(peer))
+                dispatcher.check(request_id, tenant, address)
             except Unavailable:  # perhaps another deployment takes it
                 return False
             if text:
@@ -280,12 +282,13 @@ class PlainCalls:
                 self._maker(wish, sampling, place), request_id, len(token_ids), sampling.seed,
                 sampling.max_tokens, now,
             )  # fmt: skip
-            run = _Run(call_id, call, peer, session, Lost(place.model, place.deployment, wish, stream, now))
+            lost = Lost(place.model, place.deployment, wish, stream, now)
+            run = _Run(call_id, call, peer, address, session, lost)
             run.ticket = dispatcher.open_carried(request, stream, lambda: self._on_end(run))
             is_taken = True
         finally:
             if not is_taken:
-                self._gate.leave(peer)
+                self._gate.leave(peer, address)
         self._taken.append((run, request))
         return True
 
@@ -414,7 +417,7 @@ class PlainCalls:
         if run.ticket is not None:
             run.ticket.close()
         self._live.let_go(run)
-        self._gate.leave(run.peer)
+        self._gate.leave(run.peer, run.address)
 
     def _refuse(self, call: _core.PlainCall, error: Exception) -> None:
         if isinstance(error, TwinjetError):

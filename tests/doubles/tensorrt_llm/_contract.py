@@ -3,7 +3,8 @@
 The version comes from the environment variable TENSORRT_LLM_DOUBLE, "1.2" or "1.3", when the package is
 imported. TENSORRT_LLM_DOUBLE_PLANT names differences to plant, for tests of `twinjet doctor`: "-Class.field"
 takes a field or parameter away, "+Class.field" adds one, "~Class.field" changes its default, "behaviour=on" and
-"behaviour=off" turn a recorded behaviour on or off.
+"behaviour=off" turn a recorded behaviour on or off. TENSORRT_LLM_DOUBLE_DAEMON has engines run beside a process as
+Open MPI's daemon is.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import queue
+import sys
 import threading
 from typing import Any
 
@@ -33,6 +36,7 @@ class Executor:
             self._engine_dead = False
         if _IS_13:
             self._fatal_error: BaseException | None = None
+        self._daemon = _Daemon(self) if os.environ.get("TENSORRT_LLM_DOUBLE_DAEMON") else None
 
     def is_shutdown(self) -> bool:
         return self.doing_shutdown
@@ -42,6 +46,9 @@ class Executor:
         self.doing_shutdown = True
         self.joined_in.append(threading.get_ident())
         self._llm._stop_working()
+        daemon, self._daemon = self._daemon, None
+        if daemon is not None:
+            daemon.end()
         if getattr(self, "_engine_dead", False):
             self.workers_gone.wait(DEAD_JOIN_S)
         else:
@@ -75,3 +82,36 @@ class Executor:
             from tensorrt_llm.executor.utils import EngineDeadError
 
             raise EngineDeadError(self._fatal_error)
+
+
+class _Daemon:
+    """Open MPI's, as a singleton process forks it: it, and all workers with it, ends at SIGINT and SIGTERM.
+
+    It also ends with the process whose it is.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        reader, self._writer = os.pipe()
+        words = [sys.executable, "-c", "import sys; sys.stdin.read()", "mpi4py.futures.server"]
+        command = (ctypes.c_char_p * (len(words) + 1))(*map(os.fsencode, words))
+        # As C code forks: without what Python and its packages do in a child, some of which waits for threads.
+        libc = ctypes.PyDLL(None)
+        self._pid = libc.fork()
+        if self._pid == 0:
+            libc.dup2(reader, 0)
+            libc.execv(command[0], command)
+            libc._exit(127)
+        os.close(reader)
+        self._watch = threading.Thread(target=self._wait, daemon=True)
+        self._watch.start()
+
+    def end(self) -> None:
+        os.close(self._writer)
+        self._watch.join()
+
+    def _wait(self) -> None:
+        os.waitpid(self._pid, 0)
+        if not self._executor.doing_shutdown:
+            loop = self._executor._llm._task.get_loop()
+            loop.call_soon_threadsafe(self._executor.worker_failed, RuntimeError("the daemon has ended"))

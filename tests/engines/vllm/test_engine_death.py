@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import pytest
 
 from tests.engines.vllm.support import is_alive
 from twinjet.engines.vllm.front import prestart
+from twinjet.private_folder import remove_left
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
-def _run(model: Path, ending: str) -> tuple["subprocess.Popen[str]", dict[str, Any]]:
+def _run(model: Path, ending: str, temporary: Path) -> tuple["subprocess.Popen[str]", dict[str, Any]]:
     victim = Path(__file__).with_name("victim.py")
     process = subprocess.Popen(
-        [sys.executable, str(victim), str(model), ending], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(victim), str(model), ending],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(temporary)},
     )
     assert process.stdout is not None
     seen = []
@@ -43,8 +48,19 @@ def _all_gone(pids: list[int], within_s: float = 15) -> bool:
 
 
 @pytest.mark.parametrize("ending", ["stop", "kill"])
-def test_a_killed_engine_ends_its_streams_and_leaves_nothing(demo_model_path: Path, ending: str) -> None:
-    process, report = _run(demo_model_path, ending)
+def test_a_killed_engine_ends_its_streams_and_leaves_nothing(
+    demo_model_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+) -> None:
+    temporary = tmp_path_factory.mktemp("t")
+    process, report = _run(demo_model_path, ending, temporary)
+
+    def folders() -> set[str]:
+        return {path.name.rpartition("-")[0] for path in temporary.glob("*-*") if path.is_dir()}
+
+    own = {"twinjet-core", "twinjet-mp", "twinjet-token-texts"}
     try:
         assert report["slowest_end_s"] < 1
         # Whichever notices first: the watch on the process, or vLLM's own output loop.
@@ -53,10 +69,15 @@ def test_a_killed_engine_ends_its_streams_and_leaves_nothing(demo_model_path: Pa
         assert report["tokens"] == 8
         # The forkserver, multiprocessing's resource tracker and the second engine.
         assert len(report["descendants"]) == 3
+        assert own <= folders()
         if ending == "kill":
             process.send_signal(signal.SIGKILL)
         assert process.wait(60) == (0 if ending == "stop" else -signal.SIGKILL)
         assert _all_gone(report["descendants"])
+        if ending == "kill":
+            monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+            assert len(remove_left()) == len(own)
+        assert not folders() & {*own, "pymp"}
     finally:
         process.kill()
         process.wait()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from twinjet.engines.tensorrt_llm.worker.reports import (
     TokenReport,
     close_reporter,
 )
+from twinjet.private_folder import PrivateFolder
 
 
 class ReportLost(Exception):
@@ -90,7 +89,7 @@ class ReportChannel:
     """The server's end."""
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self._folder: PrivateFolder | None = None
         self._server: asyncio.Server | None = None
         self._inboxes: dict[int, Inbox] = {}
         self._connections: set[asyncio.StreamWriter] = set()
@@ -100,7 +99,7 @@ class ReportChannel:
     def folder(self) -> Path:
         """A private folder, for files that workers read."""
         assert self._folder is not None, "start() has not returned"
-        return self._folder
+        return self._folder.path
 
     @property
     def path(self) -> str:
@@ -108,7 +107,7 @@ class ReportChannel:
         return str(self.folder / "reports")
 
     async def start(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="twinjet-"))
+        self._folder = PrivateFolder("reports")
         # Kept before it serves: a cancellation in between must not lose it.
         self._server = await asyncio.start_unix_server(self._serve, self.path, start_serving=False)
         await self._server.start_serving()
@@ -125,7 +124,7 @@ class ReportChannel:
             await self._server.wait_closed()
             self._server = None
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
     def open(self) -> tuple[int, Inbox]:

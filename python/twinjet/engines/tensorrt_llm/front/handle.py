@@ -12,7 +12,12 @@ from twinjet.engines.base import KvCache
 from twinjet.engines.tensorrt_llm.front import features as feature_detection
 from twinjet.engines.tensorrt_llm.front.features import Features, Package
 from twinjet.engines.tensorrt_llm.front.health import background_error
-from twinjet.engines.tensorrt_llm.front.processes import in_daemon_thread, kill_processes, worker_processes
+from twinjet.engines.tensorrt_llm.front.processes import (
+    in_daemon_thread,
+    in_sessions_of_their_own,
+    kill_processes,
+    worker_processes,
+)
 from twinjet.engines.tensorrt_llm.front.settings import EngineSettings, llm_kwargs
 from twinjet.engines.tensorrt_llm.front.tokenizer import is_prebuilt
 from twinjet.errors import ConfigError, EngineDied
@@ -190,7 +195,9 @@ class EngineHandle:
         return self.package.prebuilt_llm if self.is_prebuilt else self.package.llm
 
     def _import(self) -> None:
-        self.package = feature_detection.load_package()
+        # Importing it initialises MPI, which may start its daemon then.
+        with in_sessions_of_their_own():
+            self.package = feature_detection.load_package()
         if self.is_prebuilt and self.package.prebuilt_llm is None:
             raise ConfigError(
                 f"deployments.{self.name}.model is a prebuilt engine, which tensorrt_llm "
@@ -205,7 +212,8 @@ class EngineHandle:
         with _build_lock:
             before = worker_processes()
             try:
-                return self._llm_class(model=self.model, **kwargs)
+                with in_sessions_of_their_own():
+                    return self._llm_class(model=self.model, **kwargs)
             except (ValueError, TypeError, FileNotFoundError) as error:
                 raise ConfigError(
                     f"deployments.{self.name}: tensorrt_llm refused the settings: {error}"

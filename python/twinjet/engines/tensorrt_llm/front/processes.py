@@ -8,9 +8,11 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+from twinjet._core import ask_for_sessions
 
 T = TypeVar("T")
 
@@ -86,6 +88,20 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any] | None]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+
+
+@contextlib.contextmanager
+def in_sessions_of_their_own() -> Iterator[None]:
+    """Have processes that are forked meanwhile, by MPI in the first place, begin sessions.
+
+    A terminal's Ctrl-C, and a signal to the server's process group, would reach MPI's daemon, which ends all workers;
+    they are the server's to act on, which lets running requests finish.
+    """
+    ask_for_sessions(True)
+    try:
+        yield
+    finally:
+        ask_for_sessions(False)
 
 
 def worker_processes() -> frozenset[int]:

@@ -12,10 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -29,6 +26,7 @@ from twinjet.engines.vllm.front.link import Adapter
 from twinjet.engines.vllm.front.outputs import TOLD_TO_END, failure
 from twinjet.engines.vllm.front.zmtp import Connection, Listener
 from twinjet.errors import EngineDied, Unsupported
+from twinjet.private_folder import PrivateFolder
 from twinjet.sampling.bad_text import BadTextSettings
 
 if TYPE_CHECKING:
@@ -51,20 +49,20 @@ class Endpoints:
     """The sockets at which an engine core finds us, in a folder that only we may enter."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="twinjet-"))
+        self._folder = PrivateFolder("core")
         self._context = zmq.Context()
         self._handshake = self._context.socket(zmq.ROUTER)
         self._handshake.setsockopt(zmq.LINGER, 0)
         self._handshake.bind(self.address("handshake"))
         # vLLM's ends are a DEALER for what it is asked and a PUSH for what it answers.
         self._listeners = {
-            "input": Listener(self._folder / "input", "ROUTER", "DEALER"),
-            "output": Listener(self._folder / "output", "PULL", "PUSH"),
+            "input": Listener(self._folder.path / "input", "ROUTER", "DEALER"),
+            "output": Listener(self._folder.path / "output", "PULL", "PUSH"),
         }
         self._connections: dict[str, Connection] = {}
 
     def address(self, name: str) -> str:
-        return f"ipc://{self._folder}/{name}"
+        return f"ipc://{self._folder.path}/{name}"
 
     @property
     def input(self) -> Connection:
@@ -139,7 +137,7 @@ class Endpoints:
         for connection in self._connections.values():
             connection.close()
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 class _Request:
@@ -348,7 +346,7 @@ class CoreLink:
             return
         outlets, irregular, stats, num_preemptions, utilities, end = self._reader.take()
         # Nobody asked for these: all of its requests end so, and new ones do.
-        if any(_FINISHES[finish] == "abort" for _, finish, _, _ in irregular):
+        if any(_FINISHES[finish] == "abort" for _, finish, _ in irregular):
             self._tell_death(TOLD_TO_END)
         try:
             self._deliver(outlets, irregular)
@@ -376,9 +374,9 @@ class CoreLink:
                 future.set_exception(EngineDied(f"the engine died: {reason}"))
         self._on_death(reason)
 
-    def _deliver(self, outlets: Sequence[Outlet], irregular: Sequence[tuple[int, int, int, bool]]) -> None:
+    def _deliver(self, outlets: Sequence[Outlet], irregular: Sequence[tuple[int, int, int]]) -> None:
         """Tell of the rows that were put into pumps, and of those that were not."""
-        for key, finish, num_tokens, _ in irregular:
+        for key, finish, num_tokens in irregular:
             entry = self._by_key.get(key)
             if entry is not None:
                 is_constrained = entry.request.sampling.constraint is not None

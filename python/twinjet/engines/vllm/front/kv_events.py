@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
-from pathlib import Path
 
 from twinjet.engines.base import KvCleared, KvEvent, KvRemoved
 from twinjet.engines.kv_journal import KvJournal
 from twinjet.engines.vllm import kv_wire
+from twinjet.private_folder import PrivateFolder
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ class KvEventReceiver:
 
     def __init__(self) -> None:
         self.journal = KvJournal()
-        self._folder = tempfile.TemporaryDirectory(prefix="twinjet-kv-")
+        self._folder = PrivateFolder("kv")
         self._server: asyncio.Server | None = None
         self._reading: set[asyncio.Task[None]] = set()
         self._has_lost = False
@@ -28,7 +27,7 @@ class KvEventReceiver:
     @property
     def address(self) -> str:
         """The socket's path."""
-        return str(Path(self._folder.name) / "events")
+        return str(self._folder.path / "events")
 
     async def listen(self) -> None:
         self._server = await asyncio.start_unix_server(self._accept, self.address)
@@ -40,7 +39,7 @@ class KvEventReceiver:
             self._server.close()
         for task in self._reading:
             task.cancel()
-        self._folder.cleanup()
+        self._folder.remove()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -14,9 +14,11 @@ import sys
 from importlib import metadata
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 from twinjet.engines.vllm.environment import environment
 from twinjet.engines.vllm.front.process import EngineContext, probe
+from twinjet.private_folder import PrivateFolder
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,12 @@ the tokens a second that they reach with this, and one engine alone a third more
 """
 
 
+_folder: PrivateFolder | None = None
+
+
 def prestart() -> None:
     """Start the forkserver, once; returns at once. Call it before threads, gRPC or a device exist."""
+    _choose_folder()
     multiprocessing.set_forkserver_preload(["twinjet.engines.vllm.core.preloaded"])
     with environment(_loader_environment()):
         forkserver.ensure_running()
@@ -67,7 +73,26 @@ def wait_ready() -> str:
 
 def stop() -> None:
     """Stop the forkserver, and with it every engine process that is left. Idempotent."""
+    global _folder
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    if _folder is not None:
+        del _multiprocessing_settings()["tempdir"]
+        _folder.remove()
+        _folder = None
+
+
+def _choose_folder() -> None:
+    """Have multiprocessing put its sockets, which a kill leaves behind, where a later process removes them."""
+    global _folder
+    settings = _multiprocessing_settings()
+    if "tempdir" not in settings:
+        _folder = PrivateFolder("mp")
+        settings["tempdir"] = str(_folder.path)
+
+
+def _multiprocessing_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    return settings
 
 
 def _loader_environment() -> dict[str, str]:
