@@ -183,6 +183,7 @@ class CoreLink:
         self._is_broken = False
         self._outbox: list[tuple[bytes, bytes]] = []
         self._is_behind = False
+        self._is_reading = False
 
     def watch(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[str], None]) -> None:
         self._loop, self._on_death = loop, on_death
@@ -192,7 +193,7 @@ class CoreLink:
         else:
             loop.add_reader(self._endpoints.output.fileno(), self._on_readable)
             # What was read already is not announced again.
-            loop.call_soon(self._on_readable)
+            self._on_readable()
 
     def submit(
         self,
@@ -333,11 +334,17 @@ class CoreLink:
         self._tell_death(f"it does not take messages: {error}")
 
     def _on_readable(self) -> None:
-        """Read where the loop runs."""
+        """Read where the loop runs, once a turn."""
+        if self._loop is not None and not self._is_reading:
+            self._is_reading = True
+            self._loop.call_soon(self._read_some)
+
+    def _read_some(self) -> None:
+        self._is_reading = False
         if self._loop is None or self._is_dead:
             return
         if self._reader.read():
-            self._loop.call_soon(self._on_readable)
+            self._on_readable()
         self._on_news()
 
     def _on_news(self) -> None:
