@@ -338,9 +338,10 @@ def test_a_kill_of_the_engine_ends_every_stream_at_once_and_it_comes_back(
     for thread in threads:
         thread.join(30)
     assert [code for _, code in ended] == [grpc.StatusCode.UNAVAILABLE] * 8
-    assert max(at for at, _ in ended) - killed_at < 2.0
+    # By themselves they would go on for minutes.
+    assert max(at for at, _ in ended) - killed_at < 10.0
     while service.status() != health_pb2.HealthCheckResponse.NOT_SERVING:
-        assert time.monotonic() - killed_at < 2.0
+        assert time.monotonic() - killed_at < 10.0
     service.until(lambda: service.status() == health_pb2.HealthCheckResponse.SERVING, 120)
     events = list(service.inference.Generate(Request(text="again", sampling=Sampling(max_tokens=3))))
     assert events[-1].HasField("summary")
