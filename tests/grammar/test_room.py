@@ -146,8 +146,6 @@ async def test_a_compilation_ends_with_its_cancellation_but_not_while_another_wa
 
 
 MANY_NAMES = {"enum": [f"{i:05d}" * 20 for i in range(2000)]}
-MANY_ITEMS = {"type": "array", "items": {"type": "integer"}, "minItems": 5000}
-MANY_PROPERTIES = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(2000)}}
 
 
 @pytest.mark.parametrize(
@@ -155,11 +153,10 @@ MANY_PROPERTIES = {"type": "object", "properties": {f"p{i}": {"type": "integer"}
     [
         (replace(LIMITS, cpu_s=1.0), SLOW, "takes more than 1 s"),
         (replace(LIMITS, memory_bytes=8 << 20), MANY_NAMES, "takes more than 8 MiB"),
-        # These run out of memory after the compilation: in what tries the grammar, and in what writes it.
-        (replace(LIMITS, memory_bytes=4 << 20), MANY_ITEMS, "takes more than 4 MiB"),
-        (replace(LIMITS, memory_bytes=16 << 20), MANY_PROPERTIES, "takes more than 16 MiB"),
+        # Out of memory after the compilation.
+        (replace(LIMITS, memory_bytes=64 << 20), MANY_NAMES, "takes more than 64 MiB"),
     ],
-    ids=["time", "compiling", "trying", "writing"],
+    ids=["time", "compiling", "writing"],
 )
 async def test_time_and_memory_are_bounded_and_the_refusal_is_remembered(
     rooms: Callable[[GrammarLimits], GrammarRoom],
@@ -295,26 +292,13 @@ async def test_a_machine_that_is_too_busy_is_no_fault_of_the_constraint(
         await room.prepare(_schema(SLOW), vocabulary)
 
 
-@pytest.mark.parametrize(
-    ("schema", "why"),
-    [
-        ({"enum": [f"{i:05d}" * 10 for i in range(4000)]}, "takes more than 16 MiB once compiled"),
-        (
-            {
-                "type": "object",
-                "properties": {f"p{i}": {"type": "string", "maxLength": 8} for i in range(300)},
-            },
-            "more than 700 rules and takes more than 1 s",
-        ),
-    ],
-    ids=["reading", "compiling"],
-)
 async def test_what_would_hold_up_the_engine_is_refused(
-    rooms: Callable[[GrammarLimits], GrammarRoom], vocabulary: Vocabulary, schema: Any, why: str
+    rooms: Callable[[GrammarLimits], GrammarRoom], vocabulary: Vocabulary
 ) -> None:
-    room = rooms(replace(LIMITS, cpu_s=60.0, memory_bytes=8 << 30))
-    with pytest.raises(InvalidRequest, match=why):
-        await room.prepare(_schema(schema), vocabulary)
+    room = rooms(replace(LIMITS, cpu_s=60.0))
+    strings = {f"p{i}": {"type": "string", "maxLength": 8} for i in range(150)}
+    with pytest.raises(InvalidRequest, match="more than 1 s to compile and more than 16 MiB"):
+        await room.prepare(_schema({"type": "object", "properties": strings}), vocabulary)
 
 
 async def test_a_worker_that_was_killed_is_started_again_and_closing_leaves_nothing(

@@ -20,8 +20,10 @@ from twinjet.grammar.limits import MAX_COMPILED_BYTES, MAX_RECOMPILED_S
 from twinjet.grammar.schema import SchemaRefused, normalise, parse, validator
 from twinjet.grammar.vocabulary import token_lengths, tokenizer_info
 
-_MAX_RULES = 700
-"""Writing a compiled grammar grows with the square of its rules; a larger one goes to the engine as text."""
+_QUICK_S = 0.1
+"""Processor time of a compilation that takes no longer than reading what it makes: 3 MiB for any object."""
+_MAX_RULES = 150
+"""A compiled grammar grows with the square of its rules: that of an object with these takes 9 to 32 MiB."""
 MAX_WHITESPACE = 16
 """Characters of white space between two parts of a JSON document: enough for an indented one."""
 _TRIAL_STEPS = 48
@@ -93,23 +95,30 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
             raise MemoryError from None
         raise ConstraintRefused(_reason(error)) from None
     took_s = time.thread_time() - began
+    serialized = _serialized(compiled, took_s)
     _try(xgrammar, compiled, info, token_lengths(job.vocabulary))
-    is_small = str(compiled.grammar).count("\n") <= _MAX_RULES
-    if not is_small and took_s > MAX_RECOMPILED_S:
-        raise ConstraintRefused(
-            f"has more than {_MAX_RULES} rules and takes more than {MAX_RECOMPILED_S:g} s to compile; make it smaller"
-        )
-    serialized = compiled.serialize_json() if is_small else ""
-    if len(serialized) > MAX_COMPILED_BYTES:
-        raise ConstraintRefused(
-            f"takes more than {MAX_COMPILED_BYTES >> 20} MiB once compiled; make it smaller"
-        )
     source = {"kind": kind, "text": text, "is_compact": job.is_compact}
     temporary = Path(f"{job.target}.{os.getpid()}")
     temporary.write_text(json.dumps(source) + "\n" + serialized)
     size = temporary.stat().st_size
     temporary.replace(job.target)
     return {"num_bytes": size}
+
+
+def _serialized(compiled: Any, took_s: float) -> str:
+    """What the engine's process reads; "" where it compiles the text once more. took_s: what compiling took here."""
+    if took_s <= _QUICK_S:
+        return ""
+    if str(compiled.grammar).count("\n") <= _MAX_RULES:
+        serialized: str = compiled.serialize_json()
+        if len(serialized) <= MAX_COMPILED_BYTES:
+            return serialized
+    if took_s > MAX_RECOMPILED_S:
+        raise ConstraintRefused(
+            f"takes more than {MAX_RECOMPILED_S:g} s to compile and more than {MAX_COMPILED_BYTES >> 20} MiB once "
+            "compiled; make it smaller"
+        )
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -16,8 +16,8 @@ from twinjet.grammar.vocabulary import tokenizer_info
 def load_grammar(path: str, vocabulary_path: str) -> Any:
     """Give xgrammar's CompiledGrammar; the same object for the same file. Thread-safe.
 
-    A grammar whose compiled form would be larger than its text by far comes as text, and is compiled here; a
-    worker has done the same before, within its limits. Raises OSError if the file is gone.
+    A grammar that compiles sooner than its compiled form is read comes as text, and is compiled here; a worker has
+    done the same before, within its limits. Raises OSError if the file is gone.
     """
     xgrammar = importlib.import_module("xgrammar")
     info = tokenizer_info(vocabulary_path)

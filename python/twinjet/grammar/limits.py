@@ -18,7 +18,7 @@ MAX_CONSTANTS = 4096
 MAX_COMPILED_BYTES = 16 << 20
 """Of a compiled grammar: the engine's process reads it while others' requests run there."""
 MAX_RECOMPILED_S = 1.0
-"""Processor time of a compilation that the engine's process has to do once more."""
+"""Processor time of a compilation that the engine's process has to do once more, where what it makes is larger."""
 MAX_REPEAT = 100_000
 """Bounds on lengths and counts above this are refused: nothing of that size fits a model's context."""
 
