@@ -94,11 +94,15 @@ class LegFacts:
 
 @dataclass(slots=True)
 class RunData:
-    """A whole run as read back. header: settings, digest of the requests, versions, machine; see driver."""
+    """A whole run as read back. header: settings, digest of the requests, versions, machine; see driver.
+
+    Its records are not in its repr: asyncio.run writes out what it returns where it looks at the signal handlers, and
+    all records take seconds.
+    """
 
     header: Mapping[str, Any] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-    legs: list[LegFacts] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list, repr=False)
+    legs: list[LegFacts] = field(default_factory=list, repr=False)
 
     def complete_blocks(self, phase: Phase, rate: float = 0.0) -> list[int]:
         """Give the blocks of a phase whose four legs were all finished."""
