@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network
 from urllib.parse import unquote
@@ -33,3 +34,10 @@ def address_of(peer: str, ipv6_prefix: int) -> str:
         return f"ipv4:{address.ipv4_mapped}"
     network = IPv6Network((int(address), ipv6_prefix), strict=False)
     return f"ipv6:{network}" if address.scope_id is None else f"ipv6:{network}%{address.scope_id}"
+
+
+def one_less(counts: Counter[str], key: str) -> None:
+    """Take one off a count of callers; where it becomes 0 its entry goes."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

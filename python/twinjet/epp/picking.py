@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from twinjet._core import BlockHasher, Picker, PrefixIndex
+from twinjet.addresses import one_less
 from twinjet.errors import Overloaded, Unavailable
 
 if TYPE_CHECKING:
@@ -258,9 +259,9 @@ class EndpointPicker:
 
     def finish(self, pick: Pick) -> None:
         """The request has ended, well or not."""
-        _subtract(self._tenants, pick.tenant)
+        one_less(self._tenants, pick.tenant)
         if not pick.tenant:
-            _subtract(self._anonymous, pick.client_address)
+            one_less(self._anonymous, pick.client_address)
         if not pick.replica.is_gone:
             self._picker.end(pick.replica.number, pick.ticket, _num_new(pick.num_tokens, pick.cached_tokens))
 
@@ -398,12 +399,6 @@ class EndpointPicker:
 
 def _number(number: int) -> bytes:
     return array("I", [number]).tobytes()
-
-
-def _subtract(counts: Counter[str], key: str) -> None:
-    counts[key] -= 1
-    if not counts[key]:
-        del counts[key]
 
 
 def _num_new(num_tokens: int, cached_tokens: int) -> int:

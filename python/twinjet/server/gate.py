@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from twinjet.addresses import address_of
+from twinjet.addresses import address_of, one_less
 from twinjet.errors import Overloaded, QuotaExcess
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class Gate:
         """A stream of this connection has ended. address: as count() gave it."""
         self._num_streams -= 1
         if self._max_of_connection or self._max_of_address:
-            _subtract(self._of_connection, peer)
-            _subtract(self._of_address, address)
+            one_less(self._of_connection, peer)
+            one_less(self._of_address, address)
 
 
 class _Pass:
@@ -83,9 +83,3 @@ def _full(subject: str, where: str, limit: int) -> Overloaded:
         retry_after_s=RETRY_S,
         quotas=(QuotaExcess(subject, text),),
     )
-
-
-def _subtract(counts: Counter[str], key: str) -> None:
-    counts[key] -= 1
-    if not counts[key]:
-        del counts[key]
