@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinjet.compare.arguments import compare_arguments
 from twinjet.errors import ConfigError
+from twinjet.interrupts import interrupts_cancel
 from twinjet.turns import TurnReader, decode
 
 if TYPE_CHECKING:
@@ -127,11 +128,11 @@ def _show(stream: Stream, arguments: argparse.Namespace) -> None:
     from twinjet.client import Delta, Summary
 
     if arguments.json:
-        with stream:
+        with stream, interrupts_cancel(stream):
             for event in stream:
                 _print_json({"event": type(event).__name__.lower()} | asdict(event))
         return
-    with stream, _Shown() as shown:
+    with stream, _Shown() as shown, interrupts_cancel(stream):
         for event in stream:
             if isinstance(event, Delta):
                 shown.add(event.text)
@@ -256,9 +257,10 @@ def _converse(client: Client, turns: list[Any], arguments: argparse.Namespace) -
         try:
             with client.chat(turns, sampling, model=arguments.model) as stream, shown:
                 try:
-                    for event in stream:
-                        if isinstance(event, Delta):
-                            shown.add(event.text)
+                    with interrupts_cancel(stream):
+                        for event in stream:
+                            if isinstance(event, Delta):
+                                shown.add(event.text)
                 except KeyboardInterrupt:
                     print(" [stopped]", end="", flush=True)
         except TwinjetClientError as error:

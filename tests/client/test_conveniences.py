@@ -259,6 +259,24 @@ def test_a_blocking_stream_is_cancelled_from_another_thread(server: Scripted) ->
             unread.text()
 
 
+@pytest.mark.parametrize("code", [StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE])
+def test_cancelling_a_blocking_stream_ends_its_wait_for_another_try(
+    server: Scripted, code: StatusCode
+) -> None:
+    server.scripts = [[Fails(code, retry_after_s=40.0)]]
+    server.health = [b"\x08\x02"]
+    with Client(server.address, retry=RetryPolicy(max_delay_s=60.0)) as client:
+        stream = client.generate("x")
+        timer = threading.Timer(0.5, stream.cancel)
+        began = time.monotonic()
+        timer.start()
+        with pytest.raises(Cancelled):
+            stream.text()
+        timer.join()
+        assert time.monotonic() - began < 20
+    assert server.num_calls == 1
+
+
 def state(state: model_pb2.ModelState.ValueType, **fields: Any) -> model_pb2.Model:
     return model_pb2.Model(name="m", state=state, **fields)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -15,13 +16,23 @@ _SERVING = b"\x08\x01"
 _MAX_NAME_BYTES = 127
 
 
-def wait(channel: grpc.Channel, model: str, pause: Pause) -> None:
-    """Wait for a pause. model: whose health counts, "" is the whole server's."""
+def wait(
+    channel: grpc.Channel,
+    model: str,
+    pause: Pause,
+    begin: Callable[[Callable[[], Any]], Any] = lambda call: call(),
+    sleep: Callable[[float], object] = time.sleep,
+) -> None:
+    """Wait for a pause. model: whose health counts, "" is the whole server's.
+
+    begin: begins the call that asks for it. sleep: waits some seconds, or less if the wait is to end; so it does once
+    that call is cancelled.
+    """
     over_at = time.monotonic() + pause.at_most_s
-    time.sleep(pause.at_least_s)
+    sleep(pause.at_least_s)
     if not pause.may_end_early:
         return
-    watch = _watch(channel, model, over_at - time.monotonic())
+    watch = begin(lambda: _watch(channel, model, over_at - time.monotonic()))
     try:
         if any(update == _SERVING for update in watch):
             return
@@ -29,7 +40,7 @@ def wait(channel: grpc.Channel, model: str, pause: Pause) -> None:
         pass  # The watch ran out of time, or this is no server that tells its health.
     finally:
         watch.cancel()
-    time.sleep(max(0.0, over_at - time.monotonic()))
+    sleep(max(0.0, over_at - time.monotonic()))
 
 
 async def wait_aio(channel: grpc.aio.Channel, model: str, pause: Pause) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -67,7 +68,8 @@ from twinjet.v1 import admin_pb2, model_pb2, service_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 _OpenStream = Callable[[float | None], Any]
-_Wait = Callable[[Pause], None]
+_Begin = Callable[[Callable[[], Any]], Any]
+_Wait = Callable[[Pause, _Begin, Callable[[float], object]], None]
 _BeginAttempts = Callable[[], Attempts]
 
 
@@ -88,7 +90,7 @@ class Stream:
         self._begin_attempts = begin_attempts
         self._reading = Reading()
         self._call: Any = None
-        self._is_cancelled = False
+        self._is_cancelled = threading.Event()
         self._lock = threading.Lock()
         self._events = self._run()
 
@@ -117,7 +119,7 @@ class Stream:
     def cancel(self) -> None:
         """Cancel the call from any thread; who reads it gets Cancelled, now or with the first read."""
         with self._lock:
-            self._is_cancelled = True
+            self._is_cancelled.set()
             if self._call is not None:
                 self._call.cancel()
 
@@ -153,17 +155,18 @@ class Stream:
         finally:
             self._reading.end()
 
-    def _begin_call(self, left_s: float | None) -> Any:
+    def _begin(self, call: Callable[[], Any]) -> Any:
         with self._lock:
-            if self._is_cancelled:
+            if self._is_cancelled.is_set():
                 raise Cancelled("the stream was cancelled before it began", code="CANCELLED")
-            self._call = self._open(left_s)
+            self._call = call()
             return self._call
 
     def _tries(self) -> Generator[Event]:
         attempts = self._begin_attempts()
         while True:
-            call = self._begin_call(attempts.remaining_s)
+            left_s = attempts.remaining_s
+            call = self._begin(partial(self._open, left_s))
             one = Try()
             try:
                 while (message := next(call, None)) is not None:
@@ -177,7 +180,7 @@ class Stream:
                 call.cancel()
             if one.has_begun:
                 raise error
-            self._wait(attempts.pause_after(error))
+            self._wait(attempts.pause_after(error), self._begin, self._is_cancelled.wait)
 
 
 class Client:
@@ -575,7 +578,7 @@ class Client:
         time_limit(timeout_s)
         return Stream(
             lambda left_s: method(request, timeout=left_s, metadata=sent),
-            lambda pause: wait(self._channel, request.model, pause),
+            partial(wait, self._channel, request.model),
             lambda: self._attempts(timeout_s),
             self._address,
         )
