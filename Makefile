@@ -103,8 +103,10 @@ stubs:
 # The C++ tests, plain and under the sanitizers; each builds the cores anew and runs ctest. Under the thread
 # sanitizer only those that have threads.
 test-cpp: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=Release
-test-cpp-asan: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTWINJET_SANITIZE=address,undefined
-test-cpp-tsan: CPP_TEST_FLAGS := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTWINJET_SANITIZE=thread
+# With -O2 a sanitized build takes twice the time, and the tests run no faster.
+SANITIZED = -DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1 -DNDEBUG" -DTWINJET_SANITIZE
+test-cpp-asan: CPP_TEST_FLAGS := $(SANITIZED)=address,undefined
+test-cpp-tsan: CPP_TEST_FLAGS := $(SANITIZED)=thread
 test-cpp-tsan: CPP_TEST_TARGET := --target threaded_tests
 test-cpp-tsan: CTEST_FLAGS := -L threaded
 test-cpp test-cpp-asan test-cpp-tsan:

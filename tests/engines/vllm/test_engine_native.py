@@ -84,10 +84,10 @@ async def test_constrained_generations_validate(engine: VllmEngine) -> None:
         assert output.finish.reason == "stop"
         return output.text
 
-    texts = await asyncio.gather(*(one(seed) for seed in range(200)))
+    texts = await asyncio.gather(*(one(seed) for seed in range(80)))
     for text in texts:
         jsonschema.validate(json.loads(text), SCHEMA)
-    assert len(set(texts)) > 100
+    assert len(set(texts)) > 40
 
 
 async def test_a_row_without_a_token_ends_its_request_alone(engine: VllmEngine) -> None:
