@@ -69,3 +69,37 @@ def test_what_takes_long_in_both_forms_is_refused(
     monkeypatch.setattr(compilation, "_MAX_RULES", max_rules)
     with pytest.raises(ConstraintRefused, match="to compile and more than 16 MiB once compiled"):
         _compile(MANY_PROPERTIES, vocabulary, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "why"),
+    [
+        ("regex", r"a\ud800b", "surrogate"),
+        ("regex", r"\ud83d\ude00", "surrogate"),
+        ("regex", r"a[x\udc00-\udfff]", "surrogate"),
+        ("ebnf", r'root ::= "a" other' + "\n" + r'other ::= "\"\\\ud800"', "surrogate"),
+        ("ebnf", r'root ::= "\U00110000"', "above"),
+    ],
+)
+def test_characters_that_no_text_holds_are_refused(
+    kind: Any, value: str, why: str, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    with pytest.raises(ConstraintRefused, match=why):
+        perform(Job(kind=kind, value=value, vocabulary=vocabulary.path, target=str(tmp_path / "grammar")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("regex", r"[^\ud800-\udfff]"),
+        ("regex", r"[\u0000-\uffff]\U0001f600"),
+        ("regex", r"\\ud800[\]\-\\u]"),
+        ("ebnf", r'root ::= "\\ud800" [\]"] "[\"" [^\ud800]'),
+    ],
+)
+def test_characters_beside_them_are_not(
+    kind: Any, value: str, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    path = tmp_path / "grammar"
+    perform(Job(kind=kind, value=value, vocabulary=vocabulary.path, target=str(path)))
+    assert path.exists()

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,11 @@ _MAX_RULES = 150
 MAX_WHITESPACE = 16
 """Characters of white space between two parts of a JSON document: enough for an indented one."""
 _TRIAL_STEPS = 48
+_ATOM = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]', re.DOTALL)
+"""A string or a set of characters in a written grammar."""
+_ONE = r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}|\\.|[^\\]"
+_CHARACTER = re.compile(_ONE, re.DOTALL)
+_RANGE = re.compile(f"({_ONE})(?:-({_ONE}))?", re.DOTALL)
 _MAX_STEP_S = 0.02
 
 
@@ -95,6 +101,8 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
             raise MemoryError from None
         raise ConstraintRefused(_reason(error)) from None
     took_s = time.thread_time() - began
+    if kind != "schema":
+        _check_characters(str(compiled.grammar))
     serialized = _serialized(compiled, took_s)
     _try(xgrammar, compiled, info, token_lengths(job.vocabulary))
     source = {"kind": kind, "text": text, "is_compact": job.is_compact}
@@ -103,6 +111,24 @@ def _compile(kind: str, text: str, job: Job) -> dict[str, Any]:
     size = temporary.stat().st_size
     temporary.replace(job.target)
     return {"num_bytes": size}
+
+
+def _check_characters(grammar: str) -> None:
+    """Refuse what xgrammar takes for characters and no text can hold; [^\\ud800-\\udfff] and \\0-\\uffff are in order.
+
+    grammar: as xgrammar writes it, with escapes in lower case. The bytes that it would make are shown as U+FFFD.
+    """
+    for atom in _ATOM.finditer(grammar):
+        if atom[0].startswith("[^"):
+            continue
+        pairs = _RANGE.findall(atom[0][1:-1]) if atom[0][0] == "[" else _CHARACTER.findall(atom[0][1:-1])
+        for pair in pairs:
+            ends = (pair, pair) if isinstance(pair, str) else (pair[0], pair[1] or pair[0])
+            first, last = (int(end[2:], 16) if end[:2] in ("\\u", "\\U") else 0 for end in ends)
+            if first >= 0xD800 and last <= 0xDFFF:
+                raise ConstraintRefused("has half of a surrogate pair, which is no character")
+            if first > sys.maxunicode:
+                raise ConstraintRefused("has a character above U+10FFFF")
 
 
 def _serialized(compiled: Any, took_s: float) -> str:
