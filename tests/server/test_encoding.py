@@ -48,23 +48,29 @@ def _tokenizer(made: Any) -> Tokenizer:
 
 
 async def test_a_long_text_of_few_tokens_is_tokenized_whole() -> None:
-    ids = await Encoder().prompt(_tokenizer(Sparse()), "x" * 20_000, 250, "text")
+    ids = await Encoder().prompt(_tokenizer(Sparse()), "x" * 20_000, 250, "text", caller="a")
     assert len(ids) == 200
 
 
 @pytest.mark.parametrize("num_chars", [801, 5000])
 async def test_a_beginning_with_too_many_tokens_is_enough(num_chars: int) -> None:
     with pytest.raises(InvalidRequest, match="more than 736 tokens; the model's context is 100"):
-        await Encoder().prompt(_tokenizer(FakeTokenizer()), "x" * num_chars, 100, "text")
+        await Encoder().prompt(_tokenizer(FakeTokenizer()), "x" * num_chars, 100, "text", caller="a")
 
 
 async def test_of_long_texts_one_is_tokenized_at_a_time_and_shorter_ones_meanwhile() -> None:
     encoder, slow = Encoder(), Slow()
-    long = [asyncio.create_task(encoder.encode(_tokenizer(slow), "x" * (LONG_CHARS + i))) for i in (1, 2, 3)]
+    long = [
+        asyncio.create_task(encoder.encode(_tokenizer(slow), "x" * (LONG_CHARS + i), caller="a"))
+        for i in (1, 2, 3)
+    ]
     async with asyncio.timeout(30):
         while slow.num_now < 1:
             await asyncio.sleep(0.001)
-        assert len(await encoder.encode(_tokenizer(FakeTokenizer()), "x" * LONG_CHARS)) == LONG_CHARS + 1
+        assert (
+            len(await encoder.encode(_tokenizer(FakeTokenizer()), "x" * LONG_CHARS, caller="a"))
+            == LONG_CHARS + 1
+        )
         slow.go.set()
         assert await asyncio.gather(*long) == [(LONG_CHARS + i,) for i in (1, 2, 3)]
     assert slow.num_most == 1
@@ -72,23 +78,34 @@ async def test_of_long_texts_one_is_tokenized_at_a_time_and_shorter_ones_meanwhi
 
 async def test_no_more_long_text_is_kept_than_there_is_room_for_and_shorter_ones_still_pass() -> None:
     encoder, slow = Encoder(), Slow()
-    first = asyncio.create_task(encoder.encode(_tokenizer(slow), "x" * (MAX_HELD_CHARS - LONG_CHARS)))
-    async with asyncio.timeout(30):
-        while slow.num_now < 1:
-            await asyncio.sleep(0.001)
-        long = "x" * (LONG_CHARS + 1)
-        for ask in (
-            encoder.encode(_tokenizer(slow), long),
-            encoder.prompt(_tokenizer(slow), long, 100, "text"),
-            encoder.chat(_tokenizer(slow), [ChatTurn("user", long)], parse=False),
-        ):
-            with pytest.raises(Overloaded) as refused:
-                await ask
-            assert refused.value.retry_after_s > 0
-        assert len(await encoder.encode(_tokenizer(FakeTokenizer()), "x" * LONG_CHARS)) == LONG_CHARS + 1
-        slow.go.set()
-        await first
-        assert await encoder.encode(_tokenizer(slow), long) == (len(long),)
+
+    async def keep(num_chars: int, caller: str) -> None:
+        with encoder.hold(num_chars, caller):
+            await asyncio.to_thread(slow.go.wait, 30)
+
+    most = MAX_HELD_CHARS - MAX_HELD_CHARS // 9
+    first = asyncio.create_task(keep(most - LONG_CHARS, "a"))
+    await asyncio.sleep(0)
+    long = "x" * (LONG_CHARS + 1)
+    for ask in (
+        encoder.encode(_tokenizer(slow), long, caller="a"),
+        encoder.prompt(_tokenizer(slow), long, 100, "text", caller="a"),
+        encoder.chat(_tokenizer(slow), [ChatTurn("user", long)], caller="a", parse=False),
+    ):
+        with pytest.raises(Overloaded) as refused:
+            await ask
+        assert refused.value.retry_after_s > 0
+    fake = _tokenizer(FakeTokenizer())
+    assert len(await encoder.encode(fake, "x" * LONG_CHARS, caller="a")) == LONG_CHARS + 1
+    # What it leaves to others is not all theirs either.
+    second = asyncio.create_task(keep(MAX_HELD_CHARS // 9, "b"))
+    await asyncio.sleep(0)
+    assert len(await encoder.encode(fake, "x" * LONG_CHARS, caller="c")) == LONG_CHARS + 1
+    with pytest.raises(Overloaded):
+        await encoder.encode(fake, long + long, caller="c")
+    slow.go.set()
+    await asyncio.gather(first, second)
+    assert await encoder.encode(_tokenizer(slow), long, caller="a") == (len(long),)
 
 
 class Where(FakeTokenizer):
@@ -104,7 +121,7 @@ class Where(FakeTokenizer):
 @pytest.mark.parametrize(("num_turns", "is_inline"), [(3, True), (4096, False)])
 async def test_thousands_of_empty_turns_are_a_long_text(num_turns: int, is_inline: bool) -> None:
     where = Where()
-    await Encoder().chat(_tokenizer(where), [ChatTurn("user", "")] * num_turns, parse=False)
+    await Encoder().chat(_tokenizer(where), [ChatTurn("user", "")] * num_turns, caller="a", parse=False)
     assert (where.thread == threading.get_ident()) is is_inline
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger("twinjet.epp")
 _PREFIX: Final = "/twinjet.v1.InferenceService/"
 _READ_METHODS: Final = ("Generate", "Chat")
 
-Tokenise = Callable[[EppPrompt, bytes, str], Awaitable[bytes | None]]
+Tokenise = Callable[[EppPrompt, bytes, str, str], Awaitable[bytes | None]]
 """(prompt, message, method) -> token ids as int32s, or None where there is no tokenizer for the model."""
 
 
@@ -218,7 +218,7 @@ class _Stream:
             self._frames = None
         token_ids = None
         if self._parent.tokenise is not None and not prompt.has_token_ids:
-            token_ids = await self._parent.tokenise(prompt, message, self._method)
+            token_ids = await self._parent.tokenise(prompt, message, self._method, self._client_address)
         return replace(ask, prompt=prompt, token_ids=token_ids)
 
     async def _refuse(self, error: TwinjetError) -> None:

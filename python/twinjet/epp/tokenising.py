@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 
 from twinjet.engines.base import ChatTurn
 from twinjet.errors import ConfigError, TwinjetError
+from twinjet.fair_threads import FairThreads
 from twinjet.models.tokenizer import HfTokenizer
-from twinjet.shortest_first import ShortestFirst
 from twinjet.v1 import generation_pb2
 
 if TYPE_CHECKING:
@@ -32,21 +32,24 @@ class Tokenisers:
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self._by_model: dict[str, Any] = {}
-        self._threads = ShortestFirst(_LONG_BYTES)
+        self._threads = FairThreads(_LONG_BYTES)
         for model, folder in folders.items():
             try:
                 self._by_model[model] = HfTokenizer(folder)
             except ConfigError as error:
                 raise ConfigError(f"tokenizers.{model}: {error}") from None
 
-    async def tokenise(self, prompt: EppPrompt, message: bytes, method: str) -> bytes | None:
+    async def tokenise(
+        self, prompt: EppPrompt, message: bytes, method: str, client_address: str
+    ) -> bytes | None:
         """Give the prompt's token ids as the replicas make them, int32s; None where that cannot be done."""
         model = prompt.model or (next(iter(self._by_model)) if len(self._by_model) == 1 else "")
         tokenizer = self._by_model.get(model)
         if tokenizer is None or len(message) > MAX_BYTES:
             return None
         try:
-            return await self._threads.run(len(message), partial(_tokenise, tokenizer, message, method))
+            work = partial(_tokenise, tokenizer, message, method)
+            return await self._threads.run(len(message), work, prompt.tenant or f"address {client_address}")
         except (TwinjetError, ValueError, DecodeError) as error:
             # The replica tells the client.
             logger.debug("a prompt cannot be tokenised: %s", error)

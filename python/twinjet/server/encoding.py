@@ -1,14 +1,15 @@
-"""Texts to token ids and back, so that long ones hold up nobody else: off the loop, the shortest first."""
+"""Texts to token ids and back, so that long ones hold up nobody else: off the loop, in turns of their callers."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.errors import InvalidRequest, Overloaded
-from twinjet.shortest_first import ShortestFirst
+from twinjet.fair_threads import FairThreads
 
 INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
@@ -25,36 +26,57 @@ _SLACK = 64
 """Tokens by which the beginning of a text may have more of them than it has as a part of the text."""
 
 
-class Encoder:
-    """Tokenizes for one server. One asyncio loop."""
+class _Held:
+    """Characters that are kept, of all and of each caller that has any."""
 
     def __init__(self) -> None:
-        self._threads = ShortestFirst(LONG_CHARS)
-        self._num_held = [0, 0]  # characters of short texts, of long ones
+        self.total = 0
+        self.of_caller: Counter[str] = Counter()
+
+    def add(self, caller: str, num_chars: int) -> None:
+        self.total += num_chars
+        self.of_caller[caller] += num_chars
+        if not self.of_caller[caller]:
+            del self.of_caller[caller]
+
+
+class Encoder:
+    """Tokenizes for one server. One asyncio loop.
+
+    caller: who is asking, a tenant or an address: see FairThreads, and hold() for what one may keep here.
+    """
+
+    def __init__(self) -> None:
+        self._threads = FairThreads(LONG_CHARS)
+        self._short, self._long = _Held(), _Held()
 
     async def encode(
-        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True
+        self, tokenizer: Tokenizer, text: str, *, caller: str, add_special_tokens: bool = True
     ) -> tuple[int, ...]:
         """Give a text's token ids, however many."""
         if len(text) <= INLINE_CHARS:
             return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
         work = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        with self.hold(len(text)):
-            return tuple(await self._threads.run(len(text), work))
+        with self.hold(len(text), caller):
+            return tuple(await self._threads.run(len(text), work, caller))
 
-    async def prompt(self, tokenizer: Tokenizer, text: str, most: int, field: str) -> tuple[int, ...]:
+    async def prompt(
+        self, tokenizer: Tokenizer, text: str, most: int, field: str, *, caller: str
+    ) -> tuple[int, ...]:
         """Give a prompt's token ids. Raises InvalidRequest if its beginning alone has more than `most` tokens."""
         num_chars = most * _HEAD_CHARS_A_TOKEN
         if len(text) > num_chars:
-            with self.hold(len(text)):
-                await self._threads.run(num_chars, partial(_check_head, tokenizer, text, most, field))
-        return await self.encode(tokenizer, text)
+            with self.hold(len(text), caller):
+                work = partial(_check_head, tokenizer, text, most, field)
+                await self._threads.run(num_chars, work, caller)
+        return await self.encode(tokenizer, text, caller=caller)
 
     async def chat(
         self,
         tokenizer: Tokenizer,
         turns: Sequence[ChatTurn],
         *,
+        caller: str,
         continue_final: bool = False,
         parse: bool,
         add_special_tokens: bool = False,
@@ -79,30 +101,36 @@ class Encoder:
         num_chars = sum(_TURN_CHARS + len(turn.content) for turn in turns)
         if num_chars <= INLINE_CHARS:
             return encode()
-        with self.hold(num_chars):
-            return await self._threads.run(num_chars, encode)
+        with self.hold(num_chars, caller):
+            return await self._threads.run(num_chars, encode, caller)
 
     @contextmanager
-    def hold(self, num_chars: int) -> Iterator[None]:
+    def hold(self, num_chars: int, caller: str) -> Iterator[None]:
         """Count text that is kept until it has been tokenized. Raises Overloaded where that is too much.
 
-        Long texts have a bound of their own: who sends many of them keeps nobody's shorter ones out.
+        Long texts have a bound of their own: who sends many of them keeps nobody's shorter ones out. Of either bound
+        one caller leaves a ninth to others.
         """
-        is_long = num_chars > LONG_CHARS
-        if self._num_held[is_long] + num_chars > MAX_HELD_CHARS:
+        held = self._long if num_chars > LONG_CHARS else self._short
+        if (
+            held.total + num_chars > MAX_HELD_CHARS
+            or held.of_caller[caller] + num_chars > MAX_HELD_CHARS - MAX_HELD_CHARS // 9
+        ):
             raise Overloaded("too much text waits to be tokenized", retry_after_s=_RETRY_AFTER_S)
-        self._num_held[is_long] += num_chars
+        held.add(caller, num_chars)
         try:
             yield
         finally:
-            self._num_held[is_long] -= num_chars
+            held.add(caller, -num_chars)
 
-    async def decode(self, tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    async def decode(
+        self, tokenizer: Tokenizer, ids: Sequence[int], *, caller: str, skip_special_tokens: bool
+    ) -> str:
         """Give the text of token ids."""
         if len(ids) <= INLINE_CHARS:
             return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         work = partial(tokenizer.decode, ids, skip_special_tokens=skip_special_tokens)
-        return await self._threads.run(len(ids), work)
+        return await self._threads.run(len(ids), work, caller)
 
 
 def tokens_at_least(tokenizer: Tokenizer, text: str, most: int) -> int:

@@ -50,6 +50,10 @@ class Gate:
         self._of_connection[peer] += 1
         self._of_address[address] += 1
 
+    def address(self, peer: str) -> str:
+        """Give the address_of() a connection that is not counted."""
+        return address_of(peer, self._ipv6_prefix)
+
     def leave(self, peer: str, address: str) -> None:
         """A stream of this connection has ended. address: as count() gave it."""
         self._num_streams -= 1

@@ -158,6 +158,7 @@ class InferenceServicer:
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         wish = self._samplings.wish(request.sampling)
         options = _options(request, context)
+        caller = _caller(options.tenant, arrival.client_address)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             if request.token_ids:
@@ -165,7 +166,10 @@ class InferenceServicer:
                 ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
                 return _Prompt(ids, "token_ids")
             most = info.limits.max_context_tokens
-            return _Prompt(await self._encoder.prompt(engine.tokenizer, request.text, most, "text"), "text")
+            return _Prompt(
+                await self._encoder.prompt(engine.tokenizer, request.text, most, "text", caller=caller),
+                "text",
+            )
 
         await self._serve(_Call(model, "generate", wish, options, arrival, encode), context)
 
@@ -182,11 +186,13 @@ class InferenceServicer:
         )
         wish = self._samplings.wish(request.sampling)
         options = _options(request, context)
+        caller = _caller(options.tenant, arrival.client_address)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             _, ids = await self._encoder.chat(
                 engine.tokenizer,
                 turns,
+                caller=caller,
                 continue_final=request.continue_final_message,
                 parse=request.parse_control_tokens,
                 most=info.limits.max_context_tokens,
@@ -206,9 +212,10 @@ class InferenceServicer:
         options = _options(request, context)
         engine, info = self._deployments.pick(model).ready()
         _need(info, "embed")
-        with self._encoder.hold(sum(len(item.text) for item in request.inputs)):
+        caller = _caller(options.tenant, self._gate.address(context.peer()))
+        with self._encoder.hold(sum(len(item.text) for item in request.inputs), caller):
             prompts = [
-                await self._embed_prompt(item, f"inputs[{i}].", engine, info)
+                await self._embed_prompt(item, f"inputs[{i}].", engine, info, caller)
                 for i, item in enumerate(request.inputs)
             ]
         dimensions = request.dimensions if request.HasField("dimensions") else None
@@ -233,12 +240,14 @@ class InferenceServicer:
             raise InvalidRequest.of("text", "set exactly one of text and messages")
         engine, info = self._deployments.pick(model).ready()
         limit = self._settings.max_prompt_bytes
+        caller = _caller("", self._gate.address(context.peer()))
         if request.messages:
             _need(info, "chat")
             turns = convert.chat_turns(request.messages, limit)
             text, ids = await self._encoder.chat(
                 engine.tokenizer,
                 turns,
+                caller=caller,
                 parse=request.parse_control_tokens,
                 add_special_tokens=request.add_special_tokens,
             )
@@ -246,7 +255,9 @@ class InferenceServicer:
             convert.one_prompt(request.text, (), limit)
             text = request.text
             add_special = request.add_special_tokens or not request.HasField("add_special_tokens")
-            ids = await self._encoder.encode(engine.tokenizer, text, add_special_tokens=add_special)
+            ids = await self._encoder.encode(
+                engine.tokenizer, text, caller=caller, add_special_tokens=add_special
+            )
         return tokenization_pb2.TokenizeResponse(
             token_ids=ids, max_context_tokens=info.limits.max_context_tokens, text=text
         )
@@ -263,7 +274,10 @@ class InferenceServicer:
             raise InvalidRequest.of("token_ids", f"{len(request.token_ids)} ids; at most {most} are allowed")
         ids = convert.token_ids(request.token_ids, info.limits.vocab_size, "token_ids")
         text = await self._encoder.decode(
-            engine.tokenizer, ids, skip_special_tokens=request.skip_special_tokens
+            engine.tokenizer,
+            ids,
+            caller=_caller("", self._gate.address(context.peer())),
+            skip_special_tokens=request.skip_special_tokens,
         )
         return tokenization_pb2.DetokenizeResponse(text=text)
 
@@ -283,21 +297,22 @@ class InferenceServicer:
         grammar = await self._grammars.prepare(
             engine,
             constraint,
-            # Those who name no tenant are told apart by where they call from.
-            tenant=request.tenant or f"address {request.client_address}",
+            tenant=_caller(request.tenant, request.client_address),
             deadline=request.deadline,
         )
         return replace(request, grammar=grammar)
 
     async def _embed_prompt(
-        self, item: embedding_pb2.EmbedInput, prefix: str, engine: Engine, info: EngineInfo
+        self, item: embedding_pb2.EmbedInput, prefix: str, engine: Engine, info: EngineInfo, caller: str
     ) -> tuple[int, ...]:
         convert.one_prompt(item.text, item.token_ids, self._settings.max_prompt_bytes, prefix)
         if item.token_ids:
             ids = convert.token_ids(item.token_ids, info.limits.vocab_size, f"{prefix}token_ids")
         else:
             most = info.limits.max_context_tokens
-            ids = await self._encoder.prompt(engine.tokenizer, item.text, most, f"{prefix}text")
+            ids = await self._encoder.prompt(
+                engine.tokenizer, item.text, most, f"{prefix}text", caller=caller
+            )
         if len(ids) > info.limits.max_context_tokens:
             limit = info.limits.max_context_tokens
             raise InvalidRequest.of(f"{prefix}text", f"{len(ids)} tokens; the model's context is {limit}")
@@ -478,6 +493,11 @@ def _told_at_once(request: EngineRequest) -> tuple[tuple[str, str], ...]:
 def _need(info: EngineInfo, capability: str) -> None:
     if capability not in info.capabilities:
         raise Unsupported(capability)
+
+
+def _caller(tenant: str, address: str) -> str:
+    """Give whom work counts for: those who name no tenant are told apart by where they call from."""
+    return tenant or f"address {address}"
 
 
 def _options(
