@@ -31,7 +31,7 @@ _PREFIX: Final = "/twinjet.v1.InferenceService/"
 _READ_METHODS: Final = ("Generate", "Chat")
 
 Tokenise = Callable[[EppPrompt, bytes, str, str], Awaitable[bytes | None]]
-"""(prompt, message, method) -> token ids as int32s, or None where there is no tokenizer for the model."""
+"""(prompt, message, method, client address) -> token ids as int32s, or None where there is no tokenizer for the model."""
 
 
 class ExtProc:
