@@ -545,11 +545,16 @@ def load_watchers(address: str, number: int = 2000) -> Counter[str]:
     for i in range(number):
         raw.call(2 * i + 1, "/xds.service.orca.v3.OpenRcaService/StreamCoreMetrics", request)
     deadline = time.monotonic() + 5
-    frames = 0
-    while time.monotonic() < deadline and raw.read() is not None:
-        frames += 1
+    reports = 0
+    while time.monotonic() < deadline and (found := raw.read()) is not None:
+        kind, _, stream, payload = found
+        if kind == 0:
+            reports += 1
+            # Read, so that the next ones may come.
+            size = struct.pack(">I", len(payload))
+            raw.send(frame(8, 0, 0, size) + frame(8, 0, stream, size))
     raw.close()
-    return Counter({"reports": frames})
+    return Counter({"reports": reports})
 
 
 def any_calls(address: str, number: int = 1500) -> Counter[str]:
