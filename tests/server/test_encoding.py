@@ -14,7 +14,7 @@ import pytest
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.engines.fake import FakeTokenizer
 from twinjet.errors import InvalidRequest, NotFound, Overloaded, Violation
-from twinjet.server.encoding import LONG_CHARS, MAX_HELD_CHARS, Encoder
+from twinjet.server.encoding import INLINE_CHARS, LONG_CHARS, MAX_HELD_CHARS, Encoder
 from twinjet.server.status import to_failure
 
 
@@ -90,7 +90,7 @@ async def test_no_more_long_text_is_kept_than_there_is_room_for_and_shorter_ones
     for ask in (
         encoder.encode(_tokenizer(slow), long, caller="a"),
         encoder.prompt(_tokenizer(slow), long, 100, "text", caller="a"),
-        encoder.chat(_tokenizer(slow), [ChatTurn("user", long)], caller="a", parse=False),
+        encoder.chat(_tokenizer(slow), [ChatTurn("user", long)], caller="a", parse=False, most=100_000),
     ):
         with pytest.raises(Overloaded) as refused:
             await ask
@@ -108,6 +108,19 @@ async def test_no_more_long_text_is_kept_than_there_is_room_for_and_shorter_ones
     assert await encoder.encode(_tokenizer(slow), long, caller="a") == (len(long),)
 
 
+@pytest.mark.parametrize(("num_chars", "is_inline"), [(100, True), (INLINE_CHARS + 1, False)])
+async def test_what_is_made_of_many_ids_is_made_beside_the_loop(num_chars: int, is_inline: bool) -> None:
+    def make(ids: Sequence[int]) -> tuple[int, int]:
+        return len(ids), threading.get_ident()
+
+    encoder, fake, text = Encoder(), _tokenizer(FakeTokenizer()), "x" * num_chars
+    made = [await encoder.encode_as(make, fake, text, caller="a", add_special_tokens=True)]
+    rendered, chat = await encoder.chat_as(make, fake, [ChatTurn("user", text)], caller="a", parse=False)
+    made.append(chat)
+    assert [num_ids for num_ids, _ in made] == [num_chars + 1, len(rendered)]
+    assert all((thread == threading.get_ident()) is is_inline for _, thread in made)
+
+
 class Where(FakeTokenizer):
     """Tells on which thread it rendered."""
 
@@ -121,7 +134,9 @@ class Where(FakeTokenizer):
 @pytest.mark.parametrize(("num_turns", "is_inline"), [(3, True), (4096, False)])
 async def test_thousands_of_empty_turns_are_a_long_text(num_turns: int, is_inline: bool) -> None:
     where = Where()
-    await Encoder().chat(_tokenizer(where), [ChatTurn("user", "")] * num_turns, caller="a", parse=False)
+    await Encoder().chat(
+        _tokenizer(where), [ChatTurn("user", "")] * num_turns, caller="a", parse=False, most=100_000
+    )
     assert (where.thread == threading.get_ident()) is is_inline
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.errors import InvalidRequest, Overloaded
 from twinjet.fair_threads import FairThreads
+
+_Made = TypeVar("_Made")
 
 INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread, so that other streams go on meanwhile."""
@@ -54,11 +57,28 @@ class Encoder:
         self, tokenizer: Tokenizer, text: str, *, caller: str, add_special_tokens: bool = True
     ) -> tuple[int, ...]:
         """Give a text's token ids, however many."""
+        return await self.encode_as(
+            _as_tuple, tokenizer, text, caller=caller, add_special_tokens=add_special_tokens
+        )
+
+    async def encode_as(
+        self,
+        make: Callable[[Sequence[int]], _Made],
+        tokenizer: Tokenizer,
+        text: str,
+        *,
+        caller: str,
+        add_special_tokens: bool,
+    ) -> _Made:
+        """Give what is made of a text's token ids; of many, on the thread on which they come to be."""
+
+        def work() -> _Made:
+            return make(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
         if len(text) <= INLINE_CHARS:
-            return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        work = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+            return work()
         with self.hold(len(text), caller):
-            return tuple(await self._threads.run(len(text), work, caller))
+            return await self._threads.run(len(text), work, caller)
 
     async def prompt(
         self, tokenizer: Tokenizer, text: str, most: int, field: str, *, caller: str
@@ -79,22 +99,39 @@ class Encoder:
         caller: str,
         continue_final: bool = False,
         parse: bool,
+        most: int,
+    ) -> tuple[int, ...]:
+        """Give a conversation as token ids. parse: control tokens in its content count as such.
+
+        most: as for prompt(). Raises InvalidRequest.
+        """
+        _, ids = await self.chat_as(
+            _as_tuple, tokenizer, turns, caller=caller, continue_final=continue_final, parse=parse, most=most
+        )
+        return ids
+
+    async def chat_as(
+        self,
+        make: Callable[[Sequence[int]], _Made],
+        tokenizer: Tokenizer,
+        turns: Sequence[ChatTurn],
+        *,
+        caller: str,
+        continue_final: bool = False,
+        parse: bool,
         add_special_tokens: bool = False,
         most: int | None = None,
-    ) -> tuple[str, tuple[int, ...]]:
-        """Give a conversation as text and as token ids. parse: control tokens in its content count as such.
+    ) -> tuple[str, _Made]:
+        """Give a conversation as text, and what is made of its token ids, as encode_as() does. most: None is any."""
 
-        most: as for prompt(); None is any. Raises InvalidRequest.
-        """
-
-        def encode() -> tuple[str, tuple[int, ...]]:
+        def encode() -> tuple[str, _Made]:
             if parse:
                 rendered = RenderedChat(tokenizer.render_chat(turns, continue_final=continue_final))
             else:
                 rendered = tokenizer.render_as_data(turns, continue_final=continue_final)
             if most is not None:
                 _check_head(tokenizer, rendered.text, most, "messages")
-            return rendered.text, tuple(
+            return rendered.text, make(
                 tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
             )
 
@@ -131,6 +168,10 @@ class Encoder:
             return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         work = partial(tokenizer.decode, ids, skip_special_tokens=skip_special_tokens)
         return await self._threads.run(len(ids), work, caller)
+
+
+def _as_tuple(ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(ids)
 
 
 def tokens_at_least(tokenizer: Tokenizer, text: str, most: int) -> int:
