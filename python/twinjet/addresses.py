@@ -36,8 +36,13 @@ def address_of(peer: str, ipv6_prefix: int) -> str:
     return f"ipv6:{network}" if address.scope_id is None else f"ipv6:{network}%{address.scope_id}"
 
 
-def one_less(counts: Counter[str], key: str) -> None:
-    """Take one off a count of callers; where it becomes 0 its entry goes."""
-    counts[key] -= 1
+def caller_of(tenant: str, address: str) -> str:
+    """Give whom work counts for: those who name no tenant are told apart by where they call from."""
+    return tenant or f"address {address}"
+
+
+def take_off(counts: Counter[str], key: str, number: int = 1) -> None:
+    """Take a number off what is counted for a caller; where it becomes 0 its entry goes."""
+    counts[key] -= number
     if not counts[key]:
         del counts[key]

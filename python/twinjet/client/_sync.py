@@ -165,8 +165,7 @@ class Stream:
     def _tries(self) -> Generator[Event]:
         attempts = self._begin_attempts()
         while True:
-            left_s = attempts.remaining_s
-            call = self._begin(partial(self._open, left_s))
+            call = self._begin(partial(self._open, attempts.remaining_s))
             one = Try()
             try:
                 while (message := next(call, None)) is not None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from twinjet._core import BlockHasher, Picker, PrefixIndex
-from twinjet.addresses import one_less
+from twinjet.addresses import take_off
 from twinjet.errors import Overloaded, Unavailable
 
 if TYPE_CHECKING:
@@ -259,9 +259,9 @@ class EndpointPicker:
 
     def finish(self, pick: Pick) -> None:
         """The request has ended, well or not."""
-        one_less(self._tenants, pick.tenant)
+        take_off(self._tenants, pick.tenant)
         if not pick.tenant:
-            one_less(self._anonymous, pick.client_address)
+            take_off(self._anonymous, pick.client_address)
         if not pick.replica.is_gone:
             self._picker.end(pick.replica.number, pick.ticket, _num_new(pick.num_tokens, pick.cached_tokens))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf.message import DecodeError
 
+from twinjet.addresses import caller_of
 from twinjet.engines.base import ChatTurn
 from twinjet.errors import ConfigError, TwinjetError
 from twinjet.fair_threads import FairThreads
@@ -49,7 +50,7 @@ class Tokenisers:
             return None
         try:
             work = partial(_tokenise, tokenizer, message, method)
-            return await self._threads.run(len(message), work, prompt.tenant or f"address {client_address}")
+            return await self._threads.run(len(message), work, caller_of(prompt.tenant, client_address))
         except (TwinjetError, ValueError, DecodeError) as error:
             # The replica tells the client.
             logger.debug("a prompt cannot be tokenised: %s", error)

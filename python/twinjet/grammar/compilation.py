@@ -31,7 +31,7 @@ _TRIAL_STEPS = 48
 _ATOM = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]', re.DOTALL)
 """A string or a set of characters in a written grammar."""
 _ONE = r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}|\\.|[^\\]"
-_CHARACTER = re.compile(_ONE, re.DOTALL)
+_CHARACTER = re.compile(f"({_ONE})()", re.DOTALL)
 _RANGE = re.compile(f"({_ONE})(?:-({_ONE}))?", re.DOTALL)
 _MAX_STEP_S = 0.02
 
@@ -121,9 +121,9 @@ def _check_characters(grammar: str) -> None:
     for atom in _ATOM.finditer(grammar):
         if atom[0].startswith("[^"):
             continue
-        pairs = _RANGE.findall(atom[0][1:-1]) if atom[0][0] == "[" else _CHARACTER.findall(atom[0][1:-1])
-        for pair in pairs:
-            ends = (pair, pair) if isinstance(pair, str) else (pair[0], pair[1] or pair[0])
+        kind = _RANGE if atom[0][0] == "[" else _CHARACTER
+        for first_one, last_one in kind.findall(atom[0][1:-1]):
+            ends = first_one, last_one or first_one
             first, last = (int(end[2:], 16) if end[:2] in ("\\u", "\\U") else 0 for end in ends)
             if first >= 0xD800 and last <= 0xDFFF:
                 raise ConstraintRefused("has half of a surrogate pair, which is no character")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
+from twinjet.addresses import take_off
 from twinjet.engines.base import ChatTurn, RenderedChat, Tokenizer
 from twinjet.errors import InvalidRequest, Overloaded
 from twinjet.fair_threads import FairThreads
@@ -36,12 +37,6 @@ class _Held:
         self.total = 0
         self.of_caller: Counter[str] = Counter()
 
-    def add(self, caller: str, num_chars: int) -> None:
-        self.total += num_chars
-        self.of_caller[caller] += num_chars
-        if not self.of_caller[caller]:
-            del self.of_caller[caller]
-
 
 class Encoder:
     """Tokenizes for one server. One asyncio loop.
@@ -58,7 +53,7 @@ class Encoder:
     ) -> tuple[int, ...]:
         """Give a text's token ids, however many."""
         return await self.encode_as(
-            _as_tuple, tokenizer, text, caller=caller, add_special_tokens=add_special_tokens
+            tuple, tokenizer, text, caller=caller, add_special_tokens=add_special_tokens
         )
 
     async def encode_as(
@@ -106,7 +101,7 @@ class Encoder:
         most: as for prompt(). Raises InvalidRequest.
         """
         _, ids = await self.chat_as(
-            _as_tuple, tokenizer, turns, caller=caller, continue_final=continue_final, parse=parse, most=most
+            tuple, tokenizer, turns, caller=caller, continue_final=continue_final, parse=parse, most=most
         )
         return ids
 
@@ -154,11 +149,13 @@ class Encoder:
             or held.of_caller[caller] + num_chars > MAX_HELD_CHARS - MAX_HELD_CHARS // 9
         ):
             raise Overloaded("too much text waits to be tokenized", retry_after_s=_RETRY_AFTER_S)
-        held.add(caller, num_chars)
+        held.total += num_chars
+        held.of_caller[caller] += num_chars
         try:
             yield
         finally:
-            held.add(caller, -num_chars)
+            held.total -= num_chars
+            take_off(held.of_caller, caller, num_chars)
 
     async def decode(
         self, tokenizer: Tokenizer, ids: Sequence[int], *, caller: str, skip_special_tokens: bool
@@ -168,10 +165,6 @@ class Encoder:
             return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         work = partial(tokenizer.decode, ids, skip_special_tokens=skip_special_tokens)
         return await self._threads.run(len(ids), work, caller)
-
-
-def _as_tuple(ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(ids)
 
 
 def tokens_at_least(tokenizer: Tokenizer, text: str, most: int) -> int:

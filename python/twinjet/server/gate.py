@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from twinjet.addresses import address_of, one_less
+from twinjet.addresses import address_of, take_off
 from twinjet.errors import Overloaded, QuotaExcess
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Gate:
         """A stream of this connection has ended. address: as count() gave it."""
         self._num_streams -= 1
         if self._max_of_connection or self._max_of_address:
-            one_less(self._of_connection, peer)
-            one_less(self._of_address, address)
+            take_off(self._of_connection, peer)
+            take_off(self._of_address, address)
 
 
 class _Pass:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import grpc
 
+from twinjet.addresses import caller_of
 from twinjet.engines.base import EmbeddingEngine, Engine, EngineInfo
 from twinjet.engines.text import make_stream
 from twinjet.errors import DeadlinePassed, InvalidRequest, NotFound, TwinjetError, Unsupported
@@ -159,7 +160,7 @@ class InferenceServicer:
         convert.one_prompt(request.text, request.token_ids, self._settings.max_prompt_bytes)
         wish = self._samplings.wish(request.sampling)
         options = _options(request, context)
-        caller = _caller(options.tenant, arrival.client_address)
+        caller = caller_of(options.tenant, arrival.client_address)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             if request.token_ids:
@@ -187,7 +188,7 @@ class InferenceServicer:
         )
         wish = self._samplings.wish(request.sampling)
         options = _options(request, context)
-        caller = _caller(options.tenant, arrival.client_address)
+        caller = caller_of(options.tenant, arrival.client_address)
 
         async def encode(engine: Engine, info: EngineInfo) -> _Prompt:
             ids = await self._encoder.chat(
@@ -213,7 +214,7 @@ class InferenceServicer:
         options = _options(request, context)
         engine, info = self._deployments.pick(model).ready()
         _need(info, "embed")
-        caller = _caller(options.tenant, self._gate.address(context.peer()))
+        caller = caller_of(options.tenant, self._gate.address(context.peer()))
         with self._encoder.hold(sum(len(item.text) for item in request.inputs), caller):
             prompts = [
                 await self._embed_prompt(item, f"inputs[{i}].", engine, info, caller)
@@ -241,7 +242,7 @@ class InferenceServicer:
             raise InvalidRequest.of("text", "set exactly one of text and messages")
         engine, info = self._deployments.pick(model).ready()
         limit = self._settings.max_prompt_bytes
-        caller = _caller("", self._gate.address(context.peer()))
+        caller = caller_of("", self._gate.address(context.peer()))
 
         def respond(ids: Sequence[int]) -> tokenization_pb2.TokenizeResponse:
             response = tokenization_pb2.TokenizeResponse(max_context_tokens=info.limits.max_context_tokens)
@@ -284,7 +285,7 @@ class InferenceServicer:
         text = await self._encoder.decode(
             engine.tokenizer,
             ids,
-            caller=_caller("", self._gate.address(context.peer())),
+            caller=caller_of("", self._gate.address(context.peer())),
             skip_special_tokens=request.skip_special_tokens,
         )
         return tokenization_pb2.DetokenizeResponse(text=text)
@@ -305,7 +306,7 @@ class InferenceServicer:
         grammar = await self._grammars.prepare(
             engine,
             constraint,
-            tenant=_caller(request.tenant, request.client_address),
+            tenant=caller_of(request.tenant, request.client_address),
             deadline=request.deadline,
         )
         return replace(request, grammar=grammar)
@@ -501,11 +502,6 @@ def _told_at_once(request: EngineRequest) -> tuple[tuple[str, str], ...]:
 def _need(info: EngineInfo, capability: str) -> None:
     if capability not in info.capabilities:
         raise Unsupported(capability)
-
-
-def _caller(tenant: str, address: str) -> str:
-    """Give whom work counts for: those who name no tenant are told apart by where they call from."""
-    return tenant or f"address {address}"
 
 
 def _options(
