@@ -3,6 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says something of the machine. The rest is as hypothesis has it: other examples in each run, and
+# in CI the same ones for the same code.
+settings.register_profile("twinjet", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("twinjet")
 
 
 @pytest.fixture(scope="session")

@@ -185,7 +185,7 @@ class Model:
     )
 )
 @example([("a", 60), ("a", 10), 1, "end"])
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 async def test_the_order_is_that_of_an_obvious_model(steps: list[tuple[str, int] | str | int]) -> None:
     jobs, model = Jobs(), Model()
     await jobs.start("kept", 1, "kept")

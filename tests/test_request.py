@@ -110,7 +110,7 @@ EDGES = [
 numbers = st.floats() | st.floats(width=32) | st.sampled_from(EDGES + [-x for x in EDGES])
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.sampled_from(sorted(NUMBER_BOUNDS)), numbers)
 @example("repetition_penalty", 1e-45)
 def test_what_the_contract_accepts_the_sampler_in_the_engine_accepts_too(name: str, value: float) -> None:

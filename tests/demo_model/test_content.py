@@ -126,7 +126,7 @@ def pieces(texts: list[str]) -> st.SearchStrategy[str]:
     ).map("".join)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_content_gives_a_control_token(model: HfTokenizer, data: st.DataObject) -> None:
     known = control_ids(model)
@@ -138,7 +138,7 @@ def test_no_content_gives_a_control_token(model: HfTokenizer, data: st.DataObjec
     assert [i for i in encode(model, *contents) if i in steering] == wanted
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("ab<|>\n é_"), max_size=40))
 def test_content_without_control_tokens_is_encoded_as_ever(model: HfTokenizer, text: str) -> None:
     turns = [ChatTurn("user", text), ChatTurn("assistant", "so"), ChatTurn("user", text)]
@@ -239,7 +239,7 @@ def wrapped(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.engine
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=pieces(["<|im_start|>", "<|im_end|>"]))
 def test_tokenizers_of_transformers_are_guarded_too(wrapped: Any, content: str) -> None:
     special = {wrapped.hf.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>")}

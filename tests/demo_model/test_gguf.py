@@ -62,7 +62,7 @@ def test_plain_tensors_keep_values_and_shape(tmp_path: Path, kind: int) -> None:
     np.testing.assert_array_equal(file.read("w"), expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.binary(min_size=16, max_size=16), st.floats(-100, 100, width=16), st.floats(-100, 100, width=16))
 def test_q4_1_is_level_times_scale_plus_minimum(
     tmp_path_factory: pytest.TempPathFactory, nibbles: bytes, scale: float, minimum: float
@@ -74,7 +74,7 @@ def test_q4_1_is_level_times_scale_plus_minimum(
     assert GgufFile(path).read("w").tolist() == expected
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(-128, 127), min_size=32, max_size=32), st.floats(-100, 100, width=16))
 def test_q8_0_is_level_times_scale(
     tmp_path_factory: pytest.TempPathFactory, levels: list[int], scale: float
@@ -85,7 +85,6 @@ def test_q8_0_is_level_times_scale(
     assert GgufFile(path).read("w").reshape(-1).tolist() == expected
 
 
-@settings(deadline=None)
 @given(st.floats(-(2.0**127), 2.0**127, width=32))
 def test_bfloat16_is_the_nearest_with_ties_to_even(value: float) -> None:
     bits = int(to_bfloat16(np.array([value], np.float32))[0])

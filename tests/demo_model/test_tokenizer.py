@@ -96,7 +96,7 @@ def test_text_survives_a_round_trip(tokenizer: HfTokenizer) -> None:
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # The model's vocabulary lacks a few control characters and the lead bytes of planes 4 to 11.
 @given(st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs", "Cc"]), max_size=200))
 def test_any_text_survives_a_round_trip_inside_the_vocabulary(tokenizer: HfTokenizer, text: str) -> None:
@@ -148,7 +148,6 @@ def authors(demo_model_path: Path) -> HfTokenizer:
     return HfTokenizer(demo_model_path, template=template)
 
 
-@settings(deadline=None)
 @given(turns=st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=20))))
 def test_the_demo_chat_is_the_authors_own_after_a_system_message(
     tokenizer: HfTokenizer, authors: HfTokenizer, turns: list[tuple[str, str]]

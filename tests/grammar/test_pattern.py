@@ -70,7 +70,7 @@ _patterns = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @example('(.")*', True, True, 0)
 @example('"', False, True, 2588)
 @given(_patterns, st.booleans(), st.booleans(), st.integers(0, 2**32))

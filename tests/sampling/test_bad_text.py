@@ -71,7 +71,7 @@ def test_exactly_the_tokens_that_complete_a_string_are_banned(
     assert set(midway.banned_token_ids().tolist()) == set(again.banned_token_ids().tolist())
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words, st.integers(0, 2**32))
 def test_no_draw_brings_about_a_banned_string(words: list[str], seed: int) -> None:
     rng = np.random.default_rng(seed)

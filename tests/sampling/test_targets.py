@@ -116,7 +116,7 @@ SHAPES = ["normal", "peaked", "flat", "ties", "masked", "denormal", "nan", "infi
     st.sampled_from(["float32", "float16", "bfloat16"]),
     st.none() | st.integers(0, 2**32),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_targets_agree(
     shape: str,
     vocab_size: int,
@@ -139,7 +139,7 @@ def test_targets_agree(
     OPTIONS,
     st.sampled_from([None, 20]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_targets_agree_on_large_rows(
     shape: str, vocab_size: int, seed: int, options: dict[str, Any], num_logprobs: int | None
 ) -> None:

@@ -165,7 +165,7 @@ def run_load(seed: int, *, sharing: bool, **values: object) -> tuple[int, int, i
 
 
 @given(seed=st.integers(0, 2**32), sharing=st.booleans())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_the_greatest_reserve_never_overflows_and_never_idles(seed: int, sharing: bool) -> None:
     overflows, most, idle = run_load(seed, sharing=sharing, output_reserve="max")
     assert overflows == 0
@@ -205,7 +205,7 @@ def test_the_estimate_follows_a_change_of_load() -> None:
 
 
 @given(lengths=st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=200))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_survival_is_a_survival_function(lengths: list[tuple[int, bool]]) -> None:
     estimator = LengthEstimator(256.0)
     for length, complete in lengths:

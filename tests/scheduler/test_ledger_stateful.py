@@ -132,11 +132,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestLedger.settings = settings(max_examples=150, stateful_step_count=60)
 
 
 @given(seed=st.integers(0, 2**32), count=st.integers(0, 400), prior=st.sampled_from((1.0, 20.0, 3000.0)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_length_estimate_is_the_models(seed: int, count: int, prior: float) -> None:
     rng = random.Random(seed)
     native, model = LengthEstimator(prior, memory=50), LengthModel(prior, memory=50)
@@ -221,7 +221,7 @@ def test_what_a_call_cannot_use_is_refused_and_changes_nothing() -> None:
 
 
 @given(changes=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=300))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rank_counts_are_sums_over_lists(changes: list[tuple[int, bool]]) -> None:
     counts, sizes = RankCounts(), [0] * 6
     for which, grows in changes:

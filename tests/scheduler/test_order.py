@@ -138,9 +138,9 @@ class ShortestOrderMachine(OrderMachine):
 
 
 TestFifoOrder = OrderMachine.TestCase
-TestFifoOrder.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+TestFifoOrder.settings = settings(max_examples=40, stateful_step_count=60)
 TestShortestOrder = ShortestOrderMachine.TestCase
-TestShortestOrder.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+TestShortestOrder.settings = settings(max_examples=40, stateful_step_count=60)
 
 
 def start(info: object = None, **values: object) -> Scheduler:
@@ -150,7 +150,7 @@ def start(info: object = None, **values: object) -> Scheduler:
 
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 8), weight=st.sampled_from((1.0, 2.0, 3.5)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_two_backlogged_tenants_stay_within_the_fairness_bound(seed: int, slots: int, weight: float) -> None:
     rng = random.Random(seed)
     max_prompt, max_output = 60, 30
@@ -250,7 +250,7 @@ def test_who_names_no_tenant_does_not_wait_behind_all_that_another_sent() -> Non
 
 
 @given(seed=st.integers(0, 2**32), overtakes=st.integers(0, 5), rank=st.integers(0, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_request_is_overtaken_more_often_than_stated(seed: int, overtakes: int, rank: int) -> None:
     rng = random.Random(seed)
     core = start(make_info(max_num_seqs=1), tenant_order="shortest", max_overtakes=overtakes, prefix_window=1)

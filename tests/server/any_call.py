@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import message_factory
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import HealthCheck, Phase, given, settings
@@ -100,10 +100,31 @@ def _base(descriptor: Any, model: str, deployment: str) -> Message:
 
 
 @st.composite
-def calls(draw: st.DrawFn, methods: Sequence[Rpc]) -> tuple[Rpc, bytes]:
-    """A method and what is sent to it."""
+def calls(draw: st.DrawFn, methods: Sequence[Rpc], model: str, deployment: str) -> tuple[Rpc, bytes]:
+    """A method and what is sent to it; nothing by which an operator may rightly take the model from others."""
     rpc = draw(st.sampled_from(methods))
-    return rpc, draw(on_the_wire(draw(hostile(rpc.base))))
+    data = draw(
+        on_the_wire(draw(hostile(rpc.base))).filter(lambda data: not governs(rpc, data, model, deployment))
+    )
+    return rpc, data
+
+
+def governs(rpc: Rpc, data: bytes, model: str, deployment: str) -> bool:
+    """Whether the call is an order, and no fault, by which a model's requests are served otherwise or an engine starts that
+    is more than a fake."""
+    try:
+        request: Any = type(rpc.base).FromString(data)
+    except DecodeError:
+        return False
+    match rpc.base.DESCRIPTOR.full_name:
+        case "twinjet.v1.SetRouteRequest":
+            return bool(request.route.model == model)
+        case "twinjet.v1.RemoveDeploymentRequest":
+            return bool(request.name == deployment)
+        case "twinjet.v1.AddDeploymentRequest":
+            fields = request.settings.fields
+            return "engine" not in fields or fields["engine"].string_value in ("vllm", "tensorrt_llm")
+    return False
 
 
 def call(channel: grpc.Channel, rpc: Rpc, data: bytes) -> Answer:
@@ -123,7 +144,7 @@ def campaign(channel: grpc.Channel, model: str, deployment: str, num_calls: int,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(calls(rpcs(model, deployment)))
+    @given(calls(rpcs(model, deployment), model, deployment))
     def run(sent: tuple[Rpc, bytes]) -> None:
         rpc, data = sent
         began = time.monotonic()

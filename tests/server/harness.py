@@ -31,10 +31,12 @@ class Harness:
         self.admin = service_pb2_grpc.AdminServiceStub(self.channel)
 
     @property
+    def fakes(self) -> list[FakeEngine]:
+        return [engine for engine in self.engines if isinstance(engine, FakeEngine)]
+
+    @property
     def engine(self) -> FakeEngine:
-        engine = self.engines[-1]
-        assert isinstance(engine, FakeEngine)
-        return engine
+        return self.fakes[-1]
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait until the server's state satisfies a condition."""
@@ -49,8 +51,9 @@ class Harness:
 
     async def until_idle(self) -> None:
         await self.until(lambda: len(self.server.live) == 0)
-        load = await self.engine.load()
-        assert (load.running, load.waiting, load.kv_blocks_used) == (0, 0, 0)
+        for engine in self.fakes:
+            load = await engine.load()
+            assert (load.running, load.waiting, load.kv_blocks_used) == (0, 0, 0)
 
 
 Serve = Callable[..., Awaitable[Harness]]

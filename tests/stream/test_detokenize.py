@@ -78,7 +78,7 @@ def test_which_decoders_are_native() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data(), skip_special=st.booleans())
 def test_any_ids_of_a_small_vocabulary(name: str, data: st.DataObject, skip_special: bool) -> None:
     tokenizer, vocabulary = SMALL[name], VOCABULARIES[name]
@@ -91,7 +91,7 @@ def test_any_ids_of_a_small_vocabulary(name: str, data: st.DataObject, skip_spec
     assert joined(vocabulary, ids, skip_special=skip_special)[1] == expected
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(st.integers(0, 49_153), max_size=40), skip_special=st.booleans())
 def test_any_ids_of_a_real_vocabulary(
     smol: Tokenizer, smol_vocabulary: Vocabulary, ids: list[int], skip_special: bool
@@ -107,7 +107,7 @@ def test_every_token_of_a_real_vocabulary_alone(smol: Tokenizer, smol_vocabulary
         assert smol_vocabulary.token_text(token) == smol.decode([token], skip_special_tokens=False)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs", "Cc"]), max_size=60)
     | st.text("🌶🦜👩‍👩‍👧日本語한국é a\n", max_size=40)

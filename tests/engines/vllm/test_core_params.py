@@ -20,7 +20,7 @@ FACTS = Facts(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     wishes=st.lists(samplings(), min_size=1, max_size=3),
     requests=st.lists(

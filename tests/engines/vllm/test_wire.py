@@ -108,7 +108,7 @@ def decoded(message: bytes) -> dict[str, Any]:
     return {"fields": fields, "params": params, "lora": lora and msgspec.structs.asdict(lora)}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sampling=samplings(), index=st.integers(0, 2), native=st.booleans(), salt=st.sampled_from(["", "s"]),
     priority=st.integers(-100, 100), has_lora=st.booleans(),
@@ -226,7 +226,7 @@ def messages(draw: Any) -> tuple[Any, dict[str, Any]]:
     return message, {"rows": rows, "stats": stats, "preemptions": preemptions}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(messages())
 def test_a_step_is_what_the_engine_core_encoded(drawn: tuple[Any, dict[str, Any]]) -> None:
     from vllm.v1.serial_utils import MsgpackEncoder
@@ -240,7 +240,7 @@ def test_a_step_is_what_the_engine_core_encoded(drawn: tuple[Any, dict[str, Any]
     assert decoder.has_utility == (message.utility_output is not None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(messages(), st.data())
 def test_a_broken_message_is_refused_whole(drawn: tuple[Any, dict[str, Any]], data: Any) -> None:
     from vllm.v1.serial_utils import MsgpackEncoder
