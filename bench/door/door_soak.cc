@@ -62,7 +62,7 @@ int Frames(uint64_t num_frames, uint64_t seed) {
   size_t first_use = 0;
   size_t most_use = 0;
   while (num_sent < num_frames) {
-    Session session(&state, std::make_shared<ConnectionStats>("unix:"));
+    Session session(&state, std::make_shared<ConnectionStats>("unix:"), std::make_shared<Client>());
     ++num_sessions;
     bool is_fed = session.Feed(test::RawOpening());
     std::string out;

@@ -6,7 +6,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <map>
 #include <mutex>
@@ -15,6 +14,7 @@
 
 #include "bindings.h"
 #include "door/fields.h"
+#include "door/handover.h"
 #include "door_internal.h"
 #include "stream/stream.h"
 
@@ -28,9 +28,6 @@ using door::Event;
 using door::EventKind;
 using door::Metadata;
 using door::Options;
-
-// Of one Take, which holds up the asyncio loop: some hundred calls, 5 to 10 ms.
-constexpr size_t kEventsATurn = 256;
 
 class PyDoor final : private door::EventSink {
  public:
@@ -50,27 +47,20 @@ class PyDoor final : private door::EventSink {
   int fd() const { return fd_; }
 
   py::tuple Take() {
-    std::map<std::string, int64_t> refused;
-    if (num_taken_ == taken_.size()) {
-      taken_.clear();
-      num_taken_ = 0;
-      uint64_t count = 0;
-      [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
-      const std::lock_guard lock(mutex_);
-      taken_.swap(waiting_);
-      refused.swap(refused_);
-    }
+    uint64_t count = 0;
+    // First: whoever puts something in after this wakes again.
+    [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
+    const bool is_more = handover_.Take(&turn_);
     py::list events;
     py::list plain;
-    const size_t end = std::min(taken_.size(), num_taken_ + kEventsATurn);
-    while (num_taken_ < end) {
-      Event event = std::move(taken_[num_taken_++]);
-      if (!picker_ || !Pick(event, &events, &plain)) events.append(Show(event));
+    for (Event& event : turn_.events) {
+      Event taken = std::move(event);
+      if (!picker_ || !Pick(taken, &events, &plain)) events.append(Show(taken));
     }
-    for (const auto& [path, num_calls] : refused) {
+    for (const auto& [path, num_calls] : turn_.refused) {
       events.append(py::make_tuple(static_cast<int>(EventKind::kRefused), num_calls, path));
     }
-    if (num_taken_ < taken_.size()) Wake();
+    if (is_more) Wake();
     return py::make_tuple(std::move(events), std::move(plain));
   }
 
@@ -87,20 +77,7 @@ class PyDoor final : private door::EventSink {
 
  private:
   void Deliver(std::vector<Event>& events) override {
-    bool was_empty = false;
-    {
-      const std::lock_guard lock(mutex_);
-      was_empty = waiting_.empty() && refused_.empty();
-      for (Event& event : events) {
-        // A count, because nothing else bounds how many come while Python is busy.
-        if (event.kind == EventKind::kRefused) {
-          ++refused_[event.bytes];
-        } else {
-          waiting_.push_back(std::move(event));
-        }
-      }
-    }
-    if (was_empty) Wake();
+    if (handover_.Put(events)) Wake();
   }
 
   void Wake() {
@@ -142,13 +119,8 @@ class PyDoor final : private door::EventSink {
   }
 
   const int fd_;
-  std::mutex mutex_;
-  // Guarded by mutex_.
-  std::vector<Event> waiting_;
-  std::map<std::string, int64_t> refused_;  // calls by path
-  // The taking thread's, kept for its memory; the first num_taken_ are done with.
-  std::vector<Event> taken_;
-  size_t num_taken_ = 0;
+  door::Handover handover_;
+  door::Handover::Turn turn_;  // kept for its memory
   std::optional<PlainPicker> picker_;
   door::Door door_;  // last: its threads use the others
 };

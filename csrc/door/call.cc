@@ -24,10 +24,11 @@ Place::Place(std::shared_ptr<Totals> totals) : totals_(std::move(totals)) { ++to
 Place::~Place() { --totals_->open; }
 
 Call::Call(uint64_t id, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Totals> totals,
-           std::shared_ptr<std::atomic<int64_t>> held_by_connection)
+           std::shared_ptr<Client> client, std::shared_ptr<std::atomic<int64_t>> held_by_connection)
     : id_(id),
       mailbox_(std::move(mailbox)),
       totals_(std::move(totals)),
+      client_(std::move(client)),
       held_by_connection_(std::move(held_by_connection)) {
   ++totals_->calls;
   ++*held_by_connection_;
@@ -37,6 +38,7 @@ Call::~Call() {
   --totals_->calls;
   --*held_by_connection_;
   totals_->received_bytes -= received_bytes_.load();
+  client_->received_bytes -= received_bytes_.load();
 }
 
 void Call::CountUnsent(size_t message_bytes) {

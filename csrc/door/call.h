@@ -58,6 +58,12 @@ struct Totals {
   std::atomic<int64_t> open{0};            // calls of Options::bounded_paths without a status
 };
 
+// What one client has here, over all its connections. Any thread.
+struct Client {
+  std::atomic<size_t> num_connections{0};  // open
+  std::atomic<int64_t> received_bytes{0};  // as in Totals
+};
+
 // A place among the calls of Options::bounded_paths, from Take until it is dropped.
 class Place {
  public:
@@ -86,13 +92,15 @@ struct CallInfo {
 class Call {
  public:
   Call(uint64_t id, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Totals> totals,
-       std::shared_ptr<std::atomic<int64_t>> held_by_connection);
+       std::shared_ptr<Client> client, std::shared_ptr<std::atomic<int64_t>> held_by_connection);
   ~Call();
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
   // Unique in the process.
   uint64_t id() const { return id_; }
+  // Tells the call's connection from others for as long as the call is held.
+  const void* connection() const { return held_by_connection_.get(); }
   // Of the loop that the call's connection belongs to. After the door's end what is posted there is dropped.
   Mailbox* mailbox() const { return mailbox_.get(); }
   // Bytes that were written and have not become HTTP/2 frames, for want of flow-control window or because
@@ -113,6 +121,7 @@ class Call {
   const uint64_t id_;
   const std::shared_ptr<Mailbox> mailbox_;
   const std::shared_ptr<Totals> totals_;
+  const std::shared_ptr<Client> client_;
   const std::shared_ptr<std::atomic<int64_t>> held_by_connection_;
   std::atomic<int64_t> unsent_bytes_{0};
   std::atomic<int64_t> received_bytes_{0};

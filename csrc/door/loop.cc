@@ -46,19 +46,22 @@ int64_t TickNs(const Options& options) {
 
 }  // namespace
 
-AddressCounts::Seat AddressCounts::Take(std::string client, size_t max_open) {
-  {
-    const std::lock_guard lock(table_->mutex);
-    size_t& num_open = table_->num_open[client];
-    if (num_open >= max_open) return nullptr;
-    ++num_open;
-  }
-  const auto leave = [table = table_, client = std::move(client)](void*) {
-    const std::lock_guard lock(table->mutex);
-    const auto found = table->num_open.find(client);
-    if (--found->second == 0) table->num_open.erase(found);
+std::shared_ptr<Client> Clients::Get(const std::string& key) {
+  const std::lock_guard lock(table_->mutex);
+  std::weak_ptr<Client>& known = table_->by_key[key];
+  if (std::shared_ptr<Client> client = known.lock()) return client;
+  const auto forget = [table = table_, key](Client* client) {
+    {
+      const std::lock_guard table_lock(table->mutex);
+      const auto found = table->by_key.find(key);
+      // Since its last holder let go another may have taken its place.
+      if (found != table->by_key.end() && found->second.expired()) table->by_key.erase(found);
+    }
+    delete client;
   };
-  return Seat(table_.get(), leave);
+  std::shared_ptr<Client> client(new Client, forget);
+  known = client;
+  return client;
 }
 
 uint64_t ConnectionList::Add(std::shared_ptr<ConnectionStats> stats) {
@@ -81,11 +84,11 @@ struct Loop::Connection {
   Connection(const Accepted& accepted, LoopState* state, std::shared_ptr<ConnectionStats> stats)
       : seat(accepted.seat),
         stream(accepted.fd, accepted.tls),
-        session(std::make_unique<Session>(state, std::move(stats))) {
+        session(std::make_unique<Session>(state, std::move(stats), accepted.client)) {
     session->owner = this;
   }
 
-  const AddressCounts::Seat seat;  // null without a limit
+  const Seat seat;
   ByteStream stream;
   std::unique_ptr<Session> session;  // null when only the client's end is waited for
   uint64_t id = 0;
@@ -369,18 +372,20 @@ void Loop::AcceptFrom(int listener_fd) {
       if (errno == EINTR || errno == ECONNABORTED) continue;
       return;
     }
-    Accepted accepted{fd, PeerName(address), nullptr, nullptr};
-    bool is_full = state_.totals->connections >= static_cast<int64_t>(options_->max_connections);
-    if (!is_full && options_->max_address_connections > 0 && address.ss_family != AF_UNIX) {
-      accepted.seat = address_counts_.Take(ClientKey(address, options_->client_ipv6_prefix),
-                                           options_->max_address_connections);
-      is_full = !accepted.seat;
-    }
-    if (is_full) {
+    Accepted accepted{fd, PeerName(address), nullptr, nullptr, nullptr};
+    const bool is_local = address.ss_family == AF_UNIX;
+    accepted.client = is_local ? std::make_shared<Client>()
+                               : clients_.Get(ClientKey(address, options_->client_ipv6_prefix));
+    const size_t max_of_client = options_->max_address_connections;
+    if (state_.totals->connections >= static_cast<int64_t>(options_->max_connections) ||
+        (max_of_client > 0 && accepted.client->num_connections >= max_of_client)) {
       ++state_.totals->connections_refused;
       close(fd);
       continue;
     }
+    ++accepted.client->num_connections;
+    accepted.seat =
+        Seat(accepted.client.get(), [client = accepted.client](void*) { --client->num_connections; });
     ++state_.totals->connections;
     ++state_.totals->connections_accepted;
     place_(std::move(accepted));

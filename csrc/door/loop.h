@@ -22,28 +22,30 @@
 
 namespace twinjet::door {
 
-// How many connections are open from each IP address. Any thread.
-class AddressCounts {
+// The clients that have connections or calls. Any thread.
+class Clients {
  public:
-  // A connection's, until it is dropped.
-  using Seat = std::shared_ptr<void>;
-  // client: as ClientKey gives it. Null if max_open are open already.
-  Seat Take(std::string client, size_t max_open);
+  // key: as ClientKey gives it.
+  std::shared_ptr<Client> Get(const std::string& key);
 
  private:
   struct Table {
     std::mutex mutex;
-    std::unordered_map<std::string, size_t> num_open;
+    std::unordered_map<std::string, std::weak_ptr<Client>> by_key;
   };
   const std::shared_ptr<Table> table_ = std::make_shared<Table>();
 };
+
+// A connection's among its client's, until it is dropped.
+using Seat = std::shared_ptr<void>;
 
 // A connection that was accepted and waits for its loop.
 struct Accepted {
   int fd;
   std::string peer;
   std::shared_ptr<SSL_CTX> tls;
-  AddressCounts::Seat seat;
+  std::shared_ptr<Client> client;
+  Seat seat;
 };
 
 // The connections of a door that are open, for whoever wants to list them. Any thread.
@@ -117,7 +119,7 @@ class Loop {
   int spare_fd_;  // given up for a moment when descriptors run out, so that a client can be turned away
   std::vector<int> listener_fds_;
   std::function<void(Accepted)> place_;
-  AddressCounts address_counts_;  // of the loop that accepts
+  Clients clients_;  // of the loop that accepts
   std::unordered_map<Connection*, std::unique_ptr<Connection>> connections_;
   // To be flushed, urgent_ first. One may be in both, and one that is not is_touched any more is passed over.
   std::deque<Connection*> urgent_;

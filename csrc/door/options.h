@@ -8,6 +8,9 @@
 
 namespace twinjet::door {
 
+// Of a request: above it, it stands behind shorter ones.
+inline constexpr size_t kLargeBytes = 64 << 10;
+
 // A status that the door itself gives.
 struct OwnStatus {
   std::string message;
@@ -20,14 +23,16 @@ struct Options {
   size_t max_metadata_bytes = 16 << 10;  // of one header block, counted as HTTP/2 does: 32 more a field
   uint32_t max_streams = 4096;           // open at once on one connection
   size_t max_connections = 16384;
-  size_t max_address_connections = 0;             // open from one IP address; 0: no limit
-  int client_ipv6_prefix = 64;                    // bits, 1 to 128, of what is one address of IPv6
-  size_t max_calls = 65536;                       // that handlers have not let go of, over all connections
-  size_t max_received_bytes = size_t{512} << 20;  // request bytes that no handler has taken yet
-  size_t max_unsent_bytes = size_t{64} << 20;     // of one stream; more ends it
-  size_t write_ahead_bytes = 16 << 10;            // of one stream; a writer that asks waits above it
-  uint32_t stream_window_bytes = 256 << 10;       // that a client may send ahead on one stream
-  int32_t connection_window_bytes = 4 << 20;      // and on one connection
+  size_t max_address_connections = 0;  // open from one IP address; 0: no limit
+  int client_ipv6_prefix = 64;         // bits, 1 to 128, of what is one address of IPv6
+  size_t max_calls = 65536;            // that handlers have not let go of, over all connections
+  // Request bytes that no handler has taken yet. Calls that hold more than kLargeBytes leave a ninth of it to
+  // the others, and one client leaves a ninth of that to other clients.
+  size_t max_received_bytes = size_t{512} << 20;
+  size_t max_unsent_bytes = size_t{64} << 20;  // of one stream; more ends it
+  size_t write_ahead_bytes = 16 << 10;         // of one stream; a writer that asks waits above it
+  uint32_t stream_window_bytes = 256 << 10;    // that a client may send ahead on one stream
+  int32_t connection_window_bytes = 4 << 20;   // and on one connection
   double handshake_s = 20;           // from accept to the client's first SETTINGS frame, TLS included
   double header_s = 10;              // from the first to the last frame of a header block
   double message_stall_s = 30;       // without a byte in the middle of a request message

@@ -30,9 +30,10 @@ bool LooksLikeHttp1(std::string_view text) {
 
 }  // namespace
 
-Session::Session(LoopState* loop, std::shared_ptr<ConnectionStats> stats)
+Session::Session(LoopState* loop, std::shared_ptr<ConnectionStats> stats, std::shared_ptr<Client> client)
     : loop_(loop),
       stats_(std::move(stats)),
+      client_(std::move(client)),
       held_calls_(std::make_shared<std::atomic<int64_t>>(0)),
       started_at_ns_(loop->now_ns),
       heard_at_ns_(loop->now_ns),

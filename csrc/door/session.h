@@ -36,7 +36,7 @@ struct ConnectionStats {
 
 class Session {
  public:
-  Session(LoopState* loop, std::shared_ptr<ConnectionStats> stats);
+  Session(LoopState* loop, std::shared_ptr<ConnectionStats> stats, std::shared_ptr<Client> client);
   // Tells the handlers of calls that are still open.
   ~Session();
   Session(const Session&) = delete;
@@ -78,7 +78,9 @@ class Session {
   void OnHalfClosed(Stream* stream);
   void ReadMessages(Stream* stream, std::string_view data);
   void Hold(Stream* stream, size_t num_bytes);
-  bool HasTooManyBytes() const;
+  void CountReceived(int64_t num_bytes);
+  bool HasTooManyBytes(int64_t num_held) const;
+  bool HasTooManyBytes(const Stream& stream) const;
   void SetBuffered(Stream* stream, size_t num_bytes);
   void Acknowledge(Stream* stream, size_t num_bytes);
   bool SpendIdleFrame();
@@ -119,6 +121,7 @@ class Session {
 
   LoopState* const loop_;
   const std::shared_ptr<ConnectionStats> stats_;
+  const std::shared_ptr<Client> client_;
   const std::shared_ptr<std::atomic<int64_t>> held_calls_;  // by handlers, streams gone or not
   nghttp2_session* http2_ = nullptr;
   std::unordered_map<int32_t, std::unique_ptr<Stream>> streams_;

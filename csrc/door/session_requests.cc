@@ -128,12 +128,12 @@ void Session::OnRequest(Stream* stream, bool is_ended) {
   if (std::optional<Refusal> refusal = head->Check(stream->metadata_bytes)) {
     return Refuse(stream, std::move(*refusal));
   }
-  if (loop_->totals->calls >= static_cast<int64_t>(limits.max_calls) || HasTooManyBytes()) {
+  if (loop_->totals->calls >= static_cast<int64_t>(limits.max_calls) || HasTooManyBytes(0)) {
     return RefuseForLoad(stream, limits.overload);
   }
   std::unique_ptr<CallInfo> info = head->TakeInfo();
   stream->reader.set_encoding(head->encoding());
-  stream->call = std::make_shared<Call>(NextCallId(), loop_->mailbox, loop_->totals, held_calls_);
+  stream->call = std::make_shared<Call>(NextCallId(), loop_->mailbox, loop_->totals, client_, held_calls_);
   stream->call->stream_ = stream;
   Hold(stream, stream->metadata_bytes);
   if (info->timeout_ns >= 0) stream->deadline_ns = loop_->now_ns + info->timeout_ns;
@@ -182,7 +182,7 @@ int Session::OnData(int32_t stream_id, std::string_view data) {
 void Session::ReadMessages(Stream* stream, std::string_view data) {
   const size_t limit = loop_->options->max_message_bytes;
   std::string message;
-  while (!HasTooManyBytes() && stream->reader.Read(&data, limit, &message)) {
+  while (!HasTooManyBytes(*stream) && stream->reader.Read(&data, limit, &message)) {
     if (!TellOfCall(stream)) return;
     ++loop_->totals->messages_received;
     ++stats_->messages_received;
@@ -209,30 +209,40 @@ void Session::ReadMessages(Stream* stream, std::string_view data) {
     case ReadError::kNotDecodable:
       return Refuse(stream, {kInternal, "a message is not compressed as grpc-encoding says"});
   }
-  if (HasTooManyBytes()) return RefuseForLoad(stream, loop_->options->overload);
+  if (HasTooManyBytes(*stream)) return RefuseForLoad(stream, loop_->options->overload);
   if (stream->reader.is_in_message()) SettleTimer(stream);
 }
 
 // Until the handler acknowledges them, or lets go of the call.
 void Session::Hold(Stream* stream, size_t num_bytes) {
   stream->call->received_bytes_ += static_cast<int64_t>(num_bytes);
-  loop_->totals->received_bytes += static_cast<int64_t>(num_bytes);
+  CountReceived(static_cast<int64_t>(num_bytes));
 }
 
-bool Session::HasTooManyBytes() const {
-  return loop_->totals->received_bytes > static_cast<int64_t>(loop_->options->max_received_bytes);
+void Session::CountReceived(int64_t num_bytes) {
+  loop_->totals->received_bytes += num_bytes;
+  client_->received_bytes += num_bytes;
+}
+
+bool Session::HasTooManyBytes(int64_t num_held) const {
+  auto limit = static_cast<int64_t>(loop_->options->max_received_bytes);
+  if (num_held > static_cast<int64_t>(kLargeBytes)) limit -= limit / 9;
+  return loop_->totals->received_bytes > limit || client_->received_bytes > limit - limit / 9;
+}
+
+bool Session::HasTooManyBytes(const Stream& stream) const {
+  return HasTooManyBytes(stream.call->received_bytes_.load() + static_cast<int64_t>(stream.buffered_bytes));
 }
 
 void Session::SetBuffered(Stream* stream, size_t num_bytes) {
-  loop_->totals->received_bytes +=
-      static_cast<int64_t>(num_bytes) - static_cast<int64_t>(stream->buffered_bytes);
+  CountReceived(static_cast<int64_t>(num_bytes) - static_cast<int64_t>(stream->buffered_bytes));
   stream->buffered_bytes = num_bytes;
 }
 
 void Session::Acknowledge(Stream* stream, size_t num_bytes) {
   const auto num_held = static_cast<int64_t>(num_bytes + kEventBytes);
   stream->call->received_bytes_ -= num_held;
-  loop_->totals->received_bytes -= num_held;
+  CountReceived(-num_held);
   if (--stream->num_unacknowledged <= 0 && stream->withheld_bytes > 0) {
     nghttp2_session_consume_stream(http2_, stream->id, std::exchange(stream->withheld_bytes, 0));
   }

@@ -24,7 +24,8 @@ struct Rig {
     state.totals = std::make_shared<Totals>();
     state.mailbox = std::make_shared<Mailbox>();
     state.now_ns = 100 * kSecond;
-    session = std::make_unique<Session>(&state, std::make_shared<ConnectionStats>("ipv4:10.0.0.1:1"));
+    session = std::make_unique<Session>(&state, std::make_shared<ConnectionStats>("ipv4:10.0.0.1:1"),
+                                        std::make_shared<Client>());
   }
 
   // Moves bytes both ways until there are none.
@@ -114,7 +115,7 @@ TEST(held_mail_wakes_nobody_until_it_is_let_go) {
   epoll_event event{EPOLLIN | EPOLLET, {}};
   CHECK_EQ(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, mailbox->fd(), &event), 0);
   const auto is_awake = [&] { return epoll_wait(epoll_fd, &event, 1, 0) == 1; };
-  const auto call = std::make_shared<Call>(1, mailbox, std::make_shared<Totals>(),
+  const auto call = std::make_shared<Call>(1, mailbox, std::make_shared<Totals>(), std::make_shared<Client>(),
                                            std::make_shared<std::atomic<int64_t>>(0));
   mailbox->Hold();
   mailbox->PostMessage(call, "one");
@@ -613,6 +614,51 @@ TEST(request_bytes_of_all_calls_together_are_bounded) {
   CHECK_EQ(*Base64Decode(rig.client.answer(ids.back()).Find("grpc-status-details-bin")), "details");
   for (int32_t id : ids) rig.client.Cancel(id);
   rig.Pump();
+  rig.Take();
+  CHECK_EQ(rig.state.totals->received_bytes.load(), 0);
+}
+
+TEST(large_requests_leave_room_for_short_ones) {
+  Options options;
+  options.max_received_bytes = 900'000;
+  Rig rig(options);
+  std::vector<int32_t> ids;
+  for (int i = 0; i < 6; ++i) {
+    ids.push_back(rig.client.Begin("/a/b"));
+    rig.client.SendRaw(ids.back(), test::Framed(std::string(300'000, 'x')).substr(0, 200'000));
+    rig.Pump();
+  }
+  CHECK(rig.state.totals->received_bytes <= 820'000);
+  CHECK_EQ(rig.client.answer(ids.front()).status(), -1);
+  CHECK_EQ(rig.client.answer(ids.back()).status(), kResourceExhausted);
+  rig.Take();
+  const int32_t short_id = rig.client.Ask("/a/b", std::string(40'000, 'x'));
+  const CallRef call = rig.TakeCall();
+  rig.Finish(call);
+  rig.Pump();
+  CHECK_EQ(rig.client.answer(short_id).status(), 0);
+}
+
+TEST(one_clients_requests_leave_room_for_those_of_others) {
+  Options options;
+  options.max_received_bytes = 900'000;
+  Rig rig(options);
+  Rig other(options);
+  other.state.totals = rig.state.totals;
+  const auto offer = [](Rig& from) {
+    const int32_t id = from.client.Begin("/a/b");
+    from.client.SendRaw(id, test::Framed(std::string(60'000, 'x')).substr(0, 50'000));
+    from.Pump();
+    return from.client.answer(id).status();
+  };
+  for (int i = 0; i < 15; ++i) CHECK_EQ(offer(rig), -1);
+  CHECK_EQ(offer(rig), kResourceExhausted);
+  CHECK_EQ(offer(other), -1);
+  CHECK_EQ(offer(rig), kResourceExhausted);
+  CHECK_EQ(offer(other), -1);
+  other.session.reset();
+  other.Take();
+  rig.session.reset();
   rig.Take();
   CHECK_EQ(rig.state.totals->received_bytes.load(), 0);
 }

@@ -104,7 +104,8 @@ void Run(Input& input) {
   state.totals = std::make_shared<Totals>();
   state.mailbox = std::make_shared<Mailbox>();
   state.now_ns = 1'000'000'000;
-  auto session = std::make_unique<Session>(&state, std::make_shared<ConnectionStats>("unix:"));
+  auto session = std::make_unique<Session>(&state, std::make_shared<ConnectionStats>("unix:"),
+                                           std::make_shared<Client>());
   std::vector<CallRef> calls;
   bool is_fed = true;
   if (input.Byte() % 8 != 0) {
