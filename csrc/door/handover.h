@@ -3,7 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
+#include <list>
 #include <map>
 #include <mutex>
 #include <string>
@@ -15,18 +15,20 @@
 
 namespace twinjet::door {
 
-// Each call's events stay in order. Messages above kLargeBytes, which take long to deal with, stand aside
-// with what follows of their calls, and connections take turns at them: neither a short call nor another
-// connection's large one waits for all of those that came before it.
+// Each call's events stay in order. Connections take turns, so that one's flood of calls holds up no other's.
+// Messages above kLargeBytes, which take long to deal with, stand aside with what follows of their calls, and
+// connections take turns at them, too: neither a short call nor another connection's large one waits for all
+// of those that came before it.
 class Handover {
  public:
   // Of one turn, which holds up whatever else its thread does: some hundred short calls, 5 to 10 ms, and one
-  // large message. A message may exceed kBytesATurn.
+  // large message.
   static constexpr size_t kEventsATurn = 256;
-  static constexpr size_t kBytesATurn = 1 << 20;
+  static constexpr size_t kBytesATurn = 1 << 20;  // the last message may exceed it
+  static constexpr size_t kEventsAVisit = 8;      // of one connection, before the next one's
 
   struct Turn {
-    std::vector<Event> events;
+    std::list<Event> events;
     std::map<std::string, int64_t> refused;  // calls of kRefused by path
   };
 
@@ -37,19 +39,25 @@ class Handover {
   bool Take(Turn* turn);
 
  private:
-  void Sort(Event& event);
-  void TakeLarge(std::vector<Event>* events);
+  struct Line {
+    std::list<Event> next;
+    std::list<Event> aside;
+  };
+  using Lines = std::unordered_map<const void*, Line>;
+
+  void Sort(std::list<Event>* arrived);
+  void TakeNext(std::list<Event>* events, size_t* num_bytes);
+  void TakeLarge(std::list<Event>* events);
+  void Leave(Lines::iterator line);
 
   std::mutex mutex_;
   // Guarded by mutex_.
-  std::vector<Event> waiting_;
+  std::list<Event> waiting_;
   std::map<std::string, int64_t> refused_;
   // The taking thread's.
-  std::vector<Event> arrived_;  // empty between turns; kept for its memory
-  std::deque<Event> short_;
-  std::unordered_map<const void*, std::deque<Event>> aside_;  // by connection; none is empty
-  std::deque<const void*> order_;                             // of aside_
-  std::unordered_map<uint64_t, size_t> num_aside_;            // by call
+  Lines lines_;                                      // by connection; none is empty
+  std::list<const void*> next_order_, large_order_;  // of those that have such events
+  std::unordered_map<uint64_t, size_t> num_aside_;   // by call
 };
 
 }  // namespace twinjet::door

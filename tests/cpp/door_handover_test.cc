@@ -1,7 +1,9 @@
 // What Handover promises: nothing lost, each call's events in order, bounded turns, and nobody behind others'
 // large messages.
+#include <algorithm>
 #include <atomic>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -68,8 +70,9 @@ TEST(a_short_call_waits_for_one_large_message) {
   Put(&handover, EventKind::kMessage, quick, 5);
   CHECK(handover.Take(&turn));
   CHECK_EQ(turn.events.size(), 3u);
-  CHECK_EQ(turn.events[1].call, quick);
-  CHECK_EQ(turn.events[1].bytes.size(), 5u);
+  const Event& message = *std::next(turn.events.begin());
+  CHECK_EQ(message.call, quick);
+  CHECK_EQ(message.bytes.size(), 5u);
 }
 
 TEST(connections_take_turns_at_large_messages) {
@@ -84,10 +87,32 @@ TEST(connections_take_turns_at_large_messages) {
   size_t num_turns = 0;
   for (bool is_there = false; !is_there; ++num_turns) {
     CHECK(handover.Take(&turn));
-    is_there = turn.events[0].call == other;
+    is_there = turn.events.front().call == other;
   }
   CHECK_EQ(num_turns, 2u);
   CHECK_EQ(turn.events.size(), 2u);
+}
+
+TEST(a_call_waits_for_few_of_another_connections) {
+  Calls calls;
+  Handover handover;
+  for (int i = 0; i < 3000; ++i) {
+    const CallRef call = calls.Make(0);
+    Put(&handover, EventKind::kCall, call);
+    Put(&handover, EventKind::kMessage, call, 5);
+    Put(&handover, EventKind::kCancelled, call);
+  }
+  Handover::Turn turn;
+  CHECK(handover.Take(&turn));
+  const CallRef other = calls.Make(1);
+  Put(&handover, EventKind::kCall, other);
+  Put(&handover, EventKind::kMessage, other, 5);
+  CHECK(handover.Take(&turn));
+  CHECK_EQ(turn.events.size(), Handover::kEventsATurn);
+  const auto first =
+      std::ranges::find_if(turn.events, [&](const Event& event) { return event.call == other; });
+  CHECK(std::distance(turn.events.begin(), first) <= static_cast<ptrdiff_t>(Handover::kEventsAVisit));
+  CHECK_EQ(std::next(first)->call, other);
 }
 
 TEST(many_short_messages_come_in_parts) {
@@ -96,7 +121,7 @@ TEST(many_short_messages_come_in_parts) {
   std::vector<Event> events;
   for (size_t i = 0; i < 600; ++i) events.push_back({EventKind::kMessage, calls.Make(i), "x", nullptr});
   for (size_t i = 0; i < 40; ++i) {
-    events.push_back({EventKind::kMessage, calls.Make(i), std::string(kLargeBytes, 'x'), nullptr});
+    events.push_back({EventKind::kMessage, calls.Make(600 + i), std::string(kLargeBytes, 'x'), nullptr});
   }
   CHECK(handover.Put(events));
   Handover::Turn turn;
@@ -114,10 +139,13 @@ TEST(many_short_messages_come_in_parts) {
 
 TEST(refused_calls_are_counted) {
   Handover handover;
-  std::vector<Event> events;
-  for (const char* path : {"/a", "/b", "/a"}) events.push_back({EventKind::kRefused, nullptr, path, nullptr});
-  CHECK(handover.Put(events));
-  CHECK(!handover.Put(events));
+  for (const bool is_first : {true, false}) {
+    std::vector<Event> events;
+    for (const char* path : {"/a", "/b", "/a"}) {
+      events.push_back({EventKind::kRefused, nullptr, path, nullptr});
+    }
+    CHECK_EQ(handover.Put(events), is_first);
+  }
   Handover::Turn turn;
   CHECK(!handover.Take(&turn));
   CHECK(turn.events.empty());
