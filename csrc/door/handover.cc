@@ -74,12 +74,7 @@ void Handover::TakeNext(std::list<Event>* events, size_t* num_bytes) {
     *num_bytes += queue.front().bytes.size();
     MoveFirst(&queue, events);
   }
-  if (queue.empty()) {
-    next_order_.pop_front();
-    Leave(line);
-  } else {
-    MoveFirst(&next_order_, &next_order_);
-  }
+  EndVisit(line, queue, &next_order_);
 }
 
 void Handover::TakeLarge(std::list<Event>* events) {
@@ -92,15 +87,12 @@ void Handover::TakeLarge(std::list<Event>* events) {
     if (--num_left->second == 0) num_aside_.erase(num_left);
     MoveFirst(&queue, events);
   }
-  if (queue.empty()) {
-    large_order_.pop_front();
-    Leave(line);
-  } else {
-    MoveFirst(&large_order_, &large_order_);
-  }
+  EndVisit(line, queue, &large_order_);
 }
 
-void Handover::Leave(Lines::iterator line) {
+void Handover::EndVisit(Lines::iterator line, const std::list<Event>& queue, std::list<const void*>* order) {
+  if (!queue.empty()) return MoveFirst(order, order);
+  order->pop_front();
   if (line->second.next.empty() && line->second.aside.empty()) lines_.erase(line);
 }
 

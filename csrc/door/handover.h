@@ -48,7 +48,8 @@ class Handover {
   void Sort(std::list<Event>* arrived);
   void TakeNext(std::list<Event>* events, size_t* num_bytes);
   void TakeLarge(std::list<Event>* events);
-  void Leave(Lines::iterator line);
+  // Of the first in an order, whose events of that kind are in queue.
+  void EndVisit(Lines::iterator line, const std::list<Event>& queue, std::list<const void*>* order);
 
   std::mutex mutex_;
   // Guarded by mutex_.

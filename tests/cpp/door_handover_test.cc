@@ -45,6 +45,12 @@ void Put(Handover* handover, EventKind kind, const CallRef& call, size_t size = 
   handover->Put(events);
 }
 
+CallRef PutCall(Handover* handover, const CallRef& call, size_t size) {
+  Put(handover, EventKind::kCall, call);
+  Put(handover, EventKind::kMessage, call, size);
+  return call;
+}
+
 size_t NumBytes(const Handover::Turn& turn) {
   size_t sum = 0;
   for (const Event& event : turn.events) sum += event.bytes.size();
@@ -56,18 +62,12 @@ size_t NumBytes(const Handover::Turn& turn) {
 TEST(a_short_call_waits_for_one_large_message) {
   Calls calls;
   Handover handover;
-  for (int i = 0; i < 100; ++i) {
-    const CallRef call = calls.Make(0);
-    Put(&handover, EventKind::kCall, call);
-    Put(&handover, EventKind::kMessage, call, 4 << 20);
-  }
+  for (int i = 0; i < 100; ++i) PutCall(&handover, calls.Make(0), 4 << 20);
   Handover::Turn turn;
   CHECK(handover.Take(&turn));
   CHECK_EQ(turn.events.size(), 101u);
   CHECK_EQ(NumBytes(turn), size_t{4} << 20);
-  const CallRef quick = calls.Make(0);
-  Put(&handover, EventKind::kCall, quick);
-  Put(&handover, EventKind::kMessage, quick, 5);
+  const CallRef quick = PutCall(&handover, calls.Make(0), 5);
   CHECK(handover.Take(&turn));
   CHECK_EQ(turn.events.size(), 3u);
   const Event& message = *std::next(turn.events.begin());
@@ -97,16 +97,11 @@ TEST(a_call_waits_for_few_of_another_connections) {
   Calls calls;
   Handover handover;
   for (int i = 0; i < 3000; ++i) {
-    const CallRef call = calls.Make(0);
-    Put(&handover, EventKind::kCall, call);
-    Put(&handover, EventKind::kMessage, call, 5);
-    Put(&handover, EventKind::kCancelled, call);
+    Put(&handover, EventKind::kCancelled, PutCall(&handover, calls.Make(0), 5));
   }
   Handover::Turn turn;
   CHECK(handover.Take(&turn));
-  const CallRef other = calls.Make(1);
-  Put(&handover, EventKind::kCall, other);
-  Put(&handover, EventKind::kMessage, other, 5);
+  const CallRef other = PutCall(&handover, calls.Make(1), 5);
   CHECK(handover.Take(&turn));
   CHECK_EQ(turn.events.size(), Handover::kEventsATurn);
   const auto first =
