@@ -50,14 +50,14 @@ class PyDoor final : private door::EventSink {
     uint64_t count = 0;
     // First: whoever puts something in after this wakes again.
     [[maybe_unused]] const ssize_t num_read = read(fd_, &count, sizeof count);
-    const bool is_more = handover_.Take(&turn_);
+    door::Handover::Turn turn;
+    const bool is_more = handover_.Take(&turn);
     py::list events;
     py::list plain;
-    for (Event& event : turn_.events) {
-      Event taken = std::move(event);
-      if (!picker_ || !Pick(taken, &events, &plain)) events.append(Show(taken));
+    for (Event& event : turn.events) {
+      if (!picker_ || !Pick(event, &events, &plain)) events.append(Show(event));
     }
-    for (const auto& [path, num_calls] : turn_.refused) {
+    for (const auto& [path, num_calls] : turn.refused) {
       events.append(py::make_tuple(static_cast<int>(EventKind::kRefused), num_calls, path));
     }
     if (is_more) Wake();
@@ -120,7 +120,6 @@ class PyDoor final : private door::EventSink {
 
   const int fd_;
   door::Handover handover_;
-  door::Handover::Turn turn_;  // kept for its memory
   std::optional<PlainPicker> picker_;
   door::Door door_;  // last: its threads use the others
 };

@@ -39,6 +39,12 @@ struct Rig {
       if (up.empty() && down.empty()) return;
     }
   }
+  // Begins a call of a message of so many bytes, and sends the first of them; the call's number.
+  int32_t Offer(size_t size, size_t num_sent) {
+    const int32_t id = client.Begin("/a/b");
+    client.SendRaw(id, test::Framed(std::string(size, 'x')).substr(0, num_sent));
+    return id;
+  }
   // What the door sends to hostile bytes.
   std::string Attack(std::string_view bytes) {
     is_fed = session->Feed(bytes);
@@ -604,10 +610,7 @@ TEST(request_bytes_of_all_calls_together_are_bounded) {
   options.overload = {"too much", "details"};
   Rig rig(options);
   std::vector<int32_t> ids;
-  for (int i = 0; i < 20; ++i) {
-    ids.push_back(rig.client.Begin("/a/b"));
-    rig.client.SendRaw(ids.back(), test::Framed(std::string(20'000, 'x')).substr(0, 10'000));
-  }
+  for (int i = 0; i < 20; ++i) ids.push_back(rig.Offer(20'000, 10'000));
   rig.Pump();
   CHECK(rig.state.totals->received_bytes <= 110'000);
   CHECK_EQ(rig.client.answer(ids.back()).status(), kResourceExhausted);
@@ -624,8 +627,7 @@ TEST(large_requests_leave_room_for_short_ones) {
   Rig rig(options);
   std::vector<int32_t> ids;
   for (int i = 0; i < 6; ++i) {
-    ids.push_back(rig.client.Begin("/a/b"));
-    rig.client.SendRaw(ids.back(), test::Framed(std::string(300'000, 'x')).substr(0, 200'000));
+    ids.push_back(rig.Offer(300'000, 200'000));
     rig.Pump();
   }
   CHECK(rig.state.totals->received_bytes <= 820'000);
@@ -646,8 +648,7 @@ TEST(one_clients_requests_leave_room_for_those_of_others) {
   Rig other(options);
   other.state.totals = rig.state.totals;
   const auto offer = [](Rig& from) {
-    const int32_t id = from.client.Begin("/a/b");
-    from.client.SendRaw(id, test::Framed(std::string(60'000, 'x')).substr(0, 50'000));
+    const int32_t id = from.Offer(60'000, 50'000);
     from.Pump();
     return from.client.answer(id).status();
   };
